@@ -1,0 +1,162 @@
+"""Attention of many copies of the last token, each to its prompt's prefix and to itself alone.
+
+Registered with transformers' ``AttentionInterface``, so that it runs inside unmodified Hugging Face modules: query,
+key and value arrive after the family's own projections, norms and rotary embedding.
+
+For one copy, softmax over [prefix | itself] splits exactly into two parts. With lse the log-sum-exp of the prefix
+scores, o_prefix their softmax-weighted values, and s the copy's score of its own key,
+
+    o = o_prefix + w * (v_own - o_prefix),   w = sigmoid(s - lse),
+
+and an attention sink of logit c (GPT-OSS) shrinks o by sigmoid(logaddexp(lse, s) - c). The split form matters: under
+one [prefix | diagonal] mask each copy's own key sits in another column, the summation order differs between copies,
+and patches that change nothing come out as effects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from relfv.engine.base import Backbone
+from relfv.errors import RunError
+from relfv.models.families import text_config
+
+NAME = "relfv_shared_prefix"
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Keys and values of all tokens but the last of each prompt, as the model itself cached them."""
+
+    keys: tuple[torch.Tensor, ...]
+    """Per layer (N, kv_heads, P, head_dim), P the longest prefix; shorter ones are padded on the right."""
+    values: tuple[torch.Tensor, ...]
+    lengths: torch.Tensor
+    """int64 (N,): real prefix tokens, which is also the position of the last token."""
+
+
+_active: Prefix | None = None
+
+# Keyword arguments that transformers' models pass along and that cannot change the result of this computation: there
+# is one query position, dropout is off in eval mode, and causality is the prefix itself.
+_HARMLESS = frozenset(
+    {
+        "position_ids",
+        "cache_position",
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "is_causal",
+        "layer_idx",
+        "head_mask",
+        "num_items_in_batch",
+        "logits_to_keep",
+    }
+)
+
+
+def shared_prefix_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """query (N, heads, C, head_dim); key, value (N, kv_heads, C, head_dim) -> (N, C, heads, head_dim)."""
+    prefix = _require_active(kwargs)
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    n, n_heads, copies, head_dim = query.shape
+    kv_heads = key.shape[1]
+    group = n_heads // kv_heads
+    scale = head_dim**-0.5 if scaling is None else scaling
+
+    # float32 throughout: scores of a bf16 model would otherwise be rounded to 8 bits before the softmax.
+    q = query.float().reshape(n, kv_heads, group * copies, head_dim)
+    k_prefix, v_prefix = prefix.keys[layer].float(), prefix.values[layer].float()
+    scores = _capped(q @ k_prefix.transpose(-1, -2) * scale, softcap)
+    scores = scores.masked_fill(~_visible(prefix.lengths, scores.shape[-1], sliding_window), -torch.inf)
+    lse = scores.logsumexp(-1, keepdim=True)
+    o_prefix = (scores - lse).exp() @ v_prefix
+
+    own_key = key.float().repeat_interleave(group, dim=1).reshape_as(q)
+    own_value = value.float().repeat_interleave(group, dim=1).reshape(n, kv_heads, group * copies, -1)
+    s_own = _capped((q * own_key).sum(-1, keepdim=True) * scale, softcap)
+    out = o_prefix + torch.sigmoid(s_own - lse) * (own_value - o_prefix)
+    out = out.reshape(n, n_heads, copies, -1)
+    if s_aux is not None:
+        total = torch.logaddexp(lse, s_own).reshape(n, n_heads, copies, 1)
+        out = out * torch.sigmoid(total - s_aux.float().view(1, n_heads, 1, 1))
+    return out.transpose(1, 2).to(value.dtype).contiguous(), None
+
+
+def _visible(lengths: torch.Tensor, width: int, sliding_window: int | None) -> torch.Tensor:
+    """bool (N, 1, 1, width): prefix positions that the last token, at position lengths[n], may attend to."""
+    position = torch.arange(width, device=lengths.device)[None]
+    last = lengths[:, None]
+    seen = position < last
+    if sliding_window is not None:
+        seen &= position > last - sliding_window
+    return seen[:, None, None]
+
+
+def _capped(scores: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def _require_active(kwargs: dict[str, Any]) -> Prefix:
+    if _active is None:
+        raise RunError(f"attention {NAME!r} ran outside a shared-prefix pass")
+    unknown = sorted(name for name, given in kwargs.items() if name not in _HARMLESS and given is not None)
+    if unknown:
+        raise UnsupportedAttention(f"the model's attention passes {', '.join(unknown)}, unknown to {NAME}")
+    return _active
+
+
+class UnsupportedAttention(RunError):
+    """This family's attention has a feature that the shared-prefix form does not know."""
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """One query position: what it may see is decided in the attention function itself."""
+
+
+AttentionInterface.register(NAME, shared_prefix_attention)
+AttentionMaskInterface.register(NAME, _no_mask)
+
+
+@contextmanager
+def attending_to(prefix: Prefix, backbone: Backbone) -> Iterator[None]:
+    """While open, the model's attention is ``shared_prefix_attention`` over ``prefix``."""
+    global _active
+    configs = {id(config): config for config in _attention_configs(backbone)}.values()
+    before = [(config, config._attn_implementation) for config in configs]
+    for config in configs:
+        config._attn_implementation = NAME
+    _active = prefix
+    try:
+        yield
+    finally:
+        _active = None
+        for config, implementation in before:
+            config._attn_implementation = implementation
+
+
+def _attention_configs(backbone: Backbone) -> list[Any]:
+    """The config object(s) that attention modules and mask builders read; modules may hold their own copy."""
+    held = [module.config for module in backbone.model.modules() if hasattr(module, "config")]
+    return [text_config(backbone.model.config), *held]

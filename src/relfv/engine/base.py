@@ -1,0 +1,126 @@
+"""What every engine offers, and the plain forward passes they share.
+
+A ``Backbone`` is a model with the knowledge of where its parts are and in which arithmetic it runs. Prompts are lists
+of token ids, never padded by the caller; batches are padded on the right, so that real tokens keep positions 0..n-1.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from relfv.engine.hooks import editing_inputs
+from relfv.engine.precision import Precision, arithmetic
+from relfv.models.families import Architecture, text_config
+from relfv.types import Effects, HeadId
+
+Prompts = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A causal language model, ready to run."""
+
+    model: Any
+    """The transformers model, e.g. LlamaForCausalLM, in eval mode, on ``device``."""
+    arch: Architecture
+    device: torch.device
+    precision: Precision
+
+    @contextmanager
+    def running(self, *, tf32: bool = True) -> Iterator[None]:
+        """The context in which every forward pass happens: no gradients, and the arithmetic of ``precision``."""
+        with torch.inference_mode(), arithmetic(self.model, self.arch, self.precision, tf32=tf32):
+            yield
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The model without its vocabulary projection; its first output is the final, normed hidden state."""
+        return self.model.base_model
+
+    def takes_position_ids(self) -> bool:
+        """False for families that number positions themselves (Falcon with ALiBi, Bloom)."""
+        return "position_ids" in inspect.signature(self.decoder.forward).parameters
+
+    def intermediate_size(self) -> int:
+        """Width of the MLP, for memory estimates alone."""
+        config = text_config(self.model.config)
+        for name in ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"):
+            if isinstance(getattr(config, name, None), int):
+                return getattr(config, name)
+        return 4 * self.arch.resid_dim
+
+
+class Engine(Protocol):
+    """Two interventions at the last token, each compared with the same pass without it."""
+
+    name: str
+
+    def sweep_heads(
+        self, prompts: Prompts, targets: Sequence[int], replacement: torch.Tensor, heads: Sequence[HeadId]
+    ) -> Effects:
+        """For each prompt and head: z[layer, head] := replacement[layer, head], one head at a time.
+
+        ``replacement`` is (layer, head, head_dim); ``heads`` are sorted and are the second axis of the result.
+        """
+        ...
+
+    def inject(
+        self, prompts: Prompts, targets: Sequence[int], vectors: torch.Tensor, layers: Sequence[int]
+    ) -> Effects:
+        """For each prompt, layer and vector: hidden state after the block += vector.
+
+        ``vectors`` is (n_vectors, resid_dim); ``layers`` ascend; the second axis of the result runs over layers, then
+        vectors: column i * n_vectors + v.
+        """
+        ...
+
+
+def pad_right(prompts: Prompts, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """-> input_ids (N, P), attention_mask (N, P), lengths (N,). The padding id is never attended to."""
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    width = int(lengths.max())
+    ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=device)
+    mask = (torch.arange(width, device=device)[None] < lengths[:, None]).long()
+    return ids, mask, lengths
+
+
+def last_hidden(backbone: Backbone, prompts: Prompts) -> torch.Tensor:
+    """Final normed hidden state at each prompt's last token: (N, resid_dim)."""
+    ids, mask, lengths = pad_right(prompts, backbone.device)
+    hidden = backbone.decoder(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+    return hidden[torch.arange(len(prompts), device=hidden.device), lengths - 1]
+
+
+def capture_heads(backbone: Backbone, prompts: Prompts) -> tuple[torch.Tensor, torch.Tensor]:
+    """z of every head at the last token, and the final hidden state there.
+
+    -> float32 (N, layer, head, head_dim) on the CPU, and (N, resid_dim) on the device. Call inside ``running``.
+    """
+    arch = backbone.arch
+    rows = torch.arange(len(prompts), device=backbone.device)
+    last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=backbone.device)
+    captured: dict[int, torch.Tensor] = {}
+
+    def reader(layer: int):  # type: ignore[no-untyped-def]
+        def read(z: torch.Tensor) -> None:
+            captured[layer] = z[rows, last].float()
+
+        return read
+
+    with editing_inputs([(projection, reader(layer)) for layer, projection in enumerate(arch.out_projs)]):
+        hidden = last_hidden(backbone, prompts)
+    z = torch.stack([captured[layer] for layer in range(arch.n_layers)], dim=1).cpu()
+    return z.view(len(prompts), arch.n_layers, arch.n_heads, arch.head_dim), hidden
+
+
+def prompt_chunks(prompts: Prompts, size: int) -> Iterator[slice]:
+    """Slices of at most ``size`` prompts, in order."""
+    for start in range(0, len(prompts), size):
+        yield slice(start, min(start + size, len(prompts)))

@@ -1,0 +1,85 @@
+"""Hooks that always detach, and that complain if they never fired."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from relfv.errors import RunError
+
+
+@contextmanager
+def editing_inputs(
+    edits: list[tuple[nn.Module, Callable[[torch.Tensor], torch.Tensor | None]]],
+) -> Iterator[None]:
+    """While open, each module's first argument goes through its function; None leaves it as it is.
+
+    Raises RunError on leaving if one of the functions never ran: an edit that silently does nothing is a wrong result.
+    """
+    with ExitStack() as stack:
+        fired = [stack.enter_context(_pre_hook(module, edit)) for module, edit in edits]
+        yield
+        _require_fired(fired, edits)
+
+
+@contextmanager
+def editing_outputs(
+    edits: list[tuple[nn.Module, Callable[[torch.Tensor], torch.Tensor | None]]],
+) -> Iterator[None]:
+    """The same for each module's output, be it a tensor or a tuple that begins with one."""
+    with ExitStack() as stack:
+        fired = [stack.enter_context(_post_hook(module, edit)) for module, edit in edits]
+        yield
+        _require_fired(fired, edits)
+
+
+@contextmanager
+def _pre_hook(module: nn.Module, edit: Callable[[torch.Tensor], torch.Tensor | None]) -> Iterator[list[bool]]:
+    fired = [False]
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        fired[0] = True
+        # A block may get its hidden states by position or by name, depending on the family.
+        if args:
+            new = edit(args[0])
+            return None if new is None else ((new, *args[1:]), kwargs)
+        new = edit(kwargs["hidden_states"])
+        return None if new is None else (args, {**kwargs, "hidden_states": new})
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield fired
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _post_hook(module: nn.Module, edit: Callable[[torch.Tensor], torch.Tensor | None]) -> Iterator[list[bool]]:
+    fired = [False]
+
+    def hook(_: nn.Module, __: Any, output: Any) -> Any:
+        fired[0] = True
+        # Blocks return a bare tensor in some families and versions, a tuple in others.
+        if isinstance(output, tuple):
+            new = edit(output[0])
+            return None if new is None else (new, *output[1:])
+        return edit(output)
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield fired
+    finally:
+        handle.remove()
+
+
+def _require_fired(fired: list[list[bool]], edits: list[Any]) -> None:
+    silent = [type(module).__name__ for (module, _), flag in zip(edits, fired, strict=True) if not flag[0]]
+    if silent:
+        raise RunError(
+            f"{len(silent)} of {len(edits)} hooks never ran ({', '.join(sorted(set(silent)))}): the model does not "
+            "call these modules in its forward pass, so nothing measured through them would be true"
+        )

@@ -1,0 +1,102 @@
+"""In which arithmetic a model runs.
+
+``exact`` computes in float32 whatever the checkpoint is stored in. bf16 has 8 bits of mantissa: there a patched run
+and its own repetition at another batch size differ as much as most heads' effects do. A bf16 or fp16 checkpoint stays
+in its own dtype in memory and is widened block by block while it runs, which loses nothing: every bf16 number is a
+float32 number. On CUDA, matrix products then use TF32 (10 bits of mantissa, float32 accumulation).
+
+``fast`` computes in the checkpoint's dtype. In both, the vocabulary projection and the softmax are float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from relfv.models.families import Architecture
+
+Precision = Literal["exact", "fast"]
+
+
+@contextmanager
+def arithmetic(
+    model: nn.Module, arch: Architecture, precision: Precision, *, tf32: bool = True
+) -> Iterator[None]:
+    """While open, ``model`` computes as ``precision`` says. ``tf32=False`` asks for strict float32 (self-check)."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    units = _units(model, arch) if precision == "exact" else [arch.lm_head]
+    try:
+        with ExitStack() as stack:
+            for unit in units:
+                if _stored_below_float32(unit):
+                    stack.enter_context(_widened(unit))
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _units(model: nn.Module, arch: Architecture) -> list[nn.Module]:
+    """What is widened as a whole while it runs: each block, and each module outside the blocks with own weights."""
+    units: list[nn.Module] = list(arch.blocks)
+    inside = {id(module) for block in arch.blocks for module in block.modules()}
+    for module in model.modules():
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if id(module) not in inside and any(_is_low(tensor) for tensor in own):
+            units.append(module)
+    return units
+
+
+def _stored_below_float32(unit: nn.Module) -> bool:
+    return any(_is_low(tensor) for tensor in [*unit.parameters(), *unit.buffers()])
+
+
+def _is_low(tensor: torch.Tensor) -> bool:
+    return tensor.dtype in (torch.bfloat16, torch.float16)
+
+
+@contextmanager
+def _widened(unit: nn.Module) -> Iterator[None]:
+    """Give ``unit`` float32 weights just before each of its forward calls, and its own back right after."""
+    if type(unit) is nn.Embedding:
+        # A plain look-up is the same number in any dtype: widen the rows, not the table.
+        handles = [unit.register_forward_hook(lambda _, __, rows: rows.float())]
+        kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+    else:
+        kept = []
+        widen, narrow = _swappers(unit, kept)
+        handles = [
+            unit.register_forward_pre_hook(widen, prepend=True),
+            unit.register_forward_hook(narrow, always_call=True),
+        ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        _restore(kept)
+
+
+def _swappers(
+    unit: nn.Module, kept: list[tuple[torch.Tensor, torch.Tensor]]
+) -> tuple[Callable[..., None], Callable[..., None]]:
+    def widen(*_: Any) -> None:
+        for tensor in [*unit.parameters(), *unit.buffers()]:
+            if _is_low(tensor):
+                kept.append((tensor, tensor.data))
+                tensor.data = tensor.data.float()
+
+    def narrow(*_: Any) -> None:
+        _restore(kept)
+
+    return widen, narrow
+
+
+def _restore(kept: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    while kept:
+        tensor, stored = kept.pop()
+        tensor.data = stored

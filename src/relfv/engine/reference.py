@@ -1,0 +1,130 @@
+"""The obvious way, by plain hooks on whole forward passes. Slow, and what everything else is compared with.
+
+``naive_*`` run one full, unpadded forward pass per intervention, as published code does. ``ReferenceEngine`` does the
+same with the interventions of one layer as the rows of one batch; it needs nothing of a model but blocks and output
+projections, and runs the families whose attention the shared-prefix engine cannot drive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+
+import torch
+
+from relfv.engine.base import Backbone, Prompts
+from relfv.engine.hooks import editing_inputs, editing_outputs
+from relfv.engine.readout import read_targets
+from relfv.types import Effects, HeadId, TokenScores
+
+
+def naive_head_patch(
+    backbone: Backbone, prompt: Sequence[int], target: int, head: HeadId, activation: torch.Tensor
+) -> TokenScores:
+    """One forward pass with one head's last-token output set to ``activation`` (head_dim,). Fields are (1,)."""
+    start = head.head * backbone.arch.head_dim
+
+    def patch(z: torch.Tensor) -> torch.Tensor:
+        z = z.clone()
+        z[:, -1, start : start + backbone.arch.head_dim] = activation.to(z)
+        return z
+
+    with editing_inputs([(backbone.arch.out_projs[head.layer], patch)]):
+        return _score_rows(backbone, prompt, target, n_rows=1)
+
+
+def naive_injection(
+    backbone: Backbone, prompt: Sequence[int], target: int, layer: int, vector: torch.Tensor
+) -> TokenScores:
+    """One forward pass with ``vector`` (resid_dim,) added to the last token after block ``layer``. Fields are (1,)."""
+
+    def add(hidden: torch.Tensor) -> torch.Tensor:
+        hidden = hidden.clone()
+        hidden[:, -1] += vector.to(hidden)
+        return hidden
+
+    with editing_outputs([(backbone.arch.blocks[layer], add)]):
+        return _score_rows(backbone, prompt, target, n_rows=1)
+
+
+def naive_baseline(backbone: Backbone, prompt: Sequence[int], target: int) -> TokenScores:
+    """One untouched forward pass. Fields are (1,)."""
+    return _score_rows(backbone, prompt, target, n_rows=1)
+
+
+@dataclass
+class ReferenceEngine:
+    """Every intervention of a layer is one row of a batch of whole forward passes; row 0 is left alone."""
+
+    backbone: Backbone
+    tf32: bool = True
+    name = "reference"
+
+    def sweep_heads(
+        self, prompts: Prompts, targets: Sequence[int], replacement: torch.Tensor, heads: Sequence[HeadId]
+    ) -> Effects:
+        arch = self.backbone.arch
+        replacement = replacement.to(self.backbone.device)
+        groups = [list(group) for _, group in groupby(heads, key=lambda head: head.layer)]
+        # All batches have one shape, so that the baseline of one is the baseline of all.
+        n_rows = 1 + max(len(group) for group in groups)
+
+        def patching(group: list[HeadId]) -> AbstractContextManager[None]:
+            layer, index = group[0].layer, [head.head for head in group]
+            rows = list(range(1, 1 + len(group)))
+
+            def patch(z: torch.Tensor) -> torch.Tensor:
+                z = z.clone()
+                last = z[:, -1].view(len(z), arch.n_heads, arch.head_dim)
+                last[rows, index] = replacement[layer, index].to(z.dtype)
+                return z
+
+            return editing_inputs([(arch.out_projs[layer], patch)])
+
+        return self._run(prompts, targets, n_rows, [(len(group), partial(patching, group)) for group in groups])
+
+    def inject(
+        self, prompts: Prompts, targets: Sequence[int], vectors: torch.Tensor, layers: Sequence[int]
+    ) -> Effects:
+        vectors = vectors.to(self.backbone.device)
+
+        def add(hidden: torch.Tensor) -> torch.Tensor:
+            hidden = hidden.clone()
+            hidden[1:, -1] += vectors.to(hidden.dtype)
+            return hidden
+
+        def adding(layer: int) -> AbstractContextManager[None]:
+            return editing_outputs([(self.backbone.arch.blocks[layer], add)])
+
+        edits = [(len(vectors), partial(adding, layer)) for layer in layers]
+        return self._run(prompts, targets, 1 + len(vectors), edits)
+
+    def _run(
+        self,
+        prompts: Prompts,
+        targets: Sequence[int],
+        n_rows: int,
+        edits: list[tuple[int, Callable[[], AbstractContextManager[None]]]],
+    ) -> Effects:
+        """One batch of ``n_rows`` for each prompt and edit; an edit changes rows 1..count of its batch."""
+        base, edited = [], []
+        with self.backbone.running(tf32=self.tf32):
+            for prompt, target in zip(prompts, targets, strict=True):
+                batches = []
+                for _, opened in edits:
+                    with opened():
+                        batches.append(_score_rows(self.backbone, prompt, target, n_rows))
+                base.append(batches[0][:1])
+                kept = [batch[1 : 1 + count] for batch, (count, _) in zip(batches, edits, strict=True)]
+                edited.append(TokenScores.cat(kept)[None])
+        return Effects(base=TokenScores.cat(base), edited=TokenScores.cat(edited))
+
+
+def _score_rows(backbone: Backbone, prompt: Sequence[int], target: int, n_rows: int) -> TokenScores:
+    """Scores of ``target`` after ``n_rows`` copies of one unpadded prompt. Fields are (n_rows,)."""
+    ids = torch.tensor([list(prompt)] * n_rows, device=backbone.device)
+    hidden = backbone.decoder(input_ids=ids, use_cache=False)[0][:, -1]
+    return read_targets(backbone, hidden[None], [target])[0]

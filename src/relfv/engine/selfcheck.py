@@ -1,0 +1,144 @@
+"""Which engine a model gets: the fast one if it agrees with plain hooks on this very model, else the obvious one.
+
+A fast wrong answer is the worst outcome there is, and no list of families can promise that the next one fits. So the
+first thing a newly opened model does is a handful of patches and injections twice, in strict float32, on two prompts
+of different length.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from relfv.engine.base import Backbone, Engine, Prompts, capture_heads
+from relfv.engine.reference import ReferenceEngine, naive_baseline, naive_head_patch, naive_injection
+from relfv.engine.sweep import SharedPrefixEngine
+from relfv.errors import RunError
+from relfv.types import Effects, HeadId, TokenScores
+
+log = logging.getLogger(__name__)
+
+TOLERANCE = 1e-3
+"""Largest accepted difference in log-probability (nats), strict float32 both ways. A wrong mask, position or cache is
+off by far more; float32 rounding by far less."""
+
+N_HEADS = 6
+
+
+@dataclass(frozen=True)
+class SelfCheck:
+    """What the comparison found, for the manifest."""
+
+    engine: str
+    max_error: float | None
+    """Largest difference in log-probability over all compared scores; None if the fast engine could not run."""
+    max_effect: float
+    """Largest effect among the compared interventions: the check means nothing if nothing happened."""
+    reason: str
+
+
+def choose_engine(backbone: Backbone, prompts: Prompts) -> tuple[Engine, SelfCheck]:
+    """Compare the engines on ``prompts`` (at least two, of different lengths) and return the one to use.
+
+    The comparison runs in strict float32 whatever ``backbone.precision`` is: it tests the algorithm, not the rounding.
+    """
+    exact = replace(backbone, precision="exact")
+    with exact.running(tf32=False):
+        z, hidden = capture_heads(exact, prompts)
+        targets = exact.arch.final_logits(exact.arch.lm_head(hidden.float())).argmax(-1).tolist()
+    heads, layers = _sample(exact)
+    # Each head is given what it computed on the other prompt, enlarged: effects that are there to be missed.
+    replacement = 4.0 * z.flip(0).mean(0)
+    vector = torch.stack([_direction(exact, replacement)])
+    truth = _naive(exact, prompts, targets, replacement, heads, vector[0], layers)
+    _check_readout(exact, prompts, targets, truth)
+    max_effect = float((truth.edited.logprob - truth.base.logprob[:, None]).abs().max())
+    try:
+        fast = SharedPrefixEngine(exact, tf32=False)
+        error = max(
+            _difference(fast.sweep_heads(prompts, targets, replacement, heads), truth, slice(0, len(heads))),
+            _difference(fast.inject(prompts, targets, vector, layers), truth, slice(len(heads), None)),
+        )
+    except (RunError, RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as problem:
+        # A family the fast engine does not fit may fail anywhere inside its own modules; any failure means: not this one.
+        reason = f"the shared-prefix engine cannot run this model ({type(problem).__name__}: {problem})".split("\n")[0]
+        return _reference(backbone, SelfCheck("reference", None, max_effect, reason))
+    if not error <= TOLERANCE:
+        reason = f"the shared-prefix engine is off by {error:.2g} in log-probability on this model"
+        return _reference(backbone, SelfCheck("reference", error, max_effect, reason))
+    reason = f"agrees with plain hooks to {error:.1e} in log-probability (effects up to {max_effect:.2g})"
+    return SharedPrefixEngine(backbone), SelfCheck("shared_prefix", error, max_effect, reason)
+
+
+def _reference(backbone: Backbone, check: SelfCheck) -> tuple[Engine, SelfCheck]:
+    log.warning("%s; using the reference engine, which is exact and slower", check.reason)
+    return ReferenceEngine(backbone), check
+
+
+def _sample(backbone: Backbone) -> tuple[list[HeadId], list[int]]:
+    """Heads over the whole depth, first and last layer among them, and the first, middle and last layer."""
+    n_layers, n_heads = backbone.arch.n_layers, backbone.arch.n_heads
+    rng = random.Random(0)
+    chosen = {round(i * (n_layers - 1) / (N_HEADS - 1)) for i in range(N_HEADS)}
+    heads = [HeadId(layer, rng.randrange(n_heads)) for layer in sorted(chosen)]
+    return heads, sorted({0, n_layers // 2, n_layers - 1})
+
+
+def _direction(backbone: Backbone, activations: torch.Tensor) -> torch.Tensor:
+    """A residual-stream vector of natural size: what the heads of the middle layer would write."""
+    layer = backbone.arch.n_layers // 2
+    parts = [backbone.arch.project_head(layer, head, activations[layer, head]) for head in range(backbone.arch.n_heads)]
+    return torch.stack(parts).sum(0).float()
+
+
+def _naive(
+    backbone: Backbone,
+    prompts: Prompts,
+    targets: Sequence[int],
+    replacement: torch.Tensor,
+    heads: list[HeadId],
+    vector: torch.Tensor,
+    layers: list[int],
+) -> Effects:
+    base, edited = [], []
+    with backbone.running(tf32=False):
+        for prompt, target in zip(prompts, targets, strict=True):
+            base.append(naive_baseline(backbone, prompt, target))
+            patched = [
+                naive_head_patch(backbone, prompt, target, head, replacement[head.layer, head.head]) for head in heads
+            ]
+            injected = [naive_injection(backbone, prompt, target, layer, vector) for layer in layers]
+            edited.append(TokenScores.cat([*patched, *injected])[None])
+    return Effects(base=TokenScores.cat(base), edited=TokenScores.cat(edited))
+
+
+def _check_readout(backbone: Backbone, prompts: Prompts, targets: Sequence[int], truth: Effects) -> None:
+    """The model's own logits against relfv's read-out, which both engines share and so cannot judge.
+
+    Raises RunError: with an unknown last step no engine would be right.
+    """
+    for index, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
+        with backbone.running(tf32=False):
+            ids = torch.tensor([list(prompt)], device=backbone.device)
+            logits = backbone.model(input_ids=ids, use_cache=False).logits[0, -1].float()
+        gap = abs(float(logits.log_softmax(-1)[target]) - float(truth.base.logprob[index]))
+        if not gap <= TOLERANCE:
+            raise RunError(
+                f"{type(backbone.model).__name__} turns hidden states into logits in a way relfv does not know "
+                f"(log-probabilities differ by {gap:.2g}); this model cannot be measured correctly"
+            )
+
+
+def _difference(found: Effects, truth: Effects, columns: slice) -> float:
+    """Largest |difference| in log-probability; NaN counts as infinite."""
+    gaps = torch.cat(
+        [
+            (found.base.logprob - truth.base.logprob).abs().flatten(),
+            (found.edited.logprob - truth.edited[:, columns].logprob).abs().flatten(),
+        ]
+    )
+    return float(gaps.nan_to_num(nan=torch.inf).max())

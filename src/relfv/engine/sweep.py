@@ -1,0 +1,204 @@
+"""The shared-prefix engine: every single-head patch of a prompt in one pass over its last token.
+
+The published way runs one full forward per (trial, layer, head): 25 x 32 x 32 = 25,600 of them for an 8B model (Todd
+et al. 2024, section 2.3). But an intervention at the last token changes no key or value of an earlier token, in any
+layer. So the earlier tokens are run once, their keys and values kept, and the last token alone goes through the
+layers with all its patched versions beside it as extra tokens *of the same position*:
+
+1. prefill: keys and values of tokens 0..n-2 of each prompt, by the model's own attention;
+2. before block l the token axis grows by one copy of the unpatched token for each head of layer l; at the input of
+   the output projection copy h gets head h's slice overwritten. Each copy attends to its prompt's prefix and to
+   itself, never to another copy (attention.py), so it sees exactly what a forward pass of its own would see;
+3. all copies go through the final norm and the vocabulary.
+
+Copy 0 is the unpatched baseline, computed by the same kernels in the same batch, so that a patch which changes
+nothing measures as nothing. Injection is the same pass with another edit: after block l the axis grows by
+copy 0 + vector. The model's own modules do all the work, driven by hooks; what makes this exact is causality alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from relfv.engine.attention import Prefix, attending_to
+from relfv.engine.base import Backbone, Prompts, pad_right, prompt_chunks
+from relfv.engine.hooks import editing_inputs, editing_outputs
+from relfv.engine.readout import read_targets
+from relfv.errors import RunError
+from relfv.types import Effects, HeadId, TokenScores
+
+log = logging.getLogger(__name__)
+
+_CPU_BUDGET = 2 << 30
+
+
+@dataclass
+class SharedPrefixEngine:
+    """See the module's text."""
+
+    backbone: Backbone
+    tf32: bool = True
+    """False for the self-check, which compares in strict float32."""
+    name = "shared_prefix"
+
+    def sweep_heads(
+        self, prompts: Prompts, targets: Sequence[int], replacement: torch.Tensor, heads: Sequence[HeadId]
+    ) -> Effects:
+        by_layer: dict[int, list[int]] = {}
+        for head in heads:
+            by_layer.setdefault(head.layer, []).append(head.head)
+        replacement = replacement.to(self.backbone.device)
+        return self._in_chunks(
+            prompts, targets, len(heads), lambda: _head_patches(self.backbone, by_layer, replacement)
+        )
+
+    def inject(
+        self, prompts: Prompts, targets: Sequence[int], vectors: torch.Tensor, layers: Sequence[int]
+    ) -> Effects:
+        vectors = vectors.to(self.backbone.device)
+        n_copies = len(layers) * len(vectors)
+        return self._in_chunks(
+            prompts, targets, n_copies, lambda: _residual_additions(self.backbone, layers, vectors)
+        )
+
+    def _in_chunks(
+        self,
+        prompts: Prompts,
+        targets: Sequence[int],
+        n_edits: int,
+        edit: Callable[[], AbstractContextManager[None]],
+    ) -> Effects:
+        """Run as many prompts at a time as fit; after an out-of-memory error go on with half as many."""
+        size = min(len(prompts), self._prompts_that_fit(prompts, n_edits))
+        while True:
+            try:
+                scores = [
+                    self._pass(prompts[part], targets[part], n_edits, edit)
+                    for part in prompt_chunks(prompts, size)
+                ]
+                break
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise RunError(
+                        "out of memory with one prompt at a time; free memory on the device, or use "
+                        "--precision fast, --quant 8bit or a larger device"
+                    ) from None
+                size = max(1, size // 2)
+                torch.cuda.empty_cache()
+                log.warning("out of memory: going on with %d prompts at a time", size)
+        joined = TokenScores.cat(scores)
+        return Effects(base=joined[:, 0], edited=joined[:, 1:])
+
+    def _pass(
+        self,
+        prompts: Prompts,
+        targets: Sequence[int],
+        n_edits: int,
+        edit: Callable[[], AbstractContextManager[None]],
+    ) -> TokenScores:
+        """Fields (N, 1 + n_edits); column 0 is the baseline."""
+        with self.backbone.running(tf32=self.tf32):
+            prefix = prefill(self.backbone, prompts)
+            with attending_to(prefix, self.backbone), edit():
+                hidden = _run_last_tokens(self.backbone, prompts, prefix)
+            if hidden.shape[1] != 1 + n_edits:
+                raise RunError(f"the pass ended with {hidden.shape[1]} copies of the last token, not {1 + n_edits}")
+            return read_targets(self.backbone, hidden, targets)
+
+    def _prompts_that_fit(self, prompts: Prompts, n_edits: int) -> int:
+        """Prompts a pass, from the memory above the weights; a function of shapes and the device, not of the moment,
+        where it can be: batch shapes change low-order bits, and a resumed run must give the same bytes."""
+        arch, bytes_each = self.backbone.arch, 4
+        rows = 1 + n_edits
+        per_row = 3 * self.backbone.intermediate_size() + 6 * arch.resid_dim + 3 * arch.n_heads * arch.head_dim
+        longest = max(len(prompt) for prompt in prompts)
+        per_prompt = bytes_each * (rows * per_row + 3 * rows * arch.n_heads * longest)
+        return max(1, self._budget() // per_prompt)
+
+    def _budget(self) -> int:
+        if self.backbone.device.type != "cuda":
+            return _CPU_BUDGET
+        device = self.backbone.device
+        total = torch.cuda.get_device_properties(device).total_memory
+        widened = max(
+            sum(p.numel() for p in unit.parameters()) for unit in [*self.backbone.arch.blocks, self.backbone.arch.lm_head]
+        )
+        return max(1 << 30, int(0.9 * total) - torch.cuda.memory_allocated(device) - 4 * widened - (4 << 30))
+
+
+def prefill(backbone: Backbone, prompts: Prompts) -> Prefix:
+    """Run all but the last token of each prompt and keep what later tokens can see of them.
+
+    Raises RunError for a prompt of fewer than two tokens, which has no prefix.
+    """
+    if min(len(prompt) for prompt in prompts) < 2:
+        raise RunError("a prompt has a single token; the shared-prefix engine needs at least two")
+    ids, mask, lengths = pad_right([prompt[:-1] for prompt in prompts], backbone.device)
+    # A DynamicCache made from a config lets sliding-window layers drop keys; this one keeps all of them, and the
+    # window is applied where it belongs, in the attention of the last token.
+    cache = DynamicCache()
+    backbone.decoder(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+    keys, values = zip(*(_cached(cache, layer) for layer in range(backbone.arch.n_layers)), strict=True)
+    return Prefix(keys=keys, values=values, lengths=lengths)
+
+
+def _cached(cache: Any, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    if hasattr(cache, "layers"):
+        return cache.layers[layer].keys, cache.layers[layer].values
+    return cache.key_cache[layer], cache.value_cache[layer]
+
+
+def _run_last_tokens(backbone: Backbone, prompts: Prompts, prefix: Prefix) -> torch.Tensor:
+    """The pass over the last token and its copies: -> (N, 1 + copies, resid_dim), final and normed."""
+    last = torch.tensor([[prompt[-1]] for prompt in prompts], device=backbone.device)
+    positions = {"position_ids": prefix.lengths[:, None]} if backbone.takes_position_ids() else {}
+    hidden = backbone.decoder(input_ids=last, use_cache=False, **positions)[0]
+    # GPT-2's family folds the grown token axis into the batch at its end; prompt-major order is kept.
+    return hidden.reshape(len(prompts), -1, backbone.arch.resid_dim)
+
+
+def _head_patches(
+    backbone: Backbone, by_layer: dict[int, list[int]], replacement: torch.Tensor
+) -> AbstractContextManager[None]:
+    """Before block l: one copy of the unpatched token for each head of ``by_layer[l]``; then overwrite its slice."""
+    arch = backbone.arch
+
+    def grower(count: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda hidden: torch.cat([hidden, hidden[:, :1].expand(-1, count, -1)], dim=1)
+
+    def patcher(layer: int, heads: list[int]) -> Callable[[torch.Tensor], torch.Tensor]:
+        index = torch.tensor(heads, device=backbone.device)
+        new_values = replacement[layer, index]
+
+        def patch(z: torch.Tensor) -> torch.Tensor:
+            n, copies, width = z.shape
+            z = z.reshape(n, copies, arch.n_heads, arch.head_dim).clone()
+            own = torch.arange(copies - len(heads), copies, device=z.device)
+            z[:, own, index] = new_values.to(z.dtype)
+            return z.view(n, copies, width)
+
+        return patch
+
+    edits: list[tuple[Any, Callable[[torch.Tensor], torch.Tensor | None]]] = []
+    for layer, heads in by_layer.items():
+        edits.append((arch.blocks[layer], grower(len(heads))))
+        edits.append((arch.out_projs[layer], patcher(layer, heads)))
+    return editing_inputs(edits)
+
+
+def _residual_additions(
+    backbone: Backbone, layers: Sequence[int], vectors: torch.Tensor
+) -> AbstractContextManager[None]:
+    """After block l: one copy of the untouched token + vector for each vector."""
+
+    def add(hidden: torch.Tensor) -> torch.Tensor:
+        return torch.cat([hidden, hidden[:, :1] + vectors.to(hidden.dtype)[None]], dim=1)
+
+    return editing_outputs([(backbone.arch.blocks[layer], add) for layer in layers])

@@ -1,0 +1,19 @@
+"""The errors a user may see, each one line: what, where, what was found, what was expected, the remedy."""
+
+
+class RelfvError(Exception):
+    """Base of all errors that relfv explains itself. ``exit_code`` is the status of the process."""
+
+    exit_code = 1
+
+
+class InputError(RelfvError):
+    """Something given to relfv is wrong: a flag, a file, a model, a setting. Nothing was computed."""
+
+    exit_code = 2
+
+
+class RunError(RelfvError):
+    """The input was accepted and the run failed. What was computed before is on disk."""
+
+    exit_code = 1

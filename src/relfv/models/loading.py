@@ -1,0 +1,204 @@
+"""Open a causal language model: the demo model, a local folder, the Hugging Face cache, or the hub if there is one.
+
+All four go through ``AutoModelForCausalLM.from_pretrained``; ``demo`` is the name of a folder inside this package.
+Code from a checkpoint is never run unless the user says ``--trust_remote_code``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from relfv.errors import InputError
+from relfv.models.families import Architecture, resolve
+from relfv.models.identity import folder_identity
+from relfv.models.tokens import Tokens
+
+log = logging.getLogger(__name__)
+
+DEMO = "demo"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+QUANTS = ("none", "8bit", "4bit")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model as it came from disk, with its parts found."""
+
+    model: Any
+    """The transformers model, in eval mode, without gradients."""
+    tokens: Tokens
+    arch: Architecture
+    device: torch.device
+    dtype: str
+    """dtype of the stored weights, e.g. ``bfloat16``."""
+
+
+def load_checkpoint(
+    name: str,
+    spec: str,
+    *,
+    device: str,
+    dtype: str,
+    quant: str,
+    quant_compute: torch.dtype,
+    trust_remote_code: bool,
+) -> Checkpoint:
+    """Load tokenizer and weights and find the parts that ``spec`` names.
+
+    ``quant_compute`` is the dtype in which 4-bit layers compute. Raises InputError if the model cannot be found or
+    read, the spec does not fit it, or the device cannot do what is asked.
+    """
+    place = choose_device(device)
+    source = model_source(name)
+    tokenizer = _load_tokenizer(source, name, trust_remote_code)
+    model = _load_weights(source, name, place, dtype, quant, quant_compute, trust_remote_code)
+    arch = resolve(model, spec)
+    for note in arch.notes:
+        log.warning("%s", note)
+    stored = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    return Checkpoint(model, Tokens(tokenizer), arch, place, str(stored).removeprefix("torch."))
+
+
+def choose_device(device: str) -> torch.device:
+    """``auto`` is CUDA if there is one, else the CPU. Raises InputError for a device that is not there."""
+    if device == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise InputError(
+            f"--device {device!r}: not a device; expected auto, cpu, cuda, cuda:<n> or mps"
+        ) from None
+    if chosen.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (chosen.index or 0) >= count:
+            raise InputError(
+                f"--device {device!r}: this machine has {count} usable CUDA device(s); use --device cpu, or a PyTorch "
+                "build and driver that see your GPU (python -c 'import torch; print(torch.cuda.is_available())')"
+            )
+        return torch.device("cuda", chosen.index or 0)
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError(f"--device {device!r}: no Metal device on this machine; use --device cpu")
+    if chosen.type not in ("cpu", "mps"):
+        raise InputError(f"--device {device!r}: expected auto, cpu, cuda, cuda:<n> or mps")
+    return chosen
+
+
+def model_source(name: str) -> str:
+    """Where ``from_pretrained`` finds the model: a folder, or a hub id. Raises InputError for a path that is missing."""
+    if name == DEMO:
+        return str(Path(__file__).with_name("demo"))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"--model {name!r}: the folder has no config.json; expected a Hugging Face model folder")
+        return str(path)
+    if path.exists():
+        raise InputError(f"--model {name!r}: is a file; expected a Hugging Face model folder or a hub id")
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or not name
+    if looks_like_path:
+        raise InputError(f"--model {name!r}: no such folder; expected a model folder, a hub id or 'demo'")
+    return name
+
+
+def model_identity(name: str) -> str:
+    """What the fingerprint knows the model by: a content hash of a folder, or hub id and revision. Opens no weights."""
+    source = model_source(name)
+    if Path(source).is_dir():
+        return f"folder-sha256:{folder_identity(Path(source))}"
+    revision = cached_revision(source)
+    return f"hub:{source}@{revision or 'unresolved'}"
+
+
+def cached_revision(repo_id: str) -> str | None:
+    """The commit that the local Hugging Face cache holds of ``repo_id``, if any."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repo_id, "config.json")
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
+def _load_tokenizer(source: str, name: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except Exception as problem:  # transformers raises many kinds for an unreadable folder; all mean bad input
+        raise _unreadable(name, "tokenizer", problem) from problem
+
+
+def _load_weights(
+    source: str,
+    name: str,
+    place: torch.device,
+    dtype: str,
+    quant: str,
+    quant_compute: torch.dtype,
+    trust_remote_code: bool,
+) -> Any:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as hf_logging
+
+    # transformers' own weight-loading bar would scroll through log files; relfv says how long opening took.
+    hf_logging.disable_progress_bar()
+    options: dict[str, Any] = {"torch_dtype" if _old_transformers() else "dtype": _torch_dtype(dtype)}
+    options["device_map"] = {"": str(place)}
+    if quant != "none":
+        options["quantization_config"] = _quantization(quant, place, quant_compute)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+    except torch.OutOfMemoryError:
+        raise InputError(
+            f"--model {name!r} does not fit on {place}; use --dtype bf16, --quant 8bit or 4bit, or a larger device"
+        ) from None
+    except Exception as problem:  # likewise: missing, damaged or unknown checkpoints come as many kinds
+        raise _unreadable(name, "model", problem) from problem
+    return model.eval().requires_grad_(False)
+
+
+def _torch_dtype(dtype: str) -> Any:
+    name = DTYPE_ALIASES.get(dtype, dtype)
+    if name == "auto":
+        return "auto"
+    if name not in DTYPES:
+        raise InputError(f"--dtype {dtype!r}: expected auto, {', '.join([*DTYPES, *DTYPE_ALIASES])}")
+    return DTYPES[name]
+
+
+def _quantization(quant: str, place: torch.device, compute: torch.dtype) -> Any:
+    """Config for bitsandbytes. Raises InputError with the install command where it is absent or cannot run."""
+    try:
+        import bitsandbytes  # type: ignore[import-not-found]  # noqa: F401
+    except ImportError:
+        raise InputError(
+            f"--quant {quant}: needs bitsandbytes, which is not installed; run: pip install 'relfv[quant]'"
+        ) from None
+    if place.type != "cuda":
+        raise InputError(f"--quant {quant}: bitsandbytes needs a CUDA device, this run is on {place}; use --quant none")
+    from transformers import BitsAndBytesConfig
+
+    if quant == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+
+
+def _old_transformers() -> bool:
+    import transformers
+
+    return int(transformers.__version__.split(".")[0]) < 5
+
+
+def _unreadable(name: str, what: str, problem: Exception) -> InputError:
+    first_line = str(problem).strip().split("\n")[0] or type(problem).__name__
+    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+    return InputError(
+        f"--model {name!r}: cannot open its {what}{offline}: {first_line}; "
+        "expected a Hugging Face model folder, a model in the local cache or on the hub, or 'demo'"
+    )

@@ -1,0 +1,68 @@
+"""Words to token ids, and the one question first-token scoring depends on: which token comes first in the answer?
+
+BOS is exactly what the tokenizer adds by default: once, or not at all. The space before an answer belongs to the
+answer's token (" egg"), so prompts are tokenised without a trailing space.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from relfv.errors import InputError
+from relfv.types import Target
+
+
+class Tokens:
+    """A tokenizer with relfv's conventions."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        # Some tokenizers close every text with a token of their own (EOS). The model must read the prompt's last
+        # token, not that one, so whatever is added after the text is cut off.
+        plain = self._ids("a", special=False)
+        decorated = self._ids("a", special=True)
+        self._n_suffix = 0
+        for start in range(len(decorated) - len(plain) + 1):
+            if decorated[start : start + len(plain)] == plain:
+                self._n_suffix = len(decorated) - start - len(plain)
+
+    def encode(self, prompt: str) -> list[int]:
+        """Token ids of a prompt, with the tokenizer's own BOS if it has one.
+
+        A trailing space is dropped: ``Q: x\\nA: `` is fed as ``Q: x\\nA:``.
+        """
+        ids = self._ids(fed_text(prompt), special=True)
+        return ids[: len(ids) - self._n_suffix] if self._n_suffix else ids
+
+    def target(self, prompt: str, answer: str) -> Target:
+        """First token and all tokens of ``answer`` after ``prompt``, from tokenising the two together.
+
+        The prompt's ids must be a prefix of the joint ids, element by element; where the tokenizer merges across the
+        boundary the answer is tokenised alone and ``Target.joint`` is False. Raises InputError for an answer that
+        gives no token.
+        """
+        prompt_ids = self.encode(prompt)
+        joint_ids = self.encode(fed_text(prompt) + " " + answer)
+        joint = joint_ids[: len(prompt_ids)] == prompt_ids
+        answer_ids = joint_ids[len(prompt_ids) :] if joint else self._ids(" " + answer, special=False)
+        if not answer_ids:
+            raise InputError(f"the answer {answer!r} gives no token after {fed_text(prompt)[-40:]!r}")
+        return Target(first_token_id=answer_ids[0], answer_ids=tuple(answer_ids), joint=joint)
+
+    def text(self, token_id: int) -> str:
+        """The text of one token."""
+        return self.tokenizer.decode([token_id])
+
+    def self_check_prompts(self) -> list[list[int]]:
+        """Two prompts of different length, alike to real ones, for the engine's self-check."""
+        words = ["up", "down", "hot", "cold", "day", "night", "old", "new", "left", "right", "big", "small"]
+        pairs = [f"Q: {a}\nA: {b}\n\n" for a, b in zip(words, words[1:], strict=False)]
+        return [self.encode("".join(pairs) + "Q: in\nA:"), self.encode(pairs[0] + "Q: high\nA:")]
+
+    def _ids(self, text: str, *, special: bool) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=special).input_ids)
+
+
+def fed_text(prompt: str) -> str:
+    """The text that is really fed to the model: the prompt without the space that belongs to the answer."""
+    return prompt.removesuffix(" ")

@@ -1,0 +1,69 @@
+"""Causal indirect effect of every head (Todd et al. 2024, eq. 3), and its mean over trials."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from relfv.engine.language_model import LanguageModel
+from relfv.errors import InputError
+from relfv.types import HeadEffects, HeadId, MeanActivations, ScoredHead, TokenScores
+
+MEASURES = ("p", "logit", "logprob")
+SCORE_KEYS = tuple(f"mean_{kind}delta_{m}" for kind in ("", "abs_") for m in MEASURES)
+"""What heads may be ranked by."""
+LAYER_SCORE_KEYS = tuple(f"mean_delta_{m}" for m in MEASURES)
+
+
+def head_effects(
+    model: LanguageModel,
+    corrupted_prompts: Sequence[str],
+    target_ids: Sequence[int],
+    means: MeanActivations,
+    heads: Sequence[HeadId],
+) -> HeadEffects:
+    """On each corrupted prompt set each head, one at a time, to its clean mean and score the target.
+
+    Raises InputError if ``means`` is of another shape than the model's heads.
+    """
+    arch = model.arch
+    shape = (arch.n_layers, arch.n_heads, arch.head_dim)
+    if tuple(means.values.shape) != shape:
+        raise InputError(f"clean means of shape {tuple(means.values.shape)} do not fit {model.name}, which has {shape}")
+    ids = [model.tokens.encode(prompt) for prompt in corrupted_prompts]
+    ordered = tuple(sorted(heads))
+    return HeadEffects(ordered, model.engine.sweep_heads(ids, target_ids, means.values, ordered))
+
+
+def measures(scores: TokenScores) -> dict[str, np.ndarray]:
+    """``p``, ``logit`` and ``logprob`` as float64 arrays of the scores' shape."""
+    return {
+        "p": scores.p.numpy(),
+        "logit": scores.logit.double().numpy(),
+        "logprob": scores.logprob.double().numpy(),
+    }
+
+
+def score_heads(effects: HeadEffects) -> list[ScoredHead]:
+    """Per head and measure m: mean, population standard deviation and mean absolute value of delta_m over trials,
+    and the means of m without and with the patch."""
+    base, patched = measures(effects.effects.base), measures(effects.effects.edited)
+    columns: dict[str, np.ndarray] = {}
+    for m in MEASURES:
+        delta = patched[m] - base[m][:, None]
+        columns[f"mean_delta_{m}"] = delta.mean(0)
+        columns[f"std_delta_{m}"] = delta.std(0)
+        columns[f"mean_abs_delta_{m}"] = np.abs(delta).mean(0)
+        columns[f"mean_{m}_base"] = np.full(delta.shape[1], base[m].mean())
+        columns[f"mean_{m}_patch"] = patched[m].mean(0)
+    n_trials = len(base["p"])
+    return [
+        ScoredHead(head, {name: float(values[i]) for name, values in columns.items()}, n_trials)
+        for i, head in enumerate(effects.heads)
+    ]
+
+
+def rank_heads(scored: Sequence[ScoredHead], score_key: str) -> list[ScoredHead]:
+    """Best first; equal scores by layer, then head."""
+    return sorted(scored, key=lambda head: (-head.scores[score_key], head.id))

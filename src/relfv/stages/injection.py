@@ -1,0 +1,52 @@
+"""Adding the function vector to the residual stream at the last token (Todd et al. 2024, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from relfv.engine.language_model import LanguageModel
+from relfv.errors import InputError, RunError
+from relfv.types import Effects
+
+
+class InjectionSweep:
+    """Hidden state after block l, last token, += alpha * FV, for any layer l, on one set of prompts.
+
+    All layers cost little more than one (they share the prefix and the batch), so the first layer asked for computes
+    all, and a single layer gives the same bits alone as in a loop over all of them.
+    """
+
+    def __init__(
+        self, model: LanguageModel, prompts: Sequence[str], target_ids: Sequence[int], fv: torch.Tensor, alpha: float
+    ) -> None:
+        if tuple(fv.shape) != (model.arch.resid_dim,):
+            raise InputError(
+                f"a function vector of shape {tuple(fv.shape)} does not fit {model.name}, whose residual stream has "
+                f"{model.arch.resid_dim} dimensions"
+            )
+        self._model, self._targets = model, list(target_ids)
+        self._ids = [model.tokens.encode(prompt) for prompt in prompts]
+        self._vector = alpha * fv.float()
+        self._all: Effects | None = None
+
+    def at_layer(self, edit_layer: int) -> Effects:
+        """Effects with fields (prompt,) without and (prompt, 1) with the vector at ``edit_layer``.
+
+        Raises InputError for a layer the model does not have, RunError if a vector that is not zero changed nothing.
+        """
+        n_layers = self._model.arch.n_layers
+        if not 0 <= edit_layer < n_layers:
+            raise InputError(f"--edit_layer {edit_layer}: {self._model.name} has layers 0 to {n_layers - 1}")
+        if self._all is None:
+            self._all = self._model.engine.inject(
+                self._ids, self._targets, self._vector[None], list(range(n_layers))
+            )
+        effects = Effects(base=self._all.base, edited=self._all.edited[:, edit_layer : edit_layer + 1])
+        if self._vector.any() and torch.equal(effects.edited.logit[:, 0], effects.base.logit):
+            raise RunError(
+                f"injecting at layer {edit_layer} changed no logit of any prompt although the vector is not zero: "
+                "the edit did not reach the model"
+            )
+        return effects

@@ -1,0 +1,151 @@
+"""The values that flow between stages: frozen, with every tensor's shape and unit named.
+
+Axes: ``trial`` T, ``layer`` L, ``head`` H, ``prompt`` N; everything is read at the last prompt token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, order=True)
+class HeadId:
+    """One attention head. Layers and heads count from 0. Sorts by layer, then head."""
+
+    layer: int
+    head: int
+
+
+@dataclass(frozen=True)
+class WordPair:
+    """One row of the relation CSV: ``output`` is the right answer to ``input``."""
+
+    input: str
+    output: str
+
+
+@dataclass(frozen=True)
+class Relation:
+    """All pairs of one q_id, in file order. Row indices count from 0 within the q_id."""
+
+    q_id: str
+    pairs: tuple[WordPair, ...]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One frozen trial: a query and its demonstrations, clean and with corrupted labels."""
+
+    q_id: str
+    trial_id: str
+    trial_idx: int
+    query: WordPair
+    query_source_index: int
+    demo_source_indices: tuple[int, ...]
+    demos_clean: tuple[WordPair, ...]
+    demos_corrupted: tuple[WordPair, ...]
+    n_labels_in_place: int
+    """Demos whose corrupted label is still the right one (0 whenever a derangement by value exists)."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a prompt is scored on: the first token of the answer (Todd et al. 2024, section 2)."""
+
+    first_token_id: int
+    answer_ids: tuple[int, ...]
+    joint: bool
+    """True if the ids come from tokenising prompt + answer together with the prompt's own ids as a prefix. False if
+    the tokenizer merges across that boundary; then the answer was tokenised on its own, and the snapshot says so."""
+
+
+@dataclass(frozen=True)
+class PromptedTrial:
+    """A trial with its two prompts (no trailing space) and its target."""
+
+    trial: Trial
+    clean_prompt: str
+    corrupted_prompt: str
+    target: Target
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """How a model scores one target token in each of a set of forward passes; all tensors share one shape, on the CPU."""
+
+    logit: torch.Tensor
+    """float32, raw logit of the target token."""
+    logprob: torch.Tensor
+    """float32, natural-log probability of the target token from a float32 log-softmax."""
+    top_id: torch.Tensor
+    """int64, the most probable token."""
+
+    @property
+    def p(self) -> torch.Tensor:
+        """float64 probability of the target token."""
+        return self.logprob.double().exp()
+
+    def __getitem__(self, index: Any) -> TokenScores:
+        """The same index taken of every field."""
+        return TokenScores(self.logit[index], self.logprob[index], self.top_id[index])
+
+    @staticmethod
+    def cat(parts: list[TokenScores]) -> TokenScores:
+        """Join parts along the first axis."""
+        return TokenScores(
+            logit=torch.cat([part.logit for part in parts]),
+            logprob=torch.cat([part.logprob for part in parts]),
+            top_id=torch.cat([part.top_id for part in parts]),
+        )
+
+
+@dataclass(frozen=True)
+class Effects:
+    """Scores without an intervention and with each of C interventions, from the same batch and the same kernels."""
+
+    base: TokenScores
+    """shape (N,)."""
+    edited: TokenScores
+    """shape (N, C)."""
+
+
+@dataclass(frozen=True)
+class MeanActivations:
+    """Mean clean activation of every head (Todd et al. 2024, eq. 2: the conditioned mean a-bar)."""
+
+    values: torch.Tensor
+    """float32 (layer, head, head_dim): mean over clean prompts of the output projection's input at the last token."""
+    n_prompts: int
+
+
+@dataclass(frozen=True)
+class HeadEffects:
+    """Causal indirect effect of each swept head on each trial (Todd et al. 2024, eq. 3)."""
+
+    heads: tuple[HeadId, ...]
+    """The C swept heads, by layer then head: the second axis of ``effects.edited``."""
+    effects: Effects
+    """base (trial,), edited (trial, head): target scores on the corrupted prompt, unpatched and patched."""
+
+
+@dataclass(frozen=True)
+class ScoredHead:
+    """One head with its mean scores over trials, as in a row of cie_scores.csv / aie_scores.csv."""
+
+    id: HeadId
+    scores: dict[str, float]
+    n_trials: int
+
+
+@dataclass(frozen=True)
+class FunctionVector:
+    """The sum of the selected heads' mean outputs in the residual stream (Todd et al. 2024, eq. 5)."""
+
+    total: torch.Tensor
+    """float32 (resid_dim,)."""
+    by_layer: dict[int, torch.Tensor]
+    """layer -> float32 (resid_dim,): the part that this layer's selected heads contribute; the parts sum to total."""
+    heads: tuple[HeadId, ...]
