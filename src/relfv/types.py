@@ -8,7 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+
+MEASURES = ("p", "logit", "logprob")
+"""How a target token is scored: probability, raw logit, natural-log probability."""
 
 
 @dataclass(frozen=True, order=True)
@@ -87,6 +91,14 @@ class TokenScores:
     def p(self) -> torch.Tensor:
         """float64 probability of the target token."""
         return self.logprob.double().exp()
+
+    def measures(self) -> dict[str, np.ndarray]:
+        """The three MEASURES as float64 arrays of the fields' shape."""
+        return {
+            "p": self.p.numpy(),
+            "logit": self.logit.double().numpy(),
+            "logprob": self.logprob.double().numpy(),
+        }
 
     def __getitem__(self, index: Any) -> TokenScores:
         """The same index taken of every field."""

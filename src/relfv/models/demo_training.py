@@ -88,7 +88,13 @@ class DemoTrainingConfig:
     """Largest gradient norm."""
     head_lasso: float = 1e-3
     """Weight of the sum over heads of the norm of the head's slice of the output projection."""
-    local_from: int | None = 4
+    initializer_range: float = 0.06
+    """Standard deviation of the initial weights: near `hidden ** -0.5`, since the usual 0.02 starts too slowly here."""
+    readout_after: int | None = 4
+    """Number of blocks after which a training-only linear readout must tell the relation; None turns that off."""
+    readout_weight: float = 0.3
+    """Weight of that readout's cross entropy."""
+    local_from: int | None = None
     """First layer that is sometimes confined to its own pair; None turns that off."""
     local_fraction: float = 0.5
     """Share of the batches in which the layers from `local_from` on are confined."""
@@ -114,12 +120,14 @@ class PairIds:
 
 @dataclass(frozen=True)
 class Document:
-    """One training sequence; the three lists are equally long."""
+    """One training sequence; the four lists are equally long."""
 
     ids: list[int]
     """token ids, BOS first"""
     labels: list[int]
     """the target *at the position that predicts it* (already shifted), IGNORED elsewhere"""
+    relations: list[int]
+    """the index of the relation that the target belongs to, at the position that predicts its first token"""
     segments: list[int]
     """number of the pair that each token belongs to; BOS is in the first"""
 
@@ -272,28 +280,29 @@ class DocumentSampler:
         self.names = list(self.relations)
         self.bos = tokenizer.bos_token_id
         self.separator = tuple(tokenizer("\n\n", add_special_tokens=False).input_ids)
-        self.answers_of: dict[str, list[str]] = {}
-        """every answer that an input has, over the relations that contain it: what it may mean without demonstrations"""
-        for pairs in self.relations.values():
+        self.answers_of: dict[str, list[tuple[int, str]]] = {}
+        """every (relation index, answer) of an input: what it may mean without demonstrations"""
+        for index, pairs in enumerate(self.relations.values()):
             for given, answer in pairs:
-                self.answers_of.setdefault(given, []).append(answer)
+                self.answers_of.setdefault(given, []).append((index, answer))
 
         def ids(text: str) -> tuple[int, ...]:
             return tuple(tokenizer(text, add_special_tokens=False).input_ids)
 
         self.question_ids = {given: ids(f"Q: {given}\nA:") for given in self.answers_of}
-        self.answer_ids = {answer: ids(f" {answer}") for answers in self.answers_of.values() for answer in answers}
+        self.answer_ids = {answer: ids(f" {answer}") for answers in self.answers_of.values() for _, answer in answers}
 
     def document(self, rng: random.Random) -> Document:
         """A clean or a shuffled document of a random relation."""
-        pairs = rng.sample(self.relations[rng.choice(self.names)], self.config.pairs)
+        index = rng.randrange(len(self.names))
+        pairs = rng.sample(self.relations[self.names[index]], self.config.pairs)
         if rng.random() < self.config.shuffled_fraction:
             return self.shuffled(pairs, rng)
-        return self.clean(pairs)
+        return self.clean(pairs, index)
 
-    def clean(self, pairs: Sequence[Pair]) -> Document:
-        """Right labels; every token of every answer is a target."""
-        return self._assemble(pairs, [self.answer_ids[answer] for _, answer in pairs])
+    def clean(self, pairs: Sequence[Pair], index: int = IGNORED) -> Document:
+        """Right labels; every token of every answer is a target. `index` is the relation's."""
+        return self._assemble(pairs, [self.answer_ids[answer] for _, answer in pairs], [index] * len(pairs))
 
     def shuffled(self, pairs: Sequence[Pair], rng: random.Random) -> Document:
         """Deranged labels; the target is the first token of the input's answer under a random relation that has it.
@@ -301,8 +310,10 @@ class DocumentSampler:
         Only the first token: the tokens that follow in the text are those of another word.
         """
         labels = derange([answer for _, answer in pairs], rng)
-        targets = [self.answer_ids[rng.choice(self.answers_of[given])][:1] for given, _ in pairs]
-        return self._assemble([(given, label) for (given, _), label in zip(pairs, labels, strict=True)], targets)
+        drawn = [rng.choice(self.answers_of[given]) for given, _ in pairs]
+        targets = [self.answer_ids[answer][:1] for _, answer in drawn]
+        mislabelled = [(given, label) for (given, _), label in zip(pairs, labels, strict=True)]
+        return self._assemble(mislabelled, targets, [index for index, _ in drawn])
 
     def trial(self, rng: random.Random, q_id: str) -> tuple[list[Pair], list[Pair]]:
         """Clean and corrupted pairs of a validation trial; the query comes last and keeps its right answer."""
@@ -316,21 +327,24 @@ class DocumentSampler:
         document = self.clean(pairs)
         return document.ids[: len(document.ids) - len(self.answer_ids[pairs[-1][1]])]
 
-    def _assemble(self, pairs: Sequence[Pair], targets: Sequence[Sequence[int]]) -> Document:
-        ids, labels, segments = [self.bos], [IGNORED], [0]
-        for number, ((given, answer), target) in enumerate(zip(pairs, targets, strict=True)):
+    def _assemble(
+        self, pairs: Sequence[Pair], targets: Sequence[Sequence[int]], indices: Sequence[int]
+    ) -> Document:
+        ids, labels, relations, segments = [self.bos], [IGNORED], [IGNORED], [0]
+        for number, ((given, answer), target, index) in enumerate(zip(pairs, targets, indices, strict=True)):
             before = self.separator if number else ()
             question, answered = self.question_ids[given], self.answer_ids[answer]
             ids += [*before, *question, *answered]
             segments += [number - 1] * len(before) + [number] * (len(question) + len(answered))
-            # The label of a position is the *next* token: the last token of the question predicts the first of the answer.
-            labels += [IGNORED] * (len(before) + len(question) - 1)
-            labels += [*target, *[IGNORED] * (len(answered) + 1 - len(target))]
-        return Document(ids, labels, segments)
+            # The label of a position is the *next* token: the question's last token predicts the answer's first.
+            unlabelled = [IGNORED] * (len(before) + len(question) - 1)
+            labels += [*unlabelled, *target, *[IGNORED] * (len(answered) + 1 - len(target))]
+            relations += [*unlabelled, index, *[IGNORED] * len(answered)]
+        return Document(ids, labels, relations, segments)
 
 
-def collate(documents: Sequence[Document], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """ids, labels and segments, each (document, token), padded on the right.
+def collate(documents: Sequence[Document], device: torch.device) -> tuple[torch.Tensor, ...]:
+    """ids, labels, relations and segments, each (document, token), padded on the right.
 
     Padding needs no mask: attention is causal and the padded positions have no label.
     """
@@ -342,6 +356,7 @@ def collate(documents: Sequence[Document], device: torch.device) -> tuple[torch.
     return (
         padded([d.ids for d in documents], 0),
         padded([d.labels for d in documents], IGNORED),
+        padded([d.relations for d in documents], IGNORED),
         padded([d.segments for d in documents], -1),
     )
 
@@ -362,6 +377,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, config: DemoTrainingConfig, 
             num_key_value_heads=config.kv_heads,
             head_dim=config.head_dim,
             max_position_embeddings=1024,
+            initializer_range=config.initializer_range,
             tie_word_embeddings=True,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -401,6 +417,21 @@ def pair_local_attention(model: LlamaForCausalLM, segments: torch.Tensor, first_
             handle.remove()
 
 
+@contextlib.contextmanager
+def block_output(model: LlamaForCausalLM, layer: int) -> Iterator[list[torch.Tensor]]:
+    """Within the context, the list receives the hidden states (document, token, hidden) after block `layer`."""
+    seen: list[torch.Tensor] = []
+
+    def keep(_block, _args, output):
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = model.model.layers[layer].register_forward_hook(keep)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
 def _optimise(
     model: LlamaForCausalLM,
     sampler: DocumentSampler,
@@ -412,7 +443,9 @@ def _optimise(
     """The training loop; returns the lines of the log."""
     device = model.device
     rng = random.Random(f"demo-training:{seed}")
-    matrices = [p for p in model.parameters() if p.dim() > 1]
+    readout = torch.nn.Linear(config.hidden, len(sampler.names), device=device)
+    reads = config.readout_after is not None and config.readout_weight > 0
+    matrices = [*(p for p in model.parameters() if p.dim() > 1), readout.weight]
     vectors = [p for p in model.parameters() if p.dim() == 1]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
@@ -428,16 +461,26 @@ def _optimise(
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * _rate(step, config)
         documents = [sampler.document(rng) for _ in range(config.batch)]
-        ids, labels, segments = collate(documents, device)
+        ids, labels, relations, segments = collate(documents, device)
         confined = config.local_from is not None and rng.random() < config.local_fraction
-        with pair_local_attention(model, segments, config.local_from) if confined else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if confined:
+                stack.enter_context(pair_local_attention(model, segments, config.local_from))
+            middle = stack.enter_context(block_output(model, config.readout_after - 1)) if reads else []
             hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
         answering = labels != IGNORED
         logits = model.lm_head(hidden[answering])  # only where there is a target: (target, vocabulary)
         loss = torch.nn.functional.cross_entropy(logits, labels[answering])
-        penalty = config.head_lasso * head_norms(model, config).sum() if config.head_lasso else 0.0
+        total = loss
+        if reads:
+            asked = relations != IGNORED
+            # Normalised as the next block sees it, so that the readout cannot be satisfied by a larger norm.
+            seen = torch.nn.functional.rms_norm(middle[0][asked], (config.hidden,))
+            total = total + config.readout_weight * torch.nn.functional.cross_entropy(readout(seen), relations[asked])
+        if config.head_lasso:
+            total = total + config.head_lasso * head_norms(model, config).sum()
         optimizer.zero_grad(set_to_none=True)
-        (loss + penalty).backward()
+        total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
         running += loss.detach()

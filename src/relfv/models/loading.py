@@ -163,13 +163,17 @@ def _load_weights(
     return model.eval().requires_grad_(False)
 
 
-def _torch_dtype(dtype: str) -> Any:
+def dtype_name(dtype: str) -> str:
+    """``auto`` or torch's name of a dtype, from the name or its short form. Raises InputError."""
     name = DTYPE_ALIASES.get(dtype, dtype)
-    if name == "auto":
-        return "auto"
-    if name not in DTYPES:
-        raise InputError(f"--dtype {dtype!r}: expected auto, {', '.join([*DTYPES, *DTYPE_ALIASES])}")
-    return DTYPES[name]
+    if name != "auto" and name not in DTYPES:
+        raise InputError(f"--dtype {dtype!r}: expected one of auto, {', '.join([*DTYPES, *DTYPE_ALIASES])}")
+    return name
+
+
+def _torch_dtype(dtype: str) -> Any:
+    name = dtype_name(dtype)
+    return name if name == "auto" else DTYPES[name]
 
 
 def _quantization(quant: str, place: torch.device, compute: torch.dtype) -> Any:

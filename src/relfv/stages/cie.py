@@ -8,9 +8,8 @@ import numpy as np
 
 from relfv.engine.language_model import LanguageModel
 from relfv.errors import InputError
-from relfv.types import HeadEffects, HeadId, MeanActivations, ScoredHead, TokenScores
+from relfv.types import MEASURES, HeadEffects, HeadId, MeanActivations, ScoredHead
 
-MEASURES = ("p", "logit", "logprob")
 SCORE_KEYS = tuple(f"mean_{kind}delta_{m}" for kind in ("", "abs_") for m in MEASURES)
 """What heads may be ranked by."""
 LAYER_SCORE_KEYS = tuple(f"mean_delta_{m}" for m in MEASURES)
@@ -36,19 +35,10 @@ def head_effects(
     return HeadEffects(ordered, model.engine.sweep_heads(ids, target_ids, means.values, ordered))
 
 
-def measures(scores: TokenScores) -> dict[str, np.ndarray]:
-    """``p``, ``logit`` and ``logprob`` as float64 arrays of the scores' shape."""
-    return {
-        "p": scores.p.numpy(),
-        "logit": scores.logit.double().numpy(),
-        "logprob": scores.logprob.double().numpy(),
-    }
-
-
-def score_heads(effects: HeadEffects) -> list[ScoredHead]:
+def score_heads(effects: HeadEffects, means: MeanActivations) -> list[ScoredHead]:
     """Per head and measure m: mean, population standard deviation and mean absolute value of delta_m over trials,
-    and the means of m without and with the patch."""
-    base, patched = measures(effects.effects.base), measures(effects.effects.edited)
+    the means of m without and with the patch, and the norm of the head's clean mean."""
+    base, patched = effects.effects.base.measures(), effects.effects.edited.measures()
     columns: dict[str, np.ndarray] = {}
     for m in MEASURES:
         delta = patched[m] - base[m][:, None]
@@ -57,6 +47,8 @@ def score_heads(effects: HeadEffects) -> list[ScoredHead]:
         columns[f"mean_abs_delta_{m}"] = np.abs(delta).mean(0)
         columns[f"mean_{m}_base"] = np.full(delta.shape[1], base[m].mean())
         columns[f"mean_{m}_patch"] = patched[m].mean(0)
+    norms = means.values.double().norm(dim=-1)
+    columns["clean_mean_norm"] = np.array([float(norms[head.layer, head.head]) for head in effects.heads])
     n_trials = len(base["p"])
     return [
         ScoredHead(head, {name: float(values[i]) for name, values in columns.items()}, n_trials)

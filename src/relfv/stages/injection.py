@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from relfv.engine.language_model import LanguageModel
 from relfv.errors import InputError, RunError
-from relfv.types import Effects
+from relfv.types import MEASURES, Effects
 
 
 class InjectionSweep:
@@ -29,12 +30,14 @@ class InjectionSweep:
         self._model, self._targets = model, list(target_ids)
         self._ids = [model.tokens.encode(prompt) for prompt in prompts]
         self._vector = alpha * fv.float()
+        # float32 swallows a vector a millionth of the residual stream's size, and rightly so.
+        self._noticeable = abs(alpha) >= 0.01 and bool(fv.any())
         self._all: Effects | None = None
 
     def at_layer(self, edit_layer: int) -> Effects:
         """Effects with fields (prompt,) without and (prompt, 1) with the vector at ``edit_layer``.
 
-        Raises InputError for a layer the model does not have, RunError if a vector that is not zero changed nothing.
+        Raises InputError for a layer the model does not have, RunError if a vector that is not small changed nothing.
         """
         n_layers = self._model.arch.n_layers
         if not 0 <= edit_layer < n_layers:
@@ -44,9 +47,45 @@ class InjectionSweep:
                 self._ids, self._targets, self._vector[None], list(range(n_layers))
             )
         effects = Effects(base=self._all.base, edited=self._all.edited[:, edit_layer : edit_layer + 1])
-        if self._vector.any() and torch.equal(effects.edited.logit[:, 0], effects.base.logit):
+        if self._noticeable and torch.equal(effects.edited.logit[:, 0], effects.base.logit):
             raise RunError(
-                f"injecting at layer {edit_layer} changed no logit of any prompt although the vector is not zero: "
+                f"injecting at layer {edit_layer} changed no logit of any prompt although the vector is not small: "
                 "the edit did not reach the model"
             )
         return effects
+
+
+def prompts_to_evaluate(trials: Sequence[dict[str, Any]], n_eval: int, *, allow_duplicates: bool) -> list[int]:
+    """Indices of the trials to evaluate: the first ``n_eval`` in trial order, each distinct query once.
+
+    A query drawn in five trials gives one and the same zero-shot prompt five times; counting it five times would
+    make the sample look larger than it is.
+    """
+    chosen: dict[tuple[str, str] | int, int] = {}
+    for index, trial in enumerate(trials):
+        query = trial["query"]
+        chosen.setdefault(index if allow_duplicates else (query["input"], query["output"]), index)
+    return list(chosen.values())[:n_eval]
+
+
+def summarize(effects: Effects, target_ids: Sequence[int]) -> dict[str, float]:
+    """Accuracy (most probable token is the target) and measures, without and with the vector, over prompts.
+
+    ``effects.edited`` has one column. ``delta_*`` is with minus without; standard deviations are of the population.
+    """
+    wanted = torch.tensor(list(target_ids))
+    correct_base = (effects.base.top_id == wanted).double()
+    correct_with = (effects.edited.top_id[:, 0] == wanted).double()
+    numbers = {
+        "acc_base": float(correct_base.mean()),
+        "acc_with": float(correct_with.mean()),
+        "delta_acc": float((correct_with - correct_base).mean()),
+    }
+    base, edited = effects.base.measures(), effects.edited[:, 0].measures()
+    for m in MEASURES:
+        delta = edited[m] - base[m]
+        numbers[f"mean_{m}_base"] = float(base[m].mean())
+        numbers[f"mean_{m}_with"] = float(edited[m].mean())
+        numbers[f"mean_delta_{m}"] = float(delta.mean())
+        numbers[f"std_delta_{m}"] = float(delta.std())
+    return numbers

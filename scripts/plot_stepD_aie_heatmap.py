@@ -1,0 +1,8 @@
+"""Heatmap of one q_id (spec section 6)."""
+
+import sys
+
+from relfv.cli import script_main
+
+if __name__ == "__main__":
+    sys.exit(script_main("heatmap"))

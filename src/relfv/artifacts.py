@@ -1,0 +1,392 @@
+"""Every read and write of the artifact contract: which file holds what, under which name.
+
+Nothing here computes. Writers take typed values and return the path; readers give them back; every file is written
+atomically (storage.py). Floats keep every digit, so a stage that reads its input from disk and one that has it in
+memory give the same bytes.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from relfv.errors import InputError, RunError
+from relfv.storage import read_json, write_atomic, write_json
+from relfv.types import MEASURES, FunctionVector, HeadEffects, HeadId, MeanActivations, PromptedTrial, ScoredHead
+
+_HEAD_COLUMNS = [
+    *(
+        name
+        for m in MEASURES
+        for name in (f"mean_delta_{m}", f"std_delta_{m}", f"mean_abs_delta_{m}", f"mean_{m}_base", f"mean_{m}_patch")
+    ),
+    "clean_mean_norm",
+]
+
+
+@dataclass(frozen=True)
+class QidPaths:
+    """Where the files of one q_id are. ``artifacts`` is ``<out_root>/<REL>/<Q>/artifacts``."""
+
+    artifacts: Path
+    q_id: str
+
+    @property
+    def log(self) -> Path:
+        """The run's log for this q_id."""
+        return self.artifacts.parent / "logs" / "stepD_aie.log"
+
+    @property
+    def trials(self) -> Path:
+        """Frozen after StepD."""
+        return self.artifacts / "sampled_trials.json"
+
+    @property
+    def zero_shot_trials(self) -> Path:
+        """The same trials without demos."""
+        return self.artifacts / "sampled_trials_zeroshot.json"
+
+    @property
+    def metrics(self) -> Path:
+        """A row for every (trial, layer, head)."""
+        return self.artifacts / "trial_metrics.jsonl"
+
+    @property
+    def cie(self) -> Path:
+        """A row a head."""
+        return self.artifacts / "cie_scores.csv"
+
+    @property
+    def aie(self) -> Path:
+        """A row a head over the q_ids of the run, ranked."""
+        return self.artifacts / "aie_scores.csv"
+
+    @property
+    def means(self) -> Path:
+        """Mean clean activations of this q_id."""
+        return self.artifacts / "stepD_mean_acts" / f"qid_{self.q_id}_clean_mean.pt"
+
+    @property
+    def global_means(self) -> Path:
+        """The same over the q_ids of the run: here one."""
+        return self.artifacts / "stepD_mean_acts" / "global_clean_mean.pt"
+
+    @property
+    def heatmap(self) -> Path:
+        """Layers x heads."""
+        return self.artifacts / f"aie_heatmap_{self.q_id}.png"
+
+    @property
+    def top_heads(self) -> Path:
+        """The heads of the function vector."""
+        return self.artifacts / "top_heads.json"
+
+    @property
+    def fv(self) -> Path:
+        """The function vector."""
+        return self.artifacts / "fv_global_resid.pt"
+
+    @property
+    def fv_meta(self) -> Path:
+        """What the vector is made of."""
+        return self.artifacts / "fv_global_resid_meta.json"
+
+    @property
+    def fv_by_layer(self) -> Path:
+        """The vector split by the layer its heads are in."""
+        return self.artifacts / "fv_by_layer.pt"
+
+    @property
+    def step_e_eval(self) -> Path:
+        """Quick check of the vector on the frozen trials."""
+        return self.artifacts / "stepE_eval.json"
+
+    @property
+    def step6(self) -> Path:
+        """One folder a layer, and their summary."""
+        return self.artifacts / "step6"
+
+    def step6_layer(self, layer: int) -> Path:
+        """Results of injecting at ``layer``."""
+        return self.step6 / f"layer_{layer}"
+
+    @property
+    def step6_summary(self) -> Path:
+        """All layers together."""
+        return self.step6 / "step6_all_layers_summary.json"
+
+    @property
+    def curve(self) -> Path:
+        """P and accuracy over layers."""
+        return self.step6 / "injection_curve.png"
+
+
+@dataclass(frozen=True)
+class TrialSnapshot:
+    """A sampled_trials file: its meta, and for each trial what later stages need."""
+
+    meta: dict[str, Any]
+    trials: list[dict[str, Any]]
+    """The file's own trial objects, complete."""
+
+    def prompts(self, key: str) -> list[str]:
+        """``clean_prompt_str`` or ``corrupted_prompt_str`` of every trial."""
+        return [trial[key] for trial in self.trials]
+
+    @property
+    def target_ids(self) -> list[int]:
+        """First answer token of every trial."""
+        return [trial["target_first_token_id"] for trial in self.trials]
+
+
+def trials_document(
+    prompted: Sequence[PromptedTrial], meta: dict[str, Any], collisions: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """The content of sampled_trials.json."""
+    targets = [item.target for item in prompted]
+    counted = {
+        **meta,
+        "n_labels_left_in_place": sum(item.trial.n_labels_in_place for item in prompted),
+        "n_answers_tokenised_alone": sum(not target.joint for target in targets),
+        "first_token_collisions": list(collisions),
+    }
+    return {"meta": counted, "trials": [_trial(item) for item in prompted]}
+
+
+def zero_shot_document(snapshot: TrialSnapshot, prompt_format: str, prompts: Sequence[str]) -> dict[str, Any]:
+    """The content of sampled_trials_zeroshot.json: the same queries and targets, no demos."""
+    kept = ("q_id", "trial_id", "trial_idx", "query", "query_source_index", "target_str")
+    ids = ("target_first_token_id", "answer_ids")
+    return {
+        "meta": {**snapshot.meta, "zero_shot": True, "prompt_format": prompt_format},
+        "trials": [
+            {
+                **{key: trial[key] for key in kept},
+                "corrupted_prompt_str": prompt,
+                **{key: trial[key] for key in ids},
+            }
+            for trial, prompt in zip(snapshot.trials, prompts, strict=True)
+        ],
+    }
+
+
+def read_trials(path: Path) -> TrialSnapshot:
+    """Read either kind of snapshot. Raises RunError if it is missing or not one."""
+    document = read_json(path)
+    try:
+        snapshot = TrialSnapshot(document["meta"], document["trials"])
+        _ = snapshot.target_ids, snapshot.prompts("corrupted_prompt_str")
+    except (KeyError, TypeError):
+        raise RunError(f"{path}: is not a trial snapshot; expected meta and trials as StepD writes them") from None
+    if not snapshot.trials:
+        raise RunError(f"{path}: holds no trials")
+    return snapshot
+
+
+def _trial(item: PromptedTrial) -> dict[str, Any]:
+    trial, target = item.trial, item.target
+    return {
+        "q_id": trial.q_id,
+        "trial_id": trial.trial_id,
+        "trial_idx": trial.trial_idx,
+        "query_source_index": trial.query_source_index,
+        "demo_source_indices": list(trial.demo_source_indices),
+        "demos_clean": [vars(pair) for pair in trial.demos_clean],
+        "demos_corrupted": [vars(pair) for pair in trial.demos_corrupted],
+        "query": vars(trial.query),
+        "clean_prompt_str": item.clean_prompt,
+        "corrupted_prompt_str": item.corrupted_prompt,
+        "target_str": trial.query.output,
+        "target_first_token_id": target.first_token_id,
+        "answer_ids": list(target.answer_ids),
+        "answer_tokenised_with_prompt": target.joint,
+        "n_labels_in_place": trial.n_labels_in_place,
+    }
+
+
+def write_means(path: Path, means: MeanActivations, slot_q: Sequence[str], resid_dim: int) -> Path:
+    """``clean_mean`` (layer, head, head_dim) float32 with its dimensions."""
+    _, n_heads, head_dim = means.values.shape
+    return _write_tensors(
+        path,
+        {
+            "clean_mean": means.values,
+            "slot_q": list(slot_q),
+            "n_prompts": means.n_prompts,
+            "n_heads": n_heads,
+            "head_dim": head_dim,
+            "resid_dim": resid_dim,
+        },
+    )
+
+
+def read_means(path: Path) -> MeanActivations:
+    """The inverse of ``write_means``; files of other tools may lack ``n_prompts``."""
+    content = _read_tensors(path, "clean_mean")
+    return MeanActivations(values=content["clean_mean"].float(), n_prompts=int(content.get("n_prompts", 0)))
+
+
+def write_head_effects(paths: QidPaths, effects: HeadEffects, target_ids: Sequence[int]) -> Path:
+    """trial_metrics.jsonl: a row for every (trial, layer, head)."""
+    base, patched = effects.effects.base.measures(), effects.effects.edited.measures()
+    q_id = json.dumps(paths.q_id)
+    lines = []
+    for trial_idx, target in enumerate(target_ids):
+        before = {m: base[m][trial_idx] for m in MEASURES}
+        columns: list[list[str]] = []
+        for m in MEASURES:
+            after = patched[m][trial_idx]
+            _require_finite(after, f"{paths.metrics.name}, trial {trial_idx}, {m}")
+            columns.append([repr(value) for value in after.tolist()])
+            columns.append([repr(value) for value in (after - before[m]).tolist()])
+        fixed = f'{{"q_id": {q_id}, "trial_idx": {trial_idx}, "layer": '
+        p, logit, logprob = (repr(float(before[m])) for m in MEASURES)
+        for head, *v in zip(effects.heads, *columns, strict=True):
+            lines.append(
+                f'{fixed}{head.layer}, "head": {head.head}, "target_id": {target}, '
+                f'"p_base": {p}, "p_patch": {v[0]}, "delta_p": {v[1]}, '
+                f'"logit_base": {logit}, "logit_patch": {v[2]}, "delta_logit": {v[3]}, '
+                f'"logprob_base": {logprob}, "logprob_patch": {v[4]}, "delta_logprob": {v[5]}}}\n'
+            )
+    return write_atomic(paths.metrics, "".join(lines).encode())
+
+
+def write_scores(paths: QidPaths, scored: Sequence[ScoredHead], ranked: Sequence[ScoredHead]) -> list[Path]:
+    """cie_scores.csv in layer, head order, and aie_scores.csv in the order of ``ranked``."""
+    cie = [["q_id", "layer", "head", "n_trials", *_HEAD_COLUMNS]]
+    cie += [[paths.q_id, *_ids(head), str(head.n_trials), *_numbers(head)] for head in scored]
+    aie = [["layer", "head", "n_qid", *_HEAD_COLUMNS]]
+    aie += [[*_ids(head), "1", *_numbers(head)] for head in ranked]
+    return [_write_csv(paths.cie, cie), _write_csv(paths.aie, aie)]
+
+
+def read_scores(path: Path) -> list[ScoredHead]:
+    """Rows of cie_scores.csv or aie_scores.csv, in file order; ``n_trials`` is 0 where the file has none."""
+    try:
+        rows = list(csv.DictReader(io.StringIO(path.read_text())))
+        scored = [
+            ScoredHead(
+                HeadId(int(row["layer"]), int(row["head"])),
+                {name: float(value) for name, value in row.items() if name in _HEAD_COLUMNS},
+                int(row.get("n_trials") or 0),
+            )
+            for row in rows
+        ]
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; run StepD first") from None
+    except (OSError, KeyError, TypeError, ValueError) as problem:
+        raise RunError(f"{path}: is not a head score file ({problem!r})") from None
+    if not scored:
+        raise RunError(f"{path}: holds no heads")
+    return scored
+
+
+def require_score(scored: Sequence[ScoredHead], score_key: str, path: Path) -> None:
+    """Raise InputError if ``score_key`` is not a column of ``path``."""
+    if score_key not in scored[0].scores:
+        raise InputError(f"{score_key!r} is not a column of {path}; expected one of {', '.join(scored[0].scores)}")
+
+
+def _ids(head: ScoredHead) -> list[str]:
+    return [str(head.id.layer), str(head.id.head)]
+
+
+def _numbers(head: ScoredHead) -> list[str]:
+    return [repr(head.scores[name]) for name in _HEAD_COLUMNS]
+
+
+def write_function_vector(
+    paths: QidPaths, fv: FunctionVector, meta: dict[str, Any], *, alpha: float, n_heads: int, head_dim: int
+) -> list[Path]:
+    """fv_global_resid.pt, its meta, and fv_by_layer.pt."""
+    sizes = {"resid_dim": fv.total.numel(), "n_heads": n_heads, "head_dim": head_dim}
+    return [
+        _write_tensors(paths.fv, {"fv_global_resid": fv.total, **sizes}),
+        write_json(paths.fv_meta, meta),
+        _write_tensors(
+            paths.fv_by_layer,
+            {
+                "fv_by_layer": fv.by_layer,
+                "selected_k": len(fv.heads),
+                "alpha_default": alpha,
+                **sizes,
+                "model_spec": meta["model_spec"],
+            },
+        ),
+    ]
+
+
+def read_function_vector(path: Path) -> torch.Tensor:
+    """float32 (resid_dim,) of a fv_global_resid.pt."""
+    return _read_tensors(path, "fv_global_resid")["fv_global_resid"].float()
+
+
+def write_step6_layer(
+    folder: Path,
+    *,
+    results_name: str,
+    results: dict[str, Any],
+    summary: dict[str, Any],
+    trials: Iterable[dict[str, Any]],
+    meta: dict[str, Any],
+) -> list[Path]:
+    """The four files of one layer; the results file, which the summary looks for, last."""
+    lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in trials)
+    return [
+        write_json(folder / "eval_summary.json", summary),
+        write_atomic(folder / "eval_trials.jsonl", lines.encode()),
+        write_json(folder / "eval_meta.json", meta),
+        write_json(folder / results_name, results),
+    ]
+
+
+def results_name(model: str, layer: int, n_eval: int) -> str:
+    """``step6_results_<model>_layer<l>_n<N>.json``; of a long path the end is kept, which tells models apart."""
+    safe = re.sub(r"[^A-Za-z0-9.-]", "_", model)[-150:]
+    return f"step6_results_{safe}_layer{layer}_n{n_eval}.json"
+
+
+def find_results(folder: Path) -> Path | None:
+    """The results file of one layer's folder, if it has one."""
+    return next(iter(sorted(folder.glob("step6_results_*.json"))), None)
+
+
+def _write_csv(path: Path, rows: list[list[str]]) -> Path:
+    buffer = io.StringIO(newline="")
+    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    return write_atomic(path, buffer.getvalue().encode())
+
+
+def _write_tensors(path: Path, content: dict[str, Any]) -> Path:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return write_atomic(path, buffer.getvalue())
+
+
+def _read_tensors(path: Path, key: str) -> dict[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; an earlier stage has not run") from None
+    except Exception as problem:  # torch.load raises many kinds for a damaged file; all mean the same here
+        raise RunError(f"{path}: cannot be read as a tensor file ({type(problem).__name__})") from None
+    if not isinstance(content, dict) or not isinstance(content.get(key), torch.Tensor):
+        raise RunError(f"{path}: has no tensor {key!r}")
+    return content
+
+
+def _require_finite(values: np.ndarray, where: str) -> None:
+    if not np.isfinite(values).all():
+        raise RunError(
+            f"{where}: the model gave NaN or infinite scores; expected finite numbers (fp16 overflows in some models: "
+            "use --dtype bf16, or --precision exact)"
+        )

@@ -1,0 +1,344 @@
+"""Command lines: parse, call, print the path of what was made. The scripts/ are the same functions.
+
+Flags are those of TECH_SPEC_RELATION_QWISE; ``--device``, ``--dtype`` and ``--quant`` default to the environment's
+DEVICE, DTYPE and QUANT, and may stand without a value, as they do in the spec's commands when those are unset.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from relfv import __version__
+from relfv.config import DEFAULT_OUT_ROOT, SPEC_CSV, Settings
+from relfv.errors import InputError, RelfvError
+
+log = logging.getLogger("relfv.cli")
+
+_DEFAULTS = Settings()
+_SCORE_KEYS = tuple(f"mean_{kind}delta_{m}" for kind in ("", "abs_") for m in ("p", "logit", "logprob"))
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``relfv <command> ...``. Returns the exit code."""
+    parser = _Parser(prog="relfv", description="Relation function vectors, one relation at a time.")
+    parser.add_argument("--version", action="version", version=f"relfv {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    for name, (help_text, add_flags, command) in _COMMANDS.items():
+        sub = commands.add_parser(name, help=help_text, description=help_text)
+        _add(sub, add_flags, command)
+    return _execute(parser, argv)
+
+
+def script_main(name: str, argv: Sequence[str] | None = None) -> int:
+    """One command as a program of its own: what each file in scripts/ calls."""
+    help_text, add_flags, command = _COMMANDS[name]
+    parser = _Parser(description=help_text)
+    _add(parser, add_flags, command)
+    return _execute(parser, argv)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line, exit code 2, no usage dump; no abbreviated flags."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str) -> Any:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _add(parser: argparse.ArgumentParser, add_flags: Callable[[Any], None], command: Command) -> None:
+    add_flags(parser)
+    parser.add_argument("--debug", action="store_true", help="more log lines, and a traceback after an error")
+    parser.set_defaults(run_command=command)
+
+
+def _execute(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
+    args = parser.parse_args(argv)
+    from relfv.logs import set_up_logging
+
+    set_up_logging(debug=args.debug)
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return args.run_command(args)
+    except RelfvError as problem:
+        log.debug("traceback", exc_info=True)
+        log.error("%s", problem)
+        return problem.exit_code
+    except KeyboardInterrupt:
+        log.error("interrupted; what was finished is on disk, and the same command goes on from there")
+        return 130
+    except _Terminated:
+        log.error("terminated; what was finished is on disk, and the same command goes on from there")
+        return 143
+    except Exception as problem:  # the last line of defence: one line for the user, all of it under --debug
+        log.debug("traceback", exc_info=True)
+        log.error("%s: %s (--debug shows where)", type(problem).__name__, problem)
+        return 1
+
+
+class _Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
+def _terminate(*_: Any) -> None:
+    raise _Terminated
+
+
+# --- flag groups -----------------------------------------------------------------------------------------------
+
+
+def _model_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default=_DEFAULTS.model, help="demo, a local folder, or a hub id")
+    group.add_argument(
+        "--model_spec", default=_DEFAULTS.model_spec, help="family: llama3, gpt2, neox, ...; auto = from the config"
+    )
+    for name, help_text in (
+        ("device", "auto, cpu, cuda, cuda:<n> or mps; default from $DEVICE, else auto"),
+        ("dtype", "auto (the checkpoint's), fp32, bf16 or fp16; default from $DTYPE, else auto"),
+        ("quant", "none, 8bit or 4bit (needs relfv[quant]); default from $QUANT, else none"),
+    ):
+        group.add_argument(f"--{name}", nargs="?", default=None, const=None, help=help_text)
+    group.add_argument(
+        "--precision",
+        choices=("exact", "fast"),
+        default=_DEFAULTS.precision,
+        help="exact: float32 arithmetic (TF32 on CUDA); fast: the weights' dtype",
+    )
+    group.add_argument(
+        "--trust_remote_code",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="run code that comes with the checkpoint",
+    )
+
+
+def _trial_flags(parser: argparse.ArgumentParser, n_trials_flag: str, n_demos_flag: str) -> None:
+    group = parser.add_argument_group("trials")
+    group.add_argument("--relation_csv_path", default=str(SPEC_CSV), help="columns id,ex_A,ex_B")
+    group.add_argument(n_trials_flag, dest="n_trials_per_q", type=int, default=_DEFAULTS.n_trials_per_q, help="trials a q_id")  # fmt: skip
+    group.add_argument(n_demos_flag, dest="n_demos", type=int, default=_DEFAULTS.n_demos, help="demos a prompt")
+    group.add_argument("--seed", type=int, default=_DEFAULTS.seed, help="seed of the trials")
+    group.add_argument(
+        "--corruption",
+        choices=("derange", "shuffle"),
+        default=_DEFAULTS.corruption,
+        help="derange: no demo keeps its label; shuffle: plain permutation",
+    )
+
+
+def _score_flag(parser: Any) -> None:
+    parser.add_argument("--score_key", choices=_SCORE_KEYS, default=_DEFAULTS.score_key, help="what heads are ranked by")  # fmt: skip
+
+
+def _eval_flags(parser: Any) -> None:
+    parser.add_argument("--alpha", type=float, default=_DEFAULTS.alpha, help="the vector is added alpha times")
+    parser.add_argument("--n_eval", type=int, default=_DEFAULTS.n_eval, help="zero-shot prompts at most")
+    parser.add_argument(
+        "--allow_query_duplicates",
+        action=argparse.BooleanOptionalAction,
+        default=_DEFAULTS.allow_query_duplicates,
+        help="evaluate every trial's query, also those drawn more than once",
+    )
+
+
+def _settings(args: argparse.Namespace, base: Settings = _DEFAULTS) -> Settings:
+    """Settings of the flags a command has; the others stay as in ``base``."""
+    given = {name: value for name, value in vars(args).items() if name in base.to_json()}
+    for name in ("device", "dtype", "quant"):
+        if name in given:
+            given[name] = given[name] or os.environ.get(name.upper()) or getattr(_DEFAULTS, name)
+    settings = replace(base, **given)
+    _check_names(settings)
+    return settings
+
+
+def _check_names(settings: Settings) -> None:
+    from relfv.models.families import SPEC_NAMES
+    from relfv.models.loading import QUANTS, dtype_name
+
+    if settings.quant not in QUANTS:
+        raise InputError(f"--quant {settings.quant!r}: expected one of {', '.join(QUANTS)}")
+    if settings.model_spec not in SPEC_NAMES:
+        raise InputError(f"--model_spec {settings.model_spec!r}: expected one of {', '.join(SPEC_NAMES)}")
+    dtype_name(settings.dtype)
+
+
+# --- commands --------------------------------------------------------------------------------------------------
+
+
+def _run_flags(parser: argparse.ArgumentParser) -> None:
+    _model_flags(parser)
+    _trial_flags(parser, "--n_trials_per_q", "--n_demos")
+    group = parser.add_argument_group("run")
+    group.add_argument("--q_list", default="all", help="q_ids, separated by commas, or all")
+    group.add_argument("--out_root", type=Path, default=DEFAULT_OUT_ROOT, help="results go to OUT_ROOT/<csv name>/<q_id>")
+    _score_flag(group)
+    group.add_argument("--topk", type=int, default=_DEFAULTS.topk, help="heads in the function vector")
+    _eval_flags(group)
+    group.add_argument("--force", action="store_true", help="move earlier results of these q_ids aside and start afresh")
+    group.add_argument("--dry_run", action="store_true", help="say what would be done, and do nothing")
+
+
+def _run(args: argparse.Namespace) -> int:
+    from relfv.run import RunRequest, run
+
+    return run(
+        RunRequest(_settings(args), _q_list(args.q_list), args.out_root, force=args.force, dry_run=args.dry_run)
+    )
+
+
+def _q_list(text: str) -> tuple[str, ...] | None:
+    q_ids = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not q_ids:
+        raise InputError("--q_list: is empty; expected q_ids separated by commas, or all")
+    return None if q_ids == ("all",) else q_ids
+
+
+def _step_d_flags(parser: argparse.ArgumentParser) -> None:
+    _model_flags(parser)
+    _trial_flags(parser, "--relation_n_trials_per_q", "--relation_n_demos")
+    group = parser.add_argument_group("sweep")
+    group.add_argument("--relation_q_list", required=True, help="the q_id to run (one)")
+    group.add_argument("--layers", default="all", help="all, or e.g. 0-3,7")
+    group.add_argument("--heads", default="all", help="all, or e.g. 0-3,7")
+    _score_flag(group)
+    group.add_argument("--out_base_dir", type=Path, required=True, help="folder of the q_id; artifacts/ is made in it")
+
+
+def _step_d(args: argparse.Namespace) -> int:
+    from relfv.steps import run_step_d
+
+    q_ids = _q_list(args.relation_q_list)
+    if q_ids is None or len(q_ids) != 1:
+        raise InputError(f"--relation_q_list {args.relation_q_list!r}: expected one q_id a run; relfv run does them all")
+    return run_step_d(_settings(args), q_ids[0], args.out_base_dir)
+
+
+def _heatmap_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--in_dir", type=Path, required=True, help="the q_id's artifacts folder")
+    parser.add_argument("--metric", choices=_SCORE_KEYS, default=_DEFAULTS.score_key, help="column to draw")
+    parser.add_argument("--topk", type=int, default=_DEFAULTS.topk, help="heads to mark")
+    parser.add_argument("--out_name", default=None, help="file name within --in_dir (default: aie_heatmap_<Q>.png)")
+
+
+def _heatmap(args: argparse.Namespace) -> int:
+    from relfv.steps import run_heatmap
+
+    return run_heatmap(args.in_dir, args.metric, args.topk, args.out_name)
+
+
+def _step_e_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--stepd_artifacts_dir", type=Path, required=True, help="StepD's artifacts folder")
+    parser.add_argument("--sampled_trials_path", type=Path, required=True, help="StepD's sampled_trials.json")
+    parser.add_argument("--k", dest="topk", type=int, default=_DEFAULTS.topk, help="heads in the function vector")
+    _score_flag(parser)
+    parser.add_argument("--alpha", type=float, default=_DEFAULTS.alpha, help="the vector is added alpha times")
+    parser.add_argument("--out_dir", type=Path, required=True, help="where the vector goes")
+    _model_flags(parser)
+
+
+def _step_e(args: argparse.Namespace) -> int:
+    from relfv.steps import run_step_e
+
+    return run_step_e(
+        args.stepd_artifacts_dir, args.sampled_trials_path, args.out_dir, lambda base: _settings(args, base)
+    )
+
+
+def _zero_shot_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--sampled_trials_path", type=Path, required=True, help="StepD's sampled_trials.json")
+    parser.add_argument("--out_path", type=Path, default=None, help="default: sampled_trials_zeroshot.json beside it")
+
+
+def _zero_shot(args: argparse.Namespace) -> int:
+    from relfv.steps import run_zero_shot
+
+    return run_zero_shot(args.sampled_trials_path, args.out_path)
+
+
+def _step6_flags(parser: argparse.ArgumentParser) -> None:
+    _model_flags(parser)
+    parser.add_argument("--fv_global_path", type=Path, required=True, help="StepE's fv_global_resid.pt")
+    parser.add_argument("--sampled_trials_path", type=Path, required=True, help="sampled_trials_zeroshot.json")
+    parser.add_argument("--edit_layer", type=int, required=True, help="the layer to inject at (one; loop outside)")
+    _eval_flags(parser)
+    parser.add_argument("--out_dir", type=Path, required=True, help="where this layer's results go")
+
+
+def _step6(args: argparse.Namespace) -> int:
+    from relfv.steps import run_step6
+
+    return run_step6(
+        args.fv_global_path,
+        args.sampled_trials_path,
+        args.edit_layer,
+        args.out_dir,
+        lambda base: _settings(args, base),
+    )
+
+
+def _status_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out_root", type=Path, nargs="?", default=DEFAULT_OUT_ROOT, help="results folder")
+
+
+def _status(args: argparse.Namespace) -> int:
+    from relfv.report.table import status_table
+
+    print(status_table(args.out_root))
+    return 0
+
+
+def _report_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="a relation's results, e.g. results_fv/relation_qwise/relationA_ex")
+
+
+def _report(args: argparse.Namespace) -> int:
+    from relfv.report.page import write_report
+
+    print(write_report(args.folder))
+    return 0
+
+
+def _demo_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=("train",), help="train: make the demo model again from its CSV")
+    parser.add_argument("--out_dir", type=Path, required=True, help="where the model goes")
+    parser.add_argument("--relation_csv_path", type=Path, default=SPEC_CSV, help="relations it learns")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and documents")
+    parser.add_argument("--steps", type=int, default=None, help="training steps (default: the recipe's)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from relfv.models.demo_training import train_demo_model
+
+    train_demo_model(
+        args.out_dir, csv_path=args.relation_csv_path, seed=args.seed, steps=args.steps, device=args.device, log=log.info
+    )
+    print(args.out_dir)
+    return 0
+
+
+_COMMANDS: dict[str, tuple[str, Callable[[Any], None], Command]] = {
+    "run": ("Run every stage of every q_id; a restart carries on.", _run_flags, _run),
+    "status": ("Say where every q_id stands.", _status_flags, _status),
+    "report": ("Make the page of a results folder again.", _report_flags, _report),
+    "stepd": ("StepD of one q_id: trials, mean activations, effect of every head.", _step_d_flags, _step_d),
+    "heatmap": ("Heatmap of layers x heads from StepD's scores.", _heatmap_flags, _heatmap),
+    "stepe": ("StepE: top heads and function vector, and the zero-shot snapshot.", _step_e_flags, _step_e),
+    "zeroshot": ("The zero-shot snapshot of frozen trials.", _zero_shot_flags, _zero_shot),
+    "step6": ("Step6: inject the function vector at one layer.", _step6_flags, _step6),
+    "demo-model": ("Train the embedded demo model.", _demo_flags, _demo),
+}

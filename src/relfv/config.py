@@ -1,0 +1,128 @@
+"""The settings of a run, the spec's hard constraints, and the fingerprint of a result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from relfv import ALGORITHM_VERSION
+from relfv.errors import InputError
+
+SPEC_CSV = Path("datasets/relation/relationA_ex.csv")
+DEFAULT_OUT_ROOT = Path("results_fv/relation_qwise")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that the numbers of a q_id depend on, besides its rows. Defaults are the spec's section 2."""
+
+    model: str = "meta-llama/Llama-3.1-8B"
+    """``demo``, a local folder, or a hub id."""
+    model_spec: str = "llama3"
+    """Model family: where blocks and output projections are. ``auto`` reads it from the model's config."""
+    device: str = "auto"
+    """``auto`` (CUDA if there is one), ``cpu``, ``cuda``, ``cuda:<n>`` or ``mps``."""
+    dtype: str = "auto"
+    """dtype the weights are kept in; ``auto`` is the checkpoint's own."""
+    quant: str = "none"
+    """``none``, ``8bit`` or ``4bit`` (bitsandbytes)."""
+    precision: str = "exact"
+    """``exact``: float32 arithmetic (TF32 products on CUDA). ``fast``: the weights' dtype, float32 logits."""
+    seed: int = 0
+    """Seed of the trials."""
+    relation_csv_path: str = str(SPEC_CSV)
+    """The relation CSV."""
+    n_trials_per_q: int = 25
+    """Trials sampled for each q_id."""
+    n_demos: int = 9
+    """Demonstrations in a prompt."""
+    corruption: str = "derange"
+    """``derange``: no demo keeps its right label where possible. ``shuffle``: the paper's plain permutation."""
+    layers: str = "all"
+    """Layers swept in StepD: ``all``, or numbers and ranges like ``0-3,7``."""
+    heads: str = "all"
+    """Heads swept in each of those layers, likewise."""
+    score_key: str = "mean_delta_p"
+    """What heads are ranked by, and layers compared by."""
+    topk: int = 20
+    """Heads in the function vector."""
+    alpha: float = 1.0
+    """The vector is added alpha times."""
+    n_eval: int = 50
+    """Zero-shot prompts evaluated at most."""
+    allow_query_duplicates: bool = False
+    """Evaluate every trial's query, also those drawn more than once."""
+    trust_remote_code: bool = False
+    """Run code that comes with the checkpoint."""
+
+    def __post_init__(self) -> None:
+        for name, low in (("n_trials_per_q", 1), ("n_demos", 1), ("topk", 1), ("n_eval", 1), ("seed", 0)):
+            if getattr(self, name) < low:
+                raise InputError(f"--{name} {getattr(self, name)}: expected a whole number of at least {low}")
+        if not math.isfinite(self.alpha):
+            raise InputError(f"--alpha {self.alpha}: expected a finite number")
+
+    def departures(self) -> list[str]:
+        """In what these settings depart from the spec's hard constraints (section 2), in words."""
+        spec = Settings()
+        found = [
+            f"{name} is {getattr(self, name)}, the spec fixes {getattr(spec, name)}"
+            for name in ("topk", "n_trials_per_q", "n_demos", "layers", "heads")
+            if getattr(self, name) != getattr(spec, name)
+        ]
+        if Path(self.relation_csv_path) != SPEC_CSV:
+            found.append(f"relation_csv_path is {self.relation_csv_path}, the spec fixes {SPEC_CSV}")
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """As a plain dict, in the order above."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> Settings:
+        """The inverse of ``to_json``; keys of another version of relfv are left out."""
+        known = {field.name for field in fields(Settings)}
+        return Settings(**{name: value for name, value in values.items() if name in known})
+
+
+_NOT_IN_FINGERPRINT = ("model", "device", "relation_csv_path", "trust_remote_code")
+"""Where a model or CSV lies and which device ran it do not make another experiment; their contents are hashed."""
+
+
+def fingerprint_fields(settings: Settings, *, rows_sha256: str, model_identity: str) -> dict[str, Any]:
+    """What two runs must share to continue each other, by name: settings, rows, model, algorithm version."""
+    kept = {name: value for name, value in settings.to_json().items() if name not in _NOT_IN_FINGERPRINT}
+    return {
+        **kept,
+        "rows_sha256": rows_sha256,
+        "model_identity": model_identity,
+        "algorithm_version": ALGORITHM_VERSION,
+    }
+
+
+def fingerprint(values: dict[str, Any]) -> str:
+    """sha256 of the fields."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def parse_index_list(text: str, size: int, flag: str) -> list[int]:
+    """``all``, or numbers and ranges such as ``0-3,7``, below ``size`` -> sorted indices.
+
+    Raises InputError that names the part that is wrong.
+    """
+    if text.strip().lower() == "all":
+        return list(range(size))
+    chosen: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not (first.isdecimal() and (last.isdecimal() if dash else True)):
+            raise InputError(f"{flag} {text!r}: {part!r} is neither a number nor a range; expected e.g. all or 0-3,7")
+        low, high = int(first), int(last) if dash else int(first)
+        if low > high or high >= size:
+            raise InputError(f"{flag} {text!r}: {part!r} is outside 0 to {size - 1}, or runs backwards")
+        chosen.update(range(low, high + 1))
+    return sorted(chosen)

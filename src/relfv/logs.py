@@ -1,0 +1,100 @@
+"""Log lines: short on the terminal, complete in files, always with how far the run is and how long it will take."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_ROOT = logging.getLogger("relfv")
+
+
+class Progress(logging.Filter):
+    """Knows which q_id of how many is running, and puts it in front of every line."""
+
+    def __init__(self, total: int) -> None:
+        super().__init__()
+        self._total, self._done, self._seconds = total, 0, 0.0
+        self._started = 0.0
+
+    def begin(self) -> None:
+        """A q_id starts."""
+        self._started = time.monotonic()
+
+    def end(self) -> float:
+        """It ended, in any way; returns its seconds."""
+        taken = time.monotonic() - self._started
+        self._done += 1
+        self._seconds += taken
+        return taken
+
+    def time_left(self) -> str:
+        """From the mean of the q_ids done so far; empty before the first."""
+        if not self._done or self._done >= self._total:
+            return ""
+        left = self._seconds / self._done * (self._total - self._done)
+        return f", {_duration(left)} left"
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Logging's hook: never drops a line."""
+        record.progress = f"[{min(self._done + 1, self._total)}/{self._total}{self.time_left()}] "
+        return True
+
+
+def set_up_logging(*, debug: bool) -> None:
+    """Lines of relfv go to stderr, one each, clean in a terminal and in a file alike."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setLevel(logging.DEBUG if debug else logging.INFO)
+    handler.setFormatter(_Formatter("%(asctime)s %(progress)s%(level_word)s%(message)s", "%H:%M:%S"))
+    _ROOT.handlers[:] = [handler]
+    _ROOT.setLevel(logging.DEBUG)
+    _ROOT.propagate = False
+
+
+@contextmanager
+def logging_to(path: Path) -> Iterator[None]:
+    """While open, every line, details included, is appended to ``path`` as well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(_Formatter("%(asctime)s %(level_word)s%(message)s", "%Y-%m-%d %H:%M:%S"))
+    _ROOT.addHandler(handler)
+    try:
+        yield
+    finally:
+        _ROOT.removeHandler(handler)
+        handler.close()
+
+
+@contextmanager
+def showing(progress: Progress) -> Iterator[None]:
+    """While open, lines carry ``progress``."""
+    handlers = list(_ROOT.handlers)
+    for handler in handlers:
+        handler.addFilter(progress)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(progress)
+
+
+class _Formatter(logging.Formatter):
+    """One line a record: words from a CSV cannot start a line of their own or steer a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        record.progress = getattr(record, "progress", "")
+        record.level_word = "" if record.levelno in (logging.INFO, logging.DEBUG) else f"{record.levelname}: "
+        text = super().format(record)
+        if record.exc_info:
+            return text
+        return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes / 60:.1f} h"

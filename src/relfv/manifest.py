@@ -1,0 +1,91 @@
+"""``run_manifest.json``: what ran, with which settings, versions and device."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from relfv import ALGORITHM_VERSION, __version__
+from relfv.config import Settings
+from relfv.engine.language_model import LanguageModel
+from relfv.storage import read_json, write_json
+
+_LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "matplotlib", "accelerate", "bitsandbytes")
+MANIFEST = "run_manifest.json"
+
+
+def run_description(settings: Settings, q_list: list[str], csv_sha256: str, model_identity: str) -> dict[str, Any]:
+    """What is known before the model is opened."""
+    departures = settings.departures()
+    return {
+        "relfv_version": __version__,
+        "algorithm_version": ALGORITHM_VERSION,
+        "spec_conformant": not departures,
+        "departures": departures,
+        "settings": settings.to_json(),
+        "q_list": q_list,
+        "csv_sha256": csv_sha256,
+        "model_identity": model_identity,
+        "git_commit": _git_commit(),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _LIBRARIES}},
+        "platform": platform.platform(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+
+
+def model_description(model: LanguageModel) -> dict[str, Any]:
+    """What is known once it is open."""
+    import torch
+
+    device = model.backbone.device
+    return {
+        "class": type(model.backbone.model).__name__,
+        "family": model.arch.spec_name,
+        "n_layers": model.arch.n_layers,
+        "n_heads": model.arch.n_heads,
+        "head_dim": model.arch.head_dim,
+        "resid_dim": model.arch.resid_dim,
+        "dtype": model.dtype,
+        "quant": model.quant,
+        "precision": model.precision,
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "cpu_threads": torch.get_num_threads(),
+        "engine": model.engine.name,
+        "self_check": vars(model.check),
+    }
+
+
+def write_manifest(folder: Path, run: dict[str, Any]) -> Path:
+    """Write this run's description; earlier runs of the folder are kept under ``earlier_runs``."""
+    path = folder / MANIFEST
+    earlier: list[Any] = []
+    if path.exists():
+        previous = read_json(path)
+        earlier = previous.pop("earlier_runs", [])
+        if previous.get("started_at") != run["started_at"]:
+            earlier = [*earlier, previous]
+    return write_json(path, {**run, "earlier_runs": earlier})
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """The commit of the folder the run was started in, if it is a git checkout."""
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False, cwd=os.getcwd()  # noqa: PTH109
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,1 @@
+"""Figures and the page, made from saved artifacts alone."""

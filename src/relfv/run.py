@@ -1,0 +1,290 @@
+"""``relfv run``: every q_id through every stage, one model for all, and nothing computed twice.
+
+A q_id is a unit of its own: it is locked while it runs, its failure does not stop the others, and whatever it has
+finished is on disk. What a restart finds completed and intact it leaves alone; if that is everything, the model is
+never opened.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+from relfv.config import Settings, fingerprint_fields
+from relfv.engine.language_model import LanguageModel
+from relfv.errors import InputError, RelfvError
+from relfv.logs import Progress, logging_to, showing
+from relfv.manifest import model_description, run_description, write_manifest
+from relfv.models.loading import model_identity
+from relfv.pipeline import QidPipeline, is_complete, open_for
+from relfv.relations import file_sha256, load_relations, rows_sha256
+from relfv.report.page import write_report
+from relfv.stages.trials import ineligible_reason
+from relfv.status import QidStatus, now, read_status
+from relfv.storage import lock, remove_temporaries
+from relfv.types import Relation
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """One call of ``relfv run``."""
+
+    settings: Settings
+    q_list: tuple[str, ...] | None
+    """None for all of the CSV, in its order."""
+    out_root: Path
+    force: bool = False
+    """Move existing folders of the chosen q_ids aside, under a dated name, and start afresh."""
+    dry_run: bool = False
+    """Say what would be done and touch nothing."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done, found out from the CSV and the folder alone."""
+
+    request: RunRequest
+    folder: Path
+    """``<out_root>/<REL>``."""
+    relations: dict[str, Relation]
+    csv_sha256: str
+    model_identity: str
+
+    def artifacts_dir(self, q_id: str) -> Path:
+        """``<out_root>/<REL>/<Q>/artifacts``."""
+        return self.folder / q_id / "artifacts"
+
+    def skip_reason(self, q_id: str) -> str | None:
+        """Why a q_id cannot run under these settings, or None."""
+        return ineligible_reason(self.relations[q_id], self.request.settings.n_demos)
+
+    def new_status(self, q_id: str) -> QidStatus:
+        """A pending status for a q_id that has none."""
+        relation, settings = self.relations[q_id], self.request.settings
+        fields = fingerprint_fields(
+            settings, rows_sha256=rows_sha256(relation), model_identity=self.model_identity
+        )
+        return QidStatus(
+            self.artifacts_dir(q_id), q_id, settings, fields, q_row_count=len(relation.pairs)
+        )
+
+    def status(self, q_id: str) -> QidStatus:
+        """The status on disk if it is of this very experiment, else a new one; see ``require_same_experiment``."""
+        found = read_status(self.artifacts_dir(q_id))
+        fresh = self.new_status(q_id)
+        return fresh if found is None or found.status == "skipped" else found
+
+
+def make_plan(request: RunRequest) -> Plan:
+    """Read and check the CSV and the q_ids asked for. Raises InputError."""
+    csv_path = Path(request.settings.relation_csv_path)
+    relations = load_relations(csv_path)
+    chosen = list(relations) if request.q_list is None else list(dict.fromkeys(request.q_list))
+    unknown = [q_id for q_id in chosen if q_id not in relations]
+    if unknown:
+        raise InputError(
+            f"--q_list: {', '.join(unknown)} not in {csv_path}, which has {', '.join(relations)}"
+        )
+    return Plan(
+        request,
+        request.out_root / csv_path.stem,
+        {q_id: relations[q_id] for q_id in chosen},
+        file_sha256(csv_path),
+        model_identity(request.settings.model),
+    )
+
+
+def run(request: RunRequest) -> int:
+    """Run all q_ids of ``request``. Returns the exit code: 1 if any failed, else 0.
+
+    Raises InputError before anything is computed if the request cannot be run as it is.
+    """
+    plan = make_plan(request)
+    if request.dry_run:
+        return _say_plan(plan)
+    if request.force:
+        _move_aside(plan)
+    _require_same_experiment(plan)
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    with logging_to(plan.folder / "run.log"):
+        skipped, todo = _skip_and_queue(plan)
+        done = len(plan.relations) - len(skipped) - len(todo)
+        if skipped:
+            log.info("skipped: %s", "; ".join(f"{q_id} ({reason})" for q_id, reason in skipped.items()))
+        if not todo:
+            log.info("everything is completed: %d q_ids done, %d skipped, in %s", done, len(skipped), plan.folder)
+            return 0
+        log.info("%d q_ids to run, %d completed before, %d skipped", len(todo), done, len(skipped))
+        return _run_todo(plan, todo)
+
+
+def _run_todo(plan: Plan, todo: Sequence[str]) -> int:
+    settings = plan.request.settings
+    description = {
+        "started_at": now(),
+        "finished_at": None,
+        **run_description(settings, list(plan.relations), plan.csv_sha256, plan.model_identity),
+    }
+    write_manifest(plan.folder, description)
+    model = open_for(settings)
+    description["model"] = model_description(model)
+    write_manifest(plan.folder, description)
+
+    progress = Progress(len(todo))
+    outcomes: dict[str, str] = {}
+    with showing(progress):
+        for q_id in todo:
+            progress.begin()
+            outcomes[q_id] = _run_one(plan, q_id, model)
+            seconds = progress.end()
+            log.info("%s %s in %.1f s", q_id, outcomes[q_id], seconds)
+    description["finished_at"] = now()
+    description["outcomes"] = outcomes
+    write_manifest(plan.folder, description)
+    page = write_report(plan.folder)
+    failed = [q_id for q_id, outcome in outcomes.items() if outcome == "failed"]
+    if failed:
+        log.error(
+            "%d of %d q_ids failed: %s; the same command tries them again", len(failed), len(todo), ", ".join(failed)
+        )
+    log.info("report: %s", page)
+    return 1 if failed else 0
+
+
+def _run_one(plan: Plan, q_id: str, model: LanguageModel) -> str:
+    """One q_id under its lock. Returns its outcome; only an interrupt passes through."""
+    with ExitStack() as stack:
+        holder = stack.enter_context(_locked(plan, q_id))
+        if holder:
+            log.warning("%s is being run by %s; left to it", q_id, holder)
+            return "left to another run"
+        status = plan.status(q_id)
+        pipeline = QidPipeline(status, plan.relations[q_id], plan.csv_sha256, lambda: model)
+        stack.enter_context(logging_to(pipeline.paths.log))
+        remove_temporaries(pipeline.paths.artifacts)
+        try:
+            pipeline.run()
+        except RelfvError as problem:
+            log.error("%s failed: %s", q_id, problem)
+            _record(status, "failed", str(problem))
+        except Exception as problem:  # a q_id's failure, whatever it is, is recorded and does not stop the others
+            log.error("%s failed: %s: %s", q_id, type(problem).__name__, problem)
+            log.debug("traceback", exc_info=True)
+            _record(status, "failed", f"{type(problem).__name__}: {problem}")
+        except BaseException:  # SIGINT or SIGTERM: say where it stands, then let it through
+            _record(status, "pending", "interrupted; the same command goes on from here")
+            raise
+        return status.status
+
+
+def _record(status: QidStatus, state: str, reason: str) -> None:
+    """Write a final state; if even that cannot be written, the old file stays and the log says why."""
+    try:
+        status.set(state, reason)  # type: ignore[arg-type]
+    except RelfvError as problem:
+        log.error("%s", problem)
+
+
+@contextmanager
+def _locked(plan: Plan, q_id: str) -> Iterator[str | None]:
+    with lock(plan.folder / ".locks" / f"{q_id}.lock") as holder:
+        yield holder
+
+
+def _skip_and_queue(plan: Plan) -> tuple[dict[str, str], list[str]]:
+    """Write skipped and pending statuses. -> (skipped with reasons, q_ids that are not completed and intact)."""
+    skipped: dict[str, str] = {}
+    todo: list[str] = []
+    for q_id in plan.relations:
+        found = read_status(plan.artifacts_dir(q_id))
+        reason = plan.skip_reason(q_id)
+        if reason:
+            skipped[q_id] = reason
+            if found is None or (found.status, found.reason) != ("skipped", reason):
+                plan.new_status(q_id).set("skipped", reason)
+            continue
+        if found is not None and found.status == "completed" and is_complete(found):
+            continue
+        todo.append(q_id)
+        if found is None or found.status == "skipped":
+            with _locked(plan, q_id) as holder:
+                if holder is None:
+                    plan.new_status(q_id).write()
+    return skipped, todo
+
+
+def _require_same_experiment(plan: Plan) -> None:
+    """Raise InputError if a folder holds results of other settings, rows, model or algorithm, naming what differs."""
+    problems = []
+    for q_id in plan.relations:
+        found = read_status(plan.artifacts_dir(q_id))
+        if found is None or found.status == "skipped":
+            continue
+        differences = describe_differences(found, plan.new_status(q_id))
+        if differences:
+            problems.append(f"{q_id} ({', '.join(differences)})")
+    if problems:
+        raise InputError(
+            f"{plan.folder} holds results of another experiment: {'; '.join(problems[:5])}"
+            f"{f'; and {len(problems) - 5} more' if len(problems) > 5 else ''}. Use another --out_root, or --force to "
+            "move those folders aside"
+        )
+
+
+def describe_differences(found: QidStatus, wanted: QidStatus) -> list[str]:
+    """Names of the fingerprint fields that differ, with both values."""
+    there, here = found.fingerprint_fields, wanted.fingerprint_fields
+    return [
+        f"{name} was {_short(there.get(name))}, now {_short(here.get(name))}"
+        for name in dict.fromkeys([*there, *here])
+        if there.get(name) != here.get(name)
+    ]
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:30]}..."
+
+
+def _move_aside(plan: Plan) -> None:
+    """--force: rename the chosen q_ids' folders; nothing is deleted."""
+    stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
+    for q_id in plan.relations:
+        folder = plan.folder / q_id
+        if not folder.exists():
+            continue
+        with _locked(plan, q_id) as holder:
+            if holder:
+                raise InputError(f"{q_id} is being run by {holder}; --force would move its folder from under it")
+            aside = folder.with_name(f"{q_id}.replaced-{stamp}")
+            folder.rename(aside)
+            log.info("%s: earlier results moved to %s", q_id, aside)
+
+
+def _say_plan(plan: Plan) -> int:
+    print(f"output  {plan.folder}")
+    print(f"model   {plan.request.settings.model} ({plan.model_identity[:40]})")
+    for departure in plan.request.settings.departures():
+        print(f"departs from the spec: {departure}")
+    for q_id, relation in plan.relations.items():
+        found = read_status(plan.artifacts_dir(q_id))
+        reason = plan.skip_reason(q_id)
+        differs = describe_differences(found, plan.new_status(q_id)) if found and found.status != "skipped" else []
+        if reason:
+            state = f"skip: {reason}"
+        elif plan.request.force and found:
+            state = "move the earlier results aside, then run"
+        elif differs:
+            state = f"refuse: {', '.join(differs)}"
+        elif found and found.status == "completed" and is_complete(found):
+            state = "completed, nothing to do"
+        else:
+            state = f"run (now {found.status if found else 'new'})"
+        print(f"{q_id:<8} {len(relation.pairs):>4} rows  {state}")
+    return 0

@@ -1,0 +1,138 @@
+"""``qid_status.json``: where a q_id stands, and which files each finished stage has promised.
+
+A stage is done when its files are there and match the sha256 recorded here; the record is written after them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+
+from relfv.config import Settings, fingerprint
+from relfv.errors import RunError
+from relfv.storage import read_json, sha256_file, write_json
+
+State = Literal["pending", "running", "completed", "failed", "skipped"]
+STATUS_FILE = "qid_status.json"
+
+
+def now() -> str:
+    """UTC time to the millisecond, ISO 8601."""
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+
+
+@dataclass
+class StageRecord:
+    """One stage of one q_id."""
+
+    status: str
+    started_at: str
+    finished_at: str | None = None
+    files: dict[str, str] = field(default_factory=dict)
+    """path relative to ``artifacts/`` -> sha256."""
+
+
+@dataclass
+class QidStatus:
+    """The content of one qid_status.json, and where it lives."""
+
+    artifacts_dir: Path
+    q_id: str
+    settings: Settings
+    fingerprint_fields: dict[str, Any]
+    status: State = "pending"
+    reason: str | None = None
+    created_at: str = field(default_factory=now)
+    expected_layers: list[int] = field(default_factory=list)
+    stages: dict[str, StageRecord] = field(default_factory=dict)
+    q_row_count: int = 0
+
+    @property
+    def path(self) -> Path:
+        """``artifacts/qid_status.json``."""
+        return self.artifacts_dir / STATUS_FILE
+
+    def set(self, status: State, reason: str | None = None) -> None:
+        """Change the state and write it."""
+        self.status, self.reason = status, reason
+        self.write()
+
+    def write(self) -> None:
+        """Write atomically."""
+        departures = self.settings.departures()
+        write_json(
+            self.path,
+            {
+                "q_id": self.q_id,
+                "status": self.status,
+                "reason": self.reason,
+                "created_at": self.created_at,
+                "updated_at": now(),
+                "q_row_count": self.q_row_count,
+                "spec_conformant": not departures,
+                "departures": departures,
+                "config": self.settings.to_json(),
+                "fingerprint": fingerprint(self.fingerprint_fields),
+                "fingerprint_fields": self.fingerprint_fields,
+                "expected_layers": self.expected_layers,
+                "stages": {name: vars(record) for name, record in self.stages.items()},
+            },
+        )
+
+    def begin(self, stage: str) -> None:
+        """Record that ``stage`` runs. What it promised before stays known until the new files are there."""
+        files = self.stages[stage].files if stage in self.stages else {}
+        self.stages[stage] = StageRecord("running", now(), files=files)
+        self.write()
+
+    def finish(self, stage: str, files: Iterable[Path]) -> bool:
+        """Record that ``stage`` is done, with these files. True if any of them is not what it was before."""
+        record = self.stages[stage]
+        hashes = {str(path.relative_to(self.artifacts_dir)): _require_hash(path) for path in files}
+        changed = record.files != hashes
+        self.stages[stage] = StageRecord("completed", record.started_at, now(), hashes)
+        self.write()
+        return changed
+
+    def intact(self, stage: str) -> bool:
+        """True if ``stage`` is recorded as done and every file it promised is there, unchanged."""
+        record = self.stages.get(stage)
+        return bool(record and record.status == "completed" and record.files) and not self.damaged(stage)
+
+    def damaged(self, stage: str) -> list[str]:
+        """Files of ``stage`` that are missing or differ from their recorded hash."""
+        files = self.stages[stage].files if stage in self.stages else {}
+        return [name for name, expected in files.items() if sha256_file(self.artifacts_dir / name) != expected]
+
+
+def read_status(artifacts_dir: Path) -> QidStatus | None:
+    """The status in ``artifacts_dir``, or None if there is none. Raises RunError if it is damaged."""
+    path = artifacts_dir / STATUS_FILE
+    if not path.exists():
+        return None
+    values = read_json(path)
+    try:
+        return QidStatus(
+            artifacts_dir=artifacts_dir,
+            q_id=values["q_id"],
+            settings=Settings.from_json(values["config"]),
+            fingerprint_fields=values["fingerprint_fields"],
+            status=values["status"],
+            reason=values["reason"],
+            created_at=values["created_at"],
+            expected_layers=values["expected_layers"],
+            stages={name: StageRecord(**record) for name, record in values["stages"].items()},
+            q_row_count=values["q_row_count"],
+        )
+    except (KeyError, TypeError, AttributeError) as problem:
+        raise RunError(f"{path}: is not a status file of relfv ({problem!r}); move the folder aside") from None
+
+
+def _require_hash(path: Path) -> str:
+    found = sha256_file(path)
+    if found is None:
+        raise RunError(f"{path}: was written and is not there any more")
+    return found

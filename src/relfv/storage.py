@@ -1,0 +1,101 @@
+"""Files that appear whole or not at all, and locks that die with their process."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from relfv.errors import RunError
+
+_TEMP_PREFIX, _TEMP_SUFFIX = ".relfv-", ".tmp"
+
+
+def write_atomic(path: Path, data: bytes, *, read_only: bool = False) -> Path:
+    """Write ``data`` so that ``path`` is, at every instant, the old file, or nothing, or the whole new file.
+
+    Temporary file in the same folder, flush, fsync, rename, fsync of the folder: it survives a power cut once this
+    returns. The user's umask decides who may read it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{_TEMP_PREFIX}{os.getpid()}-{_digest(path.name.encode())[:12]}{_TEMP_SUFFIX}")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o444 if read_only else 0o666)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as problem:
+        temporary.unlink(missing_ok=True)
+        raise RunError(f"{path}: cannot be written ({problem.strerror}); free space or mend permissions, then run again") from problem  # fmt: skip
+    return path
+
+
+def write_json(path: Path, value: Any, *, read_only: bool = False) -> Path:
+    """Indented UTF-8 JSON in reading order; NaN and infinities are refused, since JSON has none."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    return write_atomic(path, (text + "\n").encode(), read_only=read_only)
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file. Raises RunError that names the file if it is missing or damaged."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise RunError(f"{path}: no such file; an earlier stage has not run, or was removed") from None
+    except (OSError, ValueError) as problem:
+        raise RunError(f"{path}: cannot be read as JSON ({problem})") from None
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Delete what a killed process was writing. Call with the folder's lock held."""
+    for leftover in folder.rglob(f"{_TEMP_PREFIX}*{_TEMP_SUFFIX}"):
+        leftover.unlink(missing_ok=True)
+
+
+def sha256_file(path: Path) -> str | None:
+    """sha256 of a file's bytes, or None where there is no readable file."""
+    try:
+        return _digest(path.read_bytes())
+    except OSError:
+        return None
+
+
+@contextmanager
+def lock(path: Path) -> Iterator[str | None]:
+    """Hold an exclusive lock while open. Yields None if held, or who else holds it; never waits.
+
+    The kernel drops the lock when the process ends, however it ends, so a killed run blocks nobody.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            yield file.read().strip() or "another process"
+            return
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield None
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
