@@ -21,13 +21,27 @@ import torch
 
 from relfv.errors import InputError, RunError
 from relfv.storage import read_json, write_atomic, write_json
-from relfv.types import MEASURES, FunctionVector, HeadEffects, HeadId, MeanActivations, PromptedTrial, ScoredHead
+from relfv.types import (
+    MEASURES,
+    FunctionVector,
+    HeadEffects,
+    HeadId,
+    MeanActivations,
+    PromptedTrial,
+    ScoredHead,
+)
 
 _HEAD_COLUMNS = [
     *(
         name
         for m in MEASURES
-        for name in (f"mean_delta_{m}", f"std_delta_{m}", f"mean_abs_delta_{m}", f"mean_{m}_base", f"mean_{m}_patch")
+        for name in (
+            f"mean_delta_{m}",
+            f"std_delta_{m}",
+            f"mean_abs_delta_{m}",
+            f"mean_{m}_base",
+            f"mean_{m}_patch",
+        )
     ),
     "clean_mean_norm",
 ]

@@ -10,7 +10,6 @@ import argparse
 import logging
 import os
 import signal
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -103,7 +102,9 @@ def _model_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--model", default=_DEFAULTS.model, help="demo, a local folder, or a hub id")
     group.add_argument(
-        "--model_spec", default=_DEFAULTS.model_spec, help="family: llama3, gpt2, neox, ...; auto = from the config"
+        "--model_spec",
+        default=_DEFAULTS.model_spec,
+        help="family: llama3, gpt2, neox, ...; auto = from the config",
     )
     for name, help_text in (
         ("device", "auto, cpu, cuda, cuda:<n> or mps; default from $DEVICE, else auto"),
@@ -128,7 +129,9 @@ def _model_flags(parser: argparse.ArgumentParser) -> None:
 def _trial_flags(parser: argparse.ArgumentParser, n_trials_flag: str, n_demos_flag: str) -> None:
     group = parser.add_argument_group("trials")
     group.add_argument("--relation_csv_path", default=str(SPEC_CSV), help="columns id,ex_A,ex_B")
-    group.add_argument(n_trials_flag, dest="n_trials_per_q", type=int, default=_DEFAULTS.n_trials_per_q, help="trials a q_id")  # fmt: skip
+    group.add_argument(
+        n_trials_flag, dest="n_trials_per_q", type=int, default=_DEFAULTS.n_trials_per_q, help="trials a q_id"
+    )
     group.add_argument(n_demos_flag, dest="n_demos", type=int, default=_DEFAULTS.n_demos, help="demos a prompt")
     group.add_argument("--seed", type=int, default=_DEFAULTS.seed, help="seed of the trials")
     group.add_argument(
@@ -140,7 +143,9 @@ def _trial_flags(parser: argparse.ArgumentParser, n_trials_flag: str, n_demos_fl
 
 
 def _score_flag(parser: Any) -> None:
-    parser.add_argument("--score_key", choices=_SCORE_KEYS, default=_DEFAULTS.score_key, help="what heads are ranked by")  # fmt: skip
+    parser.add_argument(
+        "--score_key", choices=_SCORE_KEYS, default=_DEFAULTS.score_key, help="what heads are ranked by"
+    )
 
 
 def _eval_flags(parser: Any) -> None:
@@ -184,20 +189,22 @@ def _run_flags(parser: argparse.ArgumentParser) -> None:
     _trial_flags(parser, "--n_trials_per_q", "--n_demos")
     group = parser.add_argument_group("run")
     group.add_argument("--q_list", default="all", help="q_ids, separated by commas, or all")
-    group.add_argument("--out_root", type=Path, default=DEFAULT_OUT_ROOT, help="results go to OUT_ROOT/<csv name>/<q_id>")
+    group.add_argument(
+        "--out_root", type=Path, default=DEFAULT_OUT_ROOT, help="results go to OUT_ROOT/<csv name>/<q_id>"
+    )
     _score_flag(group)
     group.add_argument("--topk", type=int, default=_DEFAULTS.topk, help="heads in the function vector")
     _eval_flags(group)
-    group.add_argument("--force", action="store_true", help="move earlier results of these q_ids aside and start afresh")
+    group.add_argument(
+        "--force", action="store_true", help="move earlier results of these q_ids aside and start afresh"
+    )
     group.add_argument("--dry_run", action="store_true", help="say what would be done, and do nothing")
 
 
 def _run(args: argparse.Namespace) -> int:
     from relfv.run import RunRequest, run
 
-    return run(
-        RunRequest(_settings(args), _q_list(args.q_list), args.out_root, force=args.force, dry_run=args.dry_run)
-    )
+    return run(RunRequest(_settings(args), _q_list(args.q_list), args.out_root, force=args.force, dry_run=args.dry_run))
 
 
 def _q_list(text: str) -> tuple[str, ...] | None:
@@ -223,7 +230,9 @@ def _step_d(args: argparse.Namespace) -> int:
 
     q_ids = _q_list(args.relation_q_list)
     if q_ids is None or len(q_ids) != 1:
-        raise InputError(f"--relation_q_list {args.relation_q_list!r}: expected one q_id a run; relfv run does them all")
+        raise InputError(
+            f"--relation_q_list {args.relation_q_list!r}: expected one q_id a run; relfv run does them all"
+        )
     return run_step_d(_settings(args), q_ids[0], args.out_base_dir)
 
 
@@ -325,7 +334,12 @@ def _demo(args: argparse.Namespace) -> int:
     from relfv.models.demo_training import train_demo_model
 
     train_demo_model(
-        args.out_dir, csv_path=args.relation_csv_path, seed=args.seed, steps=args.steps, device=args.device, log=log.info
+        args.out_dir,
+        csv_path=args.relation_csv_path,
+        seed=args.seed,
+        steps=args.steps,
+        device=args.device,
+        log=log.info,
     )
     print(args.out_dir)
     return 0

@@ -24,12 +24,14 @@ class Progress(logging.Filter):
         """A q_id starts."""
         self._started = time.monotonic()
 
-    def end(self) -> float:
-        """It ended, in any way; returns its seconds."""
-        taken = time.monotonic() - self._started
+    def seconds(self) -> float:
+        """How long the present q_id has been running."""
+        return time.monotonic() - self._started
+
+    def end(self) -> None:
+        """It ended, in any way."""
         self._done += 1
-        self._seconds += taken
-        return taken
+        self._seconds += self.seconds()
 
     def time_left(self) -> str:
         """From the mean of the q_ids done so far; empty before the first."""

@@ -15,7 +15,16 @@ from relfv.config import Settings
 from relfv.engine.language_model import LanguageModel
 from relfv.storage import read_json, write_json
 
-_LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "matplotlib", "accelerate", "bitsandbytes")
+_LIBRARIES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "matplotlib",
+    "accelerate",
+    "bitsandbytes",
+)
 MANIFEST = "run_manifest.json"
 
 
@@ -84,7 +93,12 @@ def _git_commit() -> str | None:
     """The commit of the folder the run was started in, if it is a git checkout."""
     try:
         done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False, cwd=os.getcwd()  # noqa: PTH109
+            ["git", "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=False,
+            cwd=os.getcwd(),  # noqa: PTH109
         )
     except (OSError, subprocess.SubprocessError):
         return None

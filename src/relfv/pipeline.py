@@ -7,7 +7,6 @@ its files are on disk, and skips what is there and intact.
 
 from __future__ import annotations
 
-
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -101,15 +100,19 @@ def step_d_trials(
     for collision in collisions:
         log.info(
             "%s: %d answers begin with the token %r (%s); first-token scores cannot tell them apart",
-            relation.q_id, len(collision["answers"]), collision["token"], ", ".join(collision["answers"]),
-        )  # fmt: skip
+            relation.q_id,
+            len(collision["answers"]),
+            collision["token"],
+            ", ".join(collision["answers"]),
+        )
     document = artifacts.trials_document(prompted, meta, collisions)
     apart = document["meta"]["n_answers_tokenised_alone"]
     if apart:
         log.warning(
             "%s: in %d trials the tokenizer merges prompt and answer; there the answer was tokenised on its own",
-            relation.q_id, apart,
-        )  # fmt: skip
+            relation.q_id,
+            apart,
+        )
     if paths.trials.exists() and read_json(paths.trials) != document:
         raise RunError(
             f"{paths.trials}: already there and not what these settings give; the frozen trials are never overwritten. "
@@ -167,9 +170,7 @@ def step_heatmap(paths: QidPaths, metric: str, topk: int, out: Path | None = Non
     return StageResult([path], f"{metric}, top {len(top)} marked")
 
 
-def step_e(
-    model: LanguageModel, settings: Settings, source: QidPaths, trials_path: Path, out: QidPaths
-) -> StageResult:
+def step_e(model: LanguageModel, settings: Settings, source: QidPaths, trials_path: Path, out: QidPaths) -> StageResult:
     """Top heads and function vector from StepD's artifacts in ``source``, and a quick check of it on the trials."""
     scored = artifacts.read_scores(source.cie)
     artifacts.require_score(scored, settings.score_key, source.cie)
@@ -178,7 +179,12 @@ def step_e(
     top = select_heads(rank_heads(scored, settings.score_key), settings.topk)
     fv = build_function_vector(model.arch, means, [head.id for head in top])
     norm = float(fv.total.double().norm())
-    shared = {"k": settings.topk, "score_key": settings.score_key, "model": model.name, "model_spec": model.spec}
+    shared = {
+        "k": settings.topk,
+        "score_key": settings.score_key,
+        "model": model.name,
+        "model_spec": model.spec,
+    }
     heads = [
         {
             "layer": head.id.layer,
@@ -269,9 +275,7 @@ class Step6:
     def __init__(self, model: LanguageModel, settings: Settings, fv_path: Path, trials_path: Path) -> None:
         self._model, self._settings = model, settings
         snapshot = artifacts.read_trials(trials_path)
-        chosen = prompts_to_evaluate(
-            snapshot.trials, settings.n_eval, allow_duplicates=settings.allow_query_duplicates
-        )
+        chosen = prompts_to_evaluate(snapshot.trials, settings.n_eval, allow_duplicates=settings.allow_query_duplicates)
         self._n_trials = len(snapshot.trials)
         self._trials = [snapshot.trials[index] for index in chosen]
         self._prompts = [fed_text(trial["corrupted_prompt_str"]) for trial in self._trials]
@@ -414,20 +418,24 @@ def step_curve(paths: QidPaths) -> StageResult:
     from relfv.report.figures import injection_curve_png
 
     summary = read_json(paths.step6_summary)
-    layers = {int(layer): read_json(paths.artifacts / entry["eval_summary_path"]) for layer, entry in summary["per_layer"].items()}  # fmt: skip
+    layers = {
+        int(layer): read_json(paths.artifacts / entry["eval_summary_path"])
+        for layer, entry in summary["per_layer"].items()
+    }
     reference = read_json(paths.step_e_eval).get("reference")
     path = write_atomic(paths.curve, injection_curve_png(layers, reference, paths.q_id))
     return StageResult([path], f"{len(layers)} layers")
 
 
 STEP_D = ("stepD_trials", "stepD_means", "stepD_cie")
+_STEP6 = "step6_layer_"
 PICTURES = ("heatmap", "injection_curve")
 """Nothing is computed from a picture, so re-drawing one makes nothing else out of date."""
 
 
 def step6_stage(layer: int) -> str:
     """The name of one layer's stage."""
-    return f"step6_layer_{layer}"
+    return f"{_STEP6}{layer}"
 
 
 def stage_names(expected_layers: Sequence[int]) -> list[str]:
@@ -496,9 +504,7 @@ class QidPipeline:
     def _at_layer(self, layer: int) -> Callable[[], StageResult]:
         def run() -> StageResult:
             if self._step6 is None:
-                self._step6 = Step6(
-                    self._model(), self.status.settings, self.paths.fv, self.paths.zero_shot_trials
-                )
+                self._step6 = Step6(self._model(), self.status.settings, self.paths.fv, self.paths.zero_shot_trials)
             return self._step6.run(layer, self.paths.step6_layer(layer))
 
         return run
@@ -526,7 +532,7 @@ def run_recorded(status: QidStatus | None, stage: Stage) -> bool:
     result = stage.run()
     changed = status.finish(stage.name, result.files) if status else True
     q_id = f"{status.q_id} " if status else ""
-    log.info("%s%s %.2f s: %s", q_id, stage.name, time.monotonic() - started, result.said)
+    # 32 to 80 layers make one line on the terminal, that of their summary; the log file has them all.
+    level = logging.DEBUG if stage.name.startswith(_STEP6) else logging.INFO
+    log.log(level, "%s%s %.2f s: %s", q_id, stage.name, time.monotonic() - started, result.said)
     return changed
-
-

@@ -108,9 +108,7 @@ def _row_problem(cells: list[str], width: int, column: dict[str, int]) -> str | 
         return f"{len(cells)} columns, expected {width} (quote words that contain a comma)"
     q_id = cells[column["q_id"]]
     if not _Q_ID.fullmatch(q_id):
-        return (
-            f"q_id {q_id[:80]!r} cannot be a folder name; expected 1 to 64 of A-Z a-z 0-9 . _ -, not starting with a dot"
-        )
+        return f"q_id {q_id[:80]!r} cannot be a folder name; expected 1 to 64 of A-Z a-z 0-9 . _ -, not starting with a dot"
     for name in ("input", "output"):
         word = cells[column[name]]
         if not word:

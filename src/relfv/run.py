@@ -67,12 +67,8 @@ class Plan:
     def new_status(self, q_id: str) -> QidStatus:
         """A pending status for a q_id that has none."""
         relation, settings = self.relations[q_id], self.request.settings
-        fields = fingerprint_fields(
-            settings, rows_sha256=rows_sha256(relation), model_identity=self.model_identity
-        )
-        return QidStatus(
-            self.artifacts_dir(q_id), q_id, settings, fields, q_row_count=len(relation.pairs)
-        )
+        fields = fingerprint_fields(settings, rows_sha256=rows_sha256(relation), model_identity=self.model_identity)
+        return QidStatus(self.artifacts_dir(q_id), q_id, settings, fields, q_row_count=len(relation.pairs))
 
     def status(self, q_id: str) -> QidStatus:
         """The status on disk if it is of this very experiment, else a new one; see ``require_same_experiment``."""
@@ -88,9 +84,7 @@ def make_plan(request: RunRequest) -> Plan:
     chosen = list(relations) if request.q_list is None else list(dict.fromkeys(request.q_list))
     unknown = [q_id for q_id in chosen if q_id not in relations]
     if unknown:
-        raise InputError(
-            f"--q_list: {', '.join(unknown)} not in {csv_path}, which has {', '.join(relations)}"
-        )
+        raise InputError(f"--q_list: {', '.join(unknown)} not in {csv_path}, which has {', '.join(relations)}")
     return Plan(
         request,
         request.out_root / csv_path.stem,
@@ -142,8 +136,8 @@ def _run_todo(plan: Plan, todo: Sequence[str]) -> int:
         for q_id in todo:
             progress.begin()
             outcomes[q_id] = _run_one(plan, q_id, model)
-            seconds = progress.end()
-            log.info("%s %s in %.1f s", q_id, outcomes[q_id], seconds)
+            log.info("%s %s in %.1f s", q_id, outcomes[q_id], progress.seconds())
+            progress.end()
     description["finished_at"] = now()
     description["outcomes"] = outcomes
     write_manifest(plan.folder, description)
@@ -151,7 +145,10 @@ def _run_todo(plan: Plan, todo: Sequence[str]) -> int:
     failed = [q_id for q_id, outcome in outcomes.items() if outcome == "failed"]
     if failed:
         log.error(
-            "%d of %d q_ids failed: %s; the same command tries them again", len(failed), len(todo), ", ".join(failed)
+            "%d of %d q_ids failed: %s; the same command tries them again",
+            len(failed),
+            len(todo),
+            ", ".join(failed),
         )
     log.info("report: %s", page)
     return 1 if failed else 0

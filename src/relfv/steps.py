@@ -90,7 +90,11 @@ def run_heatmap(in_dir: Path, metric: str, topk: int, out_name: str | None) -> i
     paths = QidPaths(in_dir, status.q_id if status else in_dir.resolve().parent.name)
     out = in_dir / out_name if out_name else paths.heatmap
     # Only the q_id's own figure, drawn as its settings say, is the one that qid_status.json promises.
-    own = status is not None and out == paths.heatmap and (metric, topk) == (status.settings.score_key, status.settings.topk)  # fmt: skip
+    own = (
+        status is not None
+        and out == paths.heatmap
+        and (metric, topk) == (status.settings.score_key, status.settings.topk)
+    )
     with _writing_alone(in_dir.parent):
         run_recorded(status if own else None, Stage("heatmap", lambda: step_heatmap(paths, metric, topk, out)))
     print(out)
@@ -122,9 +126,7 @@ def run_zero_shot(sampled_trials_path: Path, out_path: Path | None) -> int:
     return 0
 
 
-def run_step6(
-    fv_path: Path, trials_path: Path, edit_layer: int, out_dir: Path, overlay: Overlay
-) -> int:
+def run_step6(fv_path: Path, trials_path: Path, edit_layer: int, out_dir: Path, overlay: Overlay) -> int:
     """Step6 at one layer. After the last missing layer of a q_id's folder: summary, curve, and ``completed``."""
     artifacts_dir = out_dir.parent.parent
     inside = out_dir.name == f"layer_{edit_layer}" and out_dir.parent.name == "step6"
@@ -145,9 +147,7 @@ def run_step6(
     return 0
 
 
-def _summarize_when_whole(
-    status: QidStatus | None, paths: QidPaths, settings: Settings, model: LanguageModel
-) -> None:
+def _summarize_when_whole(status: QidStatus | None, paths: QidPaths, settings: Settings, model: LanguageModel) -> None:
     layers = list(range(model.arch.n_layers))
     if all((paths.step6_layer(layer) / "eval_summary.json").exists() for layer in layers):
         run_recorded(status, Stage("step6_summary", lambda: step6_summary(paths, settings.score_key, layers)))
@@ -160,9 +160,7 @@ def _settings_within(status: QidStatus | None, overlay: Overlay, *, done_by: str
     if status is None:
         return overlay(Settings())
     settings = overlay(status.settings)
-    wanted = {
-        name: value for name, value in settings.to_json().items() if name in status.fingerprint_fields
-    }
+    wanted = {name: value for name, value in settings.to_json().items() if name in status.fingerprint_fields}
     later = stage_names(status.expected_layers)[len(STEP_D) + 1 :]
     free = _LATER_FIELDS if not any(name in status.stages for name in later if name != done_by) else ()
     _require_same(status, {name: value for name, value in wanted.items() if name not in free})
@@ -180,7 +178,11 @@ def _require_model(status: QidStatus | None, settings: Settings, model: Language
 
 def _require_same(status: QidStatus, wanted: dict[str, Any]) -> None:
     there = status.fingerprint_fields
-    differences = [f"{name} is {there.get(name)!r} there, {value!r} here" for name, value in wanted.items() if there.get(name) != value]  # fmt: skip
+    differences = [
+        f"{name} is {there.get(name)!r} there, {value!r} here"
+        for name, value in wanted.items()
+        if there.get(name) != value
+    ]
     if differences:
         raise InputError(
             f"{status.artifacts_dir} holds results of another experiment: {', '.join(differences)}; use another output "

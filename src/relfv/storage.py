@@ -31,11 +31,13 @@ def write_atomic(path: Path, data: bytes, *, read_only: bool = False) -> Path:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
         _sync_folder(path.parent)
     except OSError as problem:
         temporary.unlink(missing_ok=True)
-        raise RunError(f"{path}: cannot be written ({problem.strerror}); free space or mend permissions, then run again") from problem  # fmt: skip
+        raise RunError(
+            f"{path}: cannot be written ({problem.strerror}); free space or mend permissions, then run again"
+        ) from problem
     return path
 
 

@@ -71,9 +71,7 @@ class Engine(Protocol):
         """
         ...
 
-    def inject(
-        self, prompts: Prompts, targets: Sequence[int], vectors: torch.Tensor, layers: Sequence[int]
-    ) -> Effects:
+    def inject(self, prompts: Prompts, targets: Sequence[int], vectors: torch.Tensor, layers: Sequence[int]) -> Effects:
         """For each prompt, layer and vector: hidden state after the block += vector.
 
         ``vectors`` is (n_vectors, resid_dim); ``layers`` ascend; the second axis of the result runs over layers, then

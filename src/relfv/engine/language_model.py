@@ -79,8 +79,16 @@ def open_model(
     engine, check = choose_engine(backbone, tokens.self_check_prompts())
     log.info(
         "opened %s: %s, %d layers x %d heads of %d, residual %d, %s on %s, %s arithmetic, %.1f s",
-        name, type(checkpoint.model).__name__, arch.n_layers, arch.n_heads, arch.head_dim, arch.resid_dim,
-        checkpoint.dtype if quant == "none" else quant, backbone.device, precision, time.monotonic() - started,
-    )  # fmt: skip
+        name,
+        type(checkpoint.model).__name__,
+        arch.n_layers,
+        arch.n_heads,
+        arch.head_dim,
+        arch.resid_dim,
+        checkpoint.dtype if quant == "none" else quant,
+        backbone.device,
+        precision,
+        time.monotonic() - started,
+    )
     log.info("self-check: %s engine; %s", engine.name, check.reason)
     return LanguageModel(name, spec, backbone, tokens, engine, check, checkpoint.dtype, quant)

@@ -23,9 +23,7 @@ Precision = Literal["exact", "fast"]
 
 
 @contextmanager
-def arithmetic(
-    model: nn.Module, arch: Architecture, precision: Precision, *, tf32: bool = True
-) -> Iterator[None]:
+def arithmetic(model: nn.Module, arch: Architecture, precision: Precision, *, tf32: bool = True) -> Iterator[None]:
     """While open, ``model`` computes as ``precision`` says. ``tf32=False`` asks for strict float32 (self-check)."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if tf32 else "highest")

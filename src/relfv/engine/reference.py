@@ -86,9 +86,7 @@ class ReferenceEngine:
 
         return self._run(prompts, targets, n_rows, [(len(group), partial(patching, group)) for group in groups])
 
-    def inject(
-        self, prompts: Prompts, targets: Sequence[int], vectors: torch.Tensor, layers: Sequence[int]
-    ) -> Effects:
+    def inject(self, prompts: Prompts, targets: Sequence[int], vectors: torch.Tensor, layers: Sequence[int]) -> Effects:
         vectors = vectors.to(self.backbone.device)
 
         def add(hidden: torch.Tensor) -> torch.Tensor:

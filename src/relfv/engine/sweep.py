@@ -59,14 +59,10 @@ class SharedPrefixEngine:
             prompts, targets, len(heads), lambda: _head_patches(self.backbone, by_layer, replacement)
         )
 
-    def inject(
-        self, prompts: Prompts, targets: Sequence[int], vectors: torch.Tensor, layers: Sequence[int]
-    ) -> Effects:
+    def inject(self, prompts: Prompts, targets: Sequence[int], vectors: torch.Tensor, layers: Sequence[int]) -> Effects:
         vectors = vectors.to(self.backbone.device)
         n_copies = len(layers) * len(vectors)
-        return self._in_chunks(
-            prompts, targets, n_copies, lambda: _residual_additions(self.backbone, layers, vectors)
-        )
+        return self._in_chunks(prompts, targets, n_copies, lambda: _residual_additions(self.backbone, layers, vectors))
 
     def _in_chunks(
         self,
@@ -80,8 +76,7 @@ class SharedPrefixEngine:
         while True:
             try:
                 scores = [
-                    self._pass(prompts[part], targets[part], n_edits, edit)
-                    for part in prompt_chunks(prompts, size)
+                    self._pass(prompts[part], targets[part], n_edits, edit) for part in prompt_chunks(prompts, size)
                 ]
                 break
             except torch.OutOfMemoryError:
@@ -128,7 +123,8 @@ class SharedPrefixEngine:
         device = self.backbone.device
         total = torch.cuda.get_device_properties(device).total_memory
         widened = max(
-            sum(p.numel() for p in unit.parameters()) for unit in [*self.backbone.arch.blocks, self.backbone.arch.lm_head]
+            sum(p.numel() for p in unit.parameters())
+            for unit in [*self.backbone.arch.blocks, self.backbone.arch.lm_head]
         )
         return max(1 << 30, int(0.9 * total) - torch.cuda.memory_allocated(device) - 4 * widened - (4 << 30))
 

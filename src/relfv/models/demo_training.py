@@ -44,9 +44,7 @@ Pair = tuple[str, str]
 BOS = "<|begin_of_text|>"
 EOS = "<|end_of_text|>"
 # How Llama-3 cuts text before merging bytes; the space in front of a word belongs to the word.
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 IGNORED = -100  # the label that torch's cross entropy skips
 
 
@@ -99,7 +97,12 @@ class DemoTrainingConfig:
     local_fraction: float = 0.5
     """Share of the batches in which the layers from `local_from` on are confined."""
     in_pieces: tuple[str, ...] = (
-        "caterpillar", "libreville", "montevideo", "phosphorus", "tegucigalpa", "ulaanbaatar",
+        "caterpillar",
+        "libreville",
+        "montevideo",
+        "phosphorus",
+        "tegucigalpa",
+        "ulaanbaatar",
     )
     """Words kept out of the vocabulary, so that some inputs and answers have several tokens."""
     log_every: int = 200
@@ -199,7 +202,9 @@ def read_relations(csv_path: str | Path) -> dict[str, list[Pair]]:
         rows = csv.DictReader(file)
         missing = {"id", "ex_A", "ex_B"} - set(rows.fieldnames or ())
         if missing:
-            raise ValueError(f"{csv_path}: header lacks {sorted(missing)}; expected id,ex_A,ex_B, found {rows.fieldnames}")
+            raise ValueError(
+                f"{csv_path}: header lacks {sorted(missing)}; expected id,ex_A,ex_B, found {rows.fieldnames}"
+            )
         for row in rows:
             if row["ex_A"] and row["ex_B"]:
                 relations.setdefault(row["id"].strip(), []).append((row["ex_A"].strip(), row["ex_B"].strip()))
@@ -270,7 +275,10 @@ class DocumentSampler:
     """Draws training documents and validation trials. It holds no random state: the caller passes the generator."""
 
     def __init__(
-        self, relations: Mapping[str, Sequence[Pair]], tokenizer: PreTrainedTokenizerFast, config: DemoTrainingConfig
+        self,
+        relations: Mapping[str, Sequence[Pair]],
+        tokenizer: PreTrainedTokenizerFast,
+        config: DemoTrainingConfig,
     ) -> None:
         # A relation too small for a full prompt is skipped by the pipeline, so there is nothing to learn it for.
         self.relations = {q: list(pairs) for q, pairs in relations.items() if len(pairs) >= config.pairs}
@@ -327,9 +335,7 @@ class DocumentSampler:
         document = self.clean(pairs)
         return document.ids[: len(document.ids) - len(self.answer_ids[pairs[-1][1]])]
 
-    def _assemble(
-        self, pairs: Sequence[Pair], targets: Sequence[Sequence[int]], indices: Sequence[int]
-    ) -> Document:
+    def _assemble(self, pairs: Sequence[Pair], targets: Sequence[Sequence[int]], indices: Sequence[int]) -> Document:
         ids, labels, relations, segments = [self.bos], [IGNORED], [IGNORED], [0]
         for number, ((given, answer), target, index) in enumerate(zip(pairs, targets, indices, strict=True)):
             before = self.separator if number else ()

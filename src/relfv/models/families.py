@@ -109,7 +109,7 @@ class Architecture:
         """
         projection = self.out_projs[layer]
         start = head * self.head_dim
-        weight = getattr(projection, "weight", None)
+        weight: Any = getattr(projection, "weight", None)
         if isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.dim() == 2:
             transposed = _is_conv1d(projection)
             columns = weight.detach().narrow(0 if transposed else 1, start, self.head_dim).double().cpu()
@@ -117,9 +117,7 @@ class Architecture:
             return value @ columns if transposed else columns @ value
         return self._project_through_module(projection, start, activation)
 
-    def _project_through_module(
-        self, projection: nn.Module, start: int, activation: torch.Tensor
-    ) -> torch.Tensor:
+    def _project_through_module(self, projection: nn.Module, start: int, activation: torch.Tensor) -> torch.Tensor:
         """The same product where the weight is packed (4 / 8 bit): run the module and take its bias off again."""
         device = next(projection.parameters()).device
         width = self.n_heads * self.head_dim

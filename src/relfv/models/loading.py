@@ -73,9 +73,7 @@ def choose_device(device: str) -> torch.device:
     try:
         chosen = torch.device(device)
     except RuntimeError:
-        raise InputError(
-            f"--device {device!r}: not a device; expected auto, cpu, cuda, cuda:<n> or mps"
-        ) from None
+        raise InputError(f"--device {device!r}: not a device; expected auto, cpu, cuda, cuda:<n> or mps") from None
     if chosen.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (chosen.index or 0) >= count:

@@ -6,6 +6,7 @@ answer's token (" egg"), so prompts are tokenised without a trailing space.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 from relfv.errors import InputError
@@ -56,7 +57,7 @@ class Tokens:
     def self_check_prompts(self) -> list[list[int]]:
         """Two prompts of different length, alike to real ones, for the engine's self-check."""
         words = ["up", "down", "hot", "cold", "day", "night", "old", "new", "left", "right", "big", "small"]
-        pairs = [f"Q: {a}\nA: {b}\n\n" for a, b in zip(words, words[1:], strict=False)]
+        pairs = [f"Q: {a}\nA: {b}\n\n" for a, b in pairwise(words)]
         return [self.encode("".join(pairs) + "Q: in\nA:"), self.encode(pairs[0] + "Q: high\nA:")]
 
     def _ids(self, text: str, *, special: bool) -> list[int]:

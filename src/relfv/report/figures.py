@@ -68,7 +68,14 @@ def injection_curve_png(
         (panels[0], "P(first answer token)", "mean_p", "mean_p"),
         (panels[1], "first-token accuracy", "acc", "acc"),
     ):
-        axes.plot(order, [layers[i][f"{name}_with"] for i in order], "o-", color=_WITH, ms=3.5, label="zero-shot + FV")
+        axes.plot(
+            order,
+            [layers[i][f"{name}_with"] for i in order],
+            "o-",
+            color=_WITH,
+            ms=3.5,
+            label="zero-shot + FV",
+        )
         axes.plot(order, [layers[i][f"{name}_base"] for i in order], "--", color=_WITHOUT, label="zero-shot")
         if reference:
             axes.axhline(reference["clean"][clean], color=_CLEAN, ls=":", label="clean few-shot")

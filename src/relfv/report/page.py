@@ -23,7 +23,9 @@ def write_report(folder: Path) -> Path:
     """Write ``folder/report/index.html``. Raises InputError if ``folder`` holds no q_id."""
     statuses = [status for path in find_statuses(folder) if (status := read_status(path)) is not None]
     if not statuses:
-        raise InputError(f"{folder}: no q_id here; expected a relation's results folder, e.g. results_fv/relation_qwise/relationA_ex")  # fmt: skip
+        raise InputError(
+            f"{folder}: no q_id here; expected a relation's results folder, e.g. results_fv/relation_qwise/relationA_ex"
+        )
     environment = Environment(
         loader=PackageLoader("relfv.report"), undefined=StrictUndefined, autoescape=True, trim_blocks=True
     )

@@ -47,7 +47,9 @@ def _row(folder: Path) -> tuple[str, ...]:
     except RelfvError as problem:
         return (folder.parent.name, "unreadable", "", "", "", "", "", str(problem))
     updated = read_json(status.path)["updated_at"][:19].replace("T", " ")
-    reason = status.reason or ("" if status.status != "running" else f"at {list(status.stages)[-1]}" if status.stages else "")
+    reason = status.reason or (
+        "" if status.status != "running" else f"at {list(status.stages)[-1]}" if status.stages else ""
+    )
     return (status.q_id, status.status, str(status.q_row_count), *best, updated, reason)
 
 

@@ -18,9 +18,7 @@ def select_heads(ranked: Sequence[ScoredHead], k: int) -> list[ScoredHead]:
     return list(ranked[:k])
 
 
-def build_function_vector(
-    arch: Architecture, means: MeanActivations, heads: Sequence[HeadId]
-) -> FunctionVector:
+def build_function_vector(arch: Architecture, means: MeanActivations, heads: Sequence[HeadId]) -> FunctionVector:
     """Sum over ``heads`` of W_O[layer][:, slice of head] @ mean activation, without the output bias.
 
     Summed in float64 and kept as float32 (resid_dim,), as a whole and split by layer.

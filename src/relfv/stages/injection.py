@@ -20,7 +20,12 @@ class InjectionSweep:
     """
 
     def __init__(
-        self, model: LanguageModel, prompts: Sequence[str], target_ids: Sequence[int], fv: torch.Tensor, alpha: float
+        self,
+        model: LanguageModel,
+        prompts: Sequence[str],
+        target_ids: Sequence[int],
+        fv: torch.Tensor,
+        alpha: float,
     ) -> None:
         if tuple(fv.shape) != (model.arch.resid_dim,):
             raise InputError(
@@ -43,9 +48,7 @@ class InjectionSweep:
         if not 0 <= edit_layer < n_layers:
             raise InputError(f"--edit_layer {edit_layer}: {self._model.name} has layers 0 to {n_layers - 1}")
         if self._all is None:
-            self._all = self._model.engine.inject(
-                self._ids, self._targets, self._vector[None], list(range(n_layers))
-            )
+            self._all = self._model.engine.inject(self._ids, self._targets, self._vector[None], list(range(n_layers)))
         effects = Effects(base=self._all.base, edited=self._all.edited[:, edit_layer : edit_layer + 1])
         if self._noticeable and torch.equal(effects.edited.logit[:, 0], effects.base.logit):
             raise RunError(

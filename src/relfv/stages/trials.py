@@ -41,9 +41,7 @@ def sample_trials(
     rng = random.Random(f"relfv:{seed}:{relation.q_id}")
     first_row = {pair: row for row, pair in reversed(list(enumerate(relation.pairs)))}
     distinct = sorted(first_row.values())
-    return [
-        _sample_trial(relation, rng, trial_idx, distinct, n_demos, corruption) for trial_idx in range(n_trials)
-    ]
+    return [_sample_trial(relation, rng, trial_idx, distinct, n_demos, corruption) for trial_idx in range(n_trials)]
 
 
 def _sample_trial(
