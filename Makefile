@@ -1,0 +1,46 @@
+# Two commands on a fresh machine: `make demo` (set up, then the whole pipeline on the demo model) and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help setup demo test lint format types check clean
+
+help:
+	@echo "make setup   .venv with relfv in it (.venv/bin/relfv)"
+	@echo "make demo    all relations of datasets/relation/relationA_ex.csv on the embedded demo model"
+	@echo "make test    the tests"
+	@echo "make lint    ruff: rules and format; make types: pyright; make check: all of it"
+
+setup: $(READY)
+
+$(READY): requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "relfv needs Python 3.10 or newer; say PYTHON=python3.x")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: setup
+	$(BIN)/relfv run --model demo
+	@$(BIN)/relfv status
+	@echo "open results_fv/relation_qwise/relationA_ex/report/index.html"
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: setup
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+check: lint types test
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
