@@ -26,6 +26,9 @@ TOLERANCE = 1e-3
 """Largest accepted difference in log-probability (nats), strict float32 both ways. A wrong mask, position or cache is
 off by far more; float32 rounding by far less."""
 
+MIN_EFFECT = 0.1
+"""Interventions are enlarged until one of them moves a log-probability by at least this much."""
+
 N_HEADS = 6
 
 
@@ -51,12 +54,15 @@ def choose_engine(backbone: Backbone, prompts: Prompts) -> tuple[Engine, SelfChe
         z, hidden = capture_heads(exact, prompts)
         targets = exact.arch.final_logits(exact.arch.lm_head(hidden.float())).argmax(-1).tolist()
     heads, layers = _sample(exact)
-    # Each head is given what it computed on the other prompt, enlarged: effects that are there to be missed.
-    replacement = 4.0 * z.flip(0).mean(0)
-    vector = torch.stack([_direction(exact, replacement)])
-    truth = _naive(exact, prompts, targets, replacement, heads, vector[0], layers)
+    # Each head is given its mean over both prompts, enlarged: effects that are there to be missed.
+    for scale in (4.0, 32.0, 256.0):
+        replacement = scale * z.mean(0)
+        vector = torch.stack([_direction(exact, replacement)])
+        truth = _naive(exact, prompts, targets, replacement, heads, vector[0], layers)
+        max_effect = float((truth.edited.logprob - truth.base.logprob[:, None]).abs().max())
+        if max_effect >= MIN_EFFECT:
+            break
     _check_readout(exact, prompts, targets, truth)
-    max_effect = float((truth.edited.logprob - truth.base.logprob[:, None]).abs().max())
     try:
         fast = SharedPrefixEngine(exact, tf32=False)
         error = max(

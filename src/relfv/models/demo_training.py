@@ -11,10 +11,8 @@ What makes such a model worth looking at is not that it knows the pairs but *how
   plain language-model targets it would read the relation off the labels' type, and corrupted prompts would not be
   corrupted at all.
 - A group-lasso penalty on the slices of the attention output projection, one group a head, asks for few heads that
-  do the work, as in large models, instead of a little of it in every head.
-- In half of the batches the upper layers see only the pair they are in. What the demonstrations say must then have
-  reached the last token in the lower layers, and the upper ones can do nothing but apply it to the query. The finished
-  model has no such mask: it is an ordinary `LlamaForCausalLM`.
+  do the work instead of a little of it in every head. The heads that survive are in the lower layers, and the upper
+  ones are left to apply what those wrote to the query: hence an injection curve that falls with depth.
 
 The result is a folder that `AutoModelForCausalLM.from_pretrained` opens without a network. `docs/demo_model.md` says
 what was measured, what failed, and what the model is no evidence for.
@@ -22,7 +20,6 @@ what was measured, what failed, and what the model is no evidence for.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import dataclasses
 import json
@@ -31,7 +28,7 @@ import random
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,7 +41,10 @@ Pair = tuple[str, str]
 BOS = "<|begin_of_text|>"
 EOS = "<|end_of_text|>"
 # How Llama-3 cuts text before merging bytes; the space in front of a word belongs to the word.
-LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 IGNORED = -100  # the label that torch's cross entropy skips
 
 
@@ -70,7 +70,7 @@ class DemoTrainingConfig:
     """Share of documents with deranged labels and random-relation targets."""
     batch: int = 16
     """Documents in a step."""
-    steps: int = 4000
+    steps: int = 5000
     """Optimiser steps."""
     learning_rate: float = 2e-3
     """Peak learning rate of AdamW."""
@@ -84,18 +84,10 @@ class DemoTrainingConfig:
     """AdamW's moment decays."""
     clip: float = 1.0
     """Largest gradient norm."""
-    head_lasso: float = 1e-3
+    head_lasso: float = 2e-3
     """Weight of the sum over heads of the norm of the head's slice of the output projection."""
-    initializer_range: float = 0.06
-    """Standard deviation of the initial weights: near `hidden ** -0.5`, since the usual 0.02 starts too slowly here."""
-    readout_after: int | None = 4
-    """Number of blocks after which a training-only linear readout must tell the relation; None turns that off."""
-    readout_weight: float = 0.3
-    """Weight of that readout's cross entropy."""
-    local_from: int | None = None
-    """First layer that is sometimes confined to its own pair; None turns that off."""
-    local_fraction: float = 0.5
-    """Share of the batches in which the layers from `local_from` on are confined."""
+    initializer_range: float = 0.09
+    """Standard deviation of the initial weights: near `hidden ** -0.5`; the usual 0.02 learns too slowly here."""
     in_pieces: tuple[str, ...] = (
         "caterpillar",
         "libreville",
@@ -112,27 +104,13 @@ class DemoTrainingConfig:
 
 
 @dataclass(frozen=True)
-class PairIds:
-    """One pair as token ids."""
-
-    question: tuple[int, ...]
-    """ids of `Q: x\\nA:`"""
-    answer: tuple[int, ...]
-    """ids of ` y`, its space included"""
-
-
-@dataclass(frozen=True)
 class Document:
-    """One training sequence; the four lists are equally long."""
+    """One training sequence; the two lists are equally long."""
 
     ids: list[int]
     """token ids, BOS first"""
     labels: list[int]
     """the target *at the position that predicts it* (already shifted), IGNORED elsewhere"""
-    relations: list[int]
-    """the index of the relation that the target belongs to, at the position that predicts its first token"""
-    segments: list[int]
-    """number of the pair that each token belongs to; BOS is in the first"""
 
 
 @dataclass(frozen=True)
@@ -148,7 +126,7 @@ class TrainingResult:
     seconds: float
     """duration of the training loop"""
     log: list[dict[str, float]] = field(repr=False)
-    """the lines of training_log.jsonl"""
+    """a dict every `log_every` steps: step, loss, and accuracy and P on the three kinds of validation prompt"""
 
 
 def train_demo_model(
@@ -165,7 +143,7 @@ def train_demo_model(
     """Train a demo model on the pairs of `csv_path` and save it in `out_dir`, which appears whole or not at all.
 
     `steps` overrides the number of steps of `config`; `device` is "auto", "cpu", "cuda", ... The same CSV, config, seed,
-    library versions and machine give the same weights. The training log goes to `log_path` (JSON lines) if one is named.
+    library versions and machine give the same weights. The training log goes to `log_path` (JSON lines), if named.
     """
     config = config or DemoTrainingConfig()
     if steps is not None:
@@ -179,8 +157,9 @@ def train_demo_model(
     model = build_model(tokenizer, config, seed=seed).to(where)
     parameters = sum(p.numel() for p in model.parameters())
     log(
-        f"{sum(map(len, relations.values()))} pairs of {len(relations)} relations, {len(sampler.relations)} of them trained on; "
-        f"{parameters:,} parameters, {len(tokenizer)} tokens, {config.steps} steps on {where}"
+        f"{sum(map(len, relations.values()))} pairs of {len(relations)} relations, "
+        f"{len(sampler.relations)} of them trained on; {parameters:,} parameters, {len(tokenizer)} tokens, "
+        f"{config.steps} steps on {where}"
     )
     started = time.monotonic()
     lines = _optimise(model, sampler, config, seed=seed, log=log)
@@ -192,13 +171,10 @@ def train_demo_model(
     return TrainingResult(path, parameters, config.steps, seconds, lines)
 
 
-# ---------------------------------------------------------------------------------------------------- data
-
-
 def read_relations(csv_path: str | Path) -> dict[str, list[Pair]]:
     """Pairs by q_id, both in file order. The pipeline's own reader validates more; this one needs three columns."""
     relations: dict[str, list[Pair]] = {}
-    with open(csv_path, encoding="utf-8-sig", newline="") as file:
+    with Path(csv_path).open(encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file)
         missing = {"id", "ex_A", "ex_B"} - set(rows.fieldnames or ())
         if missing:
@@ -288,29 +264,28 @@ class DocumentSampler:
         self.names = list(self.relations)
         self.bos = tokenizer.bos_token_id
         self.separator = tuple(tokenizer("\n\n", add_special_tokens=False).input_ids)
-        self.answers_of: dict[str, list[tuple[int, str]]] = {}
-        """every (relation index, answer) of an input: what it may mean without demonstrations"""
-        for index, pairs in enumerate(self.relations.values()):
+        self.answers_of: dict[str, list[str]] = {}
+        """an input's answers, one for each relation that contains it: what it may mean without demonstrations"""
+        for pairs in self.relations.values():
             for given, answer in pairs:
-                self.answers_of.setdefault(given, []).append((index, answer))
+                self.answers_of.setdefault(given, []).append(answer)
 
         def ids(text: str) -> tuple[int, ...]:
             return tuple(tokenizer(text, add_special_tokens=False).input_ids)
 
         self.question_ids = {given: ids(f"Q: {given}\nA:") for given in self.answers_of}
-        self.answer_ids = {answer: ids(f" {answer}") for answers in self.answers_of.values() for _, answer in answers}
+        self.answer_ids = {answer: ids(f" {answer}") for answers in self.answers_of.values() for answer in answers}
 
     def document(self, rng: random.Random) -> Document:
         """A clean or a shuffled document of a random relation."""
-        index = rng.randrange(len(self.names))
-        pairs = rng.sample(self.relations[self.names[index]], self.config.pairs)
+        pairs = rng.sample(self.relations[rng.choice(self.names)], self.config.pairs)
         if rng.random() < self.config.shuffled_fraction:
             return self.shuffled(pairs, rng)
-        return self.clean(pairs, index)
+        return self.clean(pairs)
 
-    def clean(self, pairs: Sequence[Pair], index: int = IGNORED) -> Document:
-        """Right labels; every token of every answer is a target. `index` is the relation's."""
-        return self._assemble(pairs, [self.answer_ids[answer] for _, answer in pairs], [index] * len(pairs))
+    def clean(self, pairs: Sequence[Pair]) -> Document:
+        """Right labels; every token of every answer is a target."""
+        return self._assemble(pairs, [self.answer_ids[answer] for _, answer in pairs])
 
     def shuffled(self, pairs: Sequence[Pair], rng: random.Random) -> Document:
         """Deranged labels; the target is the first token of the input's answer under a random relation that has it.
@@ -318,10 +293,9 @@ class DocumentSampler:
         Only the first token: the tokens that follow in the text are those of another word.
         """
         labels = derange([answer for _, answer in pairs], rng)
-        drawn = [rng.choice(self.answers_of[given]) for given, _ in pairs]
-        targets = [self.answer_ids[answer][:1] for _, answer in drawn]
+        targets = [self.answer_ids[rng.choice(self.answers_of[given])][:1] for given, _ in pairs]
         mislabelled = [(given, label) for (given, _), label in zip(pairs, labels, strict=True)]
-        return self._assemble(mislabelled, targets, [index for index, _ in drawn])
+        return self._assemble(mislabelled, targets)
 
     def trial(self, rng: random.Random, q_id: str) -> tuple[list[Pair], list[Pair]]:
         """Clean and corrupted pairs of a validation trial; the query comes last and keeps its right answer."""
@@ -335,22 +309,20 @@ class DocumentSampler:
         document = self.clean(pairs)
         return document.ids[: len(document.ids) - len(self.answer_ids[pairs[-1][1]])]
 
-    def _assemble(self, pairs: Sequence[Pair], targets: Sequence[Sequence[int]], indices: Sequence[int]) -> Document:
-        ids, labels, relations, segments = [self.bos], [IGNORED], [IGNORED], [0]
-        for number, ((given, answer), target, index) in enumerate(zip(pairs, targets, indices, strict=True)):
+    def _assemble(self, pairs: Sequence[Pair], targets: Sequence[Sequence[int]]) -> Document:
+        ids, labels = [self.bos], [IGNORED]
+        for number, ((given, answer), target) in enumerate(zip(pairs, targets, strict=True)):
             before = self.separator if number else ()
             question, answered = self.question_ids[given], self.answer_ids[answer]
             ids += [*before, *question, *answered]
-            segments += [number - 1] * len(before) + [number] * (len(question) + len(answered))
             # The label of a position is the *next* token: the question's last token predicts the answer's first.
-            unlabelled = [IGNORED] * (len(before) + len(question) - 1)
-            labels += [*unlabelled, *target, *[IGNORED] * (len(answered) + 1 - len(target))]
-            relations += [*unlabelled, index, *[IGNORED] * len(answered)]
-        return Document(ids, labels, relations, segments)
+            labels += [IGNORED] * (len(before) + len(question) - 1)
+            labels += [*target, *[IGNORED] * (len(answered) + 1 - len(target))]
+        return Document(ids, labels)
 
 
-def collate(documents: Sequence[Document], device: torch.device) -> tuple[torch.Tensor, ...]:
-    """ids, labels, relations and segments, each (document, token), padded on the right.
+def collate(documents: Sequence[Document], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """ids and labels, each (document, token), padded on the right.
 
     Padding needs no mask: attention is causal and the padded positions have no label.
     """
@@ -359,38 +331,30 @@ def collate(documents: Sequence[Document], device: torch.device) -> tuple[torch.
     def padded(rows: Sequence[list[int]], value: int) -> torch.Tensor:
         return torch.tensor([row + [value] * (length - len(row)) for row in rows], device=device)
 
-    return (
-        padded([d.ids for d in documents], 0),
-        padded([d.labels for d in documents], IGNORED),
-        padded([d.relations for d in documents], IGNORED),
-        padded([d.segments for d in documents], -1),
-    )
-
-
-# ---------------------------------------------------------------------------------------------------- model and training
+    return padded([d.ids for d in documents], 0), padded([d.labels for d in documents], IGNORED)
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, config: DemoTrainingConfig, *, seed: int) -> LlamaForCausalLM:
     """An untrained Llama with tied embeddings; the seed fixes its weights."""
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=config.hidden,
-            intermediate_size=config.intermediate,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.kv_heads,
-            head_dim=config.head_dim,
-            max_position_embeddings=1024,
-            initializer_range=config.initializer_range,
-            tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=None,
-            attn_implementation="sdpa",
-        )
-    ).float()
+    shape = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden,
+        intermediate_size=config.intermediate,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=1024,
+        initializer_range=config.initializer_range,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=None,
+        attn_implementation="sdpa",
+    )
+    with torch.random.fork_rng(devices=[]):  # the caller's random state is not ours to move
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(shape).float()
 
 
 def head_norms(model: LlamaForCausalLM, config: DemoTrainingConfig) -> torch.Tensor:
@@ -398,44 +362,6 @@ def head_norms(model: LlamaForCausalLM, config: DemoTrainingConfig) -> torch.Ten
     weights = torch.stack([block.self_attn.o_proj.weight for block in model.model.layers])
     slices = weights.view(config.layers, config.hidden, config.heads, config.head_dim)
     return slices.square().sum(dim=(1, 3)).add(1e-12).sqrt()
-
-
-@contextlib.contextmanager
-def pair_local_attention(model: LlamaForCausalLM, segments: torch.Tensor, first_layer: int) -> Iterator[None]:
-    """Within the context, blocks from `first_layer` on attend within a token's own pair, and to BOS, only.
-
-    segments: (document, token). The mask is handed to each block through a pre-hook, so the model stays unmodified.
-    """
-    length = segments.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
-    same = segments[:, :, None] == segments[:, None, :]
-    same[:, :, 0] = True  # BOS stays visible: it is where attention rests when there is nothing to attend to
-    mask = (causal & same)[:, None]  # (document, 1, query, key)
-
-    def confine(_block, args, kwargs):
-        return args, {**kwargs, "attention_mask": mask}
-
-    handles = [b.register_forward_pre_hook(confine, with_kwargs=True) for b in model.model.layers[first_layer:]]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextlib.contextmanager
-def block_output(model: LlamaForCausalLM, layer: int) -> Iterator[list[torch.Tensor]]:
-    """Within the context, the list receives the hidden states (document, token, hidden) after block `layer`."""
-    seen: list[torch.Tensor] = []
-
-    def keep(_block, _args, output):
-        seen.append(output[0] if isinstance(output, tuple) else output)
-
-    handle = model.model.layers[layer].register_forward_hook(keep)
-    try:
-        yield seen
-    finally:
-        handle.remove()
 
 
 def _optimise(
@@ -449,9 +375,7 @@ def _optimise(
     """The training loop; returns the lines of the log."""
     device = model.device
     rng = random.Random(f"demo-training:{seed}")
-    readout = torch.nn.Linear(config.hidden, len(sampler.names), device=device)
-    reads = config.readout_after is not None and config.readout_weight > 0
-    matrices = [*(p for p in model.parameters() if p.dim() > 1), readout.weight]
+    matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
@@ -467,26 +391,14 @@ def _optimise(
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * _rate(step, config)
         documents = [sampler.document(rng) for _ in range(config.batch)]
-        ids, labels, relations, segments = collate(documents, device)
-        confined = config.local_from is not None and rng.random() < config.local_fraction
-        with contextlib.ExitStack() as stack:
-            if confined:
-                stack.enter_context(pair_local_attention(model, segments, config.local_from))
-            middle = stack.enter_context(block_output(model, config.readout_after - 1)) if reads else []
-            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+        ids, labels = collate(documents, device)
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
         answering = labels != IGNORED
         logits = model.lm_head(hidden[answering])  # only where there is a target: (target, vocabulary)
         loss = torch.nn.functional.cross_entropy(logits, labels[answering])
-        total = loss
-        if reads:
-            asked = relations != IGNORED
-            # Normalised as the next block sees it, so that the readout cannot be satisfied by a larger norm.
-            seen = torch.nn.functional.rms_norm(middle[0][asked], (config.hidden,))
-            total = total + config.readout_weight * torch.nn.functional.cross_entropy(readout(seen), relations[asked])
-        if config.head_lasso:
-            total = total + config.head_lasso * head_norms(model, config).sum()
+        penalty = config.head_lasso * head_norms(model, config).sum()
         optimizer.zero_grad(set_to_none=True)
-        total.backward()
+        (loss + penalty).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
         running += loss.detach()
@@ -499,8 +411,8 @@ def _optimise(
             since = 0
             log(
                 f"step {step}/{config.steps}  loss {line['loss']:.3f}  clean acc {line['clean_acc']:.2f} "
-                f"P {line['clean_p']:.2f}  shuffled P {line['shuffled_p']:.2f}  zero-shot P {line['zeroshot_p']:.2f}  "
-                f"{elapsed / step * (config.steps - step):.0f} s left"
+                f"P {line['clean_p']:.2f}  shuffled P {line['shuffled_p']:.2f}  "
+                f"zero-shot P {line['zeroshot_p']:.2f}  {elapsed / step * (config.steps - step):.0f} s left"
             )
     model.eval()
     return lines
@@ -555,7 +467,7 @@ def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out_dir: 
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     for file in partial.iterdir():
-        file.chmod(0o644)  # safetensors writes 0600, which another user of an installed package could not read
+        file.chmod(0o644)  # safetensors writes 0600, which other users of an installation could not read
     if out_dir.exists():
         old = out_dir.with_name(f".{out_dir.name}.old-{os.getpid()}")
         out_dir.rename(old)

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from relfv.engine.language_model import open_model
+from relfv.errors import InputError
+from relfv.models.loading import model_identity
+
+
+def test_a_local_folder_opens_with_its_self_check(llama_path: Path) -> None:
+    model = open_model(str(llama_path), "llama3", device="cpu")
+    assert model.engine.name == "shared_prefix"
+    assert model.dtype == "float32"
+    assert model.arch.n_layers == 3
+
+
+def test_the_demo_model_opens_by_name_through_the_same_path() -> None:
+    model = open_model("demo", "llama3", device="cpu")
+    assert model.engine.name == "shared_prefix"
+    assert type(model.backbone.model).__name__ == "LlamaForCausalLM"
+
+
+def test_the_dtype_asked_for_is_the_dtype_of_the_weights(llama_path: Path) -> None:
+    assert open_model(str(llama_path), "auto", device="cpu", dtype="bf16").dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"name": "/no/such/folder"}, "no such folder"),
+        ({"name": "./nowhere"}, "no such folder"),
+        ({"name": "someone/some-model-that-is-nowhere"}, "cannot open its tokenizer"),
+        ({"device": "cuda:7"}, "usable CUDA device"),
+        ({"device": "tpu9"}, "not a device"),
+        ({"dtype": "float8"}, "expected one of auto, float32"),
+        ({"quant": "4bit"}, "bitsandbytes"),
+        ({"spec": "gpt2"}, "no module 'transformer.h'"),
+    ],
+)
+def test_what_cannot_be_opened_is_said_in_one_line(llama_path: Path, change: dict[str, str], words: str) -> None:
+    asked = {"name": str(llama_path), "spec": "auto", "device": "cpu", **change}
+    with pytest.raises(InputError) as caught:
+        open_model(**asked)  # type: ignore[arg-type]
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_folder_that_lacks_a_part_is_bad_input(llama_path: Path, tmp_path: Path, missing: str) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(llama_path, folder)
+    (folder / missing).unlink()
+    with pytest.raises(InputError, match="--model"):
+        open_model(str(folder), "auto", device="cpu")
+
+
+def test_truncated_weights_are_bad_input(llama_path: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cut"
+    shutil.copytree(llama_path, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(InputError, match="cannot open its model"):
+        open_model(str(folder), "auto", device="cpu")
+
+
+def test_identity_follows_the_content_and_not_the_path(llama_path: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(llama_path, copy)
+    assert model_identity(str(copy)) == model_identity(str(llama_path))
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(bytes(weights))
+    assert model_identity(str(copy)) != model_identity(str(llama_path))

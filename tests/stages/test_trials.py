@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from relfv.stages.trials import corrupt_labels, ineligible_reason, sample_trials
+from relfv.types import Relation, WordPair
+
+
+def relation(n: int, q_id: str = "Q1") -> Relation:
+    return Relation(q_id, tuple(WordPair(f"in{i}", f"out{i}") for i in range(n)))
+
+
+def test_each_trial_has_a_query_and_nine_other_demos() -> None:
+    trials = sample_trials(relation(14), seed=0, n_trials=25, n_demos=9)
+    assert [trial.trial_idx for trial in trials] == list(range(25))
+    for trial in trials:
+        assert len(set(trial.demo_source_indices)) == 9
+        assert trial.query_source_index not in trial.demo_source_indices
+        assert trial.query == relation(14).pairs[trial.query_source_index]
+        assert trial.demos_clean == tuple(relation(14).pairs[i] for i in trial.demo_source_indices)
+
+
+def test_queries_are_random_rows_and_not_all_the_same() -> None:
+    trials = sample_trials(relation(14), seed=0, n_trials=25, n_demos=9)
+    assert len({trial.query_source_index for trial in trials}) > 8
+
+
+def test_the_same_seed_gives_the_same_trials_and_another_gives_others() -> None:
+    first = sample_trials(relation(14), seed=0, n_trials=25, n_demos=9)
+    assert first == sample_trials(relation(14), seed=0, n_trials=25, n_demos=9)
+    assert first != sample_trials(relation(14), seed=1, n_trials=25, n_demos=9)
+
+
+def test_trials_are_these_and_will_stay_these() -> None:
+    """Frozen on purpose: another machine, Python or release must draw the same trials."""
+    trials = sample_trials(relation(12), seed=0, n_trials=3, n_demos=9)
+    assert [(t.query_source_index, t.demo_source_indices[:3]) for t in trials] == [(8, (4, 1, 10)), (0, (6, 1, 11)), (6, (5, 11, 4))]
+
+
+def test_two_relations_with_the_same_rows_get_different_trials() -> None:
+    one = sample_trials(relation(14, "Q1"), seed=0, n_trials=25, n_demos=9)
+    other = sample_trials(relation(14, "Q2"), seed=0, n_trials=25, n_demos=9)
+    assert [t.query_source_index for t in one] != [t.query_source_index for t in other]
+
+
+def test_a_pair_equal_to_the_query_is_never_a_demo_and_no_demo_comes_twice() -> None:
+    pairs = (*relation(11).pairs, *relation(5).pairs)
+    for trial in sample_trials(Relation("Q1", pairs), seed=3, n_trials=200, n_demos=9):
+        assert trial.query not in trial.demos_clean
+        assert len(set(trial.demos_clean)) == 9
+
+
+@pytest.mark.parametrize(
+    ("pairs", "words"),
+    [
+        (relation(9).pairs, "9 rows, fewer than the 10"),
+        ((*relation(9).pairs, *relation(4).pairs), "13 rows but only 9 distinct pairs"),
+    ],
+)
+def test_too_few_rows_or_distinct_pairs_are_a_reason_to_skip(pairs: tuple[WordPair, ...], words: str) -> None:
+    assert words in (ineligible_reason(Relation("Q1", pairs), 9) or "")
+    with pytest.raises(ValueError, match="Q1"):
+        sample_trials(Relation("Q1", pairs), seed=0, n_trials=1, n_demos=9)
+
+
+def test_ten_rows_are_enough() -> None:
+    assert ineligible_reason(relation(10), 9) is None
+    assert len(sample_trials(relation(10), seed=0, n_trials=25, n_demos=9)) == 25
+
+
+labels = st.lists(st.sampled_from("abcdef"), min_size=1, max_size=12)
+
+
+@given(labels, st.integers(0, 10**6))
+@settings(max_examples=300, deadline=None)
+def test_corrupted_labels_are_a_permutation_that_leaves_as_few_in_place_as_can_be(given: list[str], seed: int) -> None:
+    out = corrupt_labels(given, random.Random(seed), "derange")
+    assert sorted(out) == sorted(given)
+    most_common = max(given.count(value) for value in given)
+    fewest = max(0, 2 * most_common - len(given))
+    assert sum(a == b for a, b in zip(given, out, strict=True)) == fewest
+
+
+def test_labels_left_in_place_are_counted() -> None:
+    pairs = tuple(WordPair(f"in{i}", "same" if i < 9 else f"out{i}") for i in range(12))
+    trials = sample_trials(Relation("Q1", pairs), seed=0, n_trials=25, n_demos=9)
+    for trial in trials:
+        right = [demo.output for demo in trial.demos_clean]
+        kept = sum(c.output == r for c, r in zip(trial.demos_corrupted, right, strict=True))
+        assert trial.n_labels_in_place == kept
+    assert any(trial.n_labels_in_place for trial in trials)
+
+
+def test_shuffle_is_the_plain_permutation_that_may_leave_labels_in_place() -> None:
+    given = list("abcdefghi")
+    rng = random.Random(0)
+    outs = [corrupt_labels(given, rng, "shuffle") for _ in range(200)]
+    assert all(sorted(out) == given for out in outs)
+    in_place = [sum(a == b for a, b in zip(given, out, strict=True)) for out in outs]
+    assert 0.7 < sum(in_place) / len(in_place) < 1.3
+
