@@ -6,15 +6,15 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+# Before torch: tiny tensors need no threads, and processes that tests start must add in the same order as this one.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 import pytest
 import torch
 
-os.environ["HF_HUB_OFFLINE"] = "1"
 for name in ("DEVICE", "DTYPE", "QUANT"):
     os.environ.pop(name, None)
-
-# Tiny tensors: threads would only wait for each other.
-torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parents[1]
 

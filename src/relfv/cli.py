@@ -81,6 +81,10 @@ def _execute(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int
     except _Terminated:
         log.error("terminated; what was finished is on disk, and the same command goes on from there")
         return 143
+    except OSError as problem:
+        log.debug("traceback", exc_info=True)
+        log.error("%s: %s; check that the path is right, writable and not full", problem.filename, problem.strerror)
+        return 1
     except Exception as problem:  # the last line of defence: one line for the user, all of it under --debug
         log.debug("traceback", exc_info=True)
         log.error("%s: %s (--debug shows where)", type(problem).__name__, problem)

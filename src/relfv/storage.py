@@ -8,7 +8,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,9 @@ def write_atomic(path: Path, data: bytes, *, read_only: bool = False) -> Path:
     Temporary file in the same folder, flush, fsync, rename, fsync of the folder: it survives a power cut once this
     returns. The user's umask decides who may read it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{_TEMP_PREFIX}{os.getpid()}-{_digest(path.name.encode())[:12]}{_TEMP_SUFFIX}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o444 if read_only else 0o666)
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
@@ -34,7 +34,8 @@ def write_atomic(path: Path, data: bytes, *, read_only: bool = False) -> Path:
         temporary.replace(path)
         _sync_folder(path.parent)
     except OSError as problem:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise RunError(
             f"{path}: cannot be written ({problem.strerror}); free space or mend permissions, then run again"
         ) from problem

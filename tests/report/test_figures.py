@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import io
+
+import matplotlib.image
+import numpy as np
+
+from relfv.report.figures import heatmap_png, injection_curve_png
+from relfv.types import HeadId, ScoredHead
+
+
+def pixels(png: bytes) -> np.ndarray:
+    return matplotlib.image.imread(io.BytesIO(png), format="png")
+
+
+def scored(strong: HeadId) -> list[ScoredHead]:
+    ids = [HeadId(layer, head) for layer in range(4) for head in range(6)]
+    return [ScoredHead(i, {"mean_delta_p": 0.5 if i == strong else 0.001}, 25) for i in ids]
+
+
+def test_a_strong_head_is_seen_where_it_is() -> None:
+    low, high = scored(HeadId(0, 0)), scored(HeadId(3, 5))
+    reds = []
+    for heads in (low, high):
+        image = pixels(heatmap_png(heads, "mean_delta_p", [], "Q1"))[:, :, :3]
+        image = image[:, : int(image.shape[1] * 0.75)]  # without the colour bar
+        red = np.argwhere((image[:, :, 0] > 0.35) & (image[:, :, 1] < 0.15) & (image[:, :, 2] < 0.3))
+        reds.append(red.mean(0))
+    assert reds[0][0] > reds[1][0]  # layer 0 is at the bottom
+    assert reds[0][1] < reds[1][1]  # head 0 is on the left
+
+
+def test_the_top_heads_are_framed() -> None:
+    heads = scored(HeadId(1, 1))
+    without = pixels(heatmap_png(heads, "mean_delta_p", [], "Q1"))
+    with_frames = pixels(heatmap_png(heads, "mean_delta_p", heads[:5], "Q1"))
+    assert (with_frames[:, :, :3].sum(-1) < 0.1).sum() > (without[:, :, :3].sum(-1) < 0.1).sum() + 100
+
+
+def test_the_same_numbers_give_the_same_bytes() -> None:
+    heads = scored(HeadId(1, 1))
+    assert heatmap_png(heads, "mean_delta_p", heads[:5], "Q1") == heatmap_png(heads, "mean_delta_p", heads[:5], "Q1")
+    layers = {i: {"n_eval": 5, "mean_p_with": 0.1 * i, "mean_p_base": 0.1, "acc_with": 0.5, "acc_base": 0.0} for i in range(4)}
+    reference = {"clean": {"mean_p": 0.9, "acc": 1.0}}
+    assert injection_curve_png(layers, reference, "Q1") == injection_curve_png(layers, reference, "Q1")
+    assert injection_curve_png(layers, reference, "Q1") != injection_curve_png(layers, None, "Q1")

@@ -1,0 +1,264 @@
+"""The orchestrator: layout, policy, resume, refusal, interrupts."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+from relfv.cli import main
+
+CONTRACT = [
+    "sampled_trials.json", "sampled_trials_zeroshot.json", "trial_metrics.jsonl", "cie_scores.csv", "aie_scores.csv",
+    "stepD_mean_acts/qid_A1_clean_mean.pt", "stepD_mean_acts/global_clean_mean.pt", "top_heads.json",
+    "fv_global_resid.pt", "fv_global_resid_meta.json", "fv_by_layer.pt", "stepE_eval.json", "qid_status.json",
+    "aie_heatmap_A1.png", "step6/step6_all_layers_summary.json", "step6/injection_curve.png",
+    *(f"step6/layer_{i}/{name}" for i in range(3) for name in ("eval_summary.json", "eval_trials.jsonl", "eval_meta.json")),
+]  # fmt: skip
+
+
+def contents(artifacts: Path) -> dict[str, bytes]:
+    """Every file but the status, which holds times."""
+    return {
+        str(path.relative_to(artifacts)): path.read_bytes()
+        for path in sorted(artifacts.rglob("*"))
+        if path.is_file() and path.name != "qid_status.json"
+    }
+
+
+def status(folder: Path, q_id: str) -> dict:  # type: ignore[type-arg]
+    return json.loads((folder / q_id / "artifacts/qid_status.json").read_text())
+
+
+def arguments(llama_path: Path, csv_path: Path, out: Path, *more: str) -> list[str]:
+    return ["run", "--model", str(llama_path), "--relation_csv_path", str(csv_path), "--out_root", str(out), *more]
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run that a test may change; ``copied.parent`` is its out_root."""
+    shutil.copytree(finished, tmp_path / "pairs")
+    return tmp_path / "pairs"
+
+
+def test_every_file_of_the_contract_is_there_and_nothing_else(finished: Path) -> None:
+    artifacts = finished / "A1/artifacts"
+    results = [f"step6/layer_{i}/{next((artifacts / f'step6/layer_{i}').glob('step6_results_*.json')).name}" for i in range(3)]
+    found = {str(path.relative_to(artifacts)) for path in artifacts.rglob("*") if path.is_file()}
+    assert found == {*CONTRACT, *results}
+    assert (finished / "A1/logs/stepD_aie.log").read_text().count("stepD_cie") == 1
+    assert {path.name for path in finished.iterdir()} == {"A1", "B2", "C3", "report", "run.log", "run_manifest.json", ".locks"}
+
+
+def test_eligible_q_ids_complete_and_short_ones_are_skipped_with_the_reason(finished: Path) -> None:
+    assert status(finished, "A1")["status"] == status(finished, "B2")["status"] == "completed"
+    assert status(finished, "C3")["status"] == "skipped"
+    assert "9 rows, fewer than the 10" in status(finished, "C3")["reason"]
+
+
+def test_the_status_lists_every_stage_with_hashes_of_its_files(finished: Path) -> None:
+    document = status(finished, "A1")
+    promised = [name for stage in document["stages"].values() for name in stage["files"]]
+    assert sorted([*promised, "qid_status.json"]) == sorted([*CONTRACT, *(n for n in promised if "step6_results_" in n)])
+    assert document["expected_layers"] == [0, 1, 2]
+    assert document["q_row_count"] == 12
+    assert all(stage["status"] == "completed" for stage in document["stages"].values())
+
+
+def test_the_manifest_says_what_ran(finished: Path) -> None:
+    manifest = json.loads((finished / "run_manifest.json").read_text())
+    assert manifest["spec_conformant"] is False
+    assert "relation_csv_path" in manifest["departures"][0]
+    assert manifest["model"]["engine"] == "shared_prefix"
+    assert manifest["settings"]["topk"] == 20
+    assert manifest["versions"]["torch"]
+    assert manifest["outcomes"] == {"A1": "completed", "B2": "completed"}
+
+
+def test_a_second_run_touches_nothing_and_opens_no_model(finished: Path, copied: Path, csv_path: Path, llama_path: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in copied.rglob("*") if path.is_file() and path.name != "run.log"}
+    # The weights cannot be loaded, so whoever tries to fails; the identity is computed from a copy that is whole.
+    assert main(arguments(llama_path, csv_path, tmp_path)) == 0
+    said = capsys.readouterr().err
+    assert "everything is completed: 2 q_ids done, 1 skipped" in said
+    assert "opened" not in said
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["trial_metrics.jsonl", "cie_scores.csv", "fv_global_resid.pt", "aie_heatmap_A1.png", "step6/layer_1/eval_summary.json", "step6/step6_all_layers_summary.json", "stepD_mean_acts/global_clean_mean.pt"],
+)  # fmt: skip
+@pytest.mark.parametrize("how", ["deleted", "truncated"])
+def test_a_damaged_file_is_noticed_and_made_again_to_the_same_bytes(
+    copied: Path, csv_path: Path, llama_path: Path, damage: str, how: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, path = contents(copied / "A1/artifacts"), copied / "A1/artifacts" / damage
+    if how == "deleted":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-10])
+    assert main(arguments(llama_path, csv_path, copied.parent)) == 0
+    assert contents(copied / "A1/artifacts") == whole
+    assert status(copied, "A1")["status"] == "completed"
+    said = capsys.readouterr().err
+    assert "B2 " not in said
+    # Only the damaged stage ran again: its bytes are the old ones, so what rests on it still holds.
+    assert said.count(" s: ") <= 1
+
+
+def test_changed_frozen_trials_are_an_error_and_never_overwritten(copied: Path, csv_path: Path, llama_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = copied / "A1/artifacts/sampled_trials.json"
+    assert not path.stat().st_mode & 0o222
+    path.chmod(0o644)
+    path.write_text(path.read_text().replace("puppy", "poodle"))
+    changed = path.read_bytes()
+    assert main(arguments(llama_path, csv_path, copied.parent)) == 1
+    assert "the frozen trials were changed" in capsys.readouterr().err
+    assert path.read_bytes() == changed
+    assert status(copied, "A1")["status"] == "failed"
+    assert status(copied, "B2")["status"] == "completed"
+
+
+def test_other_settings_are_refused_naming_the_difference(copied: Path, csv_path: Path, llama_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments(llama_path, csv_path, copied.parent, "--seed", "1", "--alpha", "2")) == 2
+    said = capsys.readouterr().err
+    assert "seed was 0, now 1" in said
+    assert "alpha was 1.0, now 2.0" in said
+
+
+def test_other_rows_of_this_q_id_are_refused_and_of_another_are_not(copied: Path, csv_path: Path, llama_path: Path, tmp_path: Path) -> None:
+    more = tmp_path / "other" / "pairs.csv"
+    more.parent.mkdir()
+    more.write_text(csv_path.read_text() + "D4,a,b\n")
+    assert main(arguments(llama_path, more, copied.parent)) == 0
+    more.write_text(csv_path.read_text() + "A1,mouse,pup\n")
+    assert main(arguments(llama_path, more, copied.parent)) == 2
+
+
+def test_force_moves_the_old_folder_aside_and_starts_afresh(copied: Path, csv_path: Path, llama_path: Path) -> None:
+    old = contents(copied / "A1/artifacts")
+    assert main(arguments(llama_path, csv_path, copied.parent, "--q_list", "A1", "--force")) == 0
+    aside = [path for path in copied.iterdir() if path.name.startswith("A1.replaced-")]
+    assert len(aside) == 1
+    assert contents(aside[0] / "artifacts") == old == contents(copied / "A1/artifacts")
+
+
+def test_a_q_ids_results_do_not_depend_on_which_others_run(finished: Path, csv_path: Path, llama_path: Path, tmp_path: Path) -> None:
+    assert main(arguments(llama_path, csv_path, tmp_path, "--q_list", "B2")) == 0
+    assert contents(tmp_path / "pairs/B2/artifacts") == {
+        name: data for name, data in contents(finished / "B2/artifacts").items()
+    }
+    assert not (tmp_path / "pairs/A1").exists()
+
+
+def test_one_failing_q_id_does_not_stop_the_others(copied: Path, csv_path: Path, llama_path: Path) -> None:
+    shutil.rmtree(copied / "A1/artifacts/step6/layer_0")
+    (copied / "A1/artifacts/step6/layer_0").write_text("a file where a folder must be")
+    (copied / "B2/artifacts/fv_global_resid.pt").unlink()
+    assert main(arguments(llama_path, csv_path, copied.parent)) == 1
+    assert status(copied, "A1")["status"] == "failed"
+    assert "layer_0" in status(copied, "A1")["reason"]
+    assert status(copied, "B2")["status"] == "completed"
+    (copied / "A1/artifacts/step6/layer_0").unlink()
+    assert main(arguments(llama_path, csv_path, copied.parent)) == 0
+    assert status(copied, "A1")["status"] == "completed"
+
+
+def test_departures_from_the_spec_must_be_given_and_are_written_down(csv_path: Path, llama_path: Path, tmp_path: Path) -> None:
+    more = ("--q_list", "A1", "--topk", "3", "--n_trials_per_q", "4", "--n_demos", "5")
+    assert main(arguments(llama_path, csv_path, tmp_path, *more)) == 0
+    document = status(tmp_path / "pairs", "A1")
+    assert document["spec_conformant"] is False
+    assert "topk is 3, the spec fixes 20" in document["departures"]
+    assert len(json.loads((tmp_path / "pairs/A1/artifacts/top_heads.json").read_text())["heads"]) == 3
+
+
+def test_dry_run_writes_nothing(csv_path: Path, llama_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments(llama_path, csv_path, tmp_path / "out", "--dry_run")) == 0
+    assert not (tmp_path / "out").exists()
+    assert "skip: 9 rows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--q_list", "A1,Z9"], "Z9 not in"),
+        (["--q_list", ","], "--q_list: is empty"),
+        (["--topk", "0"], "--topk 0"),
+        (["--alpha", "nan"], "--alpha nan"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--relation_csv_path", "nowhere.csv"], "nowhere.csv: no such file"),
+        (["--model", "/nowhere"], "no such folder"),
+        (["--model_spec", "gpt2"], "no module 'transformer.h'"),
+        (["--quant", "3bit"], "expected one of none, 8bit, 4bit"),
+    ],
+)
+def test_bad_input_ends_with_code_2_and_one_line(csv_path: Path, llama_path: Path, tmp_path: Path, more: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments(llama_path, csv_path, tmp_path / "out", *more)) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert "Traceback" not in said
+    assert sum("ERROR" in line for line in said.splitlines()) == 1
+
+
+def test_more_heads_than_the_model_has_fail_each_q_id_with_the_reason(csv_path: Path, llama_path: Path, tmp_path: Path) -> None:
+    assert main(arguments(llama_path, csv_path, tmp_path, "--q_list", "A1", "--topk", "100")) == 1
+    assert "only 24 heads were scored" in status(tmp_path / "pairs", "A1")["reason"]
+
+
+@pytest.fixture
+def running(csv_path: Path, llama_path: Path, tmp_path: Path):  # type: ignore[no-untyped-def]
+    """A run in a process of its own, stopped at the first sight of a given file."""
+
+    def start_and_signal(wait_for: str, number: int) -> tuple[int, Path]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "relfv", *arguments(llama_path, csv_path, tmp_path)],
+            env={**os.environ, "PYTHONPATH": str(ROOT / "src")}, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        for _ in range(12000):
+            if (tmp_path / "pairs" / wait_for).exists() or process.poll() is not None:
+                break
+            time.sleep(0.005)
+        process.send_signal(number)
+        return process.wait(timeout=60), tmp_path / "pairs"
+
+    return start_and_signal
+
+
+@pytest.mark.parametrize("wait_for", ["A1/artifacts/stepD_mean_acts", "A1/artifacts/top_heads.json", "B2/artifacts/step6/layer_1"])
+def test_a_killed_run_resumes_to_the_bytes_of_an_undisturbed_one(running, finished: Path, csv_path: Path, llama_path: Path, wait_for: str) -> None:  # type: ignore[no-untyped-def]
+    code, folder = running(wait_for, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert main(arguments(llama_path, csv_path, folder.parent)) == 0
+    for q_id in ("A1", "B2"):
+        assert contents(folder / q_id / "artifacts") == contents(finished / q_id / "artifacts")
+        assert status(folder, q_id)["status"] == "completed"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_writes_the_status_and_its_exit_code(running, number: int, code: int) -> None:  # type: ignore[no-untyped-def]
+    found, folder = running("A1/artifacts/trial_metrics.jsonl", number)
+    assert found == code
+    states = {q_id: status(folder, q_id)["status"] for q_id in ("A1", "B2", "C3")}
+    assert states["C3"] == "skipped"
+    assert "pending" in states.values()
+    assert "running" not in states.values()
+
+
+def test_two_runs_at_once_do_every_q_id_once(csv_path: Path, llama_path: Path, tmp_path: Path, finished: Path) -> None:
+    command = [sys.executable, "-m", "relfv", *arguments(llama_path, csv_path, tmp_path)]
+    both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=120)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    for q_id in ("A1", "B2"):
+        assert sum(f"{q_id} stepD_cie" in text for text in said) == 1
+        assert contents(tmp_path / "pairs" / q_id / "artifacts") == contents(finished / q_id / "artifacts")
