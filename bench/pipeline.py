@@ -1,0 +1,108 @@
+"""Whole q_ids through ``relfv run``, and where their time goes.
+
+    python bench/pipeline.py --shape llama-3.1-8b --precision exact     # on a GPU with 40 GB or more
+    python bench/pipeline.py --shape demo                               # on any machine
+
+The 8B model has the real shape and random weights (saved once, opened like any checkpoint): times and memory are those
+of the real one, its scores mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+
+from relfv.cli import main as relfv
+from relfv.models.loading import model_source
+
+SHAPES = {
+    "llama-3.1-8b": {
+        "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192,
+    },
+}  # fmt: skip
+
+
+def main() -> None:
+    """Parse, run, print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=("demo", *SHAPES), default="demo")
+    parser.add_argument("--precision", choices=("exact", "fast"), default="exact")
+    parser.add_argument("--q_list", default="Q1,Q2,Q3")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--work", type=Path, default=None, help="keeps the random model between runs")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        work = args.work or Path(temporary)
+        model = "demo" if args.shape == "demo" else str(random_model(args.shape, work))
+        out = Path(temporary) / "out"
+        started = time.monotonic()
+        code = relfv(
+            ["run", "--model", model, "--q_list", args.q_list, "--out_root", str(out), "--device", args.device,
+             "--precision", args.precision]
+        )  # fmt: skip
+        seconds = time.monotonic() - started
+        if code:
+            raise SystemExit(code)
+        print(table(out, args, seconds))
+
+
+def random_model(shape: str, work: Path) -> Path:
+    """A bf16 Llama of this shape with seeded random weights and the demo model's tokenizer, on disk."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = work / shape
+    if not (folder / "config.json").exists():
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        torch.manual_seed(0)
+        config = LlamaConfig(**SHAPES[shape], dtype="bfloat16", initializer_range=0.03)
+        with torch.device(device):
+            model = LlamaForCausalLM(config).to(torch.bfloat16)
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(model_source("demo")).save_pretrained(folder)
+        del model
+        if device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+    return folder
+
+
+def table(out: Path, args: argparse.Namespace, seconds: float) -> str:
+    """Seconds a stage and q_id, from the time stamps in qid_status.json."""
+    from datetime import datetime
+
+    manifest = json.loads(next(out.glob("*/run_manifest.json")).read_text())
+    stages: dict[str, list[float]] = defaultdict(list)
+    for path in sorted(out.glob("*/*/artifacts/qid_status.json")):
+        per_stage: dict[str, float] = defaultdict(float)
+        for name, record in json.loads(path.read_text())["stages"].items():
+            took = datetime.fromisoformat(record["finished_at"]) - datetime.fromisoformat(record["started_at"])
+            per_stage["step6 (all layers)" if name.startswith("step6_layer") else name] += took.total_seconds()
+        for name, value in per_stage.items():
+            stages[name].append(value)
+    lines = [
+        f"{args.shape}, {args.precision}, {manifest['model']['device_name']}, torch {manifest['versions']['torch']}, "
+        f"transformers {manifest['versions']['transformers']}, engine {manifest['model']['engine']}, "
+        f"self-check error {manifest['model']['self_check']['max_error']:.1e}",
+        "",
+        "| stage | first q_id, s | later q_ids, mean s |",
+        "|---|---|---|",
+    ]
+    later = {name: sum(values[1:]) / max(1, len(values) - 1) for name, values in stages.items()}
+    lines += [f"| {name} | {values[0]:.2f} | {later[name]:.2f} |" for name, values in stages.items()]
+    first = sum(values[0] for values in stages.values())
+    lines.append(f"| **whole q_id** | {first:.2f} | {sum(later.values()):.2f} |")
+    lines.append(f"\nwhole command, model opened from disk: {seconds:.1f} s for {len(stages['stepE'])} q_ids")
+    if torch.cuda.is_available():
+        lines.append(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
