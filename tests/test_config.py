@@ -32,7 +32,9 @@ def test_the_fingerprint_follows_what_the_numbers_depend_on_and_nothing_else() -
     assert prints(Settings(), model="other") != same
 
 
-@pytest.mark.parametrize(("text", "indices"), [("all", [0, 1, 2, 3, 4]), ("0-2,4", [0, 1, 2, 4]), (" 3 ", [3]), ("1,0-1", [0, 1])])
+@pytest.mark.parametrize(
+    ("text", "indices"), [("all", [0, 1, 2, 3, 4]), ("0-2,4", [0, 1, 2, 4]), (" 3 ", [3]), ("1,0-1", [0, 1])]
+)
 def test_index_lists(text: str, indices: list[int]) -> None:
     assert parse_index_list(text, 5, "--layers") == indices
 

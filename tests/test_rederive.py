@@ -29,11 +29,19 @@ class Truth:
         with torch.no_grad():
             logits = self.model(ids).logits[0, -1]
         logprob = logits.log_softmax(-1)[target]
-        return {"logit": float(logits[target]), "logprob": float(logprob), "p": float(logprob.exp()), "top": int(logits.argmax())}
+        return {
+            "logit": float(logits[target]),
+            "logprob": float(logprob),
+            "p": float(logprob.exp()),
+            "top": int(logits.argmax()),
+        }
 
     def heads(self, prompt: str) -> torch.Tensor:
         kept = []
-        handles = [layer.self_attn.o_proj.register_forward_pre_hook(lambda _, a: kept.append(a[0][0, -1].clone())) for layer in self.layers]
+        handles = [
+            layer.self_attn.o_proj.register_forward_pre_hook(lambda _, a: kept.append(a[0][0, -1].clone()))
+            for layer in self.layers
+        ]
         self.scores(prompt, 0)
         for handle in handles:
             handle.remove()
@@ -130,7 +138,9 @@ def test_head_scores_are_the_rows_statistics(artifacts: Path, rows: list[dict], 
     with (artifacts / "aie_scores.csv").open() as file:
         ranked = list(csv.DictReader(file))
     order = sorted(scores, key=lambda s: (-float(s["mean_delta_p"]), int(s["layer"]), int(s["head"])))
-    assert [(r["layer"], r["head"], r["mean_delta_p"]) for r in ranked] == [(s["layer"], s["head"], s["mean_delta_p"]) for s in order]
+    assert [(r["layer"], r["head"], r["mean_delta_p"]) for r in ranked] == [
+        (s["layer"], s["head"], s["mean_delta_p"]) for s in order
+    ]
     assert {r["n_qid"] for r in ranked} == {"1"}
     top = json.loads((artifacts / "top_heads.json").read_text())["heads"]
     assert [(str(h["layer"]), str(h["head"])) for h in top] == [(s["layer"], s["head"]) for s in order[:20]]

@@ -24,7 +24,13 @@ def write(tmp_path: Path, text: str | bytes) -> Path:
 def test_every_accepted_header_spelling_reads_the_same(tmp_path: Path, header: str) -> None:
     cells = {"id": "Q1", "a": "dog", "b": "puppy", "comment": "x"}
     order = [
-        "id" if name.lower() in ("id", "q", "q_id", "qid") else "b" if name.lower() in ("ex_b", "exb", "output") else "a" if name.lower() in ("ex_a", "exa", "input") else "comment"
+        "id"
+        if name.lower() in ("id", "q", "q_id", "qid")
+        else "b"
+        if name.lower() in ("ex_b", "exb", "output")
+        else "a"
+        if name.lower() in ("ex_a", "exa", "input")
+        else "comment"
         for name in header.split(",")
     ]
     path = write(tmp_path, f"{header}\n{','.join(cells[name] for name in order)}\n")
@@ -83,7 +89,9 @@ def test_a_missing_file_and_a_folder_are_bad_input(tmp_path: Path, name: str) ->
 
 @given(st.binary(max_size=200))
 @settings(max_examples=200, deadline=None)
-def test_no_bytes_whatever_do_anything_but_load_or_be_refused(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+def test_no_bytes_whatever_do_anything_but_load_or_be_refused(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes
+) -> None:
     path = tmp_path_factory.mktemp("fuzz") / "x.csv"
     path.write_bytes(b"id,ex_A,ex_B\n" + data)
     try:

@@ -51,11 +51,21 @@ def copied(finished: Path, tmp_path: Path) -> Path:
 
 def test_every_file_of_the_contract_is_there_and_nothing_else(finished: Path) -> None:
     artifacts = finished / "A1/artifacts"
-    results = [f"step6/layer_{i}/{next((artifacts / f'step6/layer_{i}').glob('step6_results_*.json')).name}" for i in range(3)]
+    results = [
+        f"step6/layer_{i}/{next((artifacts / f'step6/layer_{i}').glob('step6_results_*.json')).name}" for i in range(3)
+    ]
     found = {str(path.relative_to(artifacts)) for path in artifacts.rglob("*") if path.is_file()}
     assert found == {*CONTRACT, *results}
     assert (finished / "A1/logs/stepD_aie.log").read_text().count("stepD_cie") == 1
-    assert {path.name for path in finished.iterdir()} == {"A1", "B2", "C3", "report", "run.log", "run_manifest.json", ".locks"}
+    assert {path.name for path in finished.iterdir()} == {
+        "A1",
+        "B2",
+        "C3",
+        "report",
+        "run.log",
+        "run_manifest.json",
+        ".locks",
+    }
 
 
 def test_eligible_q_ids_complete_and_short_ones_are_skipped_with_the_reason(finished: Path) -> None:
@@ -67,7 +77,9 @@ def test_eligible_q_ids_complete_and_short_ones_are_skipped_with_the_reason(fini
 def test_the_status_lists_every_stage_with_hashes_of_its_files(finished: Path) -> None:
     document = status(finished, "A1")
     promised = [name for stage in document["stages"].values() for name in stage["files"]]
-    assert sorted([*promised, "qid_status.json"]) == sorted([*CONTRACT, *(n for n in promised if "step6_results_" in n)])
+    assert sorted([*promised, "qid_status.json"]) == sorted(
+        [*CONTRACT, *(n for n in promised if "step6_results_" in n)]
+    )
     assert document["expected_layers"] == [0, 1, 2]
     assert document["q_row_count"] == 12
     assert all(stage["status"] == "completed" for stage in document["stages"].values())
@@ -83,7 +95,9 @@ def test_the_manifest_says_what_ran(finished: Path) -> None:
     assert manifest["outcomes"] == {"A1": "completed", "B2": "completed"}
 
 
-def test_a_second_run_touches_nothing_and_opens_no_model(finished: Path, copied: Path, csv_path: Path, llama_path: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_second_run_touches_nothing_and_opens_no_model(
+    finished: Path, copied: Path, csv_path: Path, llama_path: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     before = {path: path.stat().st_mtime_ns for path in copied.rglob("*") if path.is_file() and path.name != "run.log"}
     # The weights cannot be loaded, so whoever tries to fails; the identity is computed from a copy that is whole.
     assert main(arguments(llama_path, csv_path, tmp_path)) == 0
@@ -115,7 +129,9 @@ def test_a_damaged_file_is_noticed_and_made_again_to_the_same_bytes(
     assert said.count(" s: ") <= 1
 
 
-def test_changed_frozen_trials_are_an_error_and_never_overwritten(copied: Path, csv_path: Path, llama_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_changed_frozen_trials_are_an_error_and_never_overwritten(
+    copied: Path, csv_path: Path, llama_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = copied / "A1/artifacts/sampled_trials.json"
     assert not path.stat().st_mode & 0o222
     path.chmod(0o644)
@@ -128,14 +144,18 @@ def test_changed_frozen_trials_are_an_error_and_never_overwritten(copied: Path, 
     assert status(copied, "B2")["status"] == "completed"
 
 
-def test_other_settings_are_refused_naming_the_difference(copied: Path, csv_path: Path, llama_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_settings_are_refused_naming_the_difference(
+    copied: Path, csv_path: Path, llama_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(arguments(llama_path, csv_path, copied.parent, "--seed", "1", "--alpha", "2")) == 2
     said = capsys.readouterr().err
     assert "seed was 0, now 1" in said
     assert "alpha was 1.0, now 2.0" in said
 
 
-def test_other_rows_of_this_q_id_are_refused_and_of_another_are_not(copied: Path, csv_path: Path, llama_path: Path, tmp_path: Path) -> None:
+def test_other_rows_of_this_q_id_are_refused_and_of_another_are_not(
+    copied: Path, csv_path: Path, llama_path: Path, tmp_path: Path
+) -> None:
     more = tmp_path / "other" / "pairs.csv"
     more.parent.mkdir()
     more.write_text(csv_path.read_text() + "D4,a,b\n")
@@ -152,11 +172,11 @@ def test_force_moves_the_old_folder_aside_and_starts_afresh(copied: Path, csv_pa
     assert contents(aside[0] / "artifacts") == old == contents(copied / "A1/artifacts")
 
 
-def test_a_q_ids_results_do_not_depend_on_which_others_run(finished: Path, csv_path: Path, llama_path: Path, tmp_path: Path) -> None:
+def test_a_q_ids_results_do_not_depend_on_which_others_run(
+    finished: Path, csv_path: Path, llama_path: Path, tmp_path: Path
+) -> None:
     assert main(arguments(llama_path, csv_path, tmp_path, "--q_list", "B2")) == 0
-    assert contents(tmp_path / "pairs/B2/artifacts") == {
-        name: data for name, data in contents(finished / "B2/artifacts").items()
-    }
+    assert contents(tmp_path / "pairs/B2/artifacts") == contents(finished / "B2/artifacts")
     assert not (tmp_path / "pairs/A1").exists()
 
 
@@ -173,7 +193,9 @@ def test_one_failing_q_id_does_not_stop_the_others(copied: Path, csv_path: Path,
     assert status(copied, "A1")["status"] == "completed"
 
 
-def test_departures_from_the_spec_must_be_given_and_are_written_down(csv_path: Path, llama_path: Path, tmp_path: Path) -> None:
+def test_departures_from_the_spec_must_be_given_and_are_written_down(
+    csv_path: Path, llama_path: Path, tmp_path: Path
+) -> None:
     more = ("--q_list", "A1", "--topk", "3", "--n_trials_per_q", "4", "--n_demos", "5")
     assert main(arguments(llama_path, csv_path, tmp_path, *more)) == 0
     document = status(tmp_path / "pairs", "A1")
@@ -182,7 +204,9 @@ def test_departures_from_the_spec_must_be_given_and_are_written_down(csv_path: P
     assert len(json.loads((tmp_path / "pairs/A1/artifacts/top_heads.json").read_text())["heads"]) == 3
 
 
-def test_dry_run_writes_nothing(csv_path: Path, llama_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_writes_nothing(
+    csv_path: Path, llama_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(arguments(llama_path, csv_path, tmp_path / "out", "--dry_run")) == 0
     assert not (tmp_path / "out").exists()
     assert "skip: 9 rows" in capsys.readouterr().out
@@ -199,20 +223,18 @@ def test_dry_run_writes_nothing(csv_path: Path, llama_path: Path, tmp_path: Path
         (["--relation_csv_path", "nowhere.csv"], "nowhere.csv: no such file"),
         (["--model", "/nowhere"], "no such folder"),
         (["--model_spec", "gpt2"], "no module 'transformer.h'"),
+        (["--topk", "100"], "has 24 heads to choose from"),
         (["--quant", "3bit"], "expected one of none, 8bit, 4bit"),
     ],
 )
-def test_bad_input_ends_with_code_2_and_one_line(csv_path: Path, llama_path: Path, tmp_path: Path, more: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_ends_with_code_2_and_one_line(
+    csv_path: Path, llama_path: Path, tmp_path: Path, more: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(arguments(llama_path, csv_path, tmp_path / "out", *more)) == 2
     said = capsys.readouterr().err
     assert words in said
     assert "Traceback" not in said
     assert sum("ERROR" in line for line in said.splitlines()) == 1
-
-
-def test_more_heads_than_the_model_has_fail_each_q_id_with_the_reason(csv_path: Path, llama_path: Path, tmp_path: Path) -> None:
-    assert main(arguments(llama_path, csv_path, tmp_path, "--q_list", "A1", "--topk", "100")) == 1
-    assert "only 24 heads were scored" in status(tmp_path / "pairs", "A1")["reason"]
 
 
 @pytest.fixture
@@ -234,8 +256,12 @@ def running(csv_path: Path, llama_path: Path, tmp_path: Path):  # type: ignore[n
     return start_and_signal
 
 
-@pytest.mark.parametrize("wait_for", ["A1/artifacts/stepD_mean_acts", "A1/artifacts/top_heads.json", "B2/artifacts/step6/layer_1"])
-def test_a_killed_run_resumes_to_the_bytes_of_an_undisturbed_one(running, finished: Path, csv_path: Path, llama_path: Path, wait_for: str) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize(
+    "wait_for", ["A1/artifacts/stepD_mean_acts", "A1/artifacts/top_heads.json", "B2/artifacts/step6/layer_1"]
+)
+def test_a_killed_run_resumes_to_the_bytes_of_an_undisturbed_one(
+    running, finished: Path, csv_path: Path, llama_path: Path, wait_for: str
+) -> None:  # type: ignore[no-untyped-def]
     code, folder = running(wait_for, signal.SIGKILL)
     assert code == -signal.SIGKILL
     assert main(arguments(llama_path, csv_path, folder.parent)) == 0

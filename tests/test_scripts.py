@@ -117,6 +117,16 @@ def test_device_dtype_and_quant_come_from_the_environment(llama_path: Path, csv_
     assert (config["device"], config["dtype"], config["quant"]) == ("cpu", "bf16", "none")
 
 
+def test_a_folder_made_in_another_dtype_is_continued_in_it_by_commands_that_do_not_say(
+    llama_path: Path, csv_path: Path, tmp_path: Path
+) -> None:
+    """Section 9 gives Step6 no --dtype, so it must be what StepD was told."""
+    base = tmp_path / "B2"
+    done = shell("DTYPE=bf16\n" + STEP_D + STEP_E + STEP_6.replace("0 1 2", "1"), llama_path, csv_path, base)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((base / "artifacts/step6/layer_1/eval_meta.json").read_text())["dtype"] == "bfloat16"
+
+
 def in_process(name: str, *arguments: str | Path) -> int:
     return main([name, *map(str, arguments)])
 
@@ -144,31 +154,62 @@ def test_layers_and_heads_may_be_ranges(llama_path: Path, csv_path: Path, tmp_pa
 
 
 @pytest.mark.parametrize("text", ["3", "0-9", "2-1", "x", "0,,1", "-1"])
-def test_ranges_that_make_no_sense_are_bad_input(llama_path: Path, csv_path: Path, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ranges_that_make_no_sense_are_bad_input(
+    llama_path: Path, csv_path: Path, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert step_d(llama_path, csv_path, tmp_path / "A1", f"--layers={text}") == 2
     assert "--layers" in capsys.readouterr().err
 
 
-def test_step_e_with_other_settings_than_the_finished_folder_is_refused(finished: Path, llama_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_step_e_with_other_settings_than_the_finished_folder_is_refused(
+    finished: Path, llama_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     import shutil
 
     shutil.copytree(finished / "A1", tmp_path / "A1")
     artifacts = tmp_path / "A1/artifacts"
     before = contents(artifacts)
-    flags = ("--stepd_artifacts_dir", artifacts, "--sampled_trials_path", artifacts / "sampled_trials.json", "--out_dir", artifacts, "--model", llama_path)
+    flags = (
+        "--stepd_artifacts_dir",
+        artifacts,
+        "--sampled_trials_path",
+        artifacts / "sampled_trials.json",
+        "--out_dir",
+        artifacts,
+        "--model",
+        llama_path,
+    )
     assert in_process("stepe", *flags, "--k", "5") == 2
     assert "topk is 20 there, 5 here" in capsys.readouterr().err
     assert contents(artifacts) == before
 
 
-def test_step_e_and_step6_into_other_folders_leave_the_q_ids_folder_alone(finished: Path, llama_path: Path, tmp_path: Path) -> None:
+def test_step_e_and_step6_into_other_folders_leave_the_q_ids_folder_alone(
+    finished: Path, llama_path: Path, tmp_path: Path
+) -> None:
     artifacts, out = finished / "A1/artifacts", tmp_path / "mine"
     before = contents(artifacts)
     trials = artifacts / "sampled_trials.json"
-    flags = ("--stepd_artifacts_dir", artifacts, "--sampled_trials_path", trials, "--out_dir", out, "--model", llama_path)
+    flags = (
+        "--stepd_artifacts_dir",
+        artifacts,
+        "--sampled_trials_path",
+        trials,
+        "--out_dir",
+        out,
+        "--model",
+        llama_path,
+    )
     assert in_process("stepe", *flags, "--k", "5") == 0
     assert len(json.loads((out / "top_heads.json").read_text())["heads"]) == 5
-    flags = ("--fv_global_path", out / "fv_global_resid.pt", "--sampled_trials_path", out / "sampled_trials_zeroshot.json", "--model", llama_path)
+    flags = (
+        "--fv_global_path",
+        out / "fv_global_resid.pt",
+        "--sampled_trials_path",
+        out / "sampled_trials_zeroshot.json",
+        "--model",
+        llama_path,
+    )
     assert in_process("step6", *flags, "--edit_layer", "1", "--out_dir", out / "at1") == 0
     assert json.loads((out / "at1/eval_meta.json").read_text())["edit_layer"] == 1
     assert contents(artifacts) == before

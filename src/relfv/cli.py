@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from relfv import __version__
-from relfv.config import DEFAULT_OUT_ROOT, SPEC_CSV, Settings
+from relfv.config import DEFAULT_OUT_ROOT, SCORE_KEYS, SPEC_CSV, Settings
 from relfv.errors import InputError, RelfvError
 
 log = logging.getLogger("relfv.cli")
 
 _DEFAULTS = Settings()
-_SCORE_KEYS = tuple(f"mean_{kind}delta_{m}" for kind in ("", "abs_") for m in ("p", "logit", "logprob"))
 Command = Callable[[argparse.Namespace], int]
 
 
@@ -102,73 +101,67 @@ def _terminate(*_: Any) -> None:
 # --- flag groups -----------------------------------------------------------------------------------------------
 
 
+def _setting(group: Any, flag: str, help_text: str, *, dest: str | None = None, **options: Any) -> None:
+    """A flag for one field of Settings. Nothing is stored unless it is given: the field then keeps its default, or, for
+    a command that works inside a q_id's folder, what that folder was made with."""
+    name = dest or flag.removeprefix("--")
+    default = getattr(_DEFAULTS, name)
+    options = {"type": type(default), **options} if "action" not in options else options
+    group.add_argument(flag, dest=name, default=argparse.SUPPRESS, help=f"{help_text} (default: {default})", **options)
+
+
 def _model_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--model", default=_DEFAULTS.model, help="demo, a local folder, or a hub id")
-    group.add_argument(
-        "--model_spec",
-        default=_DEFAULTS.model_spec,
-        help="family: llama3, gpt2, neox, ...; auto = from the config",
-    )
-    for name, help_text in (
-        ("device", "auto, cpu, cuda, cuda:<n> or mps; default from $DEVICE, else auto"),
-        ("dtype", "auto (the checkpoint's), fp32, bf16 or fp16; default from $DTYPE, else auto"),
-        ("quant", "none, 8bit or 4bit (needs relfv[quant]); default from $QUANT, else none"),
-    ):
-        group.add_argument(f"--{name}", nargs="?", default=None, const=None, help=help_text)
-    group.add_argument(
+    _setting(group, "--model", "demo, a local folder, or a hub id")
+    _setting(group, "--model_spec", "family: llama3, gpt2, neox, ...; auto = from the config")
+    _setting(group, "--device", "auto, cpu, cuda, cuda:<n> or mps; else $DEVICE", nargs="?", const="")
+    _setting(group, "--dtype", "auto (the checkpoint's), fp32, bf16 or fp16; else $DTYPE", nargs="?", const="")
+    _setting(group, "--quant", "none, 8bit or 4bit (needs relfv[quant]); else $QUANT", nargs="?", const="")
+    _setting(
+        group,
         "--precision",
+        "exact: float32 arithmetic (TF32 on CUDA); fast: the weights' dtype",
         choices=("exact", "fast"),
-        default=_DEFAULTS.precision,
-        help="exact: float32 arithmetic (TF32 on CUDA); fast: the weights' dtype",
     )
-    group.add_argument(
-        "--trust_remote_code",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="run code that comes with the checkpoint",
+    _setting(
+        group, "--trust_remote_code", "run code that comes with the checkpoint", action=argparse.BooleanOptionalAction
     )
 
 
 def _trial_flags(parser: argparse.ArgumentParser, n_trials_flag: str, n_demos_flag: str) -> None:
     group = parser.add_argument_group("trials")
-    group.add_argument("--relation_csv_path", default=str(SPEC_CSV), help="columns id,ex_A,ex_B")
-    group.add_argument(
-        n_trials_flag, dest="n_trials_per_q", type=int, default=_DEFAULTS.n_trials_per_q, help="trials a q_id"
-    )
-    group.add_argument(n_demos_flag, dest="n_demos", type=int, default=_DEFAULTS.n_demos, help="demos a prompt")
-    group.add_argument("--seed", type=int, default=_DEFAULTS.seed, help="seed of the trials")
-    group.add_argument(
+    _setting(group, "--relation_csv_path", "columns id,ex_A,ex_B")
+    _setting(group, n_trials_flag, "trials a q_id", dest="n_trials_per_q")
+    _setting(group, n_demos_flag, "demos a prompt", dest="n_demos")
+    _setting(group, "--seed", "seed of the trials")
+    _setting(
+        group,
         "--corruption",
+        "derange: no demo keeps its label; shuffle: plain permutation",
         choices=("derange", "shuffle"),
-        default=_DEFAULTS.corruption,
-        help="derange: no demo keeps its label; shuffle: plain permutation",
     )
 
 
-def _score_flag(parser: Any) -> None:
-    parser.add_argument(
-        "--score_key", choices=_SCORE_KEYS, default=_DEFAULTS.score_key, help="what heads are ranked by"
-    )
+def _score_flag(group: Any) -> None:
+    _setting(group, "--score_key", "what heads are ranked by", choices=SCORE_KEYS)
 
 
-def _eval_flags(parser: Any) -> None:
-    parser.add_argument("--alpha", type=float, default=_DEFAULTS.alpha, help="the vector is added alpha times")
-    parser.add_argument("--n_eval", type=int, default=_DEFAULTS.n_eval, help="zero-shot prompts at most")
-    parser.add_argument(
+def _eval_flags(group: Any) -> None:
+    _setting(group, "--alpha", "the vector is added alpha times")
+    _setting(group, "--n_eval", "zero-shot prompts at most")
+    _setting(
+        group,
         "--allow_query_duplicates",
+        "evaluate every trial's query, also those drawn more than once",
         action=argparse.BooleanOptionalAction,
-        default=_DEFAULTS.allow_query_duplicates,
-        help="evaluate every trial's query, also those drawn more than once",
     )
 
 
 def _settings(args: argparse.Namespace, base: Settings = _DEFAULTS) -> Settings:
-    """Settings of the flags a command has; the others stay as in ``base``."""
+    """The flags that were given over ``base``. For device, dtype and quant the environment stands between the two."""
     given = {name: value for name, value in vars(args).items() if name in base.to_json()}
     for name in ("device", "dtype", "quant"):
-        if name in given:
-            given[name] = given[name] or os.environ.get(name.upper()) or getattr(_DEFAULTS, name)
+        given[name] = given.get(name) or os.environ.get(name.upper()) or getattr(base, name)
     settings = replace(base, **given)
     _check_names(settings)
     return settings
@@ -197,7 +190,7 @@ def _run_flags(parser: argparse.ArgumentParser) -> None:
         "--out_root", type=Path, default=DEFAULT_OUT_ROOT, help="results go to OUT_ROOT/<csv name>/<q_id>"
     )
     _score_flag(group)
-    group.add_argument("--topk", type=int, default=_DEFAULTS.topk, help="heads in the function vector")
+    _setting(group, "--topk", "heads in the function vector")
     _eval_flags(group)
     group.add_argument(
         "--force", action="store_true", help="move earlier results of these q_ids aside and start afresh"
@@ -223,8 +216,8 @@ def _step_d_flags(parser: argparse.ArgumentParser) -> None:
     _trial_flags(parser, "--relation_n_trials_per_q", "--relation_n_demos")
     group = parser.add_argument_group("sweep")
     group.add_argument("--relation_q_list", required=True, help="the q_id to run (one)")
-    group.add_argument("--layers", default="all", help="all, or e.g. 0-3,7")
-    group.add_argument("--heads", default="all", help="all, or e.g. 0-3,7")
+    _setting(group, "--layers", "all, or e.g. 0-3,7")
+    _setting(group, "--heads", "all, or e.g. 0-3,7")
     _score_flag(group)
     group.add_argument("--out_base_dir", type=Path, required=True, help="folder of the q_id; artifacts/ is made in it")
 
@@ -242,7 +235,7 @@ def _step_d(args: argparse.Namespace) -> int:
 
 def _heatmap_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--in_dir", type=Path, required=True, help="the q_id's artifacts folder")
-    parser.add_argument("--metric", choices=_SCORE_KEYS, default=_DEFAULTS.score_key, help="column to draw")
+    parser.add_argument("--metric", choices=SCORE_KEYS, default=_DEFAULTS.score_key, help="column to draw")
     parser.add_argument("--topk", type=int, default=_DEFAULTS.topk, help="heads to mark")
     parser.add_argument("--out_name", default=None, help="file name within --in_dir (default: aie_heatmap_<Q>.png)")
 
@@ -256,9 +249,9 @@ def _heatmap(args: argparse.Namespace) -> int:
 def _step_e_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stepd_artifacts_dir", type=Path, required=True, help="StepD's artifacts folder")
     parser.add_argument("--sampled_trials_path", type=Path, required=True, help="StepD's sampled_trials.json")
-    parser.add_argument("--k", dest="topk", type=int, default=_DEFAULTS.topk, help="heads in the function vector")
+    _setting(parser, "--k", "heads in the function vector", dest="topk")
     _score_flag(parser)
-    parser.add_argument("--alpha", type=float, default=_DEFAULTS.alpha, help="the vector is added alpha times")
+    _setting(parser, "--alpha", "the vector is added alpha times")
     parser.add_argument("--out_dir", type=Path, required=True, help="where the vector goes")
     _model_flags(parser)
 

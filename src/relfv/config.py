@@ -13,6 +13,8 @@ from relfv import ALGORITHM_VERSION
 from relfv.errors import InputError
 
 SPEC_CSV = Path("datasets/relation/relationA_ex.csv")
+SCORE_KEYS = tuple(f"mean_{kind}delta_{m}" for kind in ("", "abs_") for m in ("p", "logit", "logprob"))
+"""What heads may be ranked by."""
 DEFAULT_OUT_ROOT = Path("results_fv/relation_qwise")
 
 
@@ -63,6 +65,8 @@ class Settings:
         for name, low in (("n_trials_per_q", 1), ("n_demos", 1), ("topk", 1), ("n_eval", 1), ("seed", 0)):
             if getattr(self, name) < low:
                 raise InputError(f"--{name} {getattr(self, name)}: expected a whole number of at least {low}")
+        if self.score_key not in SCORE_KEYS:
+            raise InputError(f"--score_key {self.score_key!r}: expected one of {', '.join(SCORE_KEYS)}")
         if not math.isfinite(self.alpha):
             raise InputError(f"--alpha {self.alpha}: expected a finite number")
 

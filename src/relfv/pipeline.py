@@ -64,6 +64,13 @@ def open_for(settings: Settings) -> LanguageModel:
     )
 
 
+def heads_to_sweep(model: LanguageModel, settings: Settings) -> list[HeadId]:
+    """``--layers`` x ``--heads``. Raises InputError for indices that the model does not have."""
+    layers = parse_index_list(settings.layers, model.arch.n_layers, "--layers")
+    heads = parse_index_list(settings.heads, model.arch.n_heads, "--heads")
+    return [HeadId(layer, head) for layer in layers for head in heads]
+
+
 def step_d_trials(
     model: LanguageModel, relation: Relation, settings: Settings, csv_sha256: str, paths: QidPaths
 ) -> StageResult:
@@ -138,14 +145,12 @@ def step_d_cie(model: LanguageModel, settings: Settings, paths: QidPaths) -> Sta
     """Causal indirect effect of every head on every trial: trial_metrics.jsonl, cie_scores.csv, aie_scores.csv."""
     snapshot = artifacts.read_trials(paths.trials)
     means = artifacts.read_means(paths.means)
-    layers = parse_index_list(settings.layers, model.arch.n_layers, "--layers")
-    heads = parse_index_list(settings.heads, model.arch.n_heads, "--heads")
     effects = head_effects(
         model,
         snapshot.prompts("corrupted_prompt_str"),
         snapshot.target_ids,
         means,
-        [HeadId(layer, head) for layer in layers for head in heads],
+        heads_to_sweep(model, settings),
     )
     scored = score_heads(effects, means)
     ranked = rank_heads(scored, settings.score_key)

@@ -20,7 +20,7 @@ from relfv.errors import InputError, RelfvError
 from relfv.logs import Progress, logging_to, showing
 from relfv.manifest import model_description, run_description, write_manifest
 from relfv.models.loading import model_identity
-from relfv.pipeline import QidPipeline, is_complete, open_for
+from relfv.pipeline import QidPipeline, heads_to_sweep, is_complete, open_for
 from relfv.relations import file_sha256, load_relations, rows_sha256
 from relfv.report.page import write_report
 from relfv.stages.trials import ineligible_reason
@@ -127,6 +127,11 @@ def _run_todo(plan: Plan, todo: Sequence[str]) -> int:
     }
     write_manifest(plan.folder, description)
     model = open_for(settings)
+    n_heads = len(heads_to_sweep(model, settings))
+    if settings.topk > n_heads:
+        raise InputError(
+            f"--topk {settings.topk}: {model.name} has {n_heads} heads to choose from; expected at most that"
+        )
     description["model"] = model_description(model)
     write_manifest(plan.folder, description)
 

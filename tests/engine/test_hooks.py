@@ -36,7 +36,8 @@ def test_hooks_are_gone_afterwards_also_after_an_error() -> None:
 
 def test_an_edit_that_never_ran_is_an_error() -> None:
     called, silent = nn.Identity(), nn.Linear(1, 1)
-    with pytest.raises(RunError, match=r"1 of 2 hooks never ran \(Linear\)"), editing_inputs(
-        [(called, lambda x: x), (silent, lambda x: x)]
+    with (
+        pytest.raises(RunError, match=r"1 of 2 hooks never ran \(Linear\)"),
+        editing_inputs([(called, lambda x: x), (silent, lambda x: x)]),
     ):
         called(torch.ones(1))

@@ -20,7 +20,14 @@ from relfv.types import HeadId
 SMALL: dict[str, Any] = {"vocab_size": 300, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 GROUPED: dict[str, Any] = {**SMALL, "num_key_value_heads": 2, "intermediate_size": 64}
 # bos/eos defaults of these configs lie outside a tiny vocabulary; they are not used here
-GPT2_LIKE: dict[str, Any] = {"vocab_size": 300, "n_embd": 48, "n_layer": 3, "n_head": 4, "bos_token_id": 0, "eos_token_id": 0}
+GPT2_LIKE: dict[str, Any] = {
+    "vocab_size": 300,
+    "n_embd": 48,
+    "n_layer": 3,
+    "n_head": 4,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 
 FAST: dict[str, Callable[[], Any]] = {
     "llama": lambda: llama(300),

@@ -52,7 +52,9 @@ def test_an_unknown_spec_names_the_known_ones() -> None:
 
 
 def test_an_architecture_without_a_spec_is_found_by_its_shape() -> None:
-    config = tf.BioGptConfig(vocab_size=300, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64)
+    config = tf.BioGptConfig(
+        vocab_size=300, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64
+    )
     arch = resolve(tf.BioGptForCausalLM(config), "auto")
     assert arch.spec_name == "generic"
     assert (arch.n_layers, arch.n_heads, arch.head_dim) == (3, 4, 12)
@@ -60,7 +62,15 @@ def test_an_architecture_without_a_spec_is_found_by_its_shape() -> None:
 
 
 def test_final_logits_repeat_what_the_model_does() -> None:
-    config = tf.Gemma2Config(vocab_size=300, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64, head_dim=16)
+    config = tf.Gemma2Config(
+        vocab_size=300,
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        head_dim=16,
+    )
     model = scale_up(tf.Gemma2ForCausalLM(config))
     arch = resolve(model, "auto")
     ids = torch.tensor([[1, 2, 3]])

@@ -40,7 +40,9 @@ def test_the_top_heads_are_framed() -> None:
 def test_the_same_numbers_give_the_same_bytes() -> None:
     heads = scored(HeadId(1, 1))
     assert heatmap_png(heads, "mean_delta_p", heads[:5], "Q1") == heatmap_png(heads, "mean_delta_p", heads[:5], "Q1")
-    layers = {i: {"n_eval": 5, "mean_p_with": 0.1 * i, "mean_p_base": 0.1, "acc_with": 0.5, "acc_base": 0.0} for i in range(4)}
+    layers = {
+        i: {"n_eval": 5, "mean_p_with": 0.1 * i, "mean_p_base": 0.1, "acc_with": 0.5, "acc_base": 0.0} for i in range(4)
+    }
     reference = {"clean": {"mean_p": 0.9, "acc": 1.0}}
     assert injection_curve_png(layers, reference, "Q1") == injection_curve_png(layers, reference, "Q1")
     assert injection_curve_png(layers, reference, "Q1") != injection_curve_png(layers, None, "Q1")

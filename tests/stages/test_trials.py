@@ -38,7 +38,11 @@ def test_the_same_seed_gives_the_same_trials_and_another_gives_others() -> None:
 def test_trials_are_these_and_will_stay_these() -> None:
     """Frozen on purpose: another machine, Python or release must draw the same trials."""
     trials = sample_trials(relation(12), seed=0, n_trials=3, n_demos=9)
-    assert [(t.query_source_index, t.demo_source_indices[:3]) for t in trials] == [(8, (4, 1, 10)), (0, (6, 1, 11)), (6, (5, 11, 4))]
+    assert [(t.query_source_index, t.demo_source_indices[:3]) for t in trials] == [
+        (8, (4, 1, 10)),
+        (0, (6, 1, 11)),
+        (6, (5, 11, 4)),
+    ]
 
 
 def test_two_relations_with_the_same_rows_get_different_trials() -> None:
@@ -102,4 +106,3 @@ def test_shuffle_is_the_plain_permutation_that_may_leave_labels_in_place() -> No
     assert all(sorted(out) == given for out in outs)
     in_place = [sum(a == b for a, b in zip(given, out, strict=True)) for out in outs]
     assert 0.7 < sum(in_place) / len(in_place) < 1.3
-

@@ -118,15 +118,14 @@ class SharedPrefixEngine:
         return max(1, self._budget() // per_prompt)
 
     def _budget(self) -> int:
+        """Bytes for one pass. On CUDA what the card has beside the weights, one widened unit and some slack."""
         if self.backbone.device.type != "cuda":
             return _CPU_BUDGET
-        device = self.backbone.device
-        total = torch.cuda.get_device_properties(device).total_memory
-        widened = max(
-            sum(p.numel() for p in unit.parameters())
-            for unit in [*self.backbone.arch.blocks, self.backbone.arch.lm_head]
-        )
-        return max(1 << 30, int(0.9 * total) - torch.cuda.memory_allocated(device) - 4 * widened - (4 << 30))
+        arch, parameters = self.backbone.arch, list(self.backbone.model.parameters())
+        total = torch.cuda.get_device_properties(self.backbone.device).total_memory
+        weights = sum(p.numel() * p.element_size() for p in parameters)
+        widened = max(sum(p.numel() for p in unit.parameters()) for unit in [*arch.blocks, arch.lm_head])
+        return max(1 << 30, int(0.9 * total) - weights - 4 * widened - (4 << 30))
 
 
 def prefill(backbone: Backbone, prompts: Prompts) -> Prefix:

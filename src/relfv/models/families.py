@@ -112,8 +112,8 @@ class Architecture:
         weight: Any = getattr(projection, "weight", None)
         if isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.dim() == 2:
             transposed = _is_conv1d(projection)
-            columns = weight.detach().narrow(0 if transposed else 1, start, self.head_dim).double().cpu()
-            value = activation.double().cpu()
+            columns = weight.detach().narrow(0 if transposed else 1, start, self.head_dim).cpu().double()
+            value = activation.cpu().double()
             return value @ columns if transposed else columns @ value
         return self._project_through_module(projection, start, activation)
 
@@ -124,7 +124,7 @@ class Architecture:
         rows = torch.zeros(2, 1, width, device=device, dtype=torch.float32)
         rows[0, 0, start : start + self.head_dim] = activation.to(device)
         with torch.no_grad():
-            out = projection(rows).double().cpu()
+            out = projection(rows).cpu().double()
         return (out[0] - out[1])[0]
 
 

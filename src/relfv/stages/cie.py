@@ -10,10 +10,6 @@ from relfv.engine.language_model import LanguageModel
 from relfv.errors import InputError
 from relfv.types import MEASURES, HeadEffects, HeadId, MeanActivations, ScoredHead
 
-SCORE_KEYS = tuple(f"mean_{kind}delta_{m}" for kind in ("", "abs_") for m in MEASURES)
-"""What heads may be ranked by."""
-LAYER_SCORE_KEYS = tuple(f"mean_delta_{m}" for m in MEASURES)
-
 
 def head_effects(
     model: LanguageModel,
