@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,7 +35,7 @@ def test_the_dtype_asked_for_is_the_dtype_of_the_weights(llama_path: Path) -> No
     [
         ({"name": "/no/such/folder"}, "no such folder"),
         ({"name": "./nowhere"}, "no such folder"),
-        ({"name": "someone/some-model-that-is-nowhere"}, "cannot open its tokenizer"),
+        ({"name": "someone/some-model-that-is-nowhere"}, "cannot open its config"),
         ({"device": "cuda:7"}, "usable CUDA device"),
         ({"device": "tpu9"}, "not a device"),
         ({"dtype": "float8"}, "expected one of auto, float32"),
@@ -74,3 +77,19 @@ def test_identity_follows_the_content_and_not_the_path(llama_path: Path, tmp_pat
     weights[-1] ^= 1
     (copy / "model.safetensors").write_bytes(bytes(weights))
     assert model_identity(str(copy)) != model_identity(str(llama_path))
+
+
+def test_a_model_in_the_hugging_face_cache_opens_by_its_id_without_a_network(llama_path: Path, tmp_path: Path) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repo = tmp_path / "models--someone--tiny"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs/main").write_text(commit)
+    shutil.copytree(llama_path, repo / "snapshots" / commit)
+    program = (
+        "from relfv.models.loading import model_identity\n"
+        "from relfv.engine.language_model import open_model\n"
+        "print(model_identity('someone/tiny'), open_model('someone/tiny', 'llama3', device='cpu').arch.n_layers)"
+    )
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == f"hub:someone/tiny@{commit} 3", done.stderr

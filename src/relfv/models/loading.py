@@ -57,8 +57,11 @@ def load_checkpoint(
     """
     place = choose_device(device)
     source = model_source(name)
-    tokenizer = _load_tokenizer(source, name, trust_remote_code)
-    model = _load_weights(source, name, place, dtype, quant, quant_compute, trust_remote_code)
+    origin: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if not Path(source).is_dir():
+        origin["revision"] = hub_commit(source)
+    tokenizer = _load_tokenizer(source, name, origin)
+    model = _load_weights(source, name, place, dtype, quant, quant_compute, origin)
     arch = resolve(model, spec)
     for note in arch.notes:
         log.warning("%s", note)
@@ -107,27 +110,47 @@ def model_source(name: str) -> str:
 
 
 def model_identity(name: str) -> str:
-    """What the fingerprint knows the model by: a content hash of a folder, or hub id and revision. Opens no weights."""
+    """What the fingerprint knows the model by: a content hash of a folder, or hub id and commit. Reads no weights.
+
+    Raises InputError if the model is neither a folder nor in the cache nor, where there is a network, on the hub.
+    """
     source = model_source(name)
     if Path(source).is_dir():
         return f"folder-sha256:{folder_identity(Path(source))}"
-    revision = cached_revision(source)
-    return f"hub:{source}@{revision or 'unresolved'}"
+    return f"hub:{source}@{hub_commit(source)}"
 
 
-def cached_revision(repo_id: str) -> str | None:
-    """The commit that the local Hugging Face cache holds of ``repo_id``, if any."""
+def hub_commit(repo_id: str) -> str:
+    """The commit that is used of a hub model: the one in the local cache, else the newest, which is then cached.
+
+    Tokenizer and weights are loaded at this commit, so that a later push to the hub does not change a run half-way.
+    """
+    from huggingface_hub import hf_hub_download
+
+    cached = _cached_commit(repo_id)
+    if cached is None:
+        try:
+            hf_hub_download(repo_id, "config.json")
+        except Exception as problem:  # no network, no such repo, no access: many kinds, all mean it cannot be had
+            raise _unreadable(repo_id, "config", problem) from problem
+        cached = _cached_commit(repo_id)
+    if cached is None:
+        raise InputError(f"--model {repo_id!r}: its config was fetched but is not in the Hugging Face cache")
+    return cached
+
+
+def _cached_commit(repo_id: str) -> str | None:
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(repo_id, "config.json")
     return Path(found).parent.name if isinstance(found, str) else None
 
 
-def _load_tokenizer(source: str, name: str, trust_remote_code: bool) -> Any:
+def _load_tokenizer(source: str, name: str, origin: dict[str, Any]) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(source, **origin)
     except Exception as problem:  # transformers raises many kinds for an unreadable folder; all mean bad input
         raise _unreadable(name, "tokenizer", problem) from problem
 
@@ -139,7 +162,7 @@ def _load_weights(
     dtype: str,
     quant: str,
     quant_compute: torch.dtype,
-    trust_remote_code: bool,
+    origin: dict[str, Any],
 ) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as hf_logging
@@ -151,7 +174,7 @@ def _load_weights(
     if quant != "none":
         options["quantization_config"] = _quantization(quant, place, quant_compute)
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+        model = AutoModelForCausalLM.from_pretrained(source, **origin, **options)
     except torch.OutOfMemoryError:
         raise InputError(
             f"--model {name!r} does not fit on {place}; use --dtype bf16, --quant 8bit or 4bit, or a larger device"
