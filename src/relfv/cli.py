@@ -223,7 +223,7 @@ def _step_d_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _step_d(args: argparse.Namespace) -> int:
-    from relfv.steps import run_step_d
+    from relfv.commands import run_step_d
 
     q_ids = _q_list(args.relation_q_list)
     if q_ids is None or len(q_ids) != 1:
@@ -241,7 +241,7 @@ def _heatmap_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _heatmap(args: argparse.Namespace) -> int:
-    from relfv.steps import run_heatmap
+    from relfv.commands import run_heatmap
 
     return run_heatmap(args.in_dir, args.metric, args.topk, args.out_name)
 
@@ -257,7 +257,7 @@ def _step_e_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _step_e(args: argparse.Namespace) -> int:
-    from relfv.steps import run_step_e
+    from relfv.commands import run_step_e
 
     return run_step_e(
         args.stepd_artifacts_dir, args.sampled_trials_path, args.out_dir, lambda base: _settings(args, base)
@@ -270,7 +270,7 @@ def _zero_shot_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _zero_shot(args: argparse.Namespace) -> int:
-    from relfv.steps import run_zero_shot
+    from relfv.commands import run_zero_shot
 
     return run_zero_shot(args.sampled_trials_path, args.out_path)
 
@@ -285,7 +285,7 @@ def _step6_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _step6(args: argparse.Namespace) -> int:
-    from relfv.steps import run_step6
+    from relfv.commands import run_step6
 
     return run_step6(
         args.fv_global_path,

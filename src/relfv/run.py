@@ -20,11 +20,12 @@ from relfv.errors import InputError, RelfvError
 from relfv.logs import Progress, logging_to, showing
 from relfv.manifest import model_description, run_description, write_manifest
 from relfv.models.loading import model_identity
-from relfv.pipeline import QidPipeline, heads_to_sweep, is_complete, open_for
+from relfv.pipeline import QidPipeline, is_complete, open_for
 from relfv.relations import file_sha256, load_relations, rows_sha256
 from relfv.report.page import write_report
 from relfv.stages.trials import ineligible_reason
 from relfv.status import QidStatus, now, read_status
+from relfv.steps import heads_to_sweep
 from relfv.storage import lock, remove_temporaries
 from relfv.types import Relation
 

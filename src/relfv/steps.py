@@ -1,227 +1,417 @@
-"""One stage at a time, as the spec's command lines call it, on the same stage functions as ``relfv run``.
+"""One function a stage: read what earlier stages wrote, compute, write.
 
-Where a command works inside a q_id's folder, it keeps that folder's qid_status.json: it refuses settings that
-contradict what is already there, records its files, and, when the last layer is in, completes the q_id. A command
-whose paths point elsewhere just writes its files.
+The science is in stages/, the files' form in artifacts.py; here the two meet. The scripts call these with the paths of
+their flags, the pipeline with the paths of the layout.
 """
 
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from relfv.artifacts import QidPaths, read_trials
-from relfv.config import Settings, fingerprint_fields
+from relfv import artifacts
+from relfv.artifacts import QidPaths
+from relfv.config import Settings, parse_index_list
 from relfv.engine.language_model import LanguageModel
-from relfv.errors import InputError
-from relfv.logs import logging_to
-from relfv.models.loading import model_identity
-from relfv.pipeline import (
-    STEP_D,
-    QidPipeline,
-    Stage,
-    Step6,
-    is_complete,
-    open_for,
-    run_recorded,
-    stage_names,
-    step6_stage,
-    step6_summary,
-    step_curve,
-    step_e,
-    step_heatmap,
-    step_zero_shot,
+from relfv.engine.readout import score_prompts
+from relfv.errors import RunError
+from relfv.models.tokens import fed_text
+from relfv.stages.cie import head_effects, rank_heads, score_heads
+from relfv.stages.function_vector import build_function_vector, select_heads
+from relfv.stages.injection import InjectionSweep, prompts_to_evaluate, summarize
+from relfv.stages.mean_activations import mean_head_activations
+from relfv.stages.prompts import (
+    PREFIXES,
+    SEPARATORS,
+    ZERO_SHOT_FORMAT,
+    first_token_collisions,
+    prompt_trial,
+    zero_shot_prompt,
 )
-from relfv.relations import file_sha256, load_relations, rows_sha256
-from relfv.stages.trials import ineligible_reason
-from relfv.status import QidStatus, read_status
-from relfv.storage import lock
+from relfv.stages.trials import sample_trials
+from relfv.storage import read_json, write_atomic, write_json
+from relfv.types import Effects, HeadId, Relation
 
 log = logging.getLogger(__name__)
 
-Overlay = Callable[[Settings], Settings]
-"""The settings of a command: its own flags over a base."""
-
-_LATER_FIELDS = ("topk", "alpha", "n_eval", "allow_query_duplicates")
-"""Settings that StepD does not depend on."""
+TOKEN_RULE = "last prompt token; the prompt is fed without a trailing space, with the tokenizer's own BOS"
 
 
-def run_step_d(settings: Settings, q_id: str, out_base_dir: Path) -> int:
-    """StepD of one q_id into ``out_base_dir/artifacts``. An ineligible q_id is marked skipped: exit code 0."""
-    csv_path = Path(settings.relation_csv_path)
-    relations = load_relations(csv_path)
-    if q_id not in relations:
-        raise InputError(f"--relation_q_list: {q_id} not in {csv_path}, which has {', '.join(relations)}")
-    relation = relations[q_id]
-    paths = QidPaths(out_base_dir / "artifacts", q_id)
-    fields = fingerprint_fields(
-        settings, rows_sha256=rows_sha256(relation), model_identity=model_identity(settings.model)
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage wrote, and its result in a few words for the log."""
+
+    files: list[Path]
+    said: str
+
+
+def heads_to_sweep(model: LanguageModel, settings: Settings) -> list[HeadId]:
+    """``--layers`` x ``--heads``. Raises InputError for indices that the model does not have."""
+    layers = parse_index_list(settings.layers, model.arch.n_layers, "--layers")
+    heads = parse_index_list(settings.heads, model.arch.n_heads, "--heads")
+    return [HeadId(layer, head) for layer in layers for head in heads]
+
+
+def step_d_trials(
+    model: LanguageModel, relation: Relation, settings: Settings, csv_sha256: str, paths: QidPaths
+) -> StageResult:
+    """Sample and freeze the trials: sampled_trials.json, read-only from here on.
+
+    Raises RunError if another snapshot is already there: it may be what other results rest on.
+    """
+    trials = sample_trials(
+        relation,
+        seed=settings.seed,
+        n_trials=settings.n_trials_per_q,
+        n_demos=settings.n_demos,
+        corruption=settings.corruption,  # type: ignore[arg-type]
     )
-    with _writing_alone(out_base_dir), logging_to(paths.log):
-        status = read_status(paths.artifacts)
-        if status is None or status.status == "skipped":
-            status = QidStatus(paths.artifacts, q_id, settings, fields, q_row_count=len(relation.pairs))
-        _require_same(status, {name: value for name, value in fields.items() if name not in _LATER_FIELDS})
-        if reason := ineligible_reason(relation, settings.n_demos):
-            log.info("%s skipped: %s", q_id, reason)
-            status.set("skipped", reason)
-            print(status.path)
-            return 0
-        model = open_for(settings)
-        status.expected_layers = list(range(model.arch.n_layers))
-        status.set("running")
-        pipeline = QidPipeline(status, relation, file_sha256(csv_path), lambda: model)
-        with _failing_into(status):
-            pipeline.run_stages(STEP_D)
-        _settle(status)
-    print(paths.artifacts)
-    return 0
-
-
-def run_heatmap(in_dir: Path, metric: str, topk: int, out_name: str | None) -> int:
-    """The heatmap of ``in_dir``'s scores."""
-    if out_name is not None and Path(out_name).name != out_name:
-        raise InputError(f"--out_name {out_name!r}: expected a file name without a folder; it goes into --in_dir")
-    status = read_status(in_dir)
-    paths = QidPaths(in_dir, status.q_id if status else in_dir.resolve().parent.name)
-    out = in_dir / out_name if out_name else paths.heatmap
-    # Only the q_id's own figure, drawn as its settings say, is the one that qid_status.json promises.
-    own = (
-        status is not None
-        and out == paths.heatmap
-        and (metric, topk) == (status.settings.score_key, status.settings.topk)
-    )
-    with _writing_alone(in_dir.parent):
-        run_recorded(status if own else None, Stage("heatmap", lambda: step_heatmap(paths, metric, topk, out)))
-    print(out)
-    return 0
-
-
-def run_step_e(stepd_artifacts_dir: Path, sampled_trials_path: Path, out_dir: Path, overlay: Overlay) -> int:
-    """Top heads, function vector and its quick check, then the zero-shot snapshot, into ``out_dir``."""
-    status = read_status(out_dir) if _same(out_dir, stepd_artifacts_dir) else None
-    settings = _settings_within(status, overlay, done_by="stepE")
-    q_id = status.q_id if status else read_trials(sampled_trials_path).trials[0]["q_id"]
-    source, out = QidPaths(stepd_artifacts_dir, q_id), QidPaths(out_dir, q_id)
-    model = open_for(settings)
-    with _writing_alone(out_dir.parent), logging_to(out.log), _failing_into(status):
-        _require_model(status, settings, model)
-        run_recorded(status, Stage("stepE", lambda: step_e(model, settings, source, sampled_trials_path, out)))
-        run_recorded(status, Stage("zeroshot", lambda: step_zero_shot(sampled_trials_path, out.zero_shot_trials)))
-        _settle(status)
-    print(out.fv)
-    return 0
-
-
-def run_zero_shot(sampled_trials_path: Path, out_path: Path | None) -> int:
-    """The zero-shot snapshot beside the frozen trials, or at ``out_path``."""
-    out = out_path or sampled_trials_path.with_name("sampled_trials_zeroshot.json")
-    status = read_status(out.parent) if _same(out.parent, sampled_trials_path.parent) else None
-    run_recorded(status, Stage("zeroshot", lambda: step_zero_shot(sampled_trials_path, out)))
-    print(out)
-    return 0
-
-
-def run_step6(fv_path: Path, trials_path: Path, edit_layer: int, out_dir: Path, overlay: Overlay) -> int:
-    """Step6 at one layer. After the last missing layer of a q_id's folder: summary, curve, and ``completed``."""
-    artifacts_dir = out_dir.parent.parent
-    inside = out_dir.name == f"layer_{edit_layer}" and out_dir.parent.name == "step6"
-    status = read_status(artifacts_dir) if inside else None
-    if re.fullmatch(r"layer_\d+", out_dir.name) and out_dir.name != f"layer_{edit_layer}":
-        raise InputError(f"--out_dir ends in {out_dir.name}, --edit_layer is {edit_layer}; one of them is a slip")
-    settings = _settings_within(status, overlay, done_by=step6_stage(edit_layer))
-    model = open_for(settings)
-    with _writing_alone(artifacts_dir.parent if inside else out_dir), _failing_into(status):
-        _require_model(status, settings, model)
-        step6 = Step6(model, settings, fv_path, trials_path)
-        run_recorded(status, Stage(step6_stage(edit_layer), lambda: step6.run(edit_layer, out_dir)))
-        if inside:
-            q_id = status.q_id if status else read_trials(trials_path).trials[0]["q_id"]
-            _summarize_when_whole(status, QidPaths(artifacts_dir, q_id), settings, model)
-        _settle(status)
-    print(out_dir)
-    return 0
-
-
-def _summarize_when_whole(status: QidStatus | None, paths: QidPaths, settings: Settings, model: LanguageModel) -> None:
-    layers = list(range(model.arch.n_layers))
-    if all((paths.step6_layer(layer) / "eval_summary.json").exists() for layer in layers):
-        run_recorded(status, Stage("step6_summary", lambda: step6_summary(paths, settings.score_key, layers)))
-        run_recorded(status, Stage("injection_curve", lambda: step_curve(paths)))
-
-
-def _settings_within(status: QidStatus | None, overlay: Overlay, *, done_by: str) -> Settings:
-    """The command's flags over the folder's own settings. A flag may differ from what the folder says only if nothing
-    that depends on it has been done, except the stage that is about to be done again. Raises InputError."""
-    if status is None:
-        return overlay(Settings())
-    settings = overlay(status.settings)
-    wanted = {name: value for name, value in settings.to_json().items() if name in status.fingerprint_fields}
-    later = stage_names(status.expected_layers)[len(STEP_D) + 1 :]
-    free = _LATER_FIELDS if not any(name in status.stages for name in later if name != done_by) else ()
-    _require_same(status, {name: value for name, value in wanted.items() if name not in free})
-    status.settings = settings
-    status.fingerprint_fields |= {name: value for name, value in wanted.items() if name in free}
-    return settings
-
-
-def _require_model(status: QidStatus | None, settings: Settings, model: LanguageModel) -> None:
-    """Raise InputError if this is not the model that the folder's other results come from."""
-    if status:
-        _require_same(status, {"model_identity": model_identity(settings.model)})
-        status.expected_layers = list(range(model.arch.n_layers))
-
-
-def _require_same(status: QidStatus, wanted: dict[str, Any]) -> None:
-    there = status.fingerprint_fields
-    differences = [
-        f"{name} is {there.get(name)!r} there, {value!r} here"
-        for name, value in wanted.items()
-        if there.get(name) != value
+    prompted = [prompt_trial(trial, model.tokens) for trial in trials]
+    meta = {
+        "csv_path": settings.relation_csv_path,
+        "csv_sha256": csv_sha256,
+        "q_list": [relation.q_id],
+        "n_trials_per_q": settings.n_trials_per_q,
+        "n_demos": settings.n_demos,
+        "seed": settings.seed,
+        "corruption": settings.corruption,
+        "prefixes": PREFIXES,
+        "separators": SEPARATORS,
+        "model": model.name,
+        "model_spec": model.spec,
+        "tok_add_special": True,
+    }
+    collisions = [
+        {"token_id": token, "token": model.tokens.text(token), "answers": answers}
+        for token, answers in first_token_collisions(relation, model.tokens)
     ]
-    if differences:
-        raise InputError(
-            f"{status.artifacts_dir} holds results of another experiment: {', '.join(differences)}; use another output "
-            "folder, or move this one aside"
+    for collision in collisions:
+        log.info(
+            "%s: %d answers begin with the token %r (%s); first-token scores cannot tell them apart",
+            relation.q_id,
+            len(collision["answers"]),
+            collision["token"],
+            ", ".join(collision["answers"][:4]) + (", ..." if len(collision["answers"]) > 4 else ""),
         )
+    document = artifacts.trials_document(prompted, meta, collisions)
+    apart = document["meta"]["n_answers_tokenised_alone"]
+    if apart:
+        log.warning(
+            "%s: in %d trials the tokenizer merges prompt and answer; there the answer was tokenised on its own",
+            relation.q_id,
+            apart,
+        )
+    if not paths.trials.exists():
+        write_json(paths.trials, document, read_only=True)
+    elif read_json(paths.trials).get("trials") != document["trials"]:
+        raise RunError(
+            f"{paths.trials}: already there and not what these settings give; the frozen trials are never overwritten. "
+            "Move the folder aside, or use --force, which does that"
+        )
+    n_queries = len({trial.query_source_index for trial in trials})
+    return StageResult([paths.trials], f"{len(trials)} trials over {n_queries} queries of {len(relation.pairs)} rows")
 
 
-def _settle(status: QidStatus | None) -> None:
-    """After a command: completed if all is there and intact, else pending with what comes next."""
-    if status is None:
-        return
-    if is_complete(status):
-        status.set("completed")
-        log.info("%s completed", status.q_id)
-        return
-    missing = [name for name in stage_names(status.expected_layers) if not status.intact(name)]
-    status.set("pending", f"next stage: {missing[0]}")
+def step_d_means(model: LanguageModel, paths: QidPaths) -> StageResult:
+    """Mean clean activation of every head: stepD_mean_acts/."""
+    snapshot = artifacts.read_trials(paths.trials)
+    means = mean_head_activations(model, snapshot.prompts("clean_prompt_str"))
+    files = [
+        artifacts.write_means(path, means, [paths.q_id], model.arch.resid_dim)
+        for path in (paths.means, paths.global_means)
+    ]
+    return StageResult(files, f"{means.n_prompts} clean prompts")
 
 
-@contextmanager
-def _failing_into(status: QidStatus | None) -> Iterator[None]:
-    """Record a failure in the status before it is reported."""
-    try:
-        yield
-    except Exception as problem:
-        if status:
-            status.set("failed", str(problem))
-        raise
+def step_d_cie(model: LanguageModel, settings: Settings, paths: QidPaths) -> StageResult:
+    """Causal indirect effect of every head on every trial: trial_metrics.jsonl, cie_scores.csv, aie_scores.csv."""
+    snapshot = artifacts.read_trials(paths.trials)
+    means = artifacts.read_means(paths.means)
+    effects = head_effects(
+        model,
+        snapshot.prompts("corrupted_prompt_str"),
+        snapshot.target_ids,
+        means,
+        heads_to_sweep(model, settings),
+    )
+    scored = score_heads(effects, means)
+    ranked = rank_heads(scored, settings.score_key)
+    files = [artifacts.write_head_effects(paths, effects, snapshot.target_ids)]
+    files += artifacts.write_scores(paths, scored, ranked)
+    best = ranked[0]
+    return StageResult(
+        files,
+        f"{len(effects.heads)} heads; best layer {best.id.layer} head {best.id.head}, "
+        f"{settings.score_key} {best.scores[settings.score_key]:+.4f}",
+    )
 
 
-@contextmanager
-def _writing_alone(base: Path) -> Iterator[None]:
-    """Hold the q_id's lock, the same one as ``relfv run``. Raises InputError if another process does."""
-    base = base.resolve()
-    with lock(base.parent / ".locks" / f"{base.name}.lock") as holder:
-        if holder:
-            raise InputError(f"{base} is being written by {holder}; wait for it, or use another folder")
-        yield
+def step_heatmap(paths: QidPaths, metric: str, topk: int, out: Path | None = None) -> StageResult:
+    """Layers x heads with the top k marked: aie_heatmap_<Q>.png."""
+    from relfv.report.figures import heatmap_png
+
+    scored = artifacts.read_scores(paths.aie)
+    artifacts.require_score(scored, metric, paths.aie)
+    top = rank_heads(scored, metric)[:topk]
+    path = write_atomic(out or paths.heatmap, heatmap_png(scored, metric, top, paths.q_id))
+    return StageResult([path], f"{metric}, top {len(top)} marked")
 
 
-def _same(one: Path, other: Path) -> bool:
-    return one.resolve() == other.resolve()
+def step_e(model: LanguageModel, settings: Settings, source: QidPaths, trials_path: Path, out: QidPaths) -> StageResult:
+    """Top heads and function vector from StepD's artifacts in ``source``, and a quick check of it on the trials."""
+    scored = artifacts.read_scores(source.cie)
+    artifacts.require_score(scored, settings.score_key, source.cie)
+    means = artifacts.read_means(source.means)
+    snapshot = artifacts.read_trials(trials_path)
+    top = select_heads(rank_heads(scored, settings.score_key), settings.topk)
+    fv = build_function_vector(model.arch, means, [head.id for head in top])
+    norm = float(fv.total.double().norm())
+    shared = {
+        "k": settings.topk,
+        "score_key": settings.score_key,
+        "model": model.name,
+        "model_spec": model.spec,
+    }
+    heads = [
+        {
+            "layer": head.id.layer,
+            "head": head.id.head,
+            "score_key": settings.score_key,
+            "rank_score": head.scores[settings.score_key],
+            "mean_delta_p": head.scores["mean_delta_p"],
+            "mean_delta_logprob": head.scores["mean_delta_logprob"],
+            "n_trials": head.n_trials,
+        }
+        for head in top
+    ]
+    meta = {
+        **shared,
+        "q_id": out.q_id,
+        "heads": [[head.id.layer, head.id.head] for head in top],
+        "token_position_rule": TOKEN_RULE,
+        "fv_norm": norm,
+        "precision": model.precision,
+        "output_bias": "left out: it belongs to the layer, not to a head",
+    }
+    files = [write_json(out.top_heads, {"meta": {**shared, "q_id": out.q_id}, "heads": heads})]
+    files += artifacts.write_function_vector(
+        out, fv, meta, alpha=settings.alpha, n_heads=model.arch.n_heads, head_dim=model.arch.head_dim
+    )
+    files.append(write_json(out.step_e_eval, _step_e_eval(model, settings, snapshot, fv.total)))
+    return StageResult(files, f"{len(top)} heads in {len(fv.by_layer)} layers, |FV| {norm:.2f}")
+
+
+def _step_e_eval(
+    model: LanguageModel, settings: Settings, snapshot: artifacts.TrialSnapshot, vector: Any
+) -> dict[str, Any]:
+    """The vector added at each layer to the frozen corrupted prompts, and the untouched prompts for reference."""
+    corrupted, targets = snapshot.prompts("corrupted_prompt_str"), snapshot.target_ids
+    sweep = InjectionSweep(model, corrupted, targets, vector, settings.alpha)
+    per_layer = {}
+    for layer in range(model.arch.n_layers):
+        numbers = summarize(sweep.at_layer(layer), targets)
+        per_layer[str(layer)] = {
+            "mean_delta_logit": numbers["mean_delta_logit"],
+            "mean_delta_p": numbers["mean_delta_p"],
+            "acc_with": numbers["acc_with"],
+            "n": len(targets),
+        }
+    overall = {
+        key: sum(layer[key] for layer in per_layer.values()) / len(per_layer)
+        for key in ("mean_delta_logit", "mean_delta_p")
+    }
+    return {
+        "meta": {
+            "what": "alpha * fv_global_resid added after each layer at the last token of corrupted_prompt_str; "
+            "overall is the mean over layers; reference is the same trials' prompts untouched",
+            "alpha": settings.alpha,
+            "model": model.name,
+            "model_spec": model.spec,
+            "token_position_rule": TOKEN_RULE,
+        },
+        "per_layer": per_layer,
+        "overall": {**overall, "n": len(targets)},
+        "reference": {
+            "clean": _reference_point(model, snapshot.prompts("clean_prompt_str"), targets),
+            "corrupted": _reference_point(model, corrupted, targets),
+        },
+    }
+
+
+def _reference_point(model: LanguageModel, prompts: Sequence[str], targets: list[int]) -> dict[str, Any]:
+    scores = score_prompts(model.backbone, [model.tokens.encode(prompt) for prompt in prompts], targets)
+    correct = [int(top == target) for top, target in zip(scores.top_id.tolist(), targets, strict=True)]
+    return {
+        "acc": sum(correct) / len(correct),
+        **{f"mean_{m}": float(values.mean()) for m, values in scores.measures().items()},
+        "n": len(correct),
+    }
+
+
+def step_zero_shot(trials_path: Path, out: Path) -> StageResult:
+    """The same queries without demos: sampled_trials_zeroshot.json."""
+    snapshot = artifacts.read_trials(trials_path)
+    prompts = [zero_shot_prompt(trial["query"]["input"]) for trial in snapshot.trials]
+    document = artifacts.zero_shot_document(snapshot, ZERO_SHOT_FORMAT, prompts)
+    return StageResult([write_json(out, document)], f"{len(prompts)} prompts")
+
+
+class Step6:
+    """Injection on the zero-shot prompts, one integer layer a call. The loop over layers is the caller's."""
+
+    def __init__(self, model: LanguageModel, settings: Settings, fv_path: Path, trials_path: Path) -> None:
+        self._model, self._settings = model, settings
+        snapshot = artifacts.read_trials(trials_path)
+        chosen = prompts_to_evaluate(snapshot.trials, settings.n_eval, allow_duplicates=settings.allow_query_duplicates)
+        self._n_trials = len(snapshot.trials)
+        self._trials = [snapshot.trials[index] for index in chosen]
+        self._prompts = [fed_text(trial["corrupted_prompt_str"]) for trial in self._trials]
+        self._targets = [trial["target_first_token_id"] for trial in self._trials]
+        self._vector = artifacts.read_function_vector(fv_path)
+        self._sources = {"fv_global_path": fv_path.name, "sampled_trials_path": trials_path.name}
+        self._sweep = InjectionSweep(model, self._prompts, self._targets, self._vector, settings.alpha)
+
+    def run(self, edit_layer: int, out_dir: Path) -> StageResult:
+        """Evaluate one layer and write its four files into ``out_dir``."""
+        effects = self._sweep.at_layer(edit_layer)
+        numbers = summarize(effects, self._targets)
+        rows = self._rows(effects)
+        summary = {
+            "n_eval": len(rows),
+            "requested_n_eval": self._settings.n_eval,
+            "n_trials": self._n_trials,
+            **numbers,
+        }
+        meta = self._meta(edit_layer)
+        norm = meta["fv_norm"]
+        per_qid = {
+            q_id: self._part(effects, [i for i, trial in enumerate(self._trials) if trial["q_id"] == q_id])
+            for q_id in dict.fromkeys(trial["q_id"] for trial in self._trials)
+        }
+        files = artifacts.write_step6_layer(
+            out_dir,
+            results_name=artifacts.results_name(self._model.name, edit_layer, len(rows)),
+            results={
+                "config": meta,
+                "fv": {"shape": list(self._vector.shape), "norm": norm},
+                "summary": summary,
+                "per_qid": per_qid,
+                "metadata": {"trials": [trial["trial_id"] for trial in self._trials], **self._sources},
+                "results": rows,
+            },
+            summary=summary,
+            trials=rows,
+            meta=meta,
+        )
+        said = f"layer {edit_layer}: P {numbers['mean_p_base']:.3f} -> {numbers['mean_p_with']:.3f}"
+        return StageResult(files, said)
+
+    def _part(self, effects: Effects, rows: list[int]) -> dict[str, Any]:
+        part = Effects(base=effects.base[rows], edited=effects.edited[rows])
+        return {"n_eval": len(rows), **summarize(part, [self._targets[i] for i in rows])}
+
+    def _meta(self, edit_layer: int) -> dict[str, Any]:
+        model, settings = self._model, self._settings
+        return {
+            "model": model.name,
+            "model_spec": model.spec,
+            "edit_layer": edit_layer,
+            "alpha": settings.alpha,
+            "seed": settings.seed,
+            "token_position_rule": TOKEN_RULE,
+            "fv_norm": float(self._vector.double().norm()),
+            "dtype": model.dtype,
+            "quant": model.quant,
+            "precision": model.precision,
+            "engine": model.engine.name,
+            "device": model.backbone.device.type,
+            "n_eval": len(self._trials),
+            "requested_n_eval": settings.n_eval,
+            "sampling": "all trials" if settings.allow_query_duplicates else "unique queries",
+        }
+
+    def _rows(self, effects: Effects) -> list[dict[str, Any]]:
+        base, edited = effects.base, effects.edited[:, 0]
+        before, after = base.measures(), edited.measures()
+        rows = []
+        for i, trial in enumerate(self._trials):
+            target, top_base, top_with = self._targets[i], int(base.top_id[i]), int(edited.top_id[i])
+            row = {
+                "idx": i,
+                "q_id": trial["q_id"],
+                "trial_idx": trial["trial_idx"],
+                "prompt": self._prompts[i],
+                "answer": trial["target_str"],
+                "target_id": target,
+                "target_token": self._model.tokens.text(target),
+                "pred_id_base": top_base,
+                "pred_id_with": top_with,
+                "pred_token_base": self._model.tokens.text(top_base),
+                "pred_token_with": self._model.tokens.text(top_with),
+                "accuracy_base": int(top_base == target),
+                "accuracy_with": int(top_with == target),
+            }
+            for m in ("logit", "logprob", "p"):
+                row |= {f"{m}_base": float(before[m][i]), f"{m}_with": float(after[m][i])}
+                row[f"delta_{m}"] = row[f"{m}_with"] - row[f"{m}_base"]
+            rows.append(row)
+        return rows
+
+
+def step6_summary(paths: QidPaths, score_key: str, expected_layers: Sequence[int]) -> StageResult:
+    """All layers together, from their files: step6_all_layers_summary.json. Layers without results are listed."""
+    per_layer: dict[str, dict[str, Any]] = {}
+    for layer in expected_layers:
+        folder = paths.step6_layer(layer)
+        results, summary_path = artifacts.find_results(folder), folder / "eval_summary.json"
+        if results is None or not summary_path.exists():
+            continue
+        summary = read_json(summary_path)
+        per_layer[str(layer)] = {
+            "results_path": str(results.relative_to(paths.artifacts)),
+            "eval_summary_path": str(summary_path.relative_to(paths.artifacts)),
+            "score_value": summary[layer_score(score_key)],
+            "acc_base": summary["acc_base"],
+            "acc_with": summary["acc_with"],
+        }
+    if not per_layer:
+        raise RunError(f"{paths.step6}: no layer has results; run Step6 for each layer first")
+    best = max(per_layer, key=lambda layer: (per_layer[layer]["score_value"], -int(layer)))
+    document = {
+        "q_id": paths.q_id,
+        "score_key": layer_score(score_key),
+        "expected_layers": list(expected_layers),
+        "completed_layers": [layer for layer in expected_layers if str(layer) in per_layer],
+        "missing_layers": [layer for layer in expected_layers if str(layer) not in per_layer],
+        "best_layer": int(best),
+        "best_score": per_layer[best]["score_value"],
+        "per_layer": per_layer,
+    }
+    chosen = per_layer[best]
+    said = (
+        f"best of {len(per_layer)} layers: {best}, {document['score_key']} {document['best_score']:+.3f}, "
+        f"accuracy {chosen['acc_base']:.2f} -> {chosen['acc_with']:.2f}"
+    )
+    return StageResult([write_json(paths.step6_summary, document)], said)
+
+
+def layer_score(score_key: str) -> str:
+    """The eval_summary column that compares layers: score_key itself, of which only signed means exist there."""
+    return score_key.replace("mean_abs_delta", "mean_delta")
+
+
+def step_curve(paths: QidPaths) -> StageResult:
+    """P and accuracy over layers: step6/injection_curve.png."""
+    from relfv.report.figures import injection_curve_png
+
+    summary = read_json(paths.step6_summary)
+    layers = {
+        int(layer): read_json(paths.artifacts / entry["eval_summary_path"])
+        for layer, entry in summary["per_layer"].items()
+    }
+    reference = read_json(paths.step_e_eval).get("reference")
+    path = write_atomic(paths.curve, injection_curve_png(layers, reference, paths.q_id))
+    return StageResult([path], f"{len(layers)} layers")

@@ -1,0 +1,222 @@
+"""One stage at a time, as the spec's command lines call it, on the same stage functions as ``relfv run``.
+
+Where a command works inside a q_id's folder, it keeps that folder's qid_status.json: it refuses settings that
+contradict what is already there, records its files, and, when the last layer is in, completes the q_id. A command
+whose paths point elsewhere just writes its files.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from relfv.artifacts import QidPaths, read_trials
+from relfv.config import Settings, fingerprint_fields
+from relfv.engine.language_model import LanguageModel
+from relfv.errors import InputError
+from relfv.logs import logging_to
+from relfv.models.loading import model_identity
+from relfv.pipeline import (
+    STEP_D,
+    QidPipeline,
+    Stage,
+    is_complete,
+    open_for,
+    run_recorded,
+    stage_names,
+    step6_stage,
+)
+from relfv.relations import file_sha256, load_relations, rows_sha256
+from relfv.stages.trials import ineligible_reason
+from relfv.status import QidStatus, read_status
+from relfv.steps import Step6, step6_summary, step_curve, step_e, step_heatmap, step_zero_shot
+from relfv.storage import lock
+
+log = logging.getLogger(__name__)
+
+Overlay = Callable[[Settings], Settings]
+"""The settings of a command: its own flags over a base."""
+
+_LATER_FIELDS = ("topk", "alpha", "n_eval", "allow_query_duplicates")
+"""Settings that StepD does not depend on."""
+
+
+def run_step_d(settings: Settings, q_id: str, out_base_dir: Path) -> int:
+    """StepD of one q_id into ``out_base_dir/artifacts``. An ineligible q_id is marked skipped: exit code 0."""
+    csv_path = Path(settings.relation_csv_path)
+    relations = load_relations(csv_path)
+    if q_id not in relations:
+        raise InputError(f"--relation_q_list: {q_id} not in {csv_path}, which has {', '.join(relations)}")
+    relation = relations[q_id]
+    paths = QidPaths(out_base_dir / "artifacts", q_id)
+    fields = fingerprint_fields(
+        settings, rows_sha256=rows_sha256(relation), model_identity=model_identity(settings.model)
+    )
+    with _writing_alone(out_base_dir), logging_to(paths.log):
+        status = read_status(paths.artifacts)
+        if status is None or status.status == "skipped":
+            status = QidStatus(paths.artifacts, q_id, settings, fields, q_row_count=len(relation.pairs))
+        _require_same(status, {name: value for name, value in fields.items() if name not in _LATER_FIELDS})
+        if reason := ineligible_reason(relation, settings.n_demos):
+            log.info("%s skipped: %s", q_id, reason)
+            status.set("skipped", reason)
+            print(status.path)
+            return 0
+        model = open_for(settings)
+        status.expected_layers = list(range(model.arch.n_layers))
+        status.set("running")
+        pipeline = QidPipeline(status, relation, file_sha256(csv_path), lambda: model)
+        with _failing_into(status):
+            pipeline.run_stages(STEP_D)
+        _settle(status)
+    print(paths.artifacts)
+    return 0
+
+
+def run_heatmap(in_dir: Path, metric: str, topk: int, out_name: str | None) -> int:
+    """The heatmap of ``in_dir``'s scores."""
+    if out_name is not None and Path(out_name).name != out_name:
+        raise InputError(f"--out_name {out_name!r}: expected a file name without a folder; it goes into --in_dir")
+    status = read_status(in_dir)
+    paths = QidPaths(in_dir, status.q_id if status else in_dir.resolve().parent.name)
+    out = in_dir / out_name if out_name else paths.heatmap
+    # Only the q_id's own figure, drawn as its settings say, is the one that qid_status.json promises.
+    own = (
+        status is not None
+        and out == paths.heatmap
+        and (metric, topk) == (status.settings.score_key, status.settings.topk)
+    )
+    with _writing_alone(in_dir.parent):
+        run_recorded(status if own else None, Stage("heatmap", lambda: step_heatmap(paths, metric, topk, out)))
+    print(out)
+    return 0
+
+
+def run_step_e(stepd_artifacts_dir: Path, sampled_trials_path: Path, out_dir: Path, overlay: Overlay) -> int:
+    """Top heads, function vector and its quick check, then the zero-shot snapshot, into ``out_dir``."""
+    status = read_status(out_dir) if _same(out_dir, stepd_artifacts_dir) else None
+    settings = _settings_within(status, overlay, done_by="stepE")
+    q_id = status.q_id if status else read_trials(sampled_trials_path).trials[0]["q_id"]
+    source, out = QidPaths(stepd_artifacts_dir, q_id), QidPaths(out_dir, q_id)
+    model = open_for(settings)
+    with _writing_alone(out_dir.parent), logging_to(out.log), _failing_into(status):
+        _require_model(status, settings, model)
+        run_recorded(status, Stage("stepE", lambda: step_e(model, settings, source, sampled_trials_path, out)))
+        run_recorded(status, Stage("zeroshot", lambda: step_zero_shot(sampled_trials_path, out.zero_shot_trials)))
+        _settle(status)
+    print(out.fv)
+    return 0
+
+
+def run_zero_shot(sampled_trials_path: Path, out_path: Path | None) -> int:
+    """The zero-shot snapshot beside the frozen trials, or at ``out_path``."""
+    out = out_path or sampled_trials_path.with_name("sampled_trials_zeroshot.json")
+    status = read_status(out.parent) if _same(out.parent, sampled_trials_path.parent) else None
+    run_recorded(status, Stage("zeroshot", lambda: step_zero_shot(sampled_trials_path, out)))
+    print(out)
+    return 0
+
+
+def run_step6(fv_path: Path, trials_path: Path, edit_layer: int, out_dir: Path, overlay: Overlay) -> int:
+    """Step6 at one layer. After the last missing layer of a q_id's folder: summary, curve, and ``completed``."""
+    artifacts_dir = out_dir.parent.parent
+    inside = out_dir.name == f"layer_{edit_layer}" and out_dir.parent.name == "step6"
+    status = read_status(artifacts_dir) if inside else None
+    if re.fullmatch(r"layer_\d+", out_dir.name) and out_dir.name != f"layer_{edit_layer}":
+        raise InputError(f"--out_dir ends in {out_dir.name}, --edit_layer is {edit_layer}; one of them is a slip")
+    settings = _settings_within(status, overlay, done_by=step6_stage(edit_layer))
+    model = open_for(settings)
+    with _writing_alone(artifacts_dir.parent if inside else out_dir), _failing_into(status):
+        _require_model(status, settings, model)
+        step6 = Step6(model, settings, fv_path, trials_path)
+        run_recorded(status, Stage(step6_stage(edit_layer), lambda: step6.run(edit_layer, out_dir)))
+        if inside:
+            q_id = status.q_id if status else read_trials(trials_path).trials[0]["q_id"]
+            _summarize_when_whole(status, QidPaths(artifacts_dir, q_id), settings, model)
+        _settle(status)
+    print(out_dir)
+    return 0
+
+
+def _summarize_when_whole(status: QidStatus | None, paths: QidPaths, settings: Settings, model: LanguageModel) -> None:
+    layers = list(range(model.arch.n_layers))
+    if all((paths.step6_layer(layer) / "eval_summary.json").exists() for layer in layers):
+        run_recorded(status, Stage("step6_summary", lambda: step6_summary(paths, settings.score_key, layers)))
+        run_recorded(status, Stage("injection_curve", lambda: step_curve(paths)))
+
+
+def _settings_within(status: QidStatus | None, overlay: Overlay, *, done_by: str) -> Settings:
+    """The command's flags over the folder's own settings. A flag may differ from what the folder says only if nothing
+    that depends on it has been done, except the stage that is about to be done again. Raises InputError."""
+    if status is None:
+        return overlay(Settings())
+    settings = overlay(status.settings)
+    wanted = {name: value for name, value in settings.to_json().items() if name in status.fingerprint_fields}
+    later = stage_names(status.expected_layers)[len(STEP_D) + 1 :]
+    free = _LATER_FIELDS if not any(name in status.stages for name in later if name != done_by) else ()
+    _require_same(status, {name: value for name, value in wanted.items() if name not in free})
+    status.settings = settings
+    status.fingerprint_fields |= {name: value for name, value in wanted.items() if name in free}
+    return settings
+
+
+def _require_model(status: QidStatus | None, settings: Settings, model: LanguageModel) -> None:
+    """Raise InputError if this is not the model that the folder's other results come from."""
+    if status:
+        _require_same(status, {"model_identity": model_identity(settings.model)})
+        status.expected_layers = list(range(model.arch.n_layers))
+
+
+def _require_same(status: QidStatus, wanted: dict[str, Any]) -> None:
+    there = status.fingerprint_fields
+    differences = [
+        f"{name} is {there.get(name)!r} there, {value!r} here"
+        for name, value in wanted.items()
+        if there.get(name) != value
+    ]
+    if differences:
+        raise InputError(
+            f"{status.artifacts_dir} holds results of another experiment: {', '.join(differences)}; use another output "
+            "folder, or move this one aside"
+        )
+
+
+def _settle(status: QidStatus | None) -> None:
+    """After a command: completed if all is there and intact, else pending with what comes next."""
+    if status is None:
+        return
+    if is_complete(status):
+        status.set("completed")
+        log.info("%s completed", status.q_id)
+        return
+    missing = [name for name in stage_names(status.expected_layers) if not status.intact(name)]
+    status.set("pending", f"next stage: {missing[0]}")
+
+
+@contextmanager
+def _failing_into(status: QidStatus | None) -> Iterator[None]:
+    """Record a failure in the status before it is reported."""
+    try:
+        yield
+    except Exception as problem:
+        if status:
+            status.set("failed", str(problem))
+        raise
+
+
+@contextmanager
+def _writing_alone(base: Path) -> Iterator[None]:
+    """Hold the q_id's lock, the same one as ``relfv run``. Raises InputError if another process does."""
+    base = base.resolve()
+    with lock(base.parent / ".locks" / f"{base.name}.lock") as holder:
+        if holder:
+            raise InputError(f"{base} is being written by {holder}; wait for it, or use another folder")
+        yield
+
+
+def _same(one: Path, other: Path) -> bool:
+    return one.resolve() == other.resolve()
