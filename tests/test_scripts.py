@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -164,8 +165,6 @@ def test_ranges_that_make_no_sense_are_bad_input(
 def test_step_e_with_other_settings_than_the_finished_folder_is_refused(
     finished: Path, llama_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import shutil
-
     shutil.copytree(finished / "A1", tmp_path / "A1")
     artifacts = tmp_path / "A1/artifacts"
     before = contents(artifacts)
@@ -238,3 +237,23 @@ def test_duplicate_queries_are_evaluated_when_asked_for(finished: Path, llama_pa
     summary = json.loads((tmp_path / "eval_summary.json").read_text())
     assert summary["n_eval"] == summary["n_trials"] == 25
     assert json.loads((tmp_path / "eval_meta.json").read_text())["sampling"] == "all trials"
+
+
+def test_a_slip_in_a_flag_leaves_a_completed_q_id_as_it_is(finished: Path, llama_path: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "A1", tmp_path / "A1")
+    paths = QidPaths(tmp_path / "A1/artifacts", "A1")
+    before = status(tmp_path, "A1")
+    flags = ("--fv_global_path", paths.fv, "--sampled_trials_path", paths.zero_shot_trials, "--model", llama_path)
+    assert in_process("step6", *flags, "--edit_layer", "3", "--out_dir", paths.step6_layer(3)) == 2
+    assert in_process("step6", *flags, "--edit_layer", "1", "--out_dir", paths.step6_layer(2)) == 2
+    assert status(tmp_path, "A1") == before
+
+
+def test_every_command_in_the_folder_notices_changed_trials(finished: Path, llama_path: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "A1", tmp_path / "A1")
+    paths = QidPaths(tmp_path / "A1/artifacts", "A1")
+    paths.trials.chmod(0o644)
+    paths.trials.write_text(paths.trials.read_text().replace("puppy", "poodle"))
+    folder = ("--stepd_artifacts_dir", paths.artifacts, "--out_dir", paths.artifacts, "--model", llama_path)
+    assert in_process("stepe", *folder, "--sampled_trials_path", paths.trials) == 1
+    assert in_process("zeroshot", "--sampled_trials_path", paths.trials) == 1

@@ -26,14 +26,16 @@ from relfv.pipeline import (
     Stage,
     is_complete,
     open_for,
+    require_frozen_trials,
     run_recorded,
     stage_names,
     step6_stage,
 )
 from relfv.relations import file_sha256, load_relations, rows_sha256
+from relfv.stages.injection import require_layer
 from relfv.stages.trials import ineligible_reason
 from relfv.status import QidStatus, read_status
-from relfv.steps import Step6, step6_summary, step_curve, step_e, step_heatmap, step_zero_shot
+from relfv.steps import Step6, heads_to_sweep, step6_summary, step_curve, step_e, step_heatmap, step_zero_shot
 from relfv.storage import lock
 
 log = logging.getLogger(__name__)
@@ -56,10 +58,10 @@ def run_step_d(settings: Settings, q_id: str, out_base_dir: Path) -> int:
     fields = fingerprint_fields(
         settings, rows_sha256=rows_sha256(relation), model_identity=model_identity(settings.model)
     )
-    with _writing_alone(out_base_dir), logging_to(paths.log):
-        status = read_status(paths.artifacts)
-        if status is None or status.status == "skipped":
-            status = QidStatus(paths.artifacts, q_id, settings, fields, q_row_count=len(relation.pairs))
+    status = read_status(paths.artifacts)
+    if status is None or status.status == "skipped":
+        status = QidStatus(paths.artifacts, q_id, settings, fields, q_row_count=len(relation.pairs))
+    with _working_in(status):
         _require_same(status, {name: value for name, value in fields.items() if name not in _LATER_FIELDS})
         if reason := ineligible_reason(relation, settings.n_demos):
             log.info("%s skipped: %s", q_id, reason)
@@ -67,12 +69,11 @@ def run_step_d(settings: Settings, q_id: str, out_base_dir: Path) -> int:
             print(status.path)
             return 0
         model = open_for(settings)
+        heads_to_sweep(model, settings)
         status.expected_layers = list(range(model.arch.n_layers))
         status.set("running")
-        pipeline = QidPipeline(status, relation, file_sha256(csv_path), lambda: model)
-        with _failing_into(status):
-            pipeline.run_stages(STEP_D)
-        _settle(status)
+        with _settling(status):
+            QidPipeline(status, relation, file_sha256(csv_path), lambda: model).run_stages(STEP_D)
     print(paths.artifacts)
     return 0
 
@@ -85,13 +86,10 @@ def run_heatmap(in_dir: Path, metric: str, topk: int, out_name: str | None) -> i
     paths = QidPaths(in_dir, status.q_id if status else in_dir.resolve().parent.name)
     out = in_dir / out_name if out_name else paths.heatmap
     # Only the q_id's own figure, drawn as its settings say, is the one that qid_status.json promises.
-    own = (
-        status is not None
-        and out == paths.heatmap
-        and (metric, topk) == (status.settings.score_key, status.settings.topk)
-    )
-    with _writing_alone(in_dir.parent):
-        run_recorded(status if own else None, Stage("heatmap", lambda: step_heatmap(paths, metric, topk, out)))
+    if status and (out != paths.heatmap or (metric, topk) != (status.settings.score_key, status.settings.topk)):
+        status = None
+    with _working_in(status), _settling(status):
+        run_recorded(status, Stage("heatmap", lambda: step_heatmap(paths, metric, topk, out)))
     print(out)
     return 0
 
@@ -103,11 +101,10 @@ def run_step_e(stepd_artifacts_dir: Path, sampled_trials_path: Path, out_dir: Pa
     q_id = status.q_id if status else read_trials(sampled_trials_path).trials[0]["q_id"]
     source, out = QidPaths(stepd_artifacts_dir, q_id), QidPaths(out_dir, q_id)
     model = open_for(settings)
-    with _writing_alone(out_dir.parent), logging_to(out.log), _failing_into(status):
-        _require_model(status, settings, model)
+    _require_model(status, settings, model)
+    with _working_in(status), _settling(status):
         run_recorded(status, Stage("stepE", lambda: step_e(model, settings, source, sampled_trials_path, out)))
         run_recorded(status, Stage("zeroshot", lambda: step_zero_shot(sampled_trials_path, out.zero_shot_trials)))
-        _settle(status)
     print(out.fv)
     return 0
 
@@ -116,7 +113,8 @@ def run_zero_shot(sampled_trials_path: Path, out_path: Path | None) -> int:
     """The zero-shot snapshot beside the frozen trials, or at ``out_path``."""
     out = out_path or sampled_trials_path.with_name("sampled_trials_zeroshot.json")
     status = read_status(out.parent) if _same(out.parent, sampled_trials_path.parent) else None
-    run_recorded(status, Stage("zeroshot", lambda: step_zero_shot(sampled_trials_path, out)))
+    with _working_in(status), _settling(status):
+        run_recorded(status, Stage("zeroshot", lambda: step_zero_shot(sampled_trials_path, out)))
     print(out)
     return 0
 
@@ -130,14 +128,14 @@ def run_step6(fv_path: Path, trials_path: Path, edit_layer: int, out_dir: Path, 
         raise InputError(f"--out_dir ends in {out_dir.name}, --edit_layer is {edit_layer}; one of them is a slip")
     settings = _settings_within(status, overlay, done_by=step6_stage(edit_layer))
     model = open_for(settings)
-    with _writing_alone(artifacts_dir.parent if inside else out_dir), _failing_into(status):
-        _require_model(status, settings, model)
+    _require_model(status, settings, model)
+    require_layer(model, edit_layer)
+    with _working_in(status), _settling(status):
         step6 = Step6(model, settings, fv_path, trials_path)
         run_recorded(status, Stage(step6_stage(edit_layer), lambda: step6.run(edit_layer, out_dir)))
         if inside:
             q_id = status.q_id if status else read_trials(trials_path).trials[0]["q_id"]
             _summarize_when_whole(status, QidPaths(artifacts_dir, q_id), settings, model)
-        _settle(status)
     print(out_dir)
     return 0
 
@@ -185,37 +183,42 @@ def _require_same(status: QidStatus, wanted: dict[str, Any]) -> None:
         )
 
 
-def _settle(status: QidStatus | None) -> None:
-    """After a command: completed if all is there and intact, else pending with what comes next."""
-    if status is None:
-        return
-    if is_complete(status):
-        status.set("completed")
-        log.info("%s completed", status.q_id)
-        return
-    missing = [name for name in stage_names(status.expected_layers) if not status.intact(name)]
-    status.set("pending", f"next stage: {missing[0]}")
-
-
 @contextmanager
-def _failing_into(status: QidStatus | None) -> Iterator[None]:
-    """Record a failure in the status before it is reported."""
+def _settling(status: QidStatus | None) -> Iterator[None]:
+    """Afterwards say where the q_id stands: completed if all is there and intact, else pending with what comes next,
+    or failed with the reason."""
+    if status is None:
+        yield
+        return
     try:
         yield
     except Exception as problem:
-        if status:
-            status.set("failed", str(problem))
+        status.set("failed", str(problem))
         raise
+    if is_complete(status):
+        status.set("completed")
+        log.info("%s completed", status.q_id)
+    else:
+        missing = [name for name in stage_names(status.expected_layers) if not status.intact(name)]
+        status.set("pending", f"next stage: {missing[0]}")
 
 
 @contextmanager
-def _writing_alone(base: Path) -> Iterator[None]:
-    """Hold the q_id's lock, the same one as ``relfv run``. Raises InputError if another process does."""
-    base = base.resolve()
+def _working_in(status: QidStatus | None) -> Iterator[None]:
+    """For work inside a q_id's folder: hold its lock, the same one as ``relfv run``, and log into it.
+
+    Raises InputError if another process holds the lock, RunError if the frozen trials were changed.
+    """
+    if status is None:
+        yield
+        return
+    base = status.artifacts_dir.resolve().parent
     with lock(base.parent / ".locks" / f"{base.name}.lock") as holder:
         if holder:
             raise InputError(f"{base} is being written by {holder}; wait for it, or use another folder")
-        yield
+        require_frozen_trials(status)
+        with logging_to(QidPaths(status.artifacts_dir, status.q_id).log):
+            yield
 
 
 def _same(one: Path, other: Path) -> bool:

@@ -85,7 +85,7 @@ class QidPipeline:
 
         Raises RunError if the frozen trials were changed; whatever a stage raises passes through.
         """
-        self._require_frozen_trials()
+        require_frozen_trials(self.status)
         if not self.status.expected_layers:
             self.status.expected_layers = list(range(self._model().arch.n_layers))
         self.status.set("running")
@@ -126,13 +126,15 @@ class QidPipeline:
 
         return run
 
-    def _require_frozen_trials(self) -> None:
-        record = self.status.stages.get("stepD_trials")
-        if record and record.status == "completed" and self.status.damaged("stepD_trials"):
-            raise RunError(
-                f"{self.paths.trials}: the frozen trials were changed or removed since StepD; every result here rests on "
-                "them. Put the file back, or use --force to move this folder aside and start afresh"
-            )
+
+def require_frozen_trials(status: QidStatus) -> None:
+    """Raise RunError if sampled_trials.json is not what StepD froze: everything after it would be of other trials."""
+    record = status.stages.get("stepD_trials")
+    if record and record.status == "completed" and status.damaged("stepD_trials"):
+        raise RunError(
+            f"{status.artifacts_dir / 'sampled_trials.json'}: the frozen trials were changed or removed since StepD; every "
+            "result here rests on them. Put the file back, or use --force to move this folder aside and start afresh"
+        )
 
 
 def is_complete(status: QidStatus) -> bool:

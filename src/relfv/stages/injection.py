@@ -44,11 +44,10 @@ class InjectionSweep:
 
         Raises InputError for a layer the model does not have, RunError if a vector that is not small changed nothing.
         """
-        n_layers = self._model.arch.n_layers
-        if not 0 <= edit_layer < n_layers:
-            raise InputError(f"--edit_layer {edit_layer}: {self._model.name} has layers 0 to {n_layers - 1}")
+        require_layer(self._model, edit_layer)
         if self._all is None:
-            self._all = self._model.engine.inject(self._ids, self._targets, self._vector[None], list(range(n_layers)))
+            layers = list(range(self._model.arch.n_layers))
+            self._all = self._model.engine.inject(self._ids, self._targets, self._vector[None], layers)
         effects = Effects(base=self._all.base, edited=self._all.edited[:, edit_layer : edit_layer + 1])
         if self._noticeable and torch.equal(effects.edited.logit[:, 0], effects.base.logit):
             raise RunError(
@@ -56,6 +55,13 @@ class InjectionSweep:
                 "the edit did not reach the model"
             )
         return effects
+
+
+def require_layer(model: LanguageModel, edit_layer: int) -> None:
+    """Raise InputError for a layer that the model does not have."""
+    n_layers = model.arch.n_layers
+    if not 0 <= edit_layer < n_layers:
+        raise InputError(f"--edit_layer {edit_layer}: {model.name} has layers 0 to {n_layers - 1}")
 
 
 def prompts_to_evaluate(trials: Sequence[dict[str, Any]], n_eval: int, *, allow_duplicates: bool) -> list[int]:
