@@ -62,6 +62,8 @@ def test_bom_crlf_quotes_spaces_blank_lines_and_interleaving(tmp_path: Path) -> 
         ("id,ex_A,ex_B\n/tmp/x,a,b\n", "cannot be a folder name"),
         (f"id,ex_A,ex_B\n{'q' * 65},a,b\n", "cannot be a folder name"),
         ("id,ex_A,ex_B\nQ1,a,b\nq1,c,d\n", "differ only in case"),
+        ("id,ex_A,ex_B\nreport,a,b\n", "line 2: q_id 'report' is a name that relfv gives"),
+        ("id,ex_A,ex_B\nQ1.replaced-x,a,b\n", "is a name that relfv gives"),
         (b"id,ex_A,ex_B\nQ1,a,\xff\n", "line 2: not UTF-8"),
         (b"id,ex_A,ex_B\nQ1,a,\0\n", "line 2: contains a NUL byte"),
         ('id,ex_A,ex_B\nQ1,"a,b\n', "not readable as CSV"),
@@ -77,7 +79,7 @@ def test_what_is_wrong_is_said_with_its_line(tmp_path: Path, text: str | bytes, 
 
 def test_all_bad_rows_are_reported_at_once_ten_and_a_count(tmp_path: Path) -> None:
     path = write(tmp_path, "id,ex_A,ex_B\n" + "Q1,a\n" * 13)
-    with pytest.raises(InputError, match=r"13 problem\(s\): line 2: .*line 11: .*; and 3 more"):
+    with pytest.raises(InputError, match=r"13 problem\(s\): line 2, 3, .*, 11: 2 columns, expected 3.*; and 3 more"):
         load_relations(path)
 
 

@@ -288,3 +288,38 @@ def test_two_runs_at_once_do_every_q_id_once(csv_path: Path, llama_path: Path, t
     for q_id in ("A1", "B2"):
         assert sum(f"{q_id} stepD_cie" in text for text in said) == 1
         assert contents(tmp_path / "pairs" / q_id / "artifacts") == contents(finished / q_id / "artifacts")
+
+
+def test_a_refused_command_leaves_nothing_that_refuses_the_right_one(
+    csv_path: Path, llama_path: Path, tmp_path: Path
+) -> None:
+    assert main(arguments(llama_path, csv_path, tmp_path, "--q_list", "A1", "--model_spec", "gpt2")) == 2
+    assert main(arguments(llama_path, csv_path, tmp_path, "--q_list", "A1", "--topk", "100")) == 2
+    assert main(arguments(llama_path, csv_path, tmp_path, "--q_list", "A1")) == 0
+    assert status(tmp_path / "pairs", "A1")["config"]["topk"] == 20
+
+
+def test_a_moved_model_goes_on_under_the_name_the_q_id_began_with(
+    copied: Path, csv_path: Path, llama_path: Path, tmp_path: Path
+) -> None:
+    whole = contents(copied / "A1/artifacts")
+    moved = tmp_path / "moved_model"
+    shutil.copytree(llama_path, moved)
+    (copied / "A1/artifacts/step6/layer_1/eval_summary.json").unlink()
+    (copied / "A1/artifacts/top_heads.json").unlink()
+    assert main(arguments(moved, csv_path, copied.parent)) == 0
+    assert contents(copied / "A1/artifacts") == whole
+
+
+def test_a_damaged_status_is_reported_and_the_other_q_ids_run(
+    copied: Path, csv_path: Path, llama_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = copied / "A1/artifacts/qid_status.json"
+    path.write_text("{")
+    shutil.rmtree(copied / "B2")
+    assert main(arguments(llama_path, csv_path, copied.parent)) == 1
+    assert f"{path}: is damaged" in capsys.readouterr().err
+    assert path.read_text() == "{"
+    assert status(copied, "B2")["status"] == "completed"
+    assert main(arguments(llama_path, csv_path, copied.parent, "--force", "--q_list", "A1")) == 0
+    assert status(copied, "A1")["status"] == "completed"

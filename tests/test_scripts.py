@@ -257,3 +257,48 @@ def test_every_command_in_the_folder_notices_changed_trials(finished: Path, llam
     folder = ("--stepd_artifacts_dir", paths.artifacts, "--out_dir", paths.artifacts, "--model", llama_path)
     assert in_process("stepe", *folder, "--sampled_trials_path", paths.trials) == 1
     assert in_process("zeroshot", "--sampled_trials_path", paths.trials) == 1
+
+
+def test_a_skipped_q_id_stays_skipped_through_the_specs_whole_loop(
+    llama_path: Path, csv_path: Path, tmp_path: Path
+) -> None:
+    done = shell(STEP_D + HEATMAP + STEP_E + STEP_6.replace("0 1 2", "0"), llama_path, csv_path, tmp_path / "C3", "C3")
+    assert done.returncode == 0, done.stderr
+    assert status(tmp_path, "C3")["status"] == "skipped"
+    assert "9 rows" in status(tmp_path, "C3")["reason"]
+
+
+def test_later_settings_may_be_chosen_until_a_stage_has_used_them(
+    llama_path: Path, csv_path: Path, tmp_path: Path
+) -> None:
+    assert step_d(llama_path, csv_path, tmp_path / "A1") == 0
+    paths = QidPaths(tmp_path / "A1/artifacts", "A1")
+    assert in_process("heatmap", "--in_dir", paths.artifacts, "--topk", "3") == 0
+    folder = ("--stepd_artifacts_dir", paths.artifacts, "--out_dir", paths.artifacts, "--model", llama_path)
+    assert in_process("stepe", *folder, "--sampled_trials_path", paths.trials, "--k", "5") == 2
+    assert in_process("stepe", *folder, "--sampled_trials_path", paths.trials, "--k", "3", "--alpha", "2") == 0
+    flags = ("--fv_global_path", paths.fv, "--sampled_trials_path", paths.zero_shot_trials, "--model", llama_path)
+    for layer in range(3):
+        out = paths.step6_layer(layer)
+        assert in_process("step6", *flags, "--edit_layer", str(layer), "--n_eval", "4", "--out_dir", out) == 0
+    document = status(tmp_path, "A1")
+    assert document["status"] == "completed"
+    assert (document["config"]["topk"], document["config"]["alpha"], document["config"]["n_eval"]) == (3, 2.0, 4)
+    # a figure of other settings may not take the place of the recorded one, but may lie beside it
+    assert in_process("heatmap", "--in_dir", paths.artifacts, "--topk", "9") == 2
+    assert in_process("heatmap", "--in_dir", paths.artifacts, "--topk", "9", "--out_name", "mine.png") == 0
+    assert status(tmp_path, "A1") == document
+
+
+@pytest.mark.parametrize("missing", ["fv_global_resid.pt", "sampled_trials_zeroshot.json"])
+def test_a_missing_input_is_bad_input_before_the_model_is_opened(
+    finished: Path, llama_path: Path, tmp_path: Path, missing: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = QidPaths(tmp_path / "A1/artifacts", "A1")
+    shutil.copytree(finished / "A1", tmp_path / "A1")
+    (paths.artifacts / missing).unlink()
+    flags = ("--fv_global_path", paths.fv, "--sampled_trials_path", paths.zero_shot_trials, "--model", llama_path)
+    assert in_process("step6", *flags, "--edit_layer", "1", "--out_dir", paths.step6_layer(1)) == 2
+    said = capsys.readouterr().err
+    assert missing in said
+    assert "opened" not in said

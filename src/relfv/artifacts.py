@@ -194,7 +194,9 @@ def zero_shot_document(snapshot: TrialSnapshot, prompt_format: str, prompts: Seq
 
 
 def read_trials(path: Path) -> TrialSnapshot:
-    """Read either kind of snapshot. Raises RunError if it is missing or not one."""
+    """Read either kind of snapshot. Raises InputError if it is missing, RunError if it is not one."""
+    if not path.exists():
+        raise InputError(f"{path}: no such file; expected a trial snapshot, as StepD or 'relfv zeroshot' write it")
     document = read_json(path)
     try:
         snapshot = TrialSnapshot(document["meta"], document["trials"])

@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,8 @@ log = logging.getLogger(__name__)
 Overlay = Callable[[Settings], Settings]
 """The settings of a command: its own flags over a base."""
 
-_LATER_FIELDS = ("topk", "alpha", "n_eval", "allow_query_duplicates")
-"""Settings that StepD does not depend on."""
+_FIRST_USED_BY = {"topk": "heatmap", "alpha": "stepE", "n_eval": "step6", "allow_query_duplicates": "step6"}
+"""Settings that StepD does not depend on, and the first stage that does: until then they may still be chosen."""
 
 
 def run_step_d(settings: Settings, q_id: str, out_base_dir: Path) -> int:
@@ -59,10 +60,10 @@ def run_step_d(settings: Settings, q_id: str, out_base_dir: Path) -> int:
         settings, rows_sha256=rows_sha256(relation), model_identity=model_identity(settings.model)
     )
     status = read_status(paths.artifacts)
-    if status is None or status.status == "skipped":
+    if status is None or not status.has_results():
         status = QidStatus(paths.artifacts, q_id, settings, fields, q_row_count=len(relation.pairs))
     with _working_in(status):
-        _require_same(status, {name: value for name, value in fields.items() if name not in _LATER_FIELDS})
+        _require_same(status, {name: value for name, value in fields.items() if name not in _FIRST_USED_BY})
         if reason := ineligible_reason(relation, settings.n_demos):
             log.info("%s skipped: %s", q_id, reason)
             status.set("skipped", reason)
@@ -79,15 +80,17 @@ def run_step_d(settings: Settings, q_id: str, out_base_dir: Path) -> int:
 
 
 def run_heatmap(in_dir: Path, metric: str, topk: int, out_name: str | None) -> int:
-    """The heatmap of ``in_dir``'s scores."""
+    """The heatmap of ``in_dir``'s scores. Under the q_id's own name it must be drawn as the q_id's settings say."""
     if out_name is not None and Path(out_name).name != out_name:
         raise InputError(f"--out_name {out_name!r}: expected a file name without a folder; it goes into --in_dir")
     status = read_status(in_dir)
+    if _said_to_be_skipped(status):
+        return 0
     paths = QidPaths(in_dir, status.q_id if status else in_dir.resolve().parent.name)
     out = in_dir / out_name if out_name else paths.heatmap
-    # Only the q_id's own figure, drawn as its settings say, is the one that qid_status.json promises.
-    if status and (out != paths.heatmap or (metric, topk) != (status.settings.score_key, status.settings.topk)):
+    if out != paths.heatmap:
         status = None
+    _settings_within(status, lambda base: replace(base, score_key=metric, topk=topk), stage="heatmap")
     with _working_in(status), _settling(status):
         run_recorded(status, Stage("heatmap", lambda: step_heatmap(paths, metric, topk, out)))
     print(out)
@@ -97,11 +100,13 @@ def run_heatmap(in_dir: Path, metric: str, topk: int, out_name: str | None) -> i
 def run_step_e(stepd_artifacts_dir: Path, sampled_trials_path: Path, out_dir: Path, overlay: Overlay) -> int:
     """Top heads, function vector and its quick check, then the zero-shot snapshot, into ``out_dir``."""
     status = read_status(out_dir) if _same(out_dir, stepd_artifacts_dir) else None
-    settings = _settings_within(status, overlay, done_by="stepE")
+    if _said_to_be_skipped(status):
+        return 0
     q_id = status.q_id if status else read_trials(sampled_trials_path).trials[0]["q_id"]
     source, out = QidPaths(stepd_artifacts_dir, q_id), QidPaths(out_dir, q_id)
-    model = open_for(settings)
-    _require_model(status, settings, model)
+    _require_files(source.cie, source.means, sampled_trials_path)
+    settings = _settings_within(status, overlay, stage="stepE")
+    model = _open(settings, status)
     with _working_in(status), _settling(status):
         run_recorded(status, Stage("stepE", lambda: step_e(model, settings, source, sampled_trials_path, out)))
         run_recorded(status, Stage("zeroshot", lambda: step_zero_shot(sampled_trials_path, out.zero_shot_trials)))
@@ -112,7 +117,12 @@ def run_step_e(stepd_artifacts_dir: Path, sampled_trials_path: Path, out_dir: Pa
 def run_zero_shot(sampled_trials_path: Path, out_path: Path | None) -> int:
     """The zero-shot snapshot beside the frozen trials, or at ``out_path``."""
     out = out_path or sampled_trials_path.with_name("sampled_trials_zeroshot.json")
-    status = read_status(out.parent) if _same(out.parent, sampled_trials_path.parent) else None
+    origin = read_status(sampled_trials_path.parent)
+    if _said_to_be_skipped(origin):
+        return 0
+    if origin:
+        require_frozen_trials(origin)
+    status = origin if _same(out.parent, sampled_trials_path.parent) else None
     with _working_in(status), _settling(status):
         run_recorded(status, Stage("zeroshot", lambda: step_zero_shot(sampled_trials_path, out)))
     print(out)
@@ -123,12 +133,14 @@ def run_step6(fv_path: Path, trials_path: Path, edit_layer: int, out_dir: Path, 
     """Step6 at one layer. After the last missing layer of a q_id's folder: summary, curve, and ``completed``."""
     artifacts_dir = out_dir.parent.parent
     inside = out_dir.name == f"layer_{edit_layer}" and out_dir.parent.name == "step6"
-    status = read_status(artifacts_dir) if inside else None
     if re.fullmatch(r"layer_\d+", out_dir.name) and out_dir.name != f"layer_{edit_layer}":
         raise InputError(f"--out_dir ends in {out_dir.name}, --edit_layer is {edit_layer}; one of them is a slip")
-    settings = _settings_within(status, overlay, done_by=step6_stage(edit_layer))
-    model = open_for(settings)
-    _require_model(status, settings, model)
+    status = read_status(artifacts_dir) if inside else None
+    if _said_to_be_skipped(status):
+        return 0
+    _require_files(fv_path, trials_path)
+    settings = _settings_within(status, overlay, stage=step6_stage(edit_layer))
+    model = _open(settings, status)
     require_layer(model, edit_layer)
     with _working_in(status), _settling(status):
         step6 = Step6(model, settings, fv_path, trials_path)
@@ -147,26 +159,53 @@ def _summarize_when_whole(status: QidStatus | None, paths: QidPaths, settings: S
         run_recorded(status, Stage("injection_curve", lambda: step_curve(paths)))
 
 
-def _settings_within(status: QidStatus | None, overlay: Overlay, *, done_by: str) -> Settings:
-    """The command's flags over the folder's own settings. A flag may differ from what the folder says only if nothing
-    that depends on it has been done, except the stage that is about to be done again. Raises InputError."""
+def _settings_within(status: QidStatus | None, overlay: Overlay, *, stage: str) -> Settings:
+    """The command's flags over the folder's own settings. A flag may differ from what the folder says only if no stage
+    that depends on it has been done, besides ``stage`` itself, which is about to be. Raises InputError."""
     if status is None:
         return overlay(Settings())
     settings = overlay(status.settings)
     wanted = {name: value for name, value in settings.to_json().items() if name in status.fingerprint_fields}
-    later = stage_names(status.expected_layers)[len(STEP_D) + 1 :]
-    free = _LATER_FIELDS if not any(name in status.stages for name in later if name != done_by) else ()
+    done = [name for name in status.stages if name != stage]
+    free = {field for field, first in _FIRST_USED_BY.items() if not any(_from(first, name) for name in done)}
     _require_same(status, {name: value for name, value in wanted.items() if name not in free})
-    status.settings = settings
-    status.fingerprint_fields |= {name: value for name, value in wanted.items() if name in free}
+    # Where the model lies and what runs it is this command's affair; the files keep the name they began with.
+    own = {name: getattr(status.settings, name) for name in ("model", "device", "relation_csv_path")}
+    status.settings = replace(settings, **own)
+    status.fingerprint_fields |= {name: wanted[name] for name in free}
     return settings
 
 
-def _require_model(status: QidStatus | None, settings: Settings, model: LanguageModel) -> None:
-    """Raise InputError if this is not the model that the folder's other results come from."""
-    if status:
-        _require_same(status, {"model_identity": model_identity(settings.model)})
-        status.expected_layers = list(range(model.arch.n_layers))
+def _from(first: str, stage: str) -> bool:
+    """True if ``stage`` is the stage ``first`` or a later one, in the order of the spec."""
+    order = ["heatmap", "stepE", "zeroshot", "step6"]
+    group = "step6" if stage.startswith("step6") or stage == "injection_curve" else stage
+    return group in order and order.index(group) >= order.index(first)
+
+
+def _said_to_be_skipped(status: QidStatus | None) -> bool:
+    """True, and said, if StepD has skipped this q_id: there is nothing to do, and that is no failure."""
+    if status is None or status.status != "skipped":
+        return False
+    log.info("%s skipped: %s", status.q_id, status.reason)
+    return True
+
+
+def _require_files(*paths: Path) -> None:
+    """Raise InputError for input files that are not there, before a model is opened for nothing."""
+    missing = [str(path) for path in paths if not path.is_file()]
+    if missing:
+        raise InputError(f"no such file: {', '.join(missing)}; run the earlier stages first, or mend the path")
+
+
+def _open(settings: Settings, status: QidStatus | None) -> LanguageModel:
+    """The model of a command. Raises InputError if a folder's other results come from another one."""
+    if status is None:
+        return open_for(settings)
+    _require_same(status, {"model_identity": model_identity(settings.model)})
+    model = open_for(settings)
+    status.expected_layers = list(range(model.arch.n_layers))
+    return replace(model, name=status.settings.model)
 
 
 def _require_same(status: QidStatus, wanted: dict[str, Any]) -> None:

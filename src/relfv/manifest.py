@@ -39,6 +39,8 @@ def run_description(settings: Settings, q_list: list[str], csv_sha256: str, mode
         "settings": settings.to_json(),
         "q_list": q_list,
         "csv_sha256": csv_sha256,
+        "model_id": settings.model,
+        "model_revision": model_identity.partition("@")[2] or None,
         "model_identity": model_identity,
         "git_commit": _git_commit(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _LIBRARIES}},

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from relfv.artifacts import QidPaths
 from relfv.config import Settings
@@ -77,7 +77,9 @@ class QidPipeline:
     ) -> None:
         self.status = status
         self.paths = QidPaths(status.artifacts_dir, status.q_id)
-        self._relation, self._csv_sha256, self._model = relation, csv_sha256, model
+        self._relation, self._csv_sha256 = relation, csv_sha256
+        # The model may have been moved since the q_id was begun; its files keep the name they began with.
+        self._model = lambda: replace(model(), name=status.settings.model)
         self._step6: Step6 | None = None
 
     def run(self) -> None:
@@ -133,7 +135,7 @@ def require_frozen_trials(status: QidStatus) -> None:
     if record and record.status == "completed" and status.damaged("stepD_trials"):
         raise RunError(
             f"{status.artifacts_dir / 'sampled_trials.json'}: the frozen trials were changed or removed since StepD; every "
-            "result here rests on them. Put the file back, or use --force to move this folder aside and start afresh"
+            "result here rests on them. Put the file back, or move this folder aside ('relfv run --force' does) and start afresh"
         )
 
 

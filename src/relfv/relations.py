@@ -17,6 +17,8 @@ _COLUMNS = {
     "output": ("ex_b", "exb", "output"),
 }
 _Q_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
+_RESERVED = ("report", "run.log", "run_manifest.json")
+_REPLACED = ".replaced-"
 _MAX_ERRORS = 10
 
 
@@ -28,7 +30,7 @@ def load_relations(path: Path) -> dict[str, Relation]:
     bad line (the first ten, then a count).
     """
     reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
-    problems: list[str] = []
+    problems: list[tuple[int, str]] = []
     pairs: dict[str, list[WordPair]] = {}
     try:
         column = _header(path, next(reader, None))
@@ -38,17 +40,15 @@ def load_relations(path: Path) -> dict[str, Relation]:
                 continue
             problem = _row_problem(cells, len(column), column)
             if problem:
-                problems.append(f"line {reader.line_num}: {problem}")
+                problems.append((reader.line_num, problem))
             else:
                 pair = WordPair(cells[column["input"]], cells[column["output"]])
                 pairs.setdefault(cells[column["q_id"]], []).append(pair)
     except csv.Error as problem:
-        problems.append(f"line {reader.line_num}: not readable as CSV ({problem})")
-    problems += _case_clashes(list(pairs))
+        problems.append((reader.line_num, f"not readable as CSV ({problem})"))
+    problems += [(0, problem) for problem in _case_clashes(list(pairs))]
     if problems:
-        shown = "; ".join(problems[:_MAX_ERRORS])
-        more = f"; and {len(problems) - _MAX_ERRORS} more" if len(problems) > _MAX_ERRORS else ""
-        raise InputError(f"{path}: {len(problems)} problem(s): {shown}{more}")
+        raise InputError(f"{path}: {len(problems)} problem(s): {_listed(problems)}")
     if not pairs:
         raise InputError(f"{path}: no word pairs; expected a header id,ex_A,ex_B and one pair a row")
     return {q_id: Relation(q_id, tuple(rows)) for q_id, rows in pairs.items()}
@@ -65,6 +65,19 @@ def rows_sha256(relation: Relation) -> str:
     for pair in relation.pairs:
         digest.update(f"{len(pair.input)}:{pair.input}{len(pair.output)}:{pair.output}".encode())
     return digest.hexdigest()
+
+
+def _listed(problems: list[tuple[int, str]]) -> str:
+    """The first ten, lines with one and the same problem together, then a count."""
+    lines_of: dict[str, list[int]] = {}
+    for line, problem in problems[:_MAX_ERRORS]:
+        lines_of.setdefault(problem, []).append(line)
+    shown = [
+        f"line {', '.join(map(str, lines))}: {problem}" if all(lines) else problem
+        for problem, lines in lines_of.items()
+    ]
+    more = len(problems) - _MAX_ERRORS
+    return "; ".join([*shown, f"and {more} more"] if more > 0 else shown)
 
 
 def _read_text(path: Path) -> str:
@@ -109,6 +122,8 @@ def _row_problem(cells: list[str], width: int, column: dict[str, int]) -> str | 
     q_id = cells[column["q_id"]]
     if not _Q_ID.fullmatch(q_id):
         return f"q_id {q_id[:80]!r} cannot be a folder name; expected 1 to 64 of A-Z a-z 0-9 . _ -, not starting with a dot"
+    if q_id.lower() in _RESERVED or _REPLACED in q_id:
+        return f"q_id {q_id!r} is a name that relfv gives to files beside the q_ids' folders; use another"
     for name in ("input", "output"):
         word = cells[column[name]]
         if not word:

@@ -8,7 +8,7 @@ never opened.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -71,11 +71,10 @@ class Plan:
         fields = fingerprint_fields(settings, rows_sha256=rows_sha256(relation), model_identity=self.model_identity)
         return QidStatus(self.artifacts_dir(q_id), q_id, settings, fields, q_row_count=len(relation.pairs))
 
-    def status(self, q_id: str) -> QidStatus:
-        """The status on disk if it is of this very experiment, else a new one; see ``require_same_experiment``."""
+    def found_status(self, q_id: str) -> QidStatus | None:
+        """The status on disk, if it has results to go on from. Raises RunError if it is damaged."""
         found = read_status(self.artifacts_dir(q_id))
-        fresh = self.new_status(q_id)
-        return fresh if found is None or found.status == "skipped" else found
+        return found if found and found.has_results() else None
 
 
 def make_plan(request: RunRequest) -> Plan:
@@ -105,18 +104,24 @@ def run(request: RunRequest) -> int:
         return _say_plan(plan)
     if request.force:
         _move_aside(plan)
-    _require_same_experiment(plan)
+    damaged = _damaged_statuses(plan)
+    _require_same_experiment(plan, besides=damaged)
     plan.folder.mkdir(parents=True, exist_ok=True)
     with logging_to(plan.folder / "run.log"):
-        skipped, todo = _skip_and_queue(plan)
-        done = len(plan.relations) - len(skipped) - len(todo)
+        for problem in damaged.values():
+            log.error("%s", problem)
+        skipped, todo = _skip_and_queue(plan, besides=damaged)
+        done = len(plan.relations) - len(skipped) - len(todo) - len(damaged)
         if skipped:
             log.info("skipped: %s", "; ".join(f"{q_id} ({reason})" for q_id, reason in skipped.items()))
-        if not todo:
-            log.info("everything is completed: %d q_ids done, %d skipped, in %s", done, len(skipped), plan.folder)
-            return 0
-        log.info("%d q_ids to run, %d completed before, %d skipped", len(todo), done, len(skipped))
-        return _run_todo(plan, todo)
+        if todo:
+            log.info("%d q_ids to run, %d completed before, %d skipped", len(todo), done, len(skipped))
+            code = _run_todo(plan, todo)
+        else:
+            code = 0
+            everything = "nothing else to do" if damaged else "everything is completed"
+            log.info("%s: %d q_ids done, %d skipped, in %s", everything, done, len(skipped), plan.folder)
+        return 1 if damaged else code
 
 
 def _run_todo(plan: Plan, todo: Sequence[str]) -> int:
@@ -167,7 +172,7 @@ def _run_one(plan: Plan, q_id: str, model: LanguageModel) -> str:
         if holder:
             log.warning("%s is being run by %s; left to it", q_id, holder)
             return "left to another run"
-        status = plan.status(q_id)
+        status = plan.found_status(q_id) or plan.new_status(q_id)
         pipeline = QidPipeline(status, plan.relations[q_id], plan.csv_sha256, lambda: model)
         stack.enter_context(logging_to(pipeline.paths.log))
         remove_temporaries(pipeline.paths.artifacts)
@@ -200,11 +205,22 @@ def _locked(plan: Plan, q_id: str) -> Iterator[str | None]:
         yield holder
 
 
-def _skip_and_queue(plan: Plan) -> tuple[dict[str, str], list[str]]:
+def _damaged_statuses(plan: Plan) -> dict[str, str]:
+    """q_ids whose status cannot be read, with the reason: they are left alone, and the others run."""
+    damaged = {}
+    for q_id in plan.relations:
+        try:
+            read_status(plan.artifacts_dir(q_id))
+        except RelfvError as problem:
+            damaged[q_id] = str(problem)
+    return damaged
+
+
+def _skip_and_queue(plan: Plan, besides: Collection[str]) -> tuple[dict[str, str], list[str]]:
     """Write skipped and pending statuses. -> (skipped with reasons, q_ids that are not completed and intact)."""
     skipped: dict[str, str] = {}
     todo: list[str] = []
-    for q_id in plan.relations:
+    for q_id in [q_id for q_id in plan.relations if q_id not in besides]:
         found = read_status(plan.artifacts_dir(q_id))
         reason = plan.skip_reason(q_id)
         if reason:
@@ -215,19 +231,19 @@ def _skip_and_queue(plan: Plan) -> tuple[dict[str, str], list[str]]:
         if found is not None and found.status == "completed" and is_complete(found):
             continue
         todo.append(q_id)
-        if found is None or found.status == "skipped":
+        if found is None or not found.has_results():
             with _locked(plan, q_id) as holder:
                 if holder is None:
                     plan.new_status(q_id).write()
     return skipped, todo
 
 
-def _require_same_experiment(plan: Plan) -> None:
+def _require_same_experiment(plan: Plan, besides: Collection[str]) -> None:
     """Raise InputError if a folder holds results of other settings, rows, model or algorithm, naming what differs."""
     problems = []
     for q_id in plan.relations:
-        found = read_status(plan.artifacts_dir(q_id))
-        if found is None or found.status == "skipped":
+        found = None if q_id in besides else plan.found_status(q_id)
+        if found is None:
             continue
         differences = describe_differences(found, plan.new_status(q_id))
         if differences:
@@ -241,18 +257,17 @@ def _require_same_experiment(plan: Plan) -> None:
 
 
 def describe_differences(found: QidStatus, wanted: QidStatus) -> list[str]:
-    """Names of the fingerprint fields that differ, with both values."""
+    """In what two experiments differ: settings by name with both values, rows and model in words."""
     there, here = found.fingerprint_fields, wanted.fingerprint_fields
+    words = {
+        "rows_sha256": f"the rows of {found.q_id} in the CSV have changed",
+        "model_identity": "the model's files or revision have changed",
+    }
     return [
-        f"{name} was {_short(there.get(name))}, now {_short(here.get(name))}"
+        words.get(name, f"{name} was {there.get(name)}, now {here.get(name)}")
         for name in dict.fromkeys([*there, *here])
         if there.get(name) != here.get(name)
     ]
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:30]}..."
 
 
 def _move_aside(plan: Plan) -> None:
@@ -275,19 +290,22 @@ def _say_plan(plan: Plan) -> int:
     print(f"model   {plan.request.settings.model} ({plan.model_identity[:40]})")
     for departure in plan.request.settings.departures():
         print(f"departs from the spec: {departure}")
+    damaged = _damaged_statuses(plan)
     for q_id, relation in plan.relations.items():
-        found = read_status(plan.artifacts_dir(q_id))
-        reason = plan.skip_reason(q_id)
-        differs = describe_differences(found, plan.new_status(q_id)) if found and found.status != "skipped" else []
-        if reason:
-            state = f"skip: {reason}"
-        elif plan.request.force and found:
-            state = "move the earlier results aside, then run"
-        elif differs:
-            state = f"refuse: {', '.join(differs)}"
-        elif found and found.status == "completed" and is_complete(found):
-            state = "completed, nothing to do"
-        else:
-            state = f"run (now {found.status if found else 'new'})"
-        print(f"{q_id:<8} {len(relation.pairs):>4} rows  {state}")
+        print(f"{q_id:<8} {len(relation.pairs):>4} rows  {damaged.get(q_id) or _what_would_happen(plan, q_id)}")
     return 0
+
+
+def _what_would_happen(plan: Plan, q_id: str) -> str:
+    if reason := plan.skip_reason(q_id):
+        return f"skip: {reason}"
+    found = plan.found_status(q_id)
+    if found is None:
+        return "run (new)"
+    if plan.request.force:
+        return "move the earlier results aside, then run"
+    if differences := describe_differences(found, plan.new_status(q_id)):
+        return f"refuse: {', '.join(differences)}"
+    if found.status == "completed" and is_complete(found):
+        return "completed, nothing to do"
+    return f"run (now {found.status})"

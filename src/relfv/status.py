@@ -82,6 +82,10 @@ class QidStatus:
             },
         )
 
+    def has_results(self) -> bool:
+        """True if any stage has left files: what another experiment must not be mixed with."""
+        return any(record.files for record in self.stages.values())
+
     def begin(self, stage: str) -> None:
         """Record that ``stage`` runs. What it promised before stays known until the new files are there."""
         files = self.stages[stage].files if stage in self.stages else {}
@@ -113,8 +117,8 @@ def read_status(artifacts_dir: Path) -> QidStatus | None:
     path = artifacts_dir / STATUS_FILE
     if not path.exists():
         return None
-    values = read_json(path)
     try:
+        values = read_json(path)
         return QidStatus(
             artifacts_dir=artifacts_dir,
             q_id=values["q_id"],
@@ -127,8 +131,11 @@ def read_status(artifacts_dir: Path) -> QidStatus | None:
             stages={name: StageRecord(**record) for name, record in values["stages"].items()},
             q_row_count=values["q_row_count"],
         )
-    except (KeyError, TypeError, AttributeError) as problem:
-        raise RunError(f"{path}: is not a status file of relfv ({problem!r}); move the folder aside") from None
+    except (RunError, KeyError, TypeError, AttributeError) as problem:
+        raise RunError(
+            f"{path}: is damaged or not a status file of relfv, so nothing in its folder can be trusted; "
+            f"'relfv run --force' moves the folder aside ({problem})"
+        ) from None
 
 
 def _require_hash(path: Path) -> str:

@@ -155,7 +155,7 @@ def step_heatmap(paths: QidPaths, metric: str, topk: int, out: Path | None = Non
 
     scored = artifacts.read_scores(paths.aie)
     artifacts.require_score(scored, metric, paths.aie)
-    top = rank_heads(scored, metric)[:topk]
+    top = select_heads(rank_heads(scored, metric), topk)
     path = write_atomic(out or paths.heatmap, heatmap_png(scored, metric, top, paths.q_id))
     return StageResult([path], f"{metric}, top {len(top)} marked")
 

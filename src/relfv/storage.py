@@ -92,6 +92,23 @@ def lock(path: Path) -> Iterator[str | None]:
         yield None
 
 
+def holder_is_alive(path: Path) -> bool:
+    """Whether the process that last held this lock still runs; True where that cannot be known (another host)."""
+    try:
+        _, pid, _, host = path.read_text().split()
+    except (OSError, ValueError):
+        return False
+    if host != socket.gethostname():
+        return True
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 

@@ -52,7 +52,7 @@ class Trial:
     demos_clean: tuple[WordPair, ...]
     demos_corrupted: tuple[WordPair, ...]
     n_labels_in_place: int
-    """Demos whose corrupted label is still the right one (0 whenever a derangement by value exists)."""
+    """Demos whose corrupted label is still a right answer to their input (0 whenever that can be avoided)."""
 
 
 @dataclass(frozen=True)

@@ -65,3 +65,8 @@ def test_an_answer_without_a_token_is_refused() -> None:
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace(" gone", "")
     with pytest.raises(InputError, match="'gone' gives no token"):
         Tokens(tokenizer).target("Q: x\nA:", "gone")
+
+
+def test_a_word_that_is_a_special_token_is_refused() -> None:
+    with pytest.raises(InputError, match="'<bos>', a special token"):
+        Tokens(make_tokenizer()).encode("Q: <bos> thing\nA:")

@@ -22,11 +22,18 @@ from relfv.models.families import Architecture
 Precision = Literal["exact", "fast"]
 
 
+_SMALL = 20_000_000
+"""Parameters below which a CPU computes on one thread: threads that wait for each other cost a small model more than
+they save (ten times more on a busy machine), and one thread sums in the same order on every machine."""
+
+
 @contextmanager
 def arithmetic(model: nn.Module, arch: Architecture, precision: Precision, *, tf32: bool = True) -> Iterator[None]:
     """While open, ``model`` computes as ``precision`` says. ``tf32=False`` asks for strict float32 (self-check)."""
-    before = torch.get_float32_matmul_precision()
+    before, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    if sum(p.numel() for p in model.parameters()) < _SMALL:
+        torch.set_num_threads(1)
     units = _units(model, arch) if precision == "exact" else [arch.lm_head]
     try:
         with ExitStack() as stack:
@@ -36,6 +43,7 @@ def arithmetic(model: nn.Module, arch: Architecture, precision: Precision, *, tf
             yield
     finally:
         torch.set_float32_matmul_precision(before)
+        torch.set_num_threads(threads)
 
 
 def _units(model: nn.Module, arch: Architecture) -> list[nn.Module]:

@@ -104,7 +104,8 @@ def model_source(name: str) -> str:
     if path.exists():
         raise InputError(f"--model {name!r}: is a file; expected a Hugging Face model folder or a hub id")
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or not name
-    if looks_like_path:
+    in_a_folder_here = path.parent != Path() and path.parent.is_dir()
+    if looks_like_path or (in_a_folder_here and _cached_commit(name) is None):
         raise InputError(f"--model {name!r}: no such folder; expected a model folder, a hub id or 'demo'")
     return name
 

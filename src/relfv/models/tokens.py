@@ -18,6 +18,8 @@ class Tokens:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
+        unknown = getattr(tokenizer, "unk_token", None)
+        self._special = [text for text in tokenizer.all_special_tokens if text and text != unknown]
         # Some tokenizers close every text with a token of their own (EOS). The model must read the prompt's last
         # token, not that one, so whatever is added after the text is cut off.
         plain = self._ids("a", special=False)
@@ -30,8 +32,12 @@ class Tokens:
     def encode(self, prompt: str) -> list[int]:
         """Token ids of a prompt, with the tokenizer's own BOS if it has one.
 
-        A trailing space is dropped: ``Q: x\\nA: `` is fed as ``Q: x\\nA:``.
+        A trailing space is dropped: ``Q: x\\nA: `` is fed as ``Q: x\\nA:``. Raises InputError if a word of the prompt
+        is the text of a special token, which the tokenizer would turn into a second BOS or the like.
         """
+        for text in self._special:
+            if text in prompt:
+                raise InputError(f"the prompt {prompt[-60:]!r} contains {text!r}, a special token of this tokenizer")
         ids = self._ids(fed_text(prompt), special=True)
         return ids[: len(ids) - self._n_suffix] if self._n_suffix else ids
 

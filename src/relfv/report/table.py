@@ -7,7 +7,7 @@ from pathlib import Path
 
 from relfv.errors import InputError, RelfvError
 from relfv.status import STATUS_FILE, QidStatus, read_status
-from relfv.storage import read_json
+from relfv.storage import holder_is_alive, read_json
 
 _HEADER = ("q_id", "status", "rows", "best layer", "score", "accuracy", "updated", "reason")
 
@@ -47,9 +47,10 @@ def _row(folder: Path) -> tuple[str, ...]:
     except RelfvError as problem:
         return (folder.parent.name, "unreadable", "", "", "", "", "", str(problem))
     updated = read_json(status.path)["updated_at"][:19].replace("T", " ")
-    reason = status.reason or (
-        "" if status.status != "running" else f"at {list(status.stages)[-1]}" if status.stages else ""
-    )
+    reason = status.reason or ""
+    if status.status == "running":
+        lock_path = folder.parent.parent / ".locks" / f"{status.q_id}.lock"
+        reason = "" if holder_is_alive(lock_path) else "its process is gone; the same command goes on from here"
     return (status.q_id, status.status, str(status.q_row_count), *best, updated, reason)
 
 

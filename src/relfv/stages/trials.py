@@ -7,7 +7,7 @@ relations are in the file or in the run.
 from __future__ import annotations
 
 import random
-from collections import Counter
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 from relfv.types import Relation, Trial, WordPair
@@ -57,7 +57,8 @@ def _sample_trial(
     pool = [row for row in distinct if pairs[row] != pairs[query_row]]
     demo_rows = rng.sample(pool, n_demos)
     demos = [pairs[row] for row in demo_rows]
-    labels = corrupt_labels([demo.output for demo in demos], rng, corruption)
+    right = [{pair.output for pair in pairs if pair.input == demo.input} for demo in demos]
+    labels = corrupt_labels([demo.output for demo in demos], right, rng, corruption)
     return Trial(
         q_id=relation.q_id,
         trial_id=f"{relation.q_id}-{trial_idx:03d}",
@@ -67,35 +68,44 @@ def _sample_trial(
         demo_source_indices=tuple(demo_rows),
         demos_clean=tuple(demos),
         demos_corrupted=tuple(WordPair(demo.input, label) for demo, label in zip(demos, labels, strict=True)),
-        n_labels_in_place=sum(demo.output == label for demo, label in zip(demos, labels, strict=True)),
+        n_labels_in_place=sum(label in answers for label, answers in zip(labels, right, strict=True)),
     )
 
 
-def corrupt_labels(labels: list[str], rng: random.Random, corruption: Corruption) -> list[str]:
-    """A permutation of ``labels``: for ``shuffle`` any (Todd et al. 2024), for ``derange`` one that leaves no value
-    in its place where such a one exists, and as few as possible otherwise."""
+def corrupt_labels(
+    labels: Sequence[str], right: Sequence[Collection[str]], rng: random.Random, corruption: Corruption
+) -> list[str]:
+    """A permutation of ``labels``: for ``shuffle`` any (Todd et al. 2024), for ``derange`` one that puts no label where
+    it is right, if there is such a one, and else one that does so as rarely as possible.
+
+    ``right[i]`` are all answers that the relation gives to demo i's input.
+    """
     shuffled = rng.sample(labels, len(labels))
     if corruption == "shuffle":
         return shuffled
     for _ in range(_ATTEMPTS):
-        if not any(old == new for old, new in zip(labels, shuffled, strict=True)):
+        if not any(label in answers for label, answers in zip(shuffled, right, strict=True)):
             return shuffled
         shuffled = rng.sample(labels, len(labels))
-    return _rotated(labels, rng)
+    return _fewest_in_place(shuffled, right)
 
 
-def _rotated(labels: list[str], rng: random.Random) -> list[str]:
-    """Line equal labels up next to each other and move all by the size m of the largest group. No value meets itself
-    if 2m <= n; otherwise 2m - n labels of that group do, which is the least possible."""
-    counts = Counter(labels)
-    values = rng.sample(sorted(counts), len(counts))
-    order = [
-        i
-        for value in values
-        for i in rng.sample([j for j, label in enumerate(labels) if label == value], counts[value])
-    ]
-    shift = max(counts.values())
-    out = list(labels)
-    for place, i in enumerate(order):
-        out[i] = labels[order[(place + shift) % len(order)]]
-    return out
+def _fewest_in_place(labels: list[str], right: Sequence[Collection[str]]) -> list[str]:
+    """Maximum matching of demos with labels that are wrong for them (Kuhn's algorithm); the rest go where is room."""
+    demo_of: dict[int, int] = {}
+
+    def place(demo: int, tried: set[int]) -> bool:
+        for i, label in enumerate(labels):
+            if i not in tried and label not in right[demo]:
+                tried.add(i)
+                if i not in demo_of or place(demo_of[i], tried):
+                    demo_of[i] = demo
+                    return True
+        return False
+
+    unplaced = [demo for demo in range(len(labels)) if not place(demo, set())]
+    for i in range(len(labels)):
+        if i not in demo_of:
+            demo_of[i] = unplaced.pop()
+    label_of = {demo: labels[i] for i, demo in demo_of.items()}
+    return [label_of[demo] for demo in range(len(labels))]
