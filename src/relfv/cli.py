@@ -325,6 +325,7 @@ def _demo_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and documents")
     parser.add_argument("--steps", type=int, default=None, help="training steps (default: the recipe's)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--log_path", type=Path, default=None, help="JSON lines of the training log go here")
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -336,6 +337,7 @@ def _demo(args: argparse.Namespace) -> int:
         seed=args.seed,
         steps=args.steps,
         device=args.device,
+        log_path=args.log_path,
         log=log.info,
     )
     print(args.out_dir)

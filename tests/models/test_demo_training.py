@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from relfv.errors import InputError
 from relfv.models import demo_training as demo
 
 ROOT = Path(__file__).parents[2]
@@ -87,7 +88,10 @@ def test_prompt_ids_are_a_prefix_of_prompt_and_answer_for_every_pair(relations, 
 
 
 def test_no_two_answers_of_a_relation_share_their_first_token(relations, tokenizer):
-    assert {q: c for q, pairs in relations.items() if (c := demo.first_token_collisions(tokenizer, pairs))} == {}
+    for q_id, pairs in relations.items():
+        answers = {answer for _, answer in pairs}
+        firsts = {tokenizer(f" {answer}", add_special_tokens=False).input_ids[0] for answer in answers}
+        assert len(firsts) == len(answers), q_id
 
 
 def test_chosen_words_keep_several_tokens_and_the_others_have_one(relations, tokenizer):
@@ -181,20 +185,25 @@ def test_training_lowers_the_loss_and_spares_the_callers_random_state(tmp_path):
     assert result.log[-1]["loss"] < result.log[0]["loss"]
 
 
-def test_a_finished_folder_replaces_the_old_one_whole(tmp_path):
+def test_a_folder_that_holds_something_is_refused_before_training_and_left_alone(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
-    (folder / "stale.bin").write_text("old")
-    train(folder, steps=1)
-    assert not (folder / "stale.bin").exists()
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in folder.iterdir()}
+    (folder / "mine.bin").write_text("kept")
+    with pytest.raises(InputError, match="already there and not empty"):
+        train(folder, steps=1)
+    assert (folder / "mine.bin").read_text() == "kept"
+
+
+def test_a_finished_folder_appears_whole_with_nothing_beside_it(tmp_path):
+    train(tmp_path / "model", steps=1)
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in (tmp_path / "model").iterdir()}
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_csv_without_the_columns_is_refused_by_name(tmp_path):
     path = tmp_path / "bad.csv"
     path.write_text("id,left,right\nQ1,a,b\n")
-    with pytest.raises(ValueError, match=r"bad\.csv: header lacks \['ex_A', 'ex_B'\]"):
+    with pytest.raises(InputError, match=r"bad\.csv: line 1: header is 'id,left,right'"):
         demo.read_relations(path)
 
 

@@ -21,21 +21,23 @@ what was measured, what failed, and what the model is no evidence for.
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
 import json
 import os
 import random
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from relfv.errors import InputError
+from relfv.relations import load_relations
 
 Pair = tuple[str, str]
 
@@ -144,12 +146,15 @@ def train_demo_model(
 ) -> TrainingResult:
     """Train a demo model on the pairs of `csv_path` and save it in `out_dir`, which appears whole or not at all.
 
+    Raises InputError if `out_dir` already holds something, or if the CSV cannot be read.
+
     `steps` overrides the number of steps of `config`; `device` is "auto", "cpu", "cuda", ... The same CSV, config, seed,
     library versions and machine give the same weights. The training log goes to `log_path` (JSON lines), if named.
 
     `threads` is the number of CPU threads. The matrices are so small that a second one saves only a quarter of the time,
     and sums are then split differently: one thread makes the weights independent of the number of cores.
     """
+    _require_free(Path(out_dir))
     config = config or DemoTrainingConfig()
     if steps is not None:
         config = dataclasses.replace(config, steps=steps)
@@ -159,7 +164,8 @@ def train_demo_model(
     relations = read_relations(csv_path)
     tokenizer = build_tokenizer(relations, in_pieces=config.in_pieces)
     sampler = DocumentSampler(relations, tokenizer, config)
-    model = build_model(tokenizer, config, seed=seed).to(where)
+    model: Any = build_model(tokenizer, config, seed=seed)
+    model.to(where)
     parameters = sum(p.numel() for p in model.parameters())
     log(
         f"{sum(map(len, relations.values()))} pairs of {len(relations)} relations, "
@@ -178,19 +184,9 @@ def train_demo_model(
 
 
 def read_relations(csv_path: str | Path) -> dict[str, list[Pair]]:
-    """Pairs by q_id, both in file order. The pipeline's own reader validates more; this one needs three columns."""
-    relations: dict[str, list[Pair]] = {}
-    with Path(csv_path).open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file)
-        missing = {"id", "ex_A", "ex_B"} - set(rows.fieldnames or ())
-        if missing:
-            raise ValueError(
-                f"{csv_path}: header lacks {sorted(missing)}; expected id,ex_A,ex_B, found {rows.fieldnames}"
-            )
-        for row in rows:
-            if row["ex_A"] and row["ex_B"]:
-                relations.setdefault(row["id"].strip(), []).append((row["ex_A"].strip(), row["ex_B"].strip()))
-    return relations
+    """Pairs by q_id, both in file order."""
+    relations = load_relations(Path(csv_path))
+    return {q_id: [(pair.input, pair.output) for pair in relation.pairs] for q_id, relation in relations.items()}
 
 
 def build_tokenizer(
@@ -239,7 +235,11 @@ def build_tokenizer(
 
 
 def derange(labels: Sequence[str], rng: random.Random, tries: int = 60) -> list[str]:
-    """A permutation of `labels` in which no position keeps its *value*; failing that, the best of `tries` shuffles."""
+    """A permutation of `labels` in which no position keeps its *value*; failing that, the best of `tries` shuffles.
+
+    Not `stages.trials.corrupt_labels`: the weights that ship depend on every random number drawn here, and the trials'
+    policy must be free to change without them.
+    """
     best: list[str] = list(labels)
     fewest = len(labels) + 1
     for _ in range(tries):
@@ -268,8 +268,9 @@ class DocumentSampler:
             raise ValueError(f"no relation has {config.pairs} pairs or more, so there is nothing to train on")
         self.config = config
         self.names = list(self.relations)
-        self.bos = tokenizer.bos_token_id
-        self.separator = tuple(tokenizer("\n\n", add_special_tokens=False).input_ids)
+        encode: Any = tokenizer
+        self.bos: int = encode.bos_token_id
+        self.separator: tuple[int, ...] = tuple(encode("\n\n", add_special_tokens=False).input_ids)
         self.answers_of: dict[str, list[str]] = {}
         """an input's answers, one for each relation that contains it: what it may mean without demonstrations"""
         for pairs in self.relations.values():
@@ -277,7 +278,7 @@ class DocumentSampler:
                 self.answers_of.setdefault(given, []).append(answer)
 
         def ids(text: str) -> tuple[int, ...]:
-            return tuple(tokenizer(text, add_special_tokens=False).input_ids)
+            return tuple(encode(text, add_special_tokens=False).input_ids)
 
         self.question_ids = {given: ids(f"Q: {given}\nA:") for given in self.answers_of}
         self.answer_ids = {answer: ids(f" {answer}") for answers in self.answers_of.values() for answer in answers}
@@ -342,6 +343,7 @@ def collate(documents: Sequence[Document], device: torch.device) -> tuple[torch.
 
 def build_model(tokenizer: PreTrainedTokenizerFast, config: DemoTrainingConfig, *, seed: int) -> LlamaForCausalLM:
     """An untrained Llama with tied embeddings; the seed fixes its weights."""
+    special: Any = tokenizer
     shape = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=config.hidden,
@@ -353,10 +355,9 @@ def build_model(tokenizer: PreTrainedTokenizerFast, config: DemoTrainingConfig, 
         max_position_embeddings=1024,
         initializer_range=config.initializer_range,
         tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=special.bos_token_id,
+        eos_token_id=special.eos_token_id,
         pad_token_id=None,
-        attn_implementation="sdpa",
     )
     with torch.random.fork_rng(devices=[]):  # the caller's random state is not ours to move
         torch.manual_seed(seed)
@@ -365,7 +366,8 @@ def build_model(tokenizer: PreTrainedTokenizerFast, config: DemoTrainingConfig, 
 
 def head_norms(model: LlamaForCausalLM, config: DemoTrainingConfig) -> torch.Tensor:
     """Frobenius norm of each head's slice of the output projection, (layer, head)."""
-    weights = torch.stack([block.self_attn.o_proj.weight for block in model.model.layers])
+    blocks: Any = model.model.layers
+    weights = torch.stack([block.self_attn.o_proj.weight for block in blocks])
     slices = weights.view(config.layers, config.hidden, config.heads, config.head_dim)
     return slices.square().sum(dim=(1, 3)).add(1e-12).sqrt()
 
@@ -485,18 +487,10 @@ def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out_dir: 
     tokenizer.save_pretrained(partial)
     for file in partial.iterdir():
         file.chmod(0o644)  # safetensors writes 0600, which other users of an installation could not read
-    if out_dir.exists():
-        old = out_dir.with_name(f".{out_dir.name}.old-{os.getpid()}")
-        out_dir.rename(old)
-        partial.rename(out_dir)
-        shutil.rmtree(old)
-    else:
-        partial.rename(out_dir)
-    return out_dir
+    return partial.rename(out_dir)
 
 
-def first_token_collisions(tokenizer: PreTrainedTokenizerFast, pairs: Sequence[Pair]) -> dict[int, list[str]]:
-    """Answers of one relation that begin with the same token, by that token: first-token scoring cannot part them."""
-    first = {answer: tokenizer(f" {answer}", add_special_tokens=False).input_ids[0] for _, answer in pairs}
-    counts = Counter(first.values())
-    return {token: sorted(a for a, t in first.items() if t == token) for token, n in counts.items() if n > 1}
+def _require_free(out_dir: Path) -> None:
+    """Raise InputError, before any training, for a place that holds something."""
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise InputError(f"{out_dir}: already there and not empty; expected a new folder for the model")
