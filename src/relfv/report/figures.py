@@ -18,9 +18,9 @@ from relfv.types import ScoredHead
 
 _WITH, _WITHOUT, _CLEAN = "#b2182b", "#4d4d4d", "#2166ac"
 _LABELS = {
-    "mean_delta_p": "CIE: mean change in P(first answer token)",
-    "mean_delta_logit": "CIE: mean change in the target's logit",
-    "mean_delta_logprob": "CIE: mean change in log P(first answer token) (nats)",
+    "mean_delta_p": "mean change in P(answer)",
+    "mean_delta_logit": "mean change in the answer's logit",
+    "mean_delta_logprob": "mean change in log P(answer), nats",
 }
 
 
@@ -36,7 +36,9 @@ def heatmap_png(scored: Sequence[ScoredHead], metric: str, top: Sequence[ScoredH
         grid[head.id.layer, head.id.head] = head.scores[metric]
     limit = float(np.nanmax(np.abs(grid))) or 1.0
 
-    figure = Figure(figsize=(2.6 + 0.24 * max(n_heads, 14), 1.6 + 0.24 * max(n_layers, 12)), layout="constrained")
+    cell = min(0.34, max(0.13, 6.0 / max(n_heads, n_layers)))  # inches; 6 x 6 heads to 64 x 80 stay legible
+    size = (max(4.0, cell * n_heads + 1.7), max(2.8, cell * n_layers + 1.0))
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot()
     axes.set_facecolor("0.8")
     image = axes.imshow(grid, origin="lower", cmap="RdBu_r", norm=TwoSlopeNorm(0.0, -limit, limit), aspect="equal")
@@ -47,8 +49,8 @@ def heatmap_png(scored: Sequence[ScoredHead], metric: str, top: Sequence[ScoredH
     axes.set_ylabel("layer")
     _whole_numbers(axes)
     n_trials = f", {scored[0].n_trials} trials" if scored[0].n_trials else ""
-    axes.set_title(f"{q_id}: effect of every head{n_trials} (top {len(top)} framed)", fontsize=10)
-    figure.colorbar(image, ax=axes, label=_LABELS.get(metric, metric), shrink=0.9)
+    axes.set_title(f"{q_id}: CIE of every head{n_trials} (top {len(top)} framed)", fontsize=10)
+    figure.colorbar(image, ax=axes, label=_LABELS.get(metric, metric), shrink=0.95)
     return _png(figure)
 
 
