@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+from relfv import __version__
+from relfv.cli import main
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "--no_such_flag"], "unrecognized arguments: --no_such_flag"),
+        (["run", "--top", "5"], "unrecognized arguments: --top"),
+        (["run", "--topk", "many"], "argument --topk: invalid int value: 'many'"),
+        (["nothing"], "invalid choice: 'nothing'"),
+        (["stepd"], "the following arguments are required"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_and_code_2(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    said = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert words in said
+    assert said.count("\n") == 1
+
+
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "relfv", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"relfv {__version__}"
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "scripts").glob("*.py")))
+def test_every_script_explains_itself(script: str) -> None:
+    done = subprocess.run(
+        [sys.executable, f"scripts/{script}", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "--debug" in done.stdout
+
+
+def test_debug_shows_where_an_error_came_from_and_nothing_else_does(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--relation_csv_path", "nowhere.csv"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert main(["run", "--relation_csv_path", "nowhere.csv", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
