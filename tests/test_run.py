@@ -323,3 +323,29 @@ def test_a_damaged_status_is_reported_and_the_other_q_ids_run(
     assert status(copied, "B2")["status"] == "completed"
     assert main(arguments(llama_path, csv_path, copied.parent, "--force", "--q_list", "A1")) == 0
     assert status(copied, "A1")["status"] == "completed"
+
+
+def test_a_q_id_that_another_process_holds_is_left_to_it(csv_path: Path, llama_path: Path, tmp_path: Path) -> None:
+    holder = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from relfv.storage import lock\n"
+        "with lock(Path(sys.argv[1])) as other:\n"
+        "    print('held', flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    path = tmp_path / "pairs/.locks/A1.lock"
+    process = subprocess.Popen([sys.executable, "-c", holder, str(path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    try:
+        assert main(arguments(llama_path, csv_path, tmp_path)) == 0
+        manifest = json.loads((tmp_path / "pairs/run_manifest.json").read_text())
+        assert manifest["outcomes"] == {"A1": "left to another run", "B2": "completed"}
+        assert not (tmp_path / "pairs/A1/artifacts/sampled_trials.json").exists()
+    finally:
+        process.kill()
+        process.wait()
+    # a lock dies with its process
+    assert main(arguments(llama_path, csv_path, tmp_path)) == 0
+    assert status(tmp_path / "pairs", "A1")["status"] == "completed"
