@@ -99,7 +99,6 @@ def test_a_second_run_touches_nothing_and_opens_no_model(
     finished: Path, copied: Path, csv_path: Path, llama_path: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in copied.rglob("*") if path.is_file() and path.name != "run.log"}
-    # The weights cannot be loaded, so whoever tries to fails; the identity is computed from a copy that is whole.
     assert main(arguments(llama_path, csv_path, tmp_path)) == 0
     said = capsys.readouterr().err
     assert "everything is completed: 2 q_ids done, 1 skipped" in said

@@ -115,7 +115,7 @@ def test_device_dtype_and_quant_come_from_the_environment(llama_path: Path, csv_
     done = shell(STEP_D, llama_path, csv_path, tmp_path / "B2", environment=environment)
     assert done.returncode == 0, done.stderr
     config = status(tmp_path, "B2")["config"]
-    assert (config["device"], config["dtype"], config["quant"]) == ("cpu", "bf16", "none")
+    assert (config["device"], config["dtype"], config["quant"]) == ("cpu", "bfloat16", "none")
 
 
 def test_a_folder_made_in_another_dtype_is_continued_in_it_by_commands_that_do_not_say(

@@ -47,6 +47,10 @@ _HEAD_COLUMNS = [
 ]
 
 
+MANIFEST = "run_manifest.json"
+"""Beside the q_ids' folders."""
+
+
 @dataclass(frozen=True)
 class QidPaths:
     """Where the files of one q_id are. ``artifacts`` is ``<out_root>/<REL>/<Q>/artifacts``."""
@@ -58,6 +62,12 @@ class QidPaths:
     def log(self) -> Path:
         """The run's log for this q_id."""
         return self.artifacts.parent / "logs" / "stepD_aie.log"
+
+    @property
+    def lock(self) -> Path:
+        """Held by whoever writes into this q_id's folder."""
+        folder = self.artifacts.resolve().parent
+        return folder.parent / ".locks" / f"{folder.name}.lock"
 
     @property
     def trials(self) -> Path:
@@ -355,14 +365,19 @@ def write_step6_layer(
     trials: Iterable[dict[str, Any]],
     meta: dict[str, Any],
 ) -> list[Path]:
-    """The four files of one layer; the results file, which the summary looks for, last."""
+    """The four files of one layer; the results file, which the summary looks for, last. It takes the place of one with
+    another n or model in its name: a layer has one result."""
     lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in trials)
-    return [
+    files = [
         write_json(folder / "eval_summary.json", summary),
         write_atomic(folder / "eval_trials.jsonl", lines.encode()),
         write_json(folder / "eval_meta.json", meta),
         write_json(folder / results_name, results),
     ]
+    for earlier in folder.glob("step6_results_*.json"):
+        if earlier.name != results_name:
+            earlier.unlink()
+    return files
 
 
 def results_name(model: str, layer: int, n_eval: int) -> str:

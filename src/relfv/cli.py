@@ -164,23 +164,24 @@ def _eval_flags(group: Any) -> None:
 
 def _settings(args: argparse.Namespace, base: Settings = _DEFAULTS) -> Settings:
     """The flags that were given over ``base``. For device, dtype and quant the environment stands between the two."""
+    from relfv.models.loading import dtype_name
+
     given = {name: value for name, value in vars(args).items() if name in base.to_json()}
     for name in ("device", "dtype", "quant"):
         given[name] = given.get(name) or os.environ.get(name.upper()) or getattr(base, name)
     settings = replace(base, **given)
     _check_names(settings)
-    return settings
+    return replace(settings, dtype=dtype_name(settings.dtype))
 
 
 def _check_names(settings: Settings) -> None:
     from relfv.models.families import SPEC_NAMES
-    from relfv.models.loading import QUANTS, dtype_name
+    from relfv.models.loading import QUANTS
 
     if settings.quant not in QUANTS:
         raise InputError(f"--quant {settings.quant!r}: expected one of {', '.join(QUANTS)}")
     if settings.model_spec not in SPEC_NAMES:
         raise InputError(f"--model_spec {settings.model_spec!r}: expected one of {', '.join(SPEC_NAMES)}")
-    dtype_name(settings.dtype)
 
 
 # --- commands --------------------------------------------------------------------------------------------------

@@ -1,15 +1,15 @@
 """One stage at a time, as the spec's command lines call it, on the same stage functions as ``relfv run``.
 
-Where a command works inside a q_id's folder, it keeps that folder's qid_status.json: it refuses settings that
-contradict what is already there, records its files, and, when the last layer is in, completes the q_id. A command
-whose paths point elsewhere just writes its files.
+Where a command writes into a q_id's folder, it keeps that folder's qid_status.json: it refuses settings that contradict
+what is already there and inputs that are not the folder's own, records what it read and wrote, and, when the last layer
+is in, completes the q_id. A command that writes elsewhere just writes its files.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 from relfv.artifacts import QidPaths, read_trials
 from relfv.config import Settings, fingerprint_fields
 from relfv.engine.language_model import LanguageModel
-from relfv.errors import InputError
+from relfv.errors import InputError, RunError
 from relfv.logs import logging_to
 from relfv.models.loading import model_identity
 from relfv.pipeline import (
@@ -36,13 +36,24 @@ from relfv.relations import file_sha256, load_relations, rows_sha256
 from relfv.stages.injection import require_layer
 from relfv.stages.trials import ineligible_reason
 from relfv.status import QidStatus, read_status
-from relfv.steps import Step6, heads_to_sweep, step6_summary, step_curve, step_e, step_heatmap, step_zero_shot
-from relfv.storage import lock
+from relfv.steps import (
+    StageResult,
+    Step6,
+    heads_to_sweep,
+    step6_summary,
+    step_curve,
+    step_e,
+    step_heatmap,
+    step_zero_shot,
+)
+from relfv.storage import lock, remove_temporaries
 
 log = logging.getLogger(__name__)
 
 Overlay = Callable[[Settings], Settings]
 """The settings of a command: its own flags over a base."""
+
+_WAIT_S = 60.0
 
 _FIRST_USED_BY = {"topk": "heatmap", "alpha": "stepE", "n_eval": "step6", "allow_query_duplicates": "step6"}
 """Settings that StepD does not depend on, and the first stage that does: until then they may still be chosen."""
@@ -59,18 +70,27 @@ def run_step_d(settings: Settings, q_id: str, out_base_dir: Path) -> int:
     fields = fingerprint_fields(
         settings, rows_sha256=rows_sha256(relation), model_identity=model_identity(settings.model)
     )
-    status = read_status(paths.artifacts)
-    if status is None or not status.has_results():
-        status = QidStatus(paths.artifacts, q_id, settings, fields, q_row_count=len(relation.pairs))
-    with _working_in(status):
-        _require_same(status, {name: value for name, value in fields.items() if name not in _FIRST_USED_BY})
-        if reason := ineligible_reason(relation, settings.n_demos):
+
+    def begun() -> QidStatus:
+        """The folder's status if it has results, which must be of this experiment; else a new one."""
+        found = read_status(paths.artifacts)
+        if found is None or not found.has_results():
+            return QidStatus(paths.artifacts, q_id, settings, fields, q_row_count=len(relation.pairs))
+        _require_same(found, {name: value for name, value in fields.items() if name not in _FIRST_USED_BY})
+        return found
+
+    begun()
+    reason = ineligible_reason(relation, settings.n_demos)
+    model = None if reason else open_for(settings)
+    if model:
+        heads_to_sweep(model, settings)
+    with _working_in(paths):
+        status = begun()
+        if model is None:
             log.info("%s skipped: %s", q_id, reason)
             status.set("skipped", reason)
             print(status.path)
             return 0
-        model = open_for(settings)
-        heads_to_sweep(model, settings)
         status.expected_layers = list(range(model.arch.n_layers))
         status.set("running")
         with _settling(status):
@@ -87,12 +107,19 @@ def run_heatmap(in_dir: Path, metric: str, topk: int, out_name: str | None) -> i
     if _said_to_be_skipped(status):
         return 0
     paths = QidPaths(in_dir, status.q_id if status else in_dir.resolve().parent.name)
+    _require_files(paths.aie)
     out = in_dir / out_name if out_name else paths.heatmap
-    if out != paths.heatmap:
-        status = None
-    _settings_within(status, lambda base: replace(base, score_key=metric, topk=topk), stage="heatmap")
-    with _working_in(status), _settling(status):
-        run_recorded(status, Stage("heatmap", lambda: step_heatmap(paths, metric, topk, out)))
+
+    def draw() -> StageResult:
+        return step_heatmap(paths, metric, topk, out)
+
+    if status is None or out != paths.heatmap:
+        run_recorded(None, Stage("heatmap", draw))
+    else:
+        with _working_in(paths):
+            status = _adopted(paths, lambda base: replace(base, score_key=metric, topk=topk), "heatmap", [paths.aie])
+            with _settling(status):
+                run_recorded(status, Stage("heatmap", draw))
     print(out)
     return 0
 
@@ -107,34 +134,55 @@ def run_step_e(stepd_artifacts_dir: Path, sampled_trials_path: Path, out_dir: Pa
     _require_files(source.cie, source.means, sampled_trials_path)
     settings = _settings_within(status, overlay, stage="stepE")
     model = _open(settings, status)
-    with _working_in(status), _settling(status):
-        run_recorded(status, Stage("stepE", lambda: step_e(model, settings, source, sampled_trials_path, out)))
-        run_recorded(status, Stage("zeroshot", lambda: step_zero_shot(sampled_trials_path, out.zero_shot_trials)))
+
+    def vector() -> StageResult:
+        return step_e(model, settings, source, sampled_trials_path, out)
+
+    def zero_shot() -> StageResult:
+        return step_zero_shot(sampled_trials_path, out.zero_shot_trials)
+
+    stages = [Stage("stepE", vector), Stage("zeroshot", zero_shot)]
+    if status is None:
+        for stage in stages:
+            run_recorded(None, stage)
+    else:
+        with _working_in(out):
+            status = _adopted(out, overlay, "stepE", [sampled_trials_path, source.cie, source.means], model)
+            with _settling(status):
+                for stage in stages:
+                    run_recorded(status, stage)
     print(out.fv)
     return 0
 
 
 def run_zero_shot(sampled_trials_path: Path, out_path: Path | None) -> int:
     """The zero-shot snapshot beside the frozen trials, or at ``out_path``."""
+    _require_files(sampled_trials_path)
     out = out_path or sampled_trials_path.with_name("sampled_trials_zeroshot.json")
-    origin = read_status(sampled_trials_path.parent)
-    if _said_to_be_skipped(origin):
+    status = read_status(sampled_trials_path.parent)
+    if _said_to_be_skipped(status):
         return 0
-    if origin:
-        require_frozen_trials(origin)
-    status = origin if _same(out.parent, sampled_trials_path.parent) else None
-    with _working_in(status), _settling(status):
-        run_recorded(status, Stage("zeroshot", lambda: step_zero_shot(sampled_trials_path, out)))
+    stage = Stage("zeroshot", lambda: step_zero_shot(sampled_trials_path, out))
+    if status:
+        require_frozen_trials(status)
+    if status is None or not _same(out, QidPaths(status.artifacts_dir, status.q_id).zero_shot_trials):
+        run_recorded(None, stage)
+    else:
+        paths = QidPaths(status.artifacts_dir, status.q_id)
+        with _working_in(paths):
+            status = _adopted(paths, lambda base: base, "zeroshot", [sampled_trials_path])
+            with _settling(status):
+                run_recorded(status, stage)
     print(out)
     return 0
 
 
 def run_step6(fv_path: Path, trials_path: Path, edit_layer: int, out_dir: Path, overlay: Overlay) -> int:
     """Step6 at one layer. After the last missing layer of a q_id's folder: summary, curve, and ``completed``."""
-    artifacts_dir = out_dir.parent.parent
-    inside = out_dir.name == f"layer_{edit_layer}" and out_dir.parent.name == "step6"
     if re.fullmatch(r"layer_\d+", out_dir.name) and out_dir.name != f"layer_{edit_layer}":
         raise InputError(f"--out_dir ends in {out_dir.name}, --edit_layer is {edit_layer}; one of them is a slip")
+    artifacts_dir = out_dir.parent.parent
+    inside = out_dir.name == f"layer_{edit_layer}" and out_dir.parent.name == "step6"
     status = read_status(artifacts_dir) if inside else None
     if _said_to_be_skipped(status):
         return 0
@@ -142,20 +190,26 @@ def run_step6(fv_path: Path, trials_path: Path, edit_layer: int, out_dir: Path, 
     settings = _settings_within(status, overlay, stage=step6_stage(edit_layer))
     model = _open(settings, status)
     require_layer(model, edit_layer)
-    with _working_in(status), _settling(status):
-        step6 = Step6(model, settings, fv_path, trials_path)
-        run_recorded(status, Stage(step6_stage(edit_layer), lambda: step6.run(edit_layer, out_dir)))
-        if inside:
-            q_id = status.q_id if status else read_trials(trials_path).trials[0]["q_id"]
-            _summarize_when_whole(status, QidPaths(artifacts_dir, q_id), settings, model)
+    step6 = Step6(model, settings, fv_path, trials_path)
+    stage = Stage(step6_stage(edit_layer), lambda: step6.run(edit_layer, out_dir))
+    if status is None:
+        run_recorded(None, stage)
+    else:
+        paths = QidPaths(artifacts_dir, status.q_id)
+        with _working_in(paths):
+            status = _adopted(paths, overlay, stage.name, [fv_path, trials_path], model)
+            with _settling(status):
+                run_recorded(status, stage)
+                _summarize_when_whole(status, paths)
     print(out_dir)
     return 0
 
 
-def _summarize_when_whole(status: QidStatus | None, paths: QidPaths, settings: Settings, model: LanguageModel) -> None:
-    layers = list(range(model.arch.n_layers))
-    if all((paths.step6_layer(layer) / "eval_summary.json").exists() for layer in layers):
-        run_recorded(status, Stage("step6_summary", lambda: step6_summary(paths, settings.score_key, layers)))
+def _summarize_when_whole(status: QidStatus, paths: QidPaths) -> None:
+    layers = status.expected_layers
+    if all(status.intact(step6_stage(layer)) for layer in layers):
+        score_key = status.settings.score_key
+        run_recorded(status, Stage("step6_summary", lambda: step6_summary(paths, score_key, layers)))
         run_recorded(status, Stage("injection_curve", lambda: step_curve(paths)))
 
 
@@ -165,15 +219,54 @@ def _settings_within(status: QidStatus | None, overlay: Overlay, *, stage: str) 
     if status is None:
         return overlay(Settings())
     settings = overlay(status.settings)
+    free = _free_fields(status, stage)
     wanted = {name: value for name, value in settings.to_json().items() if name in status.fingerprint_fields}
-    done = [name for name in status.stages if name != stage]
-    free = {field for field, first in _FIRST_USED_BY.items() if not any(_from(first, name) for name in done)}
     _require_same(status, {name: value for name, value in wanted.items() if name not in free})
+    return settings
+
+
+def _adopted(
+    paths: QidPaths, overlay: Overlay, stage: str, inputs: Sequence[Path], model: LanguageModel | None = None
+) -> QidStatus:
+    """The folder's status as it is now, under the lock, with the command's settings taken into it.
+
+    Raises InputError if settings or inputs are not the folder's own, RunError if the frozen trials were changed.
+    """
+    status = read_status(paths.artifacts)
+    if status is None:
+        raise RunError(f"{paths.artifacts}: its qid_status.json is gone; was the folder moved meanwhile?")
+    settings = _settings_within(status, overlay, stage=stage)
+    require_frozen_trials(status)
+    for path in inputs:
+        _require_own(status, path)
     # Where the model lies and what runs it is this command's affair; the files keep the name they began with.
     own = {name: getattr(status.settings, name) for name in ("model", "device", "relation_csv_path")}
+    status.fingerprint_fields |= {name: getattr(settings, name) for name in _free_fields(status, stage)}
     status.settings = replace(settings, **own)
-    status.fingerprint_fields |= {name: wanted[name] for name in free}
-    return settings
+    if model:
+        status.expected_layers = list(range(model.arch.n_layers))
+    return status
+
+
+def _require_own(status: QidStatus, path: Path) -> None:
+    """Raise InputError for an input that is not the folder's own file, or not as its stage wrote it."""
+    folder = status.artifacts_dir.resolve()
+    if not path.resolve().is_relative_to(folder):
+        raise InputError(
+            f"{path} is not a file of {status.artifacts_dir}, whose results would then rest on something else; "
+            "write to another folder to combine them"
+        )
+    name = str(path.resolve().relative_to(folder))
+    makers = [stage for stage, record in status.stages.items() if name in record.files]
+    for maker in makers:
+        if name in status.damaged(maker):
+            raise InputError(f"{path} has been changed since {maker} wrote it; run that stage again, or put it back")
+
+
+def _free_fields(status: QidStatus, stage: str) -> set[str]:
+    """Settings that may still be chosen: no stage but ``stage`` itself has used them."""
+    done = [name for name in status.stages if name != stage]
+    return {name for name, first in _FIRST_USED_BY.items() if not any(_from(first, other) for other in done)}
 
 
 def _from(first: str, stage: str) -> bool:
@@ -203,9 +296,7 @@ def _open(settings: Settings, status: QidStatus | None) -> LanguageModel:
     if status is None:
         return open_for(settings)
     _require_same(status, {"model_identity": model_identity(settings.model)})
-    model = open_for(settings)
-    status.expected_layers = list(range(model.arch.n_layers))
-    return replace(model, name=status.settings.model)
+    return replace(open_for(settings), name=status.settings.model)
 
 
 def _require_same(status: QidStatus, wanted: dict[str, Any]) -> None:
@@ -223,16 +314,16 @@ def _require_same(status: QidStatus, wanted: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _settling(status: QidStatus | None) -> Iterator[None]:
+def _settling(status: QidStatus) -> Iterator[None]:
     """Afterwards say where the q_id stands: completed if all is there and intact, else pending with what comes next,
     or failed with the reason."""
-    if status is None:
-        yield
-        return
     try:
         yield
     except Exception as problem:
         status.set("failed", str(problem))
+        raise
+    except BaseException:  # SIGINT or SIGTERM
+        status.set("pending", "interrupted; the same command goes on from here")
         raise
     if is_complete(status):
         status.set("completed")
@@ -243,20 +334,16 @@ def _settling(status: QidStatus | None) -> Iterator[None]:
 
 
 @contextmanager
-def _working_in(status: QidStatus | None) -> Iterator[None]:
+def _working_in(paths: QidPaths) -> Iterator[None]:
     """For work inside a q_id's folder: hold its lock, the same one as ``relfv run``, and log into it.
 
-    Raises InputError if another process holds the lock, RunError if the frozen trials were changed.
+    Another command that holds it, say Step6 at another layer, is waited for. Raises InputError after a minute.
     """
-    if status is None:
-        yield
-        return
-    base = status.artifacts_dir.resolve().parent
-    with lock(base.parent / ".locks" / f"{base.name}.lock") as holder:
+    with lock(paths.lock, wait_s=_WAIT_S) as holder:
         if holder:
-            raise InputError(f"{base} is being written by {holder}; wait for it, or use another folder")
-        require_frozen_trials(status)
-        with logging_to(QidPaths(status.artifacts_dir, status.q_id).log):
+            raise InputError(f"{paths.artifacts} is being written by {holder}; wait for it, or use another folder")
+        remove_temporaries(paths.artifacts)
+        with logging_to(paths.log):
             yield
 
 

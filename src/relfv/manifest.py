@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import subprocess
@@ -11,9 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from relfv import ALGORITHM_VERSION, __version__
+from relfv.artifacts import MANIFEST
 from relfv.config import Settings
 from relfv.engine.language_model import LanguageModel
+from relfv.errors import RunError
 from relfv.storage import read_json, write_json
+
+log = logging.getLogger(__name__)
 
 _LIBRARIES = (
     "torch",
@@ -25,7 +30,6 @@ _LIBRARIES = (
     "accelerate",
     "bitsandbytes",
 )
-MANIFEST = "run_manifest.json"
 
 
 def run_description(settings: Settings, q_list: list[str], csv_sha256: str, model_identity: str) -> dict[str, Any]:
@@ -76,12 +80,26 @@ def write_manifest(folder: Path, run: dict[str, Any]) -> Path:
     """Write this run's description; earlier runs of the folder are kept under ``earlier_runs``."""
     path = folder / MANIFEST
     earlier: list[Any] = []
-    if path.exists():
-        previous = read_json(path)
+    previous = _previous(path)
+    if previous:
         earlier = previous.pop("earlier_runs", [])
         if previous.get("started_at") != run["started_at"]:
             earlier = [*earlier, previous]
     return write_json(path, {**run, "earlier_runs": earlier})
+
+
+def _previous(path: Path) -> dict[str, Any] | None:
+    """The last run's manifest. A damaged one is put aside: it is a record, and no reason not to run."""
+    if not path.exists():
+        return None
+    try:
+        found = read_json(path)
+        if isinstance(found, dict):
+            return found
+    except RunError as problem:
+        log.warning("%s; it is put aside", problem)
+    path.rename(path.with_name(f"{path.name}.damaged"))
+    return None
 
 
 def _version(name: str) -> str | None:

@@ -1,6 +1,7 @@
 """The stages of one q_id in the order of the spec, each recorded in ``qid_status.json`` once its files are on disk.
 
-A restart skips what is there and intact, and makes again what is missing or damaged and what depends on it.
+A restart skips what is intact: recorded, on disk with the recorded hash, and made from inputs that still have theirs.
+What is missing, damaged or out of date is made again; a stage made again to the same bytes leaves later ones intact.
 """
 
 from __future__ import annotations
@@ -33,8 +34,6 @@ log = logging.getLogger(__name__)
 
 STEP_D = ("stepD_trials", "stepD_means", "stepD_cie")
 _STEP6 = "step6_layer_"
-PICTURES = ("heatmap", "injection_curve")
-"""Nothing is computed from a picture, so re-drawing one makes nothing else out of date."""
 
 
 def step6_stage(layer: int) -> str:
@@ -95,13 +94,10 @@ class QidPipeline:
         self.status.set("completed")
 
     def run_stages(self, names: Sequence[str]) -> None:
-        """Of the named stages, run what is missing or damaged, and what comes after a stage whose files changed."""
-        stale = False
+        """Of the named stages, run those that are missing, damaged, or made from inputs that have changed since."""
         for stage in self.stages():
-            if stage.name not in names or (not stale and self.status.intact(stage.name)):
-                continue
-            changed = run_recorded(self.status, stage)
-            stale = stale or (changed and stage.name not in PICTURES)
+            if stage.name in names and not self.status.intact(stage.name):
+                run_recorded(self.status, stage)
 
     def stages(self) -> list[Stage]:
         """In the order of the spec."""
@@ -145,15 +141,15 @@ def is_complete(status: QidStatus) -> bool:
     return bool(status.expected_layers) and all(status.intact(name) for name in names)
 
 
-def run_recorded(status: QidStatus | None, stage: Stage) -> bool:
-    """Run one stage between its two marks in the status, if there is one. True if its files are not what they were."""
+def run_recorded(status: QidStatus | None, stage: Stage) -> None:
+    """Run one stage between its two marks in the status, if there is one."""
     started = time.monotonic()
     if status:
         status.begin(stage.name)
     result = stage.run()
-    changed = status.finish(stage.name, result.files) if status else True
+    if status:
+        status.finish(stage.name, result.files, result.inputs)
     q_id = f"{status.q_id} " if status else ""
     # 32 to 80 layers make one line on the terminal, that of their summary; the log file has them all.
     level = logging.DEBUG if stage.name.startswith(_STEP6) else logging.INFO
     log.log(level, "%s%s %.2f s: %s", q_id, stage.name, time.monotonic() - started, result.said)
-    return changed

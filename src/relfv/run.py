@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
+from relfv.artifacts import QidPaths
 from relfv.config import Settings, fingerprint_fields
 from relfv.engine.language_model import LanguageModel
 from relfv.errors import InputError, RelfvError
@@ -172,7 +173,11 @@ def _run_one(plan: Plan, q_id: str, model: LanguageModel) -> str:
         if holder:
             log.warning("%s is being run by %s; left to it", q_id, holder)
             return "left to another run"
+        # Read under the lock: since the plan was made another run may have come and gone, with other settings.
         status = plan.found_status(q_id) or plan.new_status(q_id)
+        if differences := describe_differences(status, plan.new_status(q_id)):
+            log.error("%s was meanwhile begun by another run: %s; left alone", q_id, ", ".join(differences))
+            return "failed"
         pipeline = QidPipeline(status, plan.relations[q_id], plan.csv_sha256, lambda: model)
         stack.enter_context(logging_to(pipeline.paths.log))
         remove_temporaries(pipeline.paths.artifacts)
@@ -201,7 +206,7 @@ def _record(status: QidStatus, state: str, reason: str) -> None:
 
 @contextmanager
 def _locked(plan: Plan, q_id: str) -> Iterator[str | None]:
-    with lock(plan.folder / ".locks" / f"{q_id}.lock") as holder:
+    with lock(QidPaths(plan.artifacts_dir(q_id), q_id).lock) as holder:
         yield holder
 
 

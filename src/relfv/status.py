@@ -32,7 +32,9 @@ class StageRecord:
     started_at: str
     finished_at: str | None = None
     files: dict[str, str] = field(default_factory=dict)
-    """path relative to ``artifacts/`` -> sha256."""
+    """What it wrote: path relative to ``artifacts/`` -> sha256."""
+    inputs: dict[str, str] = field(default_factory=dict)
+    """What it read, likewise. A stage whose inputs have changed since is out of date, whoever changed them."""
 
 
 @dataclass
@@ -88,28 +90,32 @@ class QidStatus:
 
     def begin(self, stage: str) -> None:
         """Record that ``stage`` runs. What it promised before stays known until the new files are there."""
-        files = self.stages[stage].files if stage in self.stages else {}
-        self.stages[stage] = StageRecord("running", now(), files=files)
+        previous = self.stages.get(stage)
+        self.stages[stage] = StageRecord("running", now(), files=previous.files if previous else {})
         self.write()
 
-    def finish(self, stage: str, files: Iterable[Path]) -> bool:
-        """Record that ``stage`` is done, with these files. True if any of them is not what it was before."""
-        record = self.stages[stage]
-        hashes = {str(path.relative_to(self.artifacts_dir)): _require_hash(path) for path in files}
-        changed = record.files != hashes
-        self.stages[stage] = StageRecord("completed", record.started_at, now(), hashes)
+    def finish(self, stage: str, files: Iterable[Path], inputs: Iterable[Path]) -> None:
+        """Record that ``stage`` is done: what it wrote, and what it read."""
+        started = self.stages[stage].started_at
+        self.stages[stage] = StageRecord("completed", started, now(), self._hashes(files), self._hashes(inputs))
         self.write()
-        return changed
 
     def intact(self, stage: str) -> bool:
-        """True if ``stage`` is recorded as done and every file it promised is there, unchanged."""
+        """True if ``stage`` is done, every file it promised is there, and neither those nor its inputs have changed."""
         record = self.stages.get(stage)
-        return bool(record and record.status == "completed" and record.files) and not self.damaged(stage)
+        if record is None or record.status != "completed" or not record.files:
+            return False
+        return not self._changed(record.files) and not self._changed(record.inputs)
 
     def damaged(self, stage: str) -> list[str]:
         """Files of ``stage`` that are missing or differ from their recorded hash."""
-        files = self.stages[stage].files if stage in self.stages else {}
-        return [name for name, expected in files.items() if sha256_file(self.artifacts_dir / name) != expected]
+        return self._changed(self.stages[stage].files) if stage in self.stages else []
+
+    def _changed(self, hashes: dict[str, str]) -> list[str]:
+        return [name for name, expected in hashes.items() if sha256_file(self.artifacts_dir / name) != expected]
+
+    def _hashes(self, paths: Iterable[Path]) -> dict[str, str]:
+        return {str(path.relative_to(self.artifacts_dir)): _require_hash(path) for path in paths}
 
 
 def read_status(artifacts_dir: Path) -> QidStatus | None:

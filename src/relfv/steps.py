@@ -45,6 +45,7 @@ class StageResult:
     """What a stage wrote, and its result in a few words for the log."""
 
     files: list[Path]
+    inputs: list[Path]
     said: str
 
 
@@ -112,7 +113,9 @@ def step_d_trials(
             "Move the folder aside, or use --force, which does that"
         )
     n_queries = len({trial.query_source_index for trial in trials})
-    return StageResult([paths.trials], f"{len(trials)} trials over {n_queries} queries of {len(relation.pairs)} rows")
+    return StageResult(
+        [paths.trials], [], f"{len(trials)} trials over {n_queries} queries of {len(relation.pairs)} rows"
+    )
 
 
 def step_d_means(model: LanguageModel, paths: QidPaths) -> StageResult:
@@ -123,7 +126,7 @@ def step_d_means(model: LanguageModel, paths: QidPaths) -> StageResult:
         artifacts.write_means(path, means, [paths.q_id], model.arch.resid_dim)
         for path in (paths.means, paths.global_means)
     ]
-    return StageResult(files, f"{means.n_prompts} clean prompts")
+    return StageResult(files, [paths.trials], f"{means.n_prompts} clean prompts")
 
 
 def step_d_cie(model: LanguageModel, settings: Settings, paths: QidPaths) -> StageResult:
@@ -144,6 +147,7 @@ def step_d_cie(model: LanguageModel, settings: Settings, paths: QidPaths) -> Sta
     best = ranked[0]
     return StageResult(
         files,
+        [paths.trials, paths.means],
         f"{len(effects.heads)} heads; best layer {best.id.layer} head {best.id.head}, "
         f"{settings.score_key} {best.scores[settings.score_key]:+.4f}",
     )
@@ -157,7 +161,7 @@ def step_heatmap(paths: QidPaths, metric: str, topk: int, out: Path | None = Non
     artifacts.require_score(scored, metric, paths.aie)
     top = select_heads(rank_heads(scored, metric), topk)
     path = write_atomic(out or paths.heatmap, heatmap_png(scored, metric, top, paths.q_id))
-    return StageResult([path], f"{metric}, top {len(top)} marked")
+    return StageResult([path], [paths.aie], f"{metric}, top {len(top)} marked")
 
 
 def step_e(model: LanguageModel, settings: Settings, source: QidPaths, trials_path: Path, out: QidPaths) -> StageResult:
@@ -195,13 +199,15 @@ def step_e(model: LanguageModel, settings: Settings, source: QidPaths, trials_pa
         "fv_norm": norm,
         "precision": model.precision,
         "output_bias": "left out: it belongs to the layer, not to a head",
+        "notes": list(model.arch.notes),
     }
     files = [write_json(out.top_heads, {"meta": {**shared, "q_id": out.q_id}, "heads": heads})]
     files += artifacts.write_function_vector(
         out, fv, meta, alpha=settings.alpha, n_heads=model.arch.n_heads, head_dim=model.arch.head_dim
     )
     files.append(write_json(out.step_e_eval, _step_e_eval(model, settings, snapshot, fv.total)))
-    return StageResult(files, f"{len(top)} heads in {len(fv.by_layer)} layers, |FV| {norm:.2f}")
+    inputs = [source.cie, source.means, trials_path]
+    return StageResult(files, inputs, f"{len(top)} heads in {len(fv.by_layer)} layers, |FV| {norm:.2f}")
 
 
 def _step_e_eval(
@@ -256,7 +262,7 @@ def step_zero_shot(trials_path: Path, out: Path) -> StageResult:
     snapshot = artifacts.read_trials(trials_path)
     prompts = [zero_shot_prompt(trial["query"]["input"]) for trial in snapshot.trials]
     document = artifacts.zero_shot_document(snapshot, ZERO_SHOT_FORMAT, prompts)
-    return StageResult([write_json(out, document)], f"{len(prompts)} prompts")
+    return StageResult([write_json(out, document)], [trials_path], f"{len(prompts)} prompts")
 
 
 class Step6:
@@ -271,6 +277,7 @@ class Step6:
         self._prompts = [fed_text(trial["corrupted_prompt_str"]) for trial in self._trials]
         self._targets = [trial["target_first_token_id"] for trial in self._trials]
         self._vector = artifacts.read_function_vector(fv_path)
+        self._inputs = [fv_path, trials_path]
         self._sources = {"fv_global_path": fv_path.name, "sampled_trials_path": trials_path.name}
         self._sweep = InjectionSweep(model, self._prompts, self._targets, self._vector, settings.alpha)
 
@@ -307,7 +314,7 @@ class Step6:
             meta=meta,
         )
         said = f"layer {edit_layer}: P {numbers['mean_p_base']:.3f} -> {numbers['mean_p_with']:.3f}"
-        return StageResult(files, said)
+        return StageResult(files, self._inputs, said)
 
     def _part(self, effects: Effects, rows: list[int]) -> dict[str, Any]:
         part = Effects(base=effects.base[rows], edited=effects.edited[rows])
@@ -364,12 +371,14 @@ class Step6:
 def step6_summary(paths: QidPaths, score_key: str, expected_layers: Sequence[int]) -> StageResult:
     """All layers together, from their files: step6_all_layers_summary.json. Layers without results are listed."""
     per_layer: dict[str, dict[str, Any]] = {}
+    inputs: list[Path] = []
     for layer in expected_layers:
         folder = paths.step6_layer(layer)
         results, summary_path = artifacts.find_results(folder), folder / "eval_summary.json"
         if results is None or not summary_path.exists():
             continue
         summary = read_json(summary_path)
+        inputs += [results, summary_path]
         per_layer[str(layer)] = {
             "results_path": str(results.relative_to(paths.artifacts)),
             "eval_summary_path": str(summary_path.relative_to(paths.artifacts)),
@@ -395,7 +404,7 @@ def step6_summary(paths: QidPaths, score_key: str, expected_layers: Sequence[int
         f"best of {len(per_layer)} layers: {best}, {document['score_key']} {document['best_score']:+.3f}, "
         f"accuracy {chosen['acc_base']:.2f} -> {chosen['acc_with']:.2f}"
     )
-    return StageResult([write_json(paths.step6_summary, document)], said)
+    return StageResult([write_json(paths.step6_summary, document)], inputs, said)
 
 
 def layer_score(score_key: str) -> str:
@@ -407,11 +416,10 @@ def step_curve(paths: QidPaths) -> StageResult:
     """P and accuracy over layers: step6/injection_curve.png."""
     from relfv.report.figures import injection_curve_png
 
-    summary = read_json(paths.step6_summary)
-    layers = {
-        int(layer): read_json(paths.artifacts / entry["eval_summary_path"])
-        for layer, entry in summary["per_layer"].items()
-    }
+    per_layer = read_json(paths.step6_summary)["per_layer"]
+    summaries = {int(layer): paths.artifacts / entry["eval_summary_path"] for layer, entry in per_layer.items()}
+    layers = {layer: read_json(path) for layer, path in summaries.items()}
     reference = read_json(paths.step_e_eval).get("reference")
     path = write_atomic(paths.curve, injection_curve_png(layers, reference, paths.q_id))
-    return StageResult([path], f"{len(layers)} layers")
+    inputs = [paths.step6_summary, paths.step_e_eval, *summaries.values()]
+    return StageResult([path], inputs, f"{len(layers)} layers")

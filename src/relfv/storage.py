@@ -7,10 +7,11 @@ import hashlib
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from relfv.errors import RunError
 
@@ -73,23 +74,32 @@ def sha256_file(path: Path) -> str | None:
 
 
 @contextmanager
-def lock(path: Path) -> Iterator[str | None]:
-    """Hold an exclusive lock while open. Yields None if held, or who else holds it; never waits.
+def lock(path: Path, *, wait_s: float = 0.0) -> Iterator[str | None]:
+    """Hold an exclusive lock while open. Yields None if held, or who else holds it after ``wait_s`` seconds of trying.
 
     The kernel drops the lock when the process ends, however it ends, so a killed run blocks nobody.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            yield file.read().strip() or "another process"
-            return
+        give_up = time.monotonic() + wait_s
+        while not _locked(file):
+            if time.monotonic() >= give_up:
+                file.seek(0)
+                yield file.read().strip() or "another process"
+                return
+            time.sleep(0.1)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield None
+
+
+def _locked(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def holder_is_alive(path: Path) -> bool:

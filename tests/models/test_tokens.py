@@ -69,4 +69,11 @@ def test_an_answer_without_a_token_is_refused() -> None:
 
 def test_a_word_that_is_a_special_token_is_refused() -> None:
     with pytest.raises(InputError, match="'<bos>', a special token"):
-        Tokens(make_tokenizer()).encode("Q: <bos> thing\nA:")
+        Tokens(make_tokenizer()).require_plain("<bos> thing")
+
+
+def test_a_special_token_is_refused_also_where_it_is_the_unknown_token_too() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.unk_token = "<bos>"
+    with pytest.raises(InputError, match="'<bos>', a special token"):
+        Tokens(tokenizer).require_plain("<bos>")

@@ -11,7 +11,7 @@ float32 number. On CUDA, matrix products then use TF32 (10 bits of mantissa, flo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -38,8 +38,7 @@ def arithmetic(model: nn.Module, arch: Architecture, precision: Precision, *, tf
     try:
         with ExitStack() as stack:
             for unit in units:
-                if _stored_below_float32(unit):
-                    stack.enter_context(_widened(unit))
+                stack.enter_context(widened_if_low(unit))
             yield
     finally:
         torch.set_float32_matmul_precision(before)
@@ -57,8 +56,10 @@ def _units(model: nn.Module, arch: Architecture) -> list[nn.Module]:
     return units
 
 
-def _stored_below_float32(unit: nn.Module) -> bool:
-    return any(_is_low(tensor) for tensor in [*unit.parameters(), *unit.buffers()])
+def widened_if_low(unit: nn.Module) -> AbstractContextManager[None]:
+    """While open, ``unit`` computes in float32 if it is stored below; else nothing changes."""
+    low = any(_is_low(tensor) for tensor in [*unit.parameters(), *unit.buffers()])
+    return _widened(unit) if low else nullcontext()
 
 
 def _is_low(tensor: torch.Tensor) -> bool:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from relfv.engine.base import Backbone, Engine, Prompts, capture_heads
+from relfv.engine.precision import widened_if_low
 from relfv.engine.reference import ReferenceEngine, naive_baseline, naive_head_patch, naive_injection
 from relfv.engine.sweep import SharedPrefixEngine
 from relfv.errors import RunError
@@ -25,6 +26,9 @@ log = logging.getLogger(__name__)
 TOLERANCE = 1e-3
 """Largest accepted difference in log-probability (nats), strict float32 both ways. A wrong mask, position or cache is
 off by far more; float32 rounding by far less."""
+
+PROJECTION_TOLERANCE = 0.02
+"""Accepted relative error of projected heads. 8-bit products reach a percent; a missing scale is off by far more."""
 
 MIN_EFFECT = 0.1
 """Interventions are enlarged until one of them moves a log-probability by at least this much."""
@@ -42,6 +46,8 @@ class SelfCheck:
     max_effect: float
     """Largest effect among the compared interventions: the check means nothing if nothing happened."""
     reason: str
+    reference_error: float | None = None
+    """The same difference for the reference engine, where that is the one in use."""
 
 
 def choose_engine(backbone: Backbone, prompts: Prompts) -> tuple[Engine, SelfCheck]:
@@ -63,26 +69,45 @@ def choose_engine(backbone: Backbone, prompts: Prompts) -> tuple[Engine, SelfChe
         if max_effect >= MIN_EFFECT:
             break
     _check_readout(exact, prompts, targets, truth)
-    try:
-        fast = SharedPrefixEngine(exact, tf32=False)
-        error = max(
-            _difference(fast.sweep_heads(prompts, targets, replacement, heads), truth, slice(0, len(heads))),
-            _difference(fast.inject(prompts, targets, vector, layers), truth, slice(len(heads), None)),
+    _check_projection(exact, z[0], sorted({head.layer for head in heads}))
+
+    def error_of(engine: Engine) -> float:
+        return max(
+            _difference(engine.sweep_heads(prompts, targets, replacement, heads), truth, slice(0, len(heads))),
+            _difference(engine.inject(prompts, targets, vector, layers), truth, slice(len(heads), None)),
         )
+
+    def reference_error() -> float:
+        return error_of(ReferenceEngine(exact, tf32=False))
+
+    try:
+        error = error_of(SharedPrefixEngine(exact, tf32=False))
     except (RunError, RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as problem:
         # A family the fast engine does not fit may fail anywhere inside its own modules; any failure means: not this one.
         reason = f"the shared-prefix engine cannot run this model ({type(problem).__name__}: {problem})".split("\n")[0]
-        return _reference(backbone, SelfCheck("reference", None, max_effect, reason))
+        return _fallback(backbone, reason, None, reference_error(), max_effect)
     if not error <= TOLERANCE:
         reason = f"the shared-prefix engine is off by {error:.2g} in log-probability on this model"
-        return _reference(backbone, SelfCheck("reference", error, max_effect, reason))
+        return _fallback(backbone, reason, error, reference_error(), max_effect)
     reason = f"agrees with plain hooks to {error:.1e} in log-probability (effects up to {max_effect:.2g})"
     return SharedPrefixEngine(backbone), SelfCheck("shared_prefix", error, max_effect, reason)
 
 
-def _reference(backbone: Backbone, check: SelfCheck) -> tuple[Engine, SelfCheck]:
-    log.warning("%s; using the reference engine, which is exact and slower", check.reason)
-    return ReferenceEngine(backbone), check
+def _fallback(
+    backbone: Backbone, reason: str, fast_error: float | None, own_error: float, max_effect: float
+) -> tuple[Engine, SelfCheck]:
+    """The reference engine, with a word on how far *it* is from one forward pass at a time."""
+    if own_error <= TOLERANCE:
+        log.warning(
+            "%s; using the reference engine, which agrees with plain hooks to %.1e and is slower", reason, own_error
+        )
+    else:
+        reason += (
+            f"; the reference engine differs by {own_error:.2g} from one forward pass at a time, because this model's "
+            "results depend on what shares its batch (8-bit weights do that): take scores below that for noise"
+        )
+        log.warning("%s", reason)
+    return ReferenceEngine(backbone), SelfCheck("reference", fast_error, max_effect, reason, own_error)
 
 
 def _sample(backbone: Backbone) -> tuple[list[HeadId], list[int]]:
@@ -136,6 +161,26 @@ def _check_readout(backbone: Backbone, prompts: Prompts, targets: Sequence[int],
             raise RunError(
                 f"{type(backbone.model).__name__} turns hidden states into logits in a way relfv does not know "
                 f"(log-probabilities differ by {gap:.2g}); this model cannot be measured correctly"
+            )
+
+
+def _check_projection(backbone: Backbone, z: torch.Tensor, layers: list[int]) -> None:
+    """The heads' projected parts must sum to what the projection itself makes of them, without its bias.
+
+    ``z`` is (layer, head, head_dim). Raises RunError: the function vector would be wrong.
+    """
+    arch = backbone.arch
+    for layer in layers:
+        parts = torch.stack([arch.project_head(layer, head, z[layer, head]) for head in range(arch.n_heads)]).sum(0)
+        rows = torch.stack([z[layer].flatten(), torch.zeros(arch.n_heads * arch.head_dim)])[:, None]
+        with torch.inference_mode(), widened_if_low(arch.out_projs[layer]):
+            out = arch.out_projs[layer](rows.to(backbone.device)).cpu().double()[:, 0]
+        whole = out[0] - out[1]
+        gap = float((parts - whole).norm() / whole.norm().clamp_min(1e-12))
+        if not gap <= PROJECTION_TOLERANCE:
+            raise RunError(
+                f"{type(backbone.model).__name__}, layer {layer}: the projected heads are off by {gap:.2g} of the output "
+                "projection's own result, so a function vector would be wrong; this weight format is not supported"
             )
 
 

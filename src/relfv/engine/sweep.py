@@ -73,18 +73,19 @@ class SharedPrefixEngine:
     ) -> Effects:
         """Run as many prompts at a time as fit; after an out-of-memory error go on with half as many."""
         size = min(len(prompts), self._prompts_that_fit(prompts, n_edits))
-        while True:
+        scores: list[TokenScores] | None = None
+        while scores is None:
             try:
                 scores = [
                     self._pass(prompts[part], targets[part], n_edits, edit) for part in prompt_chunks(prompts, size)
                 ]
-                break
             except torch.OutOfMemoryError:
                 if size == 1:
                     raise RunError(
                         "out of memory with one prompt at a time; free memory on the device, or use "
-                        "--precision fast, --quant 8bit or a larger device"
+                        "--precision fast, --quant 4bit or a larger device"
                     ) from None
+            if scores is None:  # outside the except clause, whose traceback keeps the failed pass's tensors alive
                 size = max(1, size // 2)
                 torch.cuda.empty_cache()
                 log.warning("out of memory: going on with %d prompts at a time", size)

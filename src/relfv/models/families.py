@@ -67,6 +67,9 @@ _SPECS = (
 FAMILIES: dict[str, FamilySpec] = {spec.name: spec for spec in _SPECS}
 SPEC_NAMES: tuple[str, ...] = ("auto", *FAMILIES)
 
+_PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Weights that are what they say. A float8 weight is not: its scale lies elsewhere, so its module must do the product."""
+
 _OUT_PROJ_NAMES = ("o_proj", "out_proj", "c_proj", "dense", "wo")
 
 
@@ -110,7 +113,7 @@ class Architecture:
         projection = self.out_projs[layer]
         start = head * self.head_dim
         weight: Any = getattr(projection, "weight", None)
-        if isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.dim() == 2:
+        if isinstance(weight, torch.Tensor) and weight.dtype in _PLAIN and weight.dim() == 2:
             transposed = _is_conv1d(projection)
             columns = weight.detach().narrow(0 if transposed else 1, start, self.head_dim).cpu().double()
             value = activation.cpu().double()
@@ -118,7 +121,7 @@ class Architecture:
         return self._project_through_module(projection, start, activation)
 
     def _project_through_module(self, projection: nn.Module, start: int, activation: torch.Tensor) -> torch.Tensor:
-        """The same product where the weight is packed (4 / 8 bit): run the module and take its bias off again."""
+        """The same product where the weight is packed (8 or 4 bit): run the module and take its bias off again."""
         device = next(projection.parameters()).device
         width = self.n_heads * self.head_dim
         rows = torch.zeros(2, 1, width, device=device, dtype=torch.float32)
@@ -153,6 +156,8 @@ def resolve(model: Any, spec_name: str) -> Architecture:
             f"{type(model).__name__}: the input of '{out_path}' is {width} wide, which {n_heads} heads do not divide "
             "evenly in every layer; relfv needs the same number of equal heads in all layers"
         )
+    if model.base_model is model:
+        raise InputError(f"{type(model).__name__} does not say which of its parts is the decoder; it cannot be driven")
     head = model.get_output_embeddings()
     if head is None:
         raise InputError(f"{type(model).__name__} has no output embeddings; relfv needs a causal language model")
@@ -166,7 +171,20 @@ def resolve(model: Any, spec_name: str) -> Architecture:
         lm_head=head,
         logit_scale=_logit_scale(config),
         logit_softcap=getattr(config, "final_logit_softcapping", None),
-        notes=notes,
+        notes=(*notes, *_what_lies_between(blocks[0], config)),
+    )
+
+
+def _what_lies_between(block: nn.Module, config: Any) -> tuple[str, ...]:
+    """Some families scale or norm what attention writes before it joins the residual stream."""
+    norms = ("post_feedforward_layernorm", "post_self_attn_layernorm")
+    scale = getattr(config, "residual_multiplier", 1.0)
+    if scale == 1.0 and not any(hasattr(block, name) for name in norms):
+        return ()
+    what = f"multiplies by {scale}" if scale != 1.0 else "norms"
+    return (
+        f"this family {what} what attention writes before adding it to the residual stream; the function vector is W_O "
+        "times the mean activation, as defined, without that step, so alpha = 1 is not the heads' natural size here",
     )
 
 

@@ -1,8 +1,8 @@
 """Which weights were these? An identity for fingerprints, without reading 16 GB.
 
 Small files (config, tokenizer, a demo model) are hashed whole. Of a large weight file its size, its first and last
-block and blocks spread evenly over it are hashed: another checkpoint, a fine-tune or a truncated copy differs in all
-of them, and it takes milliseconds. The path does not count, so a model may be moved.
+block and blocks spread evenly over it are hashed: another checkpoint, a fine-tune or a truncated copy differs in
+them, and it takes milliseconds; an edit of a few megabytes within a large shard may be missed. The path does not count, so a model may be moved.
 """
 
 from __future__ import annotations

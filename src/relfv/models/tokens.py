@@ -18,8 +18,9 @@ class Tokens:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        unknown = getattr(tokenizer, "unk_token", None)
-        self._special = [text for text in tokenizer.all_special_tokens if text and text != unknown]
+        others = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token]
+        unknown = None if tokenizer.unk_token in others else tokenizer.unk_token
+        self._special = [text for text in tokenizer.all_special_tokens if text.strip() and text != unknown]
         # Some tokenizers close every text with a token of their own (EOS). The model must read the prompt's last
         # token, not that one, so whatever is added after the text is cut off.
         plain = self._ids("a", special=False)
@@ -32,14 +33,16 @@ class Tokens:
     def encode(self, prompt: str) -> list[int]:
         """Token ids of a prompt, with the tokenizer's own BOS if it has one.
 
-        A trailing space is dropped: ``Q: x\\nA: `` is fed as ``Q: x\\nA:``. Raises InputError if a word of the prompt
-        is the text of a special token, which the tokenizer would turn into a second BOS or the like.
+        A trailing space is dropped: ``Q: x\\nA: `` is fed as ``Q: x\\nA:``.
         """
-        for text in self._special:
-            if text in prompt:
-                raise InputError(f"the prompt {prompt[-60:]!r} contains {text!r}, a special token of this tokenizer")
         ids = self._ids(fed_text(prompt), special=True)
         return ids[: len(ids) - self._n_suffix] if self._n_suffix else ids
+
+    def require_plain(self, word: str) -> None:
+        """Raise InputError for a word with the text of a special token, which would become a second BOS or the like."""
+        for text in self._special:
+            if text in word:
+                raise InputError(f"the word {word!r} contains {text!r}, a special token of this tokenizer")
 
     def target(self, prompt: str, answer: str) -> Target:
         """First token and all tokens of ``answer`` after ``prompt``, from tokenising the two together.

@@ -87,7 +87,7 @@ def injection_curve_png(
         axes.grid(alpha=0.25)
         _whole_numbers(axes, x_only=True)
     panels[0].legend(fontsize=8, framealpha=0.9)
-    figure.suptitle(f"{q_id}: function vector added at each layer ({n_eval} distinct queries)", fontsize=10)
+    figure.suptitle(f"{q_id}: function vector added at each layer ({n_eval} zero-shot prompts)", fontsize=10)
     return _png(figure)
 
 

@@ -9,9 +9,9 @@ from urllib.parse import quote
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from relfv import __version__
-from relfv.artifacts import QidPaths, read_trials
-from relfv.errors import InputError
-from relfv.manifest import MANIFEST
+from relfv.artifacts import MANIFEST, QidPaths, read_trials
+from relfv.config import Settings
+from relfv.errors import InputError, RelfvError
 from relfv.report.table import find_statuses
 from relfv.status import QidStatus, read_status
 from relfv.storage import read_json, write_atomic
@@ -20,36 +20,57 @@ _HEADS_SHOWN = 5
 
 
 def write_report(folder: Path) -> Path:
-    """Write ``folder/report/index.html``. Raises InputError if ``folder`` holds no q_id."""
-    statuses = [status for path in find_statuses(folder) if (status := read_status(path)) is not None]
-    if not statuses:
+    """Write ``folder/report/index.html``. A q_id whose files cannot be read is listed as such; it does not stop the page.
+
+    Raises InputError if ``folder`` holds no q_id.
+    """
+    artifacts_dirs = find_statuses(folder)
+    if not artifacts_dirs:
         raise InputError(
             f"{folder}: no q_id here; expected a relation's results folder, e.g. results_fv/relation_qwise/relationA_ex"
         )
     environment = Environment(
         loader=PackageLoader("relfv.report"), undefined=StrictUndefined, autoescape=True, trim_blocks=True
     )
-    page = environment.get_template("page.html.j2").render(**_content(folder, statuses))
+    page = environment.get_template("page.html.j2").render(**_content(folder, artifacts_dirs))
     return write_atomic(folder / "report" / "index.html", page.encode())
 
 
-def _content(folder: Path, statuses: list[QidStatus]) -> dict[str, Any]:
-    completed = [status for status in statuses if status.status == "completed"]
-    others = [status for status in statuses if status.status != "completed"]
-    names = [*(s.status for s in statuses)]
-    counts = ", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names))
-    manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
-    settings = statuses[0].settings if not completed else completed[0].settings
+def _content(folder: Path, artifacts_dirs: list[Path]) -> dict[str, Any]:
+    completed: list[dict[str, Any]] = []
+    others: list[dict[str, str]] = []
+    settings = Settings()
+    for artifacts_dir in artifacts_dirs:
+        try:
+            status = read_status(artifacts_dir)
+            assert status is not None
+            settings = status.settings
+            if status.status == "completed":
+                completed.append(_completed(folder, status))
+            else:
+                others.append({"q_id": status.q_id, "status": status.status, "reason": status.reason or ""})
+        except (RelfvError, KeyError, TypeError) as problem:
+            others.append({"q_id": artifacts_dir.parent.name, "status": "unreadable", "reason": str(problem)})
+    states = ["completed"] * len(completed) + [other["status"] for other in others]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     return {
         "relation": folder.resolve().name,
         "version": __version__,
-        "model": _model(settings.model, settings.precision, manifest.get("model", {})),
+        "model": _model(settings.model, settings.precision, _opened_model(folder)),
         "is_demo": settings.model == "demo",
         "departures": settings.departures(),
-        "counts": f"{len(statuses)} q_ids: {counts}",
-        "completed": [_completed(folder, status) for status in completed],
-        "others": [{"q_id": s.q_id, "status": s.status, "reason": s.reason or ""} for s in others],
+        "counts": f"{len(states)} q_ids: {counts}",
+        "completed": completed,
+        "others": others,
     }
+
+
+def _opened_model(folder: Path) -> dict[str, Any]:
+    """What the manifest says of the model; empty where there is none."""
+    try:
+        return read_json(folder / MANIFEST).get("model", {})
+    except RelfvError:
+        return {}
 
 
 def _model(name: str, precision: str, opened: dict[str, Any]) -> dict[str, str]:

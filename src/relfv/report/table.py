@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from relfv.artifacts import QidPaths
 from relfv.errors import InputError, RelfvError
 from relfv.status import STATUS_FILE, QidStatus, read_status
 from relfv.storage import holder_is_alive, read_json
@@ -49,8 +50,8 @@ def _row(folder: Path) -> tuple[str, ...]:
     updated = read_json(status.path)["updated_at"][:19].replace("T", " ")
     reason = status.reason or ""
     if status.status == "running":
-        lock_path = folder.parent.parent / ".locks" / f"{status.q_id}.lock"
-        reason = "" if holder_is_alive(lock_path) else "its process is gone; the same command goes on from here"
+        alive = holder_is_alive(QidPaths(folder, status.q_id).lock)
+        reason = "" if alive else "its process is gone; the same command goes on from here"
     return (status.q_id, status.status, str(status.q_row_count), *best, updated, reason)
 
 

@@ -1,4 +1,4 @@
-"""The function vector: what the best heads write into the residual stream, on average (Todd et al. 2024, eq. 5)."""
+"""The function vector: the output projection of the best heads' mean activations, summed (Todd et al. 2024, eq. 5)."""
 
 from __future__ import annotations
 

@@ -28,6 +28,9 @@ def zero_shot_prompt(query: str) -> str:
 
 def prompt_trial(trial: Trial, tokens: Tokens) -> PromptedTrial:
     """The clean and the corrupted prompt of a trial, and its target."""
+    for pair in (trial.query, *trial.demos_clean):
+        tokens.require_plain(pair.input)
+        tokens.require_plain(pair.output)
     clean = few_shot_prompt(trial.demos_clean, trial.query.input)
     return PromptedTrial(
         trial=trial,
