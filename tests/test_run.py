@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -319,6 +320,9 @@ def test_a_damaged_status_is_reported_and_the_other_q_ids_run(
     assert main(arguments(llama_path, csv_path, copied.parent)) == 1
     assert f"{path}: is damaged" in capsys.readouterr().err
     assert path.read_text() == "{"
+    page = (copied / "report/index.html").read_text()
+    assert 'id="B2"' in page
+    assert "unreadable" in page
     assert status(copied, "B2")["status"] == "completed"
     assert main(arguments(llama_path, csv_path, copied.parent, "--force", "--q_list", "A1")) == 0
     assert status(copied, "A1")["status"] == "completed"
@@ -348,3 +352,50 @@ def test_a_q_id_that_another_process_holds_is_left_to_it(csv_path: Path, llama_p
     # a lock dies with its process
     assert main(arguments(llama_path, csv_path, tmp_path)) == 0
     assert status(tmp_path / "pairs", "A1")["status"] == "completed"
+
+
+def test_what_was_made_from_a_file_that_changed_is_made_again_whenever_that_is_noticed(
+    copied: Path, csv_path: Path, llama_path: Path
+) -> None:
+    """The change is on disk and in the hashes, so it does not matter which process made it, or whether it was killed."""
+    whole = contents(copied / "A1/artifacts")
+    artifacts = copied / "A1/artifacts"
+    # as if StepD had been made again with other bytes, recorded as done, and the process killed right after
+    scores = (artifacts / "cie_scores.csv").read_text().splitlines()
+    scores[1:] = reversed(scores[1:])
+    (artifacts / "cie_scores.csv").write_text("\n".join(scores) + "\n")
+    document = status(copied, "A1")
+    document["stages"]["stepD_cie"]["files"]["cie_scores.csv"] = hashlib.sha256(
+        (artifacts / "cie_scores.csv").read_bytes()
+    ).hexdigest()
+    (artifacts / "qid_status.json").write_text(json.dumps(document))
+    started = {name: record["started_at"] for name, record in document["stages"].items()}
+    assert main(arguments(llama_path, csv_path, copied.parent)) == 0
+    again = {name for name, record in status(copied, "A1")["stages"].items() if record["started_at"] != started[name]}
+    assert again == {"stepE"}
+    # the order of rows does not matter to StepE, so its bytes, and all that rests on them, are what they were
+    assert {**contents(artifacts), "cie_scores.csv": b""} == {**whole, "cie_scores.csv": b""}
+
+
+def test_a_run_that_was_overtaken_by_one_with_other_settings_leaves_the_q_id_alone(
+    copied: Path, csv_path: Path, llama_path: Path
+) -> None:
+    from relfv.config import Settings
+    from relfv.pipeline import open_for
+    from relfv.run import RunRequest, _run_one, make_plan
+
+    settings = Settings(model=str(llama_path), relation_csv_path=str(csv_path), seed=1)
+    plan = make_plan(RunRequest(settings, ("A1",), copied.parent))
+    before = status(copied, "A1")
+    assert _run_one(plan, "A1", open_for(settings)) == "failed"
+    assert status(copied, "A1") == before
+
+
+def test_a_damaged_manifest_is_put_aside_and_does_not_stop_a_run(
+    copied: Path, csv_path: Path, llama_path: Path
+) -> None:
+    (copied / "run_manifest.json").write_text("")
+    (copied / "A1/artifacts/top_heads.json").unlink()
+    assert main(arguments(llama_path, csv_path, copied.parent)) == 0
+    assert json.loads((copied / "run_manifest.json").read_text())["outcomes"] == {"A1": "completed"}
+    assert (copied / "run_manifest.json.damaged").exists()

@@ -302,3 +302,74 @@ def test_a_missing_input_is_bad_input_before_the_model_is_opened(
     said = capsys.readouterr().err
     assert missing in said
     assert "opened" not in said
+
+
+@pytest.fixture
+def folder(finished: Path, tmp_path: Path) -> QidPaths:
+    """A finished q_id that a test may change."""
+    shutil.copytree(finished, tmp_path / "pairs")
+    return QidPaths(tmp_path / "pairs/A1/artifacts", "A1")
+
+
+def step6(paths: QidPaths, model: Path, layer: int, *more: str | Path, fv: Path | None = None) -> int:
+    return in_process(
+        "step6", "--fv_global_path", fv or paths.fv, "--sampled_trials_path", paths.zero_shot_trials, "--model", model,
+        "--edit_layer", str(layer), "--out_dir", paths.step6_layer(layer), *more,
+    )  # fmt: skip
+
+
+def test_an_input_that_was_changed_or_comes_from_elsewhere_does_not_get_into_a_q_ids_folder(
+    folder: QidPaths, llama_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(folder.artifacts)
+    foreign = tmp_path / "foreign.pt"
+    shutil.copy(folder.artifacts.parents[1] / "B2/artifacts/fv_global_resid.pt", foreign)
+    assert step6(folder, llama_path, 1, fv=foreign) == 2
+    assert "is not a file of" in capsys.readouterr().err
+    shutil.copy(foreign, folder.fv)
+    assert step6(folder, llama_path, 1) == 2
+    assert "has been changed since stepE wrote it" in capsys.readouterr().err
+    assert {**contents(folder.artifacts), "fv_global_resid.pt": b""} == {**before, "fv_global_resid.pt": b""}
+
+
+def test_a_layer_evaluated_again_with_other_settings_has_one_result(folder: QidPaths, llama_path: Path) -> None:
+    for layer in range(3):
+        shutil.rmtree(folder.step6_layer(layer))
+    document = json.loads((folder.artifacts / "qid_status.json").read_text())
+    document["stages"] = {
+        name: record for name, record in document["stages"].items() if "step6" not in name and name != "injection_curve"
+    }
+    (folder.artifacts / "qid_status.json").write_text(json.dumps(document))
+    assert step6(folder, llama_path, 0, "--n_eval", "4") == 0
+    assert step6(folder, llama_path, 0, "--n_eval", "6") == 0
+    results = list(folder.step6_layer(0).glob("step6_results_*.json"))
+    assert [path.name.endswith("_n6.json") for path in results] == [True]
+
+
+def test_dtype_may_be_spelled_either_way(llama_path: Path, csv_path: Path, tmp_path: Path) -> None:
+    assert step_d(llama_path, csv_path, tmp_path / "A1", "--dtype", "fp32") == 0
+    paths = QidPaths(tmp_path / "A1/artifacts", "A1")
+    flags = (
+        "--stepd_artifacts_dir",
+        paths.artifacts,
+        "--out_dir",
+        paths.artifacts,
+        "--sampled_trials_path",
+        paths.trials,
+    )
+    assert in_process("stepe", *flags, "--model", llama_path, "--dtype", "float32") == 0
+
+
+def test_two_layers_at_once_are_both_recorded(folder: QidPaths, llama_path: Path) -> None:
+    commands = [
+        [sys.executable, "-m", "relfv", "step6", "--fv_global_path", folder.fv, "--sampled_trials_path",
+         folder.zero_shot_trials, "--model", llama_path, "--edit_layer", str(layer), "--out_dir", folder.step6_layer(layer)]
+        for layer in (0, 2)
+    ]  # fmt: skip
+    for layer in (0, 2):
+        shutil.rmtree(folder.step6_layer(layer))
+    processes = [
+        subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) for command in commands
+    ]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    assert status(folder.artifacts.parents[1], "A1")["status"] == "completed"

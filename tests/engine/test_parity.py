@@ -45,12 +45,43 @@ FAST: dict[str, Callable[[], Any]] = {
     "phi3": lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**GROUPED, pad_token_id=0)),
     "olmo2": lambda: tf.Olmo2ForCausalLM(tf.Olmo2Config(**GROUPED)),
     "granite, scaled logits": lambda: tf.GraniteForCausalLM(tf.GraniteConfig(**GROUPED, logits_scaling=2.0)),
+    "gemma": lambda: tf.GemmaForCausalLM(tf.GemmaConfig(**GROUPED, head_dim=20)),
+    "gemma3, window": lambda: tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**GROUPED, head_dim=20, sliding_window=6)),
+    "mixtral": lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**GROUPED, num_local_experts=4)),
+    "qwen3_moe": lambda: tf.Qwen3MoeForCausalLM(
+        tf.Qwen3MoeConfig(**GROUPED, head_dim=20, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+    ),
+    "phi": lambda: tf.PhiForCausalLM(tf.PhiConfig(**GROUPED)),
+    "olmo": lambda: tf.OlmoForCausalLM(tf.OlmoConfig(**GROUPED)),
+    "cohere, scaled logits": lambda: tf.CohereForCausalLM(tf.CohereConfig(**GROUPED, logit_scale=0.5)),
+    "starcoder2": lambda: tf.Starcoder2ForCausalLM(tf.Starcoder2Config(**GROUPED)),
+    "stablelm": lambda: tf.StableLmForCausalLM(tf.StableLmConfig(**GROUPED, partial_rotary_factor=0.5)),
+    "smollm3": lambda: tf.SmolLM3ForCausalLM(
+        tf.SmolLM3Config(**GROUPED, pad_token_id=0, bos_token_id=0, eos_token_id=0)
+    ),
+    "glm4": lambda: tf.Glm4ForCausalLM(tf.Glm4Config(**GROUPED, head_dim=12, pad_token_id=0, eos_token_id=0)),
+    "gpt_oss, sinks and window": lambda: tf.GptOssForCausalLM(
+        tf.GptOssConfig(**GROUPED, head_dim=12, sliding_window=6, num_local_experts=4, pad_token_id=0, eos_token_id=0)
+    ),
     "opt": lambda: tf.OPTForCausalLM(
         tf.OPTConfig(**SMALL, ffn_dim=64, word_embed_proj_dim=48, max_position_embeddings=64)
     ),
 }
 SLOW: dict[str, Callable[[], Any]] = {
     "gptj": lambda: tf.GPTJForCausalLM(tf.GPTJConfig(**GPT2_LIKE, rotary_dim=4)),
+    "codegen": lambda: tf.CodeGenForCausalLM(tf.CodeGenConfig(**GPT2_LIKE, rotary_dim=4)),
+    "gpt_neo, local window": lambda: tf.GPTNeoForCausalLM(
+        tf.GPTNeoConfig(
+            vocab_size=300,
+            hidden_size=48,
+            num_layers=3,
+            num_heads=4,
+            attention_types=[[["global", "local", "global"], 1]],
+            window_size=6,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    ),
     "bloom": lambda: tf.BloomForCausalLM(tf.BloomConfig(vocab_size=300, hidden_size=48, n_layer=3, n_head=4)),
     "falcon": lambda: tf.FalconForCausalLM(tf.FalconConfig(**SMALL)),
 }

@@ -83,3 +83,42 @@ def test_final_logits_repeat_what_the_model_does() -> None:
 def test_every_family_the_spec_names_is_there() -> None:
     wanted = {"llama3", "llama", "gpt2", "gptj", "neox", "gemma", "mistral", "qwen2", "qwen3", "olmo", "phi3"}
     assert wanted <= set(FAMILIES)
+
+
+def test_a_float8_weight_is_projected_by_its_module_and_never_as_raw_codes() -> None:
+    """Its scale lies beside the weight: here a module with codes a hundred times too large and a scale that undoes it."""
+
+    class Scaled(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Linear) -> None:
+            super().__init__()
+            self.in_features, self.out_features, self.bias = inner.in_features, inner.out_features, None
+            self.weight = torch.nn.Parameter((inner.weight.detach() * 100).to(torch.float8_e4m3fn), requires_grad=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ (self.weight.float() / 100).T
+
+    model = llama(300)
+    plain = resolve(model, "auto")
+    z = torch.randn(10)
+    expected = plain.project_head(1, 3, z)
+    model.model.layers[1].self_attn.o_proj = Scaled(model.model.layers[1].self_attn.o_proj)
+    found = resolve(model, "auto").project_head(1, 3, z)
+    assert float((found - expected).norm() / expected.norm()) < 0.1
+
+
+def test_families_that_norm_or_scale_what_attention_writes_say_so() -> None:
+    config = tf.Olmo2Config(
+        vocab_size=300, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+    )
+    assert "norms what attention writes" in resolve(tf.Olmo2ForCausalLM(config), "auto").notes[0]
+    config = tf.GraniteConfig(
+        vocab_size=300,
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        residual_multiplier=0.22,
+    )
+    assert "multiplies by 0.22" in resolve(tf.GraniteForCausalLM(config), "auto").notes[0]
+    assert resolve(llama(300), "auto").notes == ()
