@@ -8,8 +8,8 @@ never opened.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -61,6 +61,10 @@ class Plan:
     def artifacts_dir(self, q_id: str) -> Path:
         """``<out_root>/<REL>/<Q>/artifacts``."""
         return self.folder / q_id / "artifacts"
+
+    def locked(self, q_id: str) -> AbstractContextManager[str | None]:
+        """Hold the q_id's lock while open; yields who else holds it, or None."""
+        return lock(QidPaths(self.artifacts_dir(q_id), q_id).lock)
 
     def skip_reason(self, q_id: str) -> str | None:
         """Why a q_id cannot run under these settings, or None."""
@@ -169,7 +173,7 @@ def _run_todo(plan: Plan, todo: Sequence[str]) -> int:
 def _run_one(plan: Plan, q_id: str, model: LanguageModel) -> str:
     """One q_id under its lock. Returns its outcome; only an interrupt passes through."""
     with ExitStack() as stack:
-        holder = stack.enter_context(_locked(plan, q_id))
+        holder = stack.enter_context(plan.locked(q_id))
         if holder:
             log.warning("%s is being run by %s; left to it", q_id, holder)
             return "left to another run"
@@ -204,12 +208,6 @@ def _record(status: QidStatus, state: str, reason: str) -> None:
         log.error("%s", problem)
 
 
-@contextmanager
-def _locked(plan: Plan, q_id: str) -> Iterator[str | None]:
-    with lock(QidPaths(plan.artifacts_dir(q_id), q_id).lock) as holder:
-        yield holder
-
-
 def _damaged_statuses(plan: Plan) -> dict[str, str]:
     """q_ids whose status cannot be read, with the reason: they are left alone, and the others run."""
     damaged = {}
@@ -225,7 +223,9 @@ def _skip_and_queue(plan: Plan, besides: Collection[str]) -> tuple[dict[str, str
     """Write skipped and pending statuses. -> (skipped with reasons, q_ids that are not completed and intact)."""
     skipped: dict[str, str] = {}
     todo: list[str] = []
-    for q_id in [q_id for q_id in plan.relations if q_id not in besides]:
+    for q_id in plan.relations:
+        if q_id in besides:
+            continue
         found = read_status(plan.artifacts_dir(q_id))
         reason = plan.skip_reason(q_id)
         if reason:
@@ -237,7 +237,7 @@ def _skip_and_queue(plan: Plan, besides: Collection[str]) -> tuple[dict[str, str
             continue
         todo.append(q_id)
         if found is None or not found.has_results():
-            with _locked(plan, q_id) as holder:
+            with plan.locked(q_id) as holder:
                 if holder is None:
                     plan.new_status(q_id).write()
     return skipped, todo
@@ -282,7 +282,7 @@ def _move_aside(plan: Plan) -> None:
         folder = plan.folder / q_id
         if not folder.exists():
             continue
-        with _locked(plan, q_id) as holder:
+        with plan.locked(q_id) as holder:
             if holder:
                 raise InputError(f"{q_id} is being run by {holder}; --force would move its folder from under it")
             aside = folder.with_name(f"{q_id}.replaced-{stamp}")
