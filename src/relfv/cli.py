@@ -80,10 +80,10 @@ def _execute(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int
         log.error("%s", problem)
         return problem.exit_code
     except KeyboardInterrupt:
-        log.error("interrupted; what was finished is on disk, and the same command goes on from there")
+        log.error("interrupted")
         return 130
     except _Terminated:
-        log.error("terminated; what was finished is on disk, and the same command goes on from there")
+        log.error("terminated")
         return 143
     except OSError as problem:
         log.debug("traceback", exc_info=True)

@@ -196,6 +196,7 @@ def _run_one(plan: Plan, q_id: str, model: LanguageModel) -> str:
             _record(status, "failed", f"{type(problem).__name__}: {problem}")
         except BaseException:  # SIGINT or SIGTERM: say where it stands, then let it through
             _record(status, "pending", "interrupted; the same command goes on from here")
+            log.warning("%s interrupted; what was finished is on disk, and the same command goes on from there", q_id)
             raise
         return status.status
 

@@ -35,6 +35,7 @@ from typing import Any
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging as hf_logging
 
 from relfv.errors import InputError
 from relfv.relations import load_relations
@@ -483,6 +484,7 @@ def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out_dir: 
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     partial = out_dir.with_name(f".{out_dir.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
+    hf_logging.disable_progress_bar()  # the training's own lines say how far it is
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     for file in partial.iterdir():
