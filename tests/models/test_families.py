@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import transformers as tf
@@ -7,6 +9,11 @@ import transformers as tf
 from conftest import llama, scale_up
 from relfv.errors import InputError
 from relfv.models.families import FAMILIES, resolve
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 300, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 64,
+}  # fmt: skip
 
 
 def gpt2():  # type: ignore[no-untyped-def]
@@ -62,15 +69,7 @@ def test_an_architecture_without_a_spec_is_found_by_its_shape() -> None:
 
 
 def test_final_logits_repeat_what_the_model_does() -> None:
-    config = tf.Gemma2Config(
-        vocab_size=300,
-        hidden_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=64,
-        head_dim=16,
-    )
+    config = tf.Gemma2Config(**SMALL, head_dim=16)
     model = scale_up(tf.Gemma2ForCausalLM(config))
     arch = resolve(model, "auto")
     ids = torch.tensor([[1, 2, 3]])
@@ -107,18 +106,8 @@ def test_a_float8_weight_is_projected_by_its_module_and_never_as_raw_codes() -> 
 
 
 def test_families_that_norm_or_scale_what_attention_writes_say_so() -> None:
-    config = tf.Olmo2Config(
-        vocab_size=300, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
-    )
+    config = tf.Olmo2Config(**SMALL)
     assert "norms what attention writes" in resolve(tf.Olmo2ForCausalLM(config), "auto").notes[0]
-    config = tf.GraniteConfig(
-        vocab_size=300,
-        hidden_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=64,
-        residual_multiplier=0.22,
-    )
+    config = tf.GraniteConfig(**SMALL, residual_multiplier=0.22)
     assert "multiplies by 0.22" in resolve(tf.GraniteForCausalLM(config), "auto").notes[0]
     assert resolve(llama(300), "auto").notes == ()
