@@ -19,20 +19,13 @@ from pathlib import Path
 import torch
 
 from relfv.cli import main as relfv
-from relfv.models.loading import model_source
-
-SHAPES = {
-    "llama-3.1-8b": {
-        "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192,
-    },
-}  # fmt: skip
+from shapes import NAMES, model_folder
 
 
 def main() -> None:
     """Parse, run, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=("demo", *SHAPES), default="demo")
+    parser.add_argument("--shape", choices=NAMES, default="demo")
     parser.add_argument("--precision", choices=("exact", "fast"), default="exact")
     parser.add_argument("--q_list", default="Q1,Q2,Q3")
     parser.add_argument("--device", default="auto")
@@ -40,7 +33,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         work = args.work or Path(temporary)
-        model = "demo" if args.shape == "demo" else str(random_model(args.shape, work))
+        model = model_folder(args.shape, work)
         out = Path(temporary) / "out"
         started = time.monotonic()
         code = relfv(
@@ -51,26 +44,6 @@ def main() -> None:
         if code:
             raise SystemExit(code)
         print(table(out, args, seconds))
-
-
-def random_model(shape: str, work: Path) -> Path:
-    """A bf16 Llama of this shape with seeded random weights and the demo model's tokenizer, on disk."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    folder = work / shape
-    if not (folder / "config.json").exists():
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        torch.manual_seed(0)
-        config = LlamaConfig(**SHAPES[shape], dtype="bfloat16", initializer_range=0.03)
-        with torch.device(device):
-            model = LlamaForCausalLM(config).to(torch.bfloat16)
-        model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(model_source("demo")).save_pretrained(folder)
-        del model
-        if device == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-    return folder
 
 
 def table(out: Path, args: argparse.Namespace, seconds: float) -> str:

@@ -25,6 +25,7 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from relfv.engine import kernels
 from relfv.engine.base import Backbone
 from relfv.errors import RunError
 from relfv.models.families import text_config
@@ -43,7 +44,13 @@ class Prefix:
     """int64 (N,): real prefix tokens, which is also the position of the last token."""
 
 
-_active: Prefix | None = None
+@dataclass(frozen=True)
+class _Pass:
+    prefix: Prefix
+    by_kernel: bool
+
+
+_active: _Pass | None = None
 
 # Keyword arguments that transformers' models pass along and that cannot change the result of this computation: there
 # is one query position, dropout is off in eval mode, and causality is the prefix itself.
@@ -78,39 +85,67 @@ def shared_prefix_attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """query (N, heads, C, head_dim); key, value (N, kv_heads, C, head_dim) -> (N, C, heads, head_dim)."""
-    prefix = _require_active(kwargs)
+    active = _require_active(kwargs)
     layer = int(module.layer_idx)  # type: ignore[arg-type]
+    attend = kernels.attend if active.by_kernel and kernels.usable(query) else attend_plainly
+    out = attend(
+        query,
+        key,
+        value,
+        active.prefix.keys[layer],
+        active.prefix.values[layer],
+        active.prefix.lengths,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux,
+    )
+    return out, None
+
+
+def attend_plainly(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    k_prefix: torch.Tensor,
+    v_prefix: torch.Tensor,
+    lengths: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """The module's formula in plain PyTorch; shapes as in ``shared_prefix_attention``, prefixes (N, kv_heads, P, head_dim)."""
     n, n_heads, copies, head_dim = query.shape
     kv_heads = key.shape[1]
     group = n_heads // kv_heads
-    scale = head_dim**-0.5 if scaling is None else scaling
 
     # float32 throughout: scores of a bf16 model would otherwise be rounded to 8 bits before the softmax.
     q = query.float().reshape(n, kv_heads, group * copies, head_dim)
-    k_prefix, v_prefix = prefix.keys[layer].float(), prefix.values[layer].float()
-    scores = _capped(q @ k_prefix.transpose(-1, -2) * scale, softcap)
-    scores = scores.masked_fill(~_visible(prefix.lengths, scores.shape[-1], sliding_window), -torch.inf)
+    scores = _capped(q @ k_prefix.float().transpose(-1, -2) * scale, softcap)
+    scores = scores.masked_fill(~_visible(lengths, scores.shape[-1], window), -torch.inf)
     lse = scores.logsumexp(-1, keepdim=True)
-    o_prefix = (scores - lse).exp() @ v_prefix
+    o_prefix = (scores - lse).exp() @ v_prefix.float()
 
     own_key = key.float().repeat_interleave(group, dim=1).reshape_as(q)
     own_value = value.float().repeat_interleave(group, dim=1).reshape(n, kv_heads, group * copies, -1)
     s_own = _capped((q * own_key).sum(-1, keepdim=True) * scale, softcap)
     out = o_prefix + torch.sigmoid(s_own - lse) * (own_value - o_prefix)
     out = out.reshape(n, n_heads, copies, -1)
-    if s_aux is not None:
+    if sinks is not None:
         total = torch.logaddexp(lse, s_own).reshape(n, n_heads, copies, 1)
-        out = out * torch.sigmoid(total - s_aux.float().view(1, n_heads, 1, 1))
-    return out.transpose(1, 2).to(value.dtype).contiguous(), None
+        out = out * torch.sigmoid(total - sinks.float().view(1, n_heads, 1, 1))
+    return out.transpose(1, 2).to(value.dtype).contiguous()
 
 
-def _visible(lengths: torch.Tensor, width: int, sliding_window: int | None) -> torch.Tensor:
+def _visible(lengths: torch.Tensor, width: int, window: int | None) -> torch.Tensor:
     """bool (N, 1, 1, width): prefix positions that the last token, at position lengths[n], may attend to."""
     position = torch.arange(width, device=lengths.device)[None]
     last = lengths[:, None]
     seen = position < last
-    if sliding_window is not None:
-        seen &= position > last - sliding_window
+    if window is not None:
+        seen &= position > last - window
     return seen[:, None, None]
 
 
@@ -118,7 +153,7 @@ def _capped(scores: torch.Tensor, softcap: float | None) -> torch.Tensor:
     return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 
-def _require_active(kwargs: dict[str, Any]) -> Prefix:
+def _require_active(kwargs: dict[str, Any]) -> _Pass:
     if _active is None:
         raise RunError(f"attention {NAME!r} ran outside a shared-prefix pass")
     unknown = sorted(name for name, given in kwargs.items() if name not in _HARMLESS and given is not None)
@@ -147,7 +182,7 @@ def attending_to(prefix: Prefix, backbone: Backbone) -> Iterator[None]:
     before = [(config, config._attn_implementation) for config in configs]
     for config in configs:
         config._attn_implementation = NAME
-    _active = prefix
+    _active = _Pass(prefix, by_kernel=backbone.fusions is not None)
     try:
         yield
     finally:

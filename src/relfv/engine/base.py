@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from relfv.engine.fusion import Fusions, recognise
 from relfv.engine.hooks import editing_inputs
 from relfv.engine.precision import Precision, arithmetic
+from relfv.engine.products import CAREFUL, Differences, Pieces, replaced, splittable, whole_forward
 from relfv.models.families import Architecture, text_config
 from relfv.types import Effects, HeadId
 
@@ -32,12 +34,56 @@ class Backbone:
     arch: Architecture
     device: torch.device
     precision: Precision
+    tf32: bool = True
+    """Whether float32 products may run as TF32 on CUDA."""
+    split: tuple[nn.Linear, ...] = ()
+    """Linear layers whose float32 products are put together from bf16 pieces (products.py)."""
+    pieces: Pieces = field(default_factory=Pieces)
+    fusions: Fusions | None = None
+    """Fused kernels in place of elementwise PyTorch; None for plain PyTorch everywhere."""
+
+    @classmethod
+    def fastest(cls, model: Any, arch: Architecture, device: torch.device, precision: Precision) -> Backbone:
+        """With every speed-up that this model, device and precision allow."""
+        split = tuple(splittable(model)) if precision == "exact" else ()
+        return cls(model, arch, device, precision, split=split, fusions=recognise(model, arch))
+
+    def careful(self) -> Backbone:
+        """The same kernels, rounded as little as float32: whether they are right shows here, at any size of effect."""
+        split = tuple(splittable(self.model))
+        return replace(self, precision="exact", tf32=False, split=split, pieces=CAREFUL)
+
+    def plain(self) -> Backbone:
+        """The same arithmetic in plain PyTorch."""
+        return replace(self, split=(), fusions=None)
+
+    def strict(self) -> Backbone:
+        """Plain PyTorch in plain float32: what everything else is compared with."""
+        return replace(self.plain(), precision="exact", tf32=False)
 
     @contextmanager
-    def running(self, *, tf32: bool = True) -> Iterator[None]:
+    def running(self) -> Iterator[None]:
         """The context in which every forward pass happens: no gradients, and the arithmetic of ``precision``."""
-        with torch.inference_mode(), arithmetic(self.model, self.arch, self.precision, tf32=tf32):
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode())
+            stack.enter_context(arithmetic(self.model, self.arch, self.precision, tf32=self.tf32, split=self.split))
+            stack.enter_context(replaced([(linear, whole_forward(linear, self.pieces.whole)) for linear in self.split]))
+            if self.fusions:
+                stack.enter_context(self.fusions.installed())
             yield
+
+    @contextmanager
+    def multiplying_differences(self) -> Iterator[None]:
+        """Within ``running``: inputs of split layers are copies (N, C, in) that share a base, copy 0."""
+        differences = Differences(self.pieces)
+        forwards = [(linear, differences.forward(linear)) for linear in self.split]
+        whole = {id(linear) for linear in self.split}
+        for mlp in self.fusions.mlps if self.fusions else ():
+            if all(id(part) in whole for part in mlp.linears):
+                forwards.append((mlp.module, mlp.difference_forward(differences)))
+        with replaced(forwards):
+            yield
+        differences.forget()
 
     @property
     def decoder(self) -> nn.Module:
@@ -61,6 +107,7 @@ class Engine(Protocol):
     """Two interventions at the last token, each compared with the same pass without it."""
 
     name: str
+    backbone: Backbone
 
     def sweep_heads(
         self, prompts: Prompts, targets: Sequence[int], replacement: torch.Tensor, heads: Sequence[HeadId]

@@ -75,7 +75,7 @@ def open_model(
         trust_remote_code=trust_remote_code,
     )
     arch, tokens = checkpoint.arch, checkpoint.tokens
-    backbone = Backbone(checkpoint.model, arch, checkpoint.device, precision)
+    backbone = Backbone.fastest(checkpoint.model, arch, checkpoint.device, precision)
     engine, check = choose_engine(backbone, tokens.self_check_prompts())
     log.info(
         "opened %s: %s, %d layers x %d heads of %d, residual %d, %s on %s, %s arithmetic, %.1f s",
@@ -91,4 +91,4 @@ def open_model(
         time.monotonic() - started,
     )
     log.info("self-check: %s engine; %s", engine.name, check.reason)
-    return LanguageModel(name, spec, backbone, tokens, engine, check, checkpoint.dtype, quant)
+    return LanguageModel(name, spec, engine.backbone, tokens, engine, check, checkpoint.dtype, quant)

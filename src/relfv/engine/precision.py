@@ -2,15 +2,16 @@
 
 ``exact`` computes in float32 whatever the checkpoint is stored in. bf16 has 8 bits of mantissa: there a patched run
 and its own repetition at another batch size differ as much as most heads' effects do. A bf16 or fp16 checkpoint stays
-in its own dtype in memory and is widened block by block while it runs, which loses nothing: every bf16 number is a
-float32 number. On CUDA, matrix products then use TF32 (10 bits of mantissa, float32 accumulation).
+in its own dtype in memory. On CUDA the products of linear layers with bf16 weights are put together from bf16 pieces
+(products.py). Everything else is widened block by block while it runs, which loses nothing, since every bf16 number is
+a float32 number; on CUDA those products use TF32 (10 bits of mantissa, float32 accumulation).
 
-``fast`` computes in the checkpoint's dtype. In both, the vocabulary projection and the softmax are float32.
+``fast`` computes in the checkpoint's dtype. In both, logits and softmax are float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -28,17 +29,30 @@ they save (ten times more on a busy machine), and one thread sums in the same or
 
 
 @contextmanager
-def arithmetic(model: nn.Module, arch: Architecture, precision: Precision, *, tf32: bool = True) -> Iterator[None]:
-    """While open, ``model`` computes as ``precision`` says. ``tf32=False`` asks for strict float32 (self-check)."""
+def arithmetic(
+    model: nn.Module,
+    arch: Architecture,
+    precision: Precision,
+    *,
+    tf32: bool = True,
+    split: Sequence[nn.Linear] = (),
+) -> Iterator[None]:
+    """While open, ``model`` computes as ``precision`` says.
+
+    ``tf32=False`` asks for strict float32; ``split`` are layers that take float32 inputs to their own weights.
+    """
     before, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    done = {id(linear) for linear in split}
+    # With every weight matrix split, float32 products are left to attention alone, where strict ones cost next to nothing.
+    matrices = [tensor for block in arch.blocks for tensor in _tensors(block, done) if tensor.dim() > 1]
+    torch.set_float32_matmul_precision("high" if tf32 and matrices else "highest")
     if sum(p.numel() for p in model.parameters()) < _SMALL:
         torch.set_num_threads(1)
     units = _units(model, arch) if precision == "exact" else [arch.lm_head]
     try:
         with ExitStack() as stack:
             for unit in units:
-                stack.enter_context(widened_if_low(unit))
+                stack.enter_context(widened_if_low(unit, done))
             yield
     finally:
         torch.set_float32_matmul_precision(before)
@@ -56,18 +70,26 @@ def _units(model: nn.Module, arch: Architecture) -> list[nn.Module]:
     return units
 
 
-def widened_if_low(unit: nn.Module) -> AbstractContextManager[None]:
-    """While open, ``unit`` computes in float32 if it is stored below; else nothing changes."""
-    low = any(_is_low(tensor) for tensor in [*unit.parameters(), *unit.buffers()])
-    return _widened(unit) if low else nullcontext()
+def widened_if_low(unit: nn.Module, done: Set[int] = frozenset()) -> AbstractContextManager[None]:
+    """While open, ``unit`` computes in float32 if it is stored below. Modules whose ids are in ``done`` are left alone:
+    they do that themselves."""
+    low = [tensor for tensor in _tensors(unit, done) if _is_low(tensor)]
+    return _widened(unit, low) if low else nullcontext()
 
 
 def _is_low(tensor: torch.Tensor) -> bool:
     return tensor.dtype in (torch.bfloat16, torch.float16)
 
 
+def _tensors(unit: nn.Module, done: Set[int]) -> list[torch.Tensor]:
+    """Parameters and buffers of the unit's modules that are not ``done``, each once."""
+    modules = [module for module in unit.modules() if id(module) not in done]
+    own = [tensor for m in modules for tensor in (*m.parameters(recurse=False), *m.buffers(recurse=False))]
+    return list({id(tensor): tensor for tensor in own}.values())
+
+
 @contextmanager
-def _widened(unit: nn.Module) -> Iterator[None]:
+def _widened(unit: nn.Module, low: list[torch.Tensor]) -> Iterator[None]:
     """Give ``unit`` float32 weights just before each of its forward calls, and its own back right after."""
     if type(unit) is nn.Embedding:
         # A plain look-up is the same number in any dtype: widen the rows, not the table.
@@ -75,7 +97,7 @@ def _widened(unit: nn.Module) -> Iterator[None]:
         kept: list[tuple[torch.Tensor, torch.Tensor]] = []
     else:
         kept = []
-        widen, narrow = _swappers(unit, kept)
+        widen, narrow = _swappers(low, kept)
         handles = [
             unit.register_forward_pre_hook(widen, prepend=True),
             unit.register_forward_hook(narrow, always_call=True),
@@ -89,13 +111,12 @@ def _widened(unit: nn.Module) -> Iterator[None]:
 
 
 def _swappers(
-    unit: nn.Module, kept: list[tuple[torch.Tensor, torch.Tensor]]
+    low: list[torch.Tensor], kept: list[tuple[torch.Tensor, torch.Tensor]]
 ) -> tuple[Callable[..., None], Callable[..., None]]:
     def widen(*_: Any) -> None:
-        for tensor in [*unit.parameters(), *unit.buffers()]:
-            if _is_low(tensor):
-                kept.append((tensor, tensor.data))
-                tensor.data = tensor.data.float()
+        for tensor in low:
+            kept.append((tensor, tensor.data))
+            tensor.data = tensor.data.float()
 
     def narrow(*_: Any) -> None:
         _restore(kept)

@@ -60,7 +60,6 @@ class ReferenceEngine:
     """Every intervention of a layer is one row of a batch of whole forward passes; row 0 is left alone."""
 
     backbone: Backbone
-    tf32: bool = True
     name = "reference"
 
     def sweep_heads(
@@ -109,7 +108,7 @@ class ReferenceEngine:
     ) -> Effects:
         """One batch of ``n_rows`` for each prompt and edit; an edit changes rows 1..count of its batch."""
         base, edited = [], []
-        with self.backbone.running(tf32=self.tf32):
+        with self.backbone.running():
             for prompt, target in zip(prompts, targets, strict=True):
                 batches = []
                 for _, opened in edits:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -35,6 +35,9 @@ MIN_EFFECT = 0.1
 
 N_HEADS = 6
 
+_MISFITS = (RunError, RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError)
+"""A family that the fast engine does not fit may fail anywhere inside its own modules; any failure means: not this one."""
+
 
 @dataclass(frozen=True)
 class SelfCheck:
@@ -53,10 +56,11 @@ class SelfCheck:
 def choose_engine(backbone: Backbone, prompts: Prompts) -> tuple[Engine, SelfCheck]:
     """Compare the engines on ``prompts`` (at least two, of different lengths) and return the one to use.
 
-    The comparison runs in strict float32 whatever ``backbone.precision`` is: it tests the algorithm, not the rounding.
+    The comparison runs in float32 whatever ``backbone.precision`` is: it tests the algorithm, not the rounding. The
+    fused kernels are part of what is tested; should they be at fault, the same engine goes on without them.
     """
-    exact = replace(backbone, precision="exact")
-    with exact.running(tf32=False):
+    exact = backbone.strict()
+    with exact.running():
         z, hidden = capture_heads(exact, prompts)
         targets = exact.arch.final_logits(exact.arch.lm_head(hidden.float())).argmax(-1).tolist()
     heads, layers = _sample(exact)
@@ -77,20 +81,27 @@ def choose_engine(backbone: Backbone, prompts: Prompts) -> tuple[Engine, SelfChe
             _difference(engine.inject(prompts, targets, vector, layers), truth, slice(len(heads), None)),
         )
 
-    def reference_error() -> float:
-        return error_of(ReferenceEngine(exact, tf32=False))
-
-    try:
-        error = error_of(SharedPrefixEngine(exact, tf32=False))
-    except (RunError, RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as problem:
-        # A family the fast engine does not fit may fail anywhere inside its own modules; any failure means: not this one.
-        reason = f"the shared-prefix engine cannot run this model ({type(problem).__name__}: {problem})".split("\n")[0]
-        return _fallback(backbone, reason, None, reference_error(), max_effect)
-    if not error <= TOLERANCE:
+    candidates = [(backbone, exact)]
+    if backbone.fusions is not None or backbone.split:
+        candidates.insert(0, (backbone, backbone.careful()))
+        candidates[1] = (backbone.plain(), exact)
+    error, reason = None, ""
+    for chosen, checked in candidates:
+        try:
+            error = error_of(SharedPrefixEngine(checked))
+        except _MISFITS as problem:
+            error = None
+            reason = f"the shared-prefix engine cannot run this model ({type(problem).__name__}: {problem})".split(
+                "\n"
+            )[0]
+            continue
+        if error <= TOLERANCE:
+            if reason:
+                log.warning("%s with its fused kernels; using it without them", reason)
+            reason = f"agrees with plain hooks to {error:.1e} in log-probability (effects up to {max_effect:.2g})"
+            return SharedPrefixEngine(chosen), SelfCheck("shared_prefix", error, max_effect, reason)
         reason = f"the shared-prefix engine is off by {error:.2g} in log-probability on this model"
-        return _fallback(backbone, reason, error, reference_error(), max_effect)
-    reason = f"agrees with plain hooks to {error:.1e} in log-probability (effects up to {max_effect:.2g})"
-    return SharedPrefixEngine(backbone), SelfCheck("shared_prefix", error, max_effect, reason)
+    return _fallback(backbone.plain(), reason, error, error_of(ReferenceEngine(exact)), max_effect)
 
 
 def _fallback(
@@ -136,7 +147,7 @@ def _naive(
     layers: list[int],
 ) -> Effects:
     base, edited = [], []
-    with backbone.running(tf32=False):
+    with backbone.running():
         for prompt, target in zip(prompts, targets, strict=True):
             base.append(naive_baseline(backbone, prompt, target))
             patched = [
@@ -153,7 +164,7 @@ def _check_readout(backbone: Backbone, prompts: Prompts, targets: Sequence[int],
     Raises RunError: with an unknown last step no engine would be right.
     """
     for index, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
-        with backbone.running(tf32=False):
+        with backbone.running():
             ids = torch.tensor([list(prompt)], device=backbone.device)
             logits = backbone.model(input_ids=ids, use_cache=False).logits[0, -1].float()
         gap = abs(float(logits.log_softmax(-1)[target]) - float(truth.base.logprob[index]))

@@ -44,8 +44,6 @@ class SharedPrefixEngine:
     """See the module's text."""
 
     backbone: Backbone
-    tf32: bool = True
-    """False for the self-check, which compares in strict float32."""
     name = "shared_prefix"
 
     def sweep_heads(
@@ -100,9 +98,9 @@ class SharedPrefixEngine:
         edit: Callable[[], AbstractContextManager[None]],
     ) -> TokenScores:
         """Fields (N, 1 + n_edits); column 0 is the baseline."""
-        with self.backbone.running(tf32=self.tf32):
+        with self.backbone.running():
             prefix = prefill(self.backbone, prompts)
-            with attending_to(prefix, self.backbone), edit():
+            with attending_to(prefix, self.backbone), self.backbone.multiplying_differences(), edit():
                 hidden = _run_last_tokens(self.backbone, prompts, prefix)
             if hidden.shape[1] != 1 + n_edits:
                 raise RunError(f"the pass ended with {hidden.shape[1]} copies of the last token, not {1 + n_edits}")

@@ -1,0 +1,57 @@
+"""Models to measure on: the demo model, and real shapes with random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers
+
+from relfv.models.loading import model_source
+
+SHAPES = {
+    "llama-3.1-8b": (
+        "Llama",
+        {
+            "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192,
+        },
+    ),
+    "gpt-j-6b": (
+        "GPTJ",
+        {
+            "vocab_size": 50400, "n_embd": 4096, "n_layer": 28, "n_head": 16, "rotary_dim": 64, "n_positions": 2048,
+            "bos_token_id": 0, "eos_token_id": 0,
+        },
+    ),
+}  # fmt: skip
+NAMES = ("demo", *SHAPES)
+
+
+def model_folder(shape: str, work: Path) -> str:
+    """What ``--model`` takes: ``demo``, or a folder in ``work`` with a bf16 model of this shape, made on first use.
+
+    Weights are random, seeded, and of a size at which single heads move the answer's probability. Times and memory are
+    those of a trained model of the shape; what its scores say about language is nothing.
+    """
+    if shape == "demo":
+        return "demo"
+    folder = work / shape
+    if not (folder / "config.json").exists():
+        family, sizes = SHAPES[shape]
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{family}Config")(**sizes, dtype="bfloat16", initializer_range=0.03)
+        cuda = torch.cuda.is_available()
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            with torch.device("cuda" if cuda else "cpu"):
+                model = getattr(transformers, f"{family}ForCausalLM")(config)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        model.save_pretrained(folder)
+        transformers.AutoTokenizer.from_pretrained(model_source("demo")).save_pretrained(folder)
+        del model
+        if cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+    return str(folder)

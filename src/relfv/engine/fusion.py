@@ -1,0 +1,173 @@
+"""Which modules of a model have a fused kernel, and putting the kernels in their place for a while.
+
+A module is recognised by what it computes, not by its class: it is run on random numbers beside the formula that the
+kernel implements, and keeps its own code unless the two agree. So a family nobody has heard of gets what fits it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from relfv.engine import kernels
+from relfv.engine.products import Differences, replaced
+from relfv.models.families import Architecture
+
+_AGREE = 1e-4
+_MISFITS = (TypeError, ValueError, RuntimeError, IndexError)
+"""What a candidate raises that takes other arguments than its likeness; it keeps its own code."""
+
+_FORMULAS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": F.gelu,
+}
+
+
+@dataclass(frozen=True)
+class Norm:
+    """x / rms(x) * (weight + offset)."""
+
+    module: Any
+    eps: float
+    offset: float
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """What the module does, in one kernel."""
+        return kernels.rms_norm(x, self.module.weight, self.eps, self.offset)
+
+
+@dataclass(frozen=True)
+class GatedMLP:
+    """down(act(gate(x)) * up(x))."""
+
+    module: Any
+    activation: str
+
+    @property
+    def linears(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+        """gate, up, down."""
+        return self.module.gate_proj, self.module.up_proj, self.module.down_proj
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """What the module does, with the elementwise part in one kernel."""
+        gate, up, down = self.linears
+        return down(kernels.gate(gate(x), up(x), self.activation))
+
+    def difference_forward(self, differences: Differences) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The same on copies, from pieces to pieces."""
+        return lambda x: differences.gated(*self.linears, self.activation, x)
+
+
+@dataclass(frozen=True)
+class Fusions:
+    """What was recognised in one model."""
+
+    norms: tuple[Norm, ...] = ()
+    mlps: tuple[GatedMLP, ...] = ()
+    rotaries: tuple[Any, ...] = ()
+    """Python modules whose ``apply_rotary_pos_emb`` rotates halves."""
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """While open, the kernels stand in for what was recognised."""
+        with ExitStack() as stack:
+            stack.enter_context(replaced([(part.module, part.forward) for part in (*self.norms, *self.mlps)]))
+            for namespace in self.rotaries:
+                stack.enter_context(_rotating_by_kernel(namespace))
+            yield
+
+
+def recognise(model: nn.Module, arch: Architecture) -> Fusions:
+    """Look through ``model``, which must be on the device where it will run. Nothing is recognised without kernels."""
+    if not kernels.usable(arch.lm_head.weight):  # type: ignore[arg-type]
+        return Fusions()
+    with torch.inference_mode(), torch.random.fork_rng(devices=[arch.lm_head.weight.device]):  # type: ignore[union-attr]
+        torch.manual_seed(0)
+        candidates = [module for module in model.modules() if "forward" not in vars(module)]
+        norms = [norm for module in candidates if (norm := _as_norm(module))]
+        mlps = [mlp for module in candidates if (mlp := _as_gated_mlp(module))]
+        namespaces = {sys.modules[type(module).__module__] for module in arch.blocks[0].modules()}
+        rotaries = [namespace for namespace in namespaces if _rotates_halves(namespace, arch)]
+    return Fusions(tuple(norms), tuple(mlps), tuple(rotaries))
+
+
+def _as_norm(module: Any) -> Norm | None:
+    weight = dict(module.named_parameters(recurse=False))
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if list(weight) != ["weight"] or weight["weight"].dim() != 1 or not isinstance(eps, float):
+        return None
+    x = torch.randn(2, 3, len(weight["weight"]), device=weight["weight"].device)
+    plain = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+    try:
+        found = module(x)
+    except _MISFITS:
+        return None
+    for offset in (0.0, 1.0):
+        if _agree(found, plain * (weight["weight"].float() + offset)):
+            return Norm(module, eps, offset)
+    return None
+
+
+def _as_gated_mlp(module: Any) -> GatedMLP | None:
+    parts: list[Any] = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    activate: Any = getattr(module, "act_fn", None)
+    if any(type(part) is not nn.Linear for part in parts) or activate is None:
+        return None
+    gate, up, down = parts
+    spread = torch.linspace(-8, 8, 257, device=gate.weight.device)
+    x = torch.randn(1, 2, gate.in_features, device=gate.weight.device, dtype=gate.weight.dtype)
+    try:
+        if not _agree(module(x), down(activate(gate(x)) * up(x))):
+            return None
+    except _MISFITS:
+        return None
+    names: list[str] = [name for name, formula in _FORMULAS.items() if _agree(activate(spread), formula(spread))]
+    return GatedMLP(module, names[0]) if names else None
+
+
+def _rotates_halves(namespace: Any, arch: Architecture) -> bool:
+    rotate = getattr(namespace, "apply_rotary_pos_emb", None)
+    if rotate is None or arch.head_dim % 2:
+        return False
+    device: Any = arch.lm_head.weight.device
+    q, k = torch.randn(2, 1, 2, 3, arch.head_dim, device=device)
+    cos, sin = torch.randn(2, 1, 3, arch.head_dim, device=device)
+    try:
+        found = rotate(q, k, cos, sin)
+    except _MISFITS:
+        return False
+    return all(_agree(new, _rotated(old, cos, sin)) for new, old in zip(found, (q, k), strict=True))
+
+
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
+
+
+@contextmanager
+def _rotating_by_kernel(namespace: Any) -> Iterator[None]:
+    """The rotary function is no module: the family's file is told to call the kernel."""
+    own = namespace.apply_rotary_pos_emb
+
+    def rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *more: Any, **named: Any) -> Any:
+        if more or named or q.dim() != 4 or cos.dim() != 3 or cos.shape[-1] != q.shape[-1]:
+            return own(q, k, cos, sin, *more, **named)
+        return kernels.rotate(q, cos, sin), kernels.rotate(k, cos, sin)
+
+    namespace.apply_rotary_pos_emb = rotate
+    try:
+        yield
+    finally:
+        namespace.apply_rotary_pos_emb = own
+
+
+def _agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return found.shape == expected.shape and bool((found - expected).float().norm() <= _AGREE * expected.float().norm())
