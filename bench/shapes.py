@@ -48,6 +48,8 @@ def model_folder(shape: str, work: Path) -> str:
                 model = getattr(transformers, f"{family}ForCausalLM")(config)
         finally:
             torch.set_default_dtype(torch.float32)
+        with torch.no_grad():
+            model.get_output_embeddings().weight.mul_(4)
         model.save_pretrained(folder)
         transformers.AutoTokenizer.from_pretrained(model_source("demo")).save_pretrained(folder)
         del model

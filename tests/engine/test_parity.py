@@ -100,7 +100,8 @@ def prompts_of_different_length() -> tuple[list[list[int]], list[int]]:
 
 def replacements(backbone: Backbone, prompts: list[list[int]]) -> torch.Tensor:
     """What the heads do on other prompts, enlarged."""
-    with backbone.strict().running():
+    backbone = backbone.strict()
+    with backbone.running():
         return 3.0 * capture_heads(backbone, prompts)[0].flip(0).mean(0)
 
 
@@ -119,7 +120,8 @@ def assert_same_effects(found, base, edited) -> None:  # type: ignore[no-untyped
 def naive_sweep(backbone: Backbone, prompts, targets, values, heads):  # type: ignore[no-untyped-def]
     from relfv.types import TokenScores
 
-    with backbone.strict().running():
+    backbone = backbone.strict()
+    with backbone.running():
         base = TokenScores.cat([naive_baseline(backbone, p, t) for p, t in zip(prompts, targets, strict=True)])
         rows = [
             TokenScores.cat([naive_head_patch(backbone, p, t, h, values[h.layer, h.head]) for h in heads])[None]
@@ -132,7 +134,8 @@ def naive_injections(backbone: Backbone, prompts, targets, vectors):  # type: ig
     from relfv.types import TokenScores
 
     layers = range(backbone.arch.n_layers)
-    with backbone.strict().running():
+    backbone = backbone.strict()
+    with backbone.running():
         base = TokenScores.cat([naive_baseline(backbone, p, t) for p, t in zip(prompts, targets, strict=True)])
         rows = [
             TokenScores.cat([naive_injection(backbone, p, t, layer, v) for layer in layers for v in vectors])[None]

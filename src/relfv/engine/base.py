@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -17,8 +18,8 @@ from torch import nn
 
 from relfv.engine.fusion import Fusions, recognise
 from relfv.engine.hooks import editing_inputs
-from relfv.engine.precision import Precision, arithmetic
-from relfv.engine.products import CAREFUL, Differences, Pieces, replaced, splittable, whole_forward
+from relfv.engine.precision import Arithmetic, Precision, arithmetic
+from relfv.engine.products import CAREFUL, Differences, Pieces, Whole, replaced, splittable
 from relfv.models.families import Architecture, text_config
 from relfv.types import Effects, HeadId
 
@@ -66,11 +67,17 @@ class Backbone:
         """The context in which every forward pass happens: no gradients, and the arithmetic of ``precision``."""
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode())
-            stack.enter_context(arithmetic(self.model, self.arch, self.precision, tf32=self.tf32, split=self.split))
-            stack.enter_context(replaced([(linear, whole_forward(linear, self.pieces.whole)) for linear in self.split]))
+            stack.enter_context(self._arithmetic.in_force())
+            whole = Whole(self.pieces.whole)
+            stack.enter_context(replaced([(linear, whole.forward(linear)) for linear in self.split]))
             if self.fusions:
                 stack.enter_context(self.fusions.installed())
             yield
+
+    @cached_property
+    def _arithmetic(self) -> Arithmetic:
+        norms = [norm.module for norm in self.fusions.norms] if self.fusions else []
+        return arithmetic(self.model, self.arch, self.precision, tf32=self.tf32, as_they_are=[*self.split, *norms])
 
     @contextmanager
     def multiplying_differences(self) -> Iterator[None]:
@@ -83,7 +90,6 @@ class Backbone:
                 forwards.append((mlp.module, mlp.difference_forward(differences)))
         with replaced(forwards):
             yield
-        differences.forget()
 
     @property
     def decoder(self) -> nn.Module:

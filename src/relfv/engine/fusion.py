@@ -63,7 +63,7 @@ class GatedMLP:
 
     def difference_forward(self, differences: Differences) -> Callable[[torch.Tensor], torch.Tensor]:
         """The same on copies, from pieces to pieces."""
-        return lambda x: differences.gated(*self.linears, self.activation, x)
+        return lambda x: differences.gated(*self.linears, self.activation, x) if x.dim() == 3 else self.forward(x)
 
 
 @dataclass(frozen=True)
@@ -85,21 +85,22 @@ class Fusions:
             yield
 
 
-def recognise(model: nn.Module, arch: Architecture) -> Fusions:
-    """Look through ``model``, which must be on the device where it will run. Nothing is recognised without kernels."""
+def recognise(model: nn.Module, arch: Architecture) -> Fusions | None:
+    """Look through ``model``, which must be on the device where it will run. None where kernels cannot run."""
     if not kernels.usable(arch.lm_head.weight):  # type: ignore[arg-type]
-        return Fusions()
+        return None
     with torch.inference_mode(), torch.random.fork_rng(devices=[arch.lm_head.weight.device]):  # type: ignore[union-attr]
         torch.manual_seed(0)
         candidates = [module for module in model.modules() if "forward" not in vars(module)]
-        norms = [norm for module in candidates if (norm := _as_norm(module))]
-        mlps = [mlp for module in candidates if (mlp := _as_gated_mlp(module))]
+        norms = [norm for module in candidates if (norm := as_norm(module))]
+        mlps = [mlp for module in candidates if (mlp := as_gated_mlp(module))]
         namespaces = {sys.modules[type(module).__module__] for module in arch.blocks[0].modules()}
-        rotaries = [namespace for namespace in namespaces if _rotates_halves(namespace, arch)]
+        rotaries = [namespace for namespace in namespaces if rotates_halves(namespace, arch)]
     return Fusions(tuple(norms), tuple(mlps), tuple(rotaries))
 
 
-def _as_norm(module: Any) -> Norm | None:
+def as_norm(module: Any) -> Norm | None:
+    """The module as an RMS norm, if it is one."""
     weight = dict(module.named_parameters(recurse=False))
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if list(weight) != ["weight"] or weight["weight"].dim() != 1 or not isinstance(eps, float):
@@ -116,7 +117,8 @@ def _as_norm(module: Any) -> Norm | None:
     return None
 
 
-def _as_gated_mlp(module: Any) -> GatedMLP | None:
+def as_gated_mlp(module: Any) -> GatedMLP | None:
+    """The module as a gated MLP of plain linear layers, if it is one."""
     parts: list[Any] = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     activate: Any = getattr(module, "act_fn", None)
     if any(type(part) is not nn.Linear for part in parts) or activate is None:
@@ -133,7 +135,8 @@ def _as_gated_mlp(module: Any) -> GatedMLP | None:
     return GatedMLP(module, names[0]) if names else None
 
 
-def _rotates_halves(namespace: Any, arch: Architecture) -> bool:
+def rotates_halves(namespace: Any, arch: Architecture) -> bool:
+    """True if the file's rotary function pairs each entry of a head's first half with one of its second."""
     rotate = getattr(namespace, "apply_rotary_pos_emb", None)
     if rotate is None or arch.head_dim % 2:
         return False

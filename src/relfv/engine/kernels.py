@@ -390,7 +390,8 @@ def attend(
     n_prompts, n_heads, n_copies, head_dim = q.shape
     n_prefix = k_prefix.shape[2]
     out = torch.empty(n_prompts, n_copies, n_heads, head_dim, dtype=q.dtype, device=q.device)
-    copies = 64
+    full = q.dtype == torch.float32
+    copies = 32 if full else 64  # larger tiles of float32 spill
     grid = (triton.cdiv(n_copies, copies), n_heads, n_prompts)
     tensors = [q, k, v, k_prefix, v_prefix]
     tensors = [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
@@ -400,7 +401,7 @@ def attend(
         n_copies, n_prefix, window if window is not None else 2**31 - 1, scale, softcap or 0.0,
         *strides, *out.stride()[:3],
         n_heads // k.shape[1], head_dim, max(16, triton.next_power_of_2(head_dim)), softcap is not None, sinks is not None,
-        copies, 32, "tf32x3" if q.dtype == torch.float32 else "ieee",
+        copies, 32, "tf32x3" if full else "ieee", num_stages=1 if full else 2,
     )  # fmt: skip
     return out
 

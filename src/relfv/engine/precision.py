@@ -11,8 +11,9 @@ a float32 number; on CUDA those products use TF32 (10 bits of mantissa, float32 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -28,35 +29,55 @@ _SMALL = 20_000_000
 they save (ten times more on a busy machine), and one thread sums in the same order on every machine."""
 
 
-@contextmanager
+@dataclass(frozen=True)
+class Arithmetic:
+    """How one model computes; worked out once, entered for every pass."""
+
+    widened: tuple[tuple[nn.Module, tuple[torch.Tensor, ...]], ...]
+    """Modules that get float32 weights while they run, and those of their tensors that are stored below."""
+    matmul: Literal["high", "highest"]
+    """float32 products on CUDA: TF32 or not."""
+    one_thread: bool
+
+    @contextmanager
+    def in_force(self) -> Iterator[None]:
+        """While open, the model computes so."""
+        before, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
+        torch.set_float32_matmul_precision(self.matmul)
+        if self.one_thread:
+            torch.set_num_threads(1)
+        try:
+            with ExitStack() as stack:
+                for unit, low in self.widened:
+                    stack.enter_context(_widened(unit, low))
+                yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+            torch.set_num_threads(threads)
+
+
 def arithmetic(
     model: nn.Module,
     arch: Architecture,
     precision: Precision,
     *,
     tf32: bool = True,
-    split: Sequence[nn.Linear] = (),
-) -> Iterator[None]:
-    """While open, ``model`` computes as ``precision`` says.
+    as_they_are: Iterable[nn.Module] = (),
+) -> Arithmetic:
+    """How ``model`` computes as ``precision`` says.
 
-    ``tf32=False`` asks for strict float32; ``split`` are layers that take float32 inputs to their own weights.
+    ``tf32=False`` asks for strict float32; ``as_they_are`` are modules that take float32 inputs to the weights they have.
     """
-    before, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
-    done = {id(linear) for linear in split}
-    # With every weight matrix split, float32 products are left to attention alone, where strict ones cost next to nothing.
-    matrices = [tensor for block in arch.blocks for tensor in _tensors(block, done) if tensor.dim() > 1]
-    torch.set_float32_matmul_precision("high" if tf32 and matrices else "highest")
-    if sum(p.numel() for p in model.parameters()) < _SMALL:
-        torch.set_num_threads(1)
+    done = {id(module) for module in as_they_are}
     units = _units(model, arch) if precision == "exact" else [arch.lm_head]
-    try:
-        with ExitStack() as stack:
-            for unit in units:
-                stack.enter_context(widened_if_low(unit, done))
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-        torch.set_num_threads(threads)
+    low = [(unit, tuple(tensor for tensor in _tensors(unit, done) if _is_low(tensor))) for unit in units]
+    # With no weight matrix left, float32 products are left to attention alone, where strict ones cost next to nothing.
+    matrices = [tensor for block in arch.blocks for tensor in _tensors(block, done) if tensor.dim() > 1]
+    return Arithmetic(
+        widened=tuple((unit, tensors) for unit, tensors in low if tensors),
+        matmul="high" if tf32 and matrices else "highest",
+        one_thread=sum(p.numel() for p in model.parameters()) < _SMALL,
+    )
 
 
 def _units(model: nn.Module, arch: Architecture) -> list[nn.Module]:
@@ -70,10 +91,9 @@ def _units(model: nn.Module, arch: Architecture) -> list[nn.Module]:
     return units
 
 
-def widened_if_low(unit: nn.Module, done: Set[int] = frozenset()) -> AbstractContextManager[None]:
-    """While open, ``unit`` computes in float32 if it is stored below. Modules whose ids are in ``done`` are left alone:
-    they do that themselves."""
-    low = [tensor for tensor in _tensors(unit, done) if _is_low(tensor)]
+def widened_if_low(unit: nn.Module) -> AbstractContextManager[None]:
+    """While open, ``unit`` computes in float32 if it is stored below."""
+    low = tuple(tensor for tensor in _tensors(unit, set()) if _is_low(tensor))
     return _widened(unit, low) if low else nullcontext()
 
 
@@ -89,7 +109,7 @@ def _tensors(unit: nn.Module, done: Set[int]) -> list[torch.Tensor]:
 
 
 @contextmanager
-def _widened(unit: nn.Module, low: list[torch.Tensor]) -> Iterator[None]:
+def _widened(unit: nn.Module, low: Sequence[torch.Tensor]) -> Iterator[None]:
     """Give ``unit`` float32 weights just before each of its forward calls, and its own back right after."""
     if type(unit) is nn.Embedding:
         # A plain look-up is the same number in any dtype: widen the rows, not the table.
@@ -111,7 +131,7 @@ def _widened(unit: nn.Module, low: list[torch.Tensor]) -> Iterator[None]:
 
 
 def _swappers(
-    low: list[torch.Tensor], kept: list[tuple[torch.Tensor, torch.Tensor]]
+    low: Sequence[torch.Tensor], kept: list[tuple[torch.Tensor, torch.Tensor]]
 ) -> tuple[Callable[..., None], Callable[..., None]]:
     def widen(*_: Any) -> None:
         for tensor in low:

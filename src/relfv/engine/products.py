@@ -79,18 +79,22 @@ def replaced(forwards: Sequence[tuple[nn.Module, Callable[..., torch.Tensor]]]) 
                 module.forward = forward
 
 
-def whole_forward(linear: nn.Linear, pieces: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """``linear`` on float32 inputs (..., in) -> (..., out)."""
+class Whole:
+    """Linear layers on float32 inputs (..., in), each input in a few pieces."""
 
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        parts = product(split(rows, pieces), linear.weight).view(pieces, len(rows), -1)
-        out = parts[0]
-        for part in parts[1:]:
-            out += part
-        return (out if linear.bias is None else out.add_(linear.bias)).view(*x.shape[:-1], -1)
+    def __init__(self, pieces: int) -> None:
+        self._pieces = pieces
+        self._split = _Remembering(lambda x: split(x.reshape(-1, x.shape[-1]), pieces))
 
-    return forward
+    def forward(self, linear: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The replacement of ``linear.forward``."""
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            parts = product(self._split(x), linear.weight).view(self._pieces, -1, linear.out_features)
+            out = functools.reduce(torch.Tensor.add_, parts)
+            return (out if linear.bias is None else out.add_(linear.bias)).view(*x.shape[:-1], -1)
+
+        return forward
 
 
 class Differences:
@@ -98,31 +102,19 @@ class Differences:
 
     def __init__(self, pieces: Pieces) -> None:
         self._pieces = pieces
-        self._input: torch.Tensor | None = None
-        self._rows: torch.Tensor | None = None
+        self._whole = Whole(pieces.whole)
+        self._remembered = _Remembering(self.split)
 
     def forward(self, linear: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
         """The replacement of ``linear.forward``: (N, C, in) -> (N, C, out)."""
-        whole = whole_forward(linear, self._pieces.whole)
+        whole = self._whole.forward(linear)
 
         def forward(x: torch.Tensor) -> torch.Tensor:
             if x.dim() != 3:  # not laid out as copies, e.g. tokens on their way to experts
                 return whole(x)
-            return self.join(self.product_rows(linear, x), linear.bias, *x.shape[:2])
+            return self.join(product(self._remembered(x), linear.weight), linear.bias, *x.shape[:2])
 
         return forward
-
-    def product_rows(self, linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-        """Rows of products in the order of ``split``: not joined yet."""
-        # Query, key and value projections get one and the same tensor, and so do gate and up.
-        if self._input is not x:
-            self._input, self._rows = x, self.split(x)
-        assert self._rows is not None
-        return product(self._rows, linear.weight)
-
-    def forget(self) -> None:
-        """Let go of the last input and its pieces."""
-        self._input = self._rows = None
 
     def split(self, x: torch.Tensor) -> torch.Tensor:
         """float32 (N, C, d) -> bf16 rows: pieces of the differences (N * C each), then of the bases (N each)."""
@@ -166,14 +158,28 @@ class Differences:
     def gated(self, gate: nn.Linear, up: nn.Linear, down: nn.Linear, activation: str, x: torch.Tensor) -> torch.Tensor:
         """down(act(gate(x)) * up(x)) on copies (N, C, in), without ever writing the joined gate and up (kernels only)."""
         n_prompts, n_copies = x.shape[:2]
-        gate_rows, up_rows = self.product_rows(gate, x), self.product_rows(up, x)
-        self.forget()
+        rows = self.split(x)
+        gate_rows, up_rows = product(rows, gate.weight), product(rows, up.weight)
         rows = kernels.gate_differences(
             gate_rows, up_rows, gate.bias, up.bias, activation, n_prompts, n_copies,
             self._pieces.difference, self._pieces.base,
         )  # fmt: skip
         del gate_rows, up_rows
         return self.join(product(rows, down.weight), down.bias, n_prompts, n_copies)
+
+
+class _Remembering:
+    """A function of one tensor that knows its last result: query, key and value projections get one and the same
+    tensor, and so do gate and up."""
+
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._function = function
+        self._last: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self._last is None or self._last[0] is not x:
+            self._last = (x, self._function(x))
+        return self._last[1]
 
 
 def split(x: torch.Tensor, pieces: int) -> torch.Tensor:

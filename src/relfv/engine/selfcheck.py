@@ -24,8 +24,8 @@ from relfv.types import Effects, HeadId, TokenScores
 log = logging.getLogger(__name__)
 
 TOLERANCE = 1e-3
-"""Largest accepted difference in log-probability (nats), strict float32 both ways. A wrong mask, position or cache is
-off by far more; float32 rounding by far less."""
+"""Largest accepted difference in log-probability (nats), float32 both ways, as a share of the largest effect where that
+is above one nat. A wrong mask, position or cache is off by far more; float32 rounding by far less."""
 
 PROJECTION_TOLERANCE = 0.02
 """Accepted relative error of projected heads. 8-bit products reach a percent; a missing scale is off by far more."""
@@ -95,7 +95,7 @@ def choose_engine(backbone: Backbone, prompts: Prompts) -> tuple[Engine, SelfChe
                 "\n"
             )[0]
             continue
-        if error <= TOLERANCE:
+        if error <= TOLERANCE * max(1.0, max_effect):
             if reason:
                 log.warning("%s with its fused kernels; using it without them", reason)
             reason = f"agrees with plain hooks to {error:.1e} in log-probability (effects up to {max_effect:.2g})"
