@@ -111,11 +111,12 @@ def test_rms_norm(offset: float) -> None:
 @pytest.mark.parametrize("copies", [1, 5])
 @pytest.mark.parametrize("heads", [3, 4])
 def test_rotary_embedding(copies: int, heads: int) -> None:
-    x = random(2, 5, heads, 20).transpose(1, 2)
+    q, k = (random(2, 5, n, 20, seed=n).transpose(1, 2) for n in (heads, 2))
     cos, sin = random(2, copies, 20, seed=1), random(2, copies, 20, seed=2)
-    first, second = x.chunk(2, dim=-1)
-    expected = x * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
-    torch.testing.assert_close(kernels.rotate(x, cos, sin), expected, rtol=1e-5, atol=1e-5)
+    for x, found in zip((q, k), kernels.rotate(q, k, cos, sin), strict=True):
+        first, second = x.chunk(2, dim=-1)
+        expected = x * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("window", [None, 7, 40])

@@ -163,7 +163,7 @@ def _rotating_by_kernel(namespace: Any) -> Iterator[None]:
     def rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *more: Any, **named: Any) -> Any:
         if more or named or q.dim() != 4 or cos.dim() != 3 or cos.shape[-1] != q.shape[-1]:
             return own(q, k, cos, sin, *more, **named)
-        return kernels.rotate(q, cos, sin), kernels.rotate(k, cos, sin)
+        return kernels.rotate(q, k, cos, sin)
 
     namespace.apply_rotary_pos_emb = rotate
     try:

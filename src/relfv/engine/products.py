@@ -90,7 +90,7 @@ class Whole:
         """The replacement of ``linear.forward``."""
 
         def forward(x: torch.Tensor) -> torch.Tensor:
-            parts = product(self._split(x), linear.weight).view(self._pieces, -1, linear.out_features)
+            parts = product(self._split(x), linear.weight).chunk(self._pieces)
             out = functools.reduce(torch.Tensor.add_, parts)
             return (out if linear.bias is None else out.add_(linear.bias)).view(*x.shape[:-1], -1)
 
