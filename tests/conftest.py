@@ -29,6 +29,11 @@ PLACES = [
 ]  # fmt: skip
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--write-families`` makes docs/families.md anew instead of comparing it."""
+    parser.addoption("--write-families", action="store_true", help="write docs/families.md from what the tests find")
+
+
 @pytest.fixture(scope="session")
 def csv_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two eligible relations, interleaved, and one with nine rows."""

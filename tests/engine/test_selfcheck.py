@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+import transformers as tf
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from conftest import scale_up
+from conftest import llama, scale_up
+from parity import prompts_of_different_length
 from relfv.engine.base import Backbone
-from relfv.engine.selfcheck import choose_engine
+from relfv.engine.selfcheck import TOLERANCE, choose_engine
 from relfv.errors import RunError
 from relfv.models.families import resolve
+from zoo import backbone_of
 
 
 class OddLogits(LlamaForCausalLM):
@@ -28,3 +33,57 @@ def test_a_model_whose_logits_relfv_would_misread_is_refused_by_both_engines_ali
     backbone = Backbone(model, resolve(model, "auto"), torch.device("cpu"), "exact")
     with pytest.raises(RunError, match="OddLogits turns hidden states into logits in a way relfv does not know"):
         choose_engine(backbone, [[1, 2, 3, 4, 5, 6], [7, 8, 9]])
+
+
+class SeesTheTokenBefore(torch.nn.Module):
+    """Causal, and legitimate in a language model; among copies of one token it mixes the copies."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        before = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
+        return self.inner(x + 0.5 * before)
+
+
+class AddsTheMeanSoFar(torch.nn.Module):
+    """Causal too, but recomputed from the token axis, which in the shared-prefix pass holds copies alone."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) + x.cumsum(1) / torch.arange(1, 1 + x.shape[1])[:, None]
+
+
+@pytest.mark.parametrize(
+    ("part", "hostile"),
+    [("self_attn.k_proj", SeesTheTokenBefore), ("self_attn.v_proj", SeesTheTokenBefore), ("mlp", AddsTheMeanSoFar)],
+)
+def test_a_model_that_looks_along_the_token_axis_outside_attention_is_rejected(
+    part: str, hostile: Callable[[torch.nn.Module], torch.nn.Module]
+) -> None:
+    model = llama(300)
+    layer = model.model.layers[1]
+    layer.set_submodule(part, hostile(layer.get_submodule(part)))
+    prompts, _ = prompts_of_different_length()
+    engine, check = choose_engine(Backbone(model, resolve(model, "auto"), torch.device("cpu"), "exact"), prompts)
+    assert engine.name == "reference"
+    assert check.max_error is not None
+    assert check.max_error > TOLERANCE
+    assert check.reference_error is not None
+    assert check.reference_error < TOLERANCE
+
+
+def test_a_limit_that_only_the_models_mask_knows_is_found_on_prompts_that_are_shorter() -> None:
+    """Llama 4 attends within chunks of 8192 tokens: no comparison of short prompts could tell."""
+    config = tf.Llama4TextConfig(
+        vocab_size=300, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=12,
+        intermediate_size=64, intermediate_size_mlp=64, num_local_experts=4, moe_layers=[1], pad_token_id=0,
+    )  # fmt: skip
+    prompts, _ = prompts_of_different_length()
+    engine, check = choose_engine(backbone_of(lambda: tf.Llama4ForCausalLM(config)), prompts)
+    assert engine.name == "reference"
+    assert "limits attention to 8192 tokens" in check.reason

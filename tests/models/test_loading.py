@@ -4,13 +4,17 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import transformers as tf
 
+from conftest import make_tokenizer, scale_up
 from relfv.engine.language_model import open_model
 from relfv.errors import InputError
 from relfv.models.loading import model_identity
+from zoo import ZOO
 
 
 def test_a_local_folder_opens_with_its_self_check(llama_path: Path) -> None:
@@ -93,3 +97,22 @@ def test_a_model_in_the_hugging_face_cache_opens_by_its_id_without_a_network(lla
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == f"hub:someone/tiny@{commit} 3", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("family", "spec"), [("Gemma 3 with vision", "gemma"), ("LLaVA", "llama3"), ("Qwen2-VL", "qwen2")]
+)
+def test_a_multimodal_checkpoint_opens_for_its_text_model(
+    family: str, spec: str, save_model: Callable[..., Path]
+) -> None:
+    build = next(animal.build for animal in ZOO.values() if animal.family == family)
+    folder = save_model(scale_up(build()), make_tokenizer(vocab_size=290))
+    model = open_model(str(folder), spec, device="cpu")
+    assert model.engine.name == "shared_prefix"
+    assert (model.arch.spec_name, model.arch.n_layers, model.arch.n_heads) == (spec, 3, 4)
+
+
+def test_a_model_that_predicts_no_next_token_is_bad_input(save_model: Callable[..., Path]) -> None:
+    config = tf.T5Config(vocab_size=300, d_model=48, num_layers=1, num_heads=4, d_ff=64, d_kv=12)
+    with pytest.raises(InputError, match=r"its model_type is 't5', which transformers .* does not know as a causal"):
+        open_model(str(save_model(tf.T5ForConditionalGeneration(config))), "auto", device="cpu")

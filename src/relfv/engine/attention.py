@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from relfv.engine import kernels
 from relfv.engine.base import Backbone
+from relfv.engine.own_attention import attending_by
 from relfv.errors import RunError
 from relfv.models.families import text_config
 
@@ -82,12 +84,20 @@ def shared_prefix_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    layer: int | None = None,
+    key_bias: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """query (N, heads, C, head_dim); key, value (N, kv_heads, C, head_dim) -> (N, C, heads, head_dim)."""
+    """query (N, heads, C, head_dim); key, value (N, kv_heads, C, head_dim) -> (N, C, heads, head_dim).
+
+    ``layer`` and ``key_bias`` come from own_attention.py alone: ALiBi as (heads, P + 1), by the key's position.
+    """
     active = _require_active(kwargs)
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    _require_same_window(attention_mask, sliding_window)
+    layer = int(module.layer_idx) if layer is None else layer  # type: ignore[arg-type]
     attend = kernels.attend if active.by_kernel and kernels.usable(query) else attend_plainly
+    if key_bias is not None:
+        attend = partial(attend_plainly, key_bias=key_bias.float())
     out = attend(
         query,
         key,
@@ -115,6 +125,7 @@ def attend_plainly(
     window: int | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
+    key_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The module's formula in plain PyTorch; shapes as in ``shared_prefix_attention``, prefixes (N, kv_heads, P, head_dim)."""
     n, n_heads, copies, head_dim = query.shape
@@ -124,6 +135,9 @@ def attend_plainly(
     # float32 throughout: scores of a bf16 model would otherwise be rounded to 8 bits before the softmax.
     q = query.float().reshape(n, kv_heads, group * copies, head_dim)
     scores = _capped(q @ k_prefix.float().transpose(-1, -2) * scale, softcap)
+    if key_bias is not None:
+        by_head = scores.view(n, n_heads, copies, -1) + _relative_to_own(key_bias, lengths)
+        scores = by_head.view_as(scores)
     scores = scores.masked_fill(~_visible(lengths, scores.shape[-1], window), -torch.inf)
     lse = scores.logsumexp(-1, keepdim=True)
     o_prefix = (scores - lse).exp() @ v_prefix.float()
@@ -149,6 +163,12 @@ def _visible(lengths: torch.Tensor, width: int, window: int | None) -> torch.Ten
     return seen[:, None, None]
 
 
+def _relative_to_own(key_bias: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """float32 (N, heads, 1, P): a softmax does not change when the own key's bias is taken off all of them."""
+    own = key_bias[:, lengths].T[:, :, None]
+    return (key_bias[:, :-1] - own)[:, :, None]
+
+
 def _capped(scores: torch.Tensor, softcap: float | None) -> torch.Tensor:
     return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
@@ -166,12 +186,22 @@ class UnsupportedAttention(RunError):
     """This family's attention has a feature that the shared-prefix form does not know."""
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    """One query position: what it may see is decided in the attention function itself."""
+def _window_as_mask(*_: Any, local_size: int | None = None, **__: Any) -> torch.Tensor | None:
+    """One query position: what it may see is decided in the attention function. All that is said here is the window
+    or chunk that the model wants, as a tensor without dimensions."""
+    return None if local_size is None else torch.tensor(local_size)
+
+
+def _require_same_window(attention_mask: torch.Tensor | None, sliding_window: int | None) -> None:
+    """A model that limits attention by its mask alone (chunks) would go unnoticed on prompts shorter than the limit."""
+    if attention_mask is not None and attention_mask.dim() == 0 and int(attention_mask) != sliding_window:
+        raise UnsupportedAttention(
+            f"the model's mask limits attention to {int(attention_mask)} tokens, in a way unknown to {NAME}"
+        )
 
 
 AttentionInterface.register(NAME, shared_prefix_attention)
-AttentionMaskInterface.register(NAME, _no_mask)
+AttentionMaskInterface.register(NAME, _window_as_mask)
 
 
 @contextmanager
@@ -184,7 +214,8 @@ def attending_to(prefix: Prefix, backbone: Backbone) -> Iterator[None]:
         config._attn_implementation = NAME
     _active = _Pass(prefix, by_kernel=backbone.fusions is not None)
     try:
-        yield
+        with attending_by(backbone.arch, shared_prefix_attention, 1 + prefix.keys[0].shape[2]):
+            yield
     finally:
         _active = None
         for config, implementation in before:

@@ -94,7 +94,7 @@ class Backbone:
     @property
     def decoder(self) -> nn.Module:
         """The model without its vocabulary projection; its first output is the final, normed hidden state."""
-        return self.model.base_model
+        return self.arch.decoder
 
     def takes_position_ids(self) -> bool:
         """False for families that number positions themselves (Falcon with ALiBi, Bloom)."""

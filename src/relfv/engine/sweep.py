@@ -162,7 +162,7 @@ def _run_last_tokens(backbone: Backbone, last: torch.Tensor, prefix: Prefix) -> 
     positions = {"position_ids": prefix.lengths[:, None]} if backbone.takes_position_ids() else {}
     hidden = backbone.decoder(input_ids=last, use_cache=False, **positions)[0]
     # GPT-2's family folds the grown token axis into the batch at its end; prompt-major order is kept.
-    return hidden.reshape(len(last), -1, backbone.arch.resid_dim)
+    return hidden.reshape(len(last), -1, hidden.shape[-1])
 
 
 def _head_patches(

@@ -22,7 +22,7 @@ class FamilySpec:
 
     name: str
     model_types: tuple[str, ...]
-    """``config.model_type`` values that ``auto`` maps to this spec."""
+    """``model_type`` values, of the text model's config, that ``auto`` maps to this spec."""
     blocks: tuple[str, ...]
     """Paths of the list of blocks, first match counts (bare text model, then inside a multimodal wrapper)."""
     out_proj: str
@@ -36,11 +36,11 @@ _SPECS = (
     FamilySpec("llama3", ("llama",), _DECODER, "self_attn.o_proj"),
     FamilySpec("llama", ("llama",), _DECODER, "self_attn.o_proj"),
     FamilySpec("mistral", ("mistral", "ministral", "mixtral"), _DECODER, "self_attn.o_proj"),
-    FamilySpec("qwen2", ("qwen2", "qwen2_moe"), _DECODER, "self_attn.o_proj"),
+    FamilySpec("qwen2", ("qwen2", "qwen2_moe", "qwen2_vl_text", "qwen2_5_vl_text"), _DECODER, "self_attn.o_proj"),
     FamilySpec("qwen3", ("qwen3", "qwen3_moe"), _DECODER, "self_attn.o_proj"),
     FamilySpec(
         "gemma",
-        ("gemma", "gemma2", "gemma3", "gemma3_text"),
+        ("gemma", "gemma2", "gemma3_text"),
         _DECODER,
         "self_attn.o_proj",
     ),
@@ -56,6 +56,7 @@ _SPECS = (
     FamilySpec("gpt_oss", ("gpt_oss",), _DECODER, "self_attn.o_proj"),
     FamilySpec("opt", ("opt",), ("model.decoder.layers",), "self_attn.out_proj"),
     FamilySpec("gpt2", ("gpt2",), _GPT2_LIKE, "attn.c_proj"),
+    FamilySpec("gpt_bigcode", ("gpt_bigcode",), _GPT2_LIKE, "attn.c_proj"),
     FamilySpec("gptj", ("gptj",), _GPT2_LIKE, "attn.out_proj"),
     FamilySpec("codegen", ("codegen",), _GPT2_LIKE, "attn.out_proj"),
     FamilySpec("gpt_neo", ("gpt_neo",), _GPT2_LIKE, "attn.attention.out_proj"),
@@ -79,7 +80,11 @@ class Architecture:
 
     spec_name: str
     """The family that fitted, or ``generic`` where the blocks were found by their shape."""
+    decoder: nn.Module
+    """The text model without its vocabulary projection."""
     blocks: tuple[nn.Module, ...]
+    attentions: tuple[nn.Module, ...]
+    """Per layer the attention module: the one that holds the output projection."""
     out_projs: tuple[nn.Module, ...]
     """Per layer the attention output projection; its input is (..., n_heads * head_dim)."""
     n_heads: int
@@ -156,14 +161,14 @@ def resolve(model: Any, spec_name: str) -> Architecture:
             f"{type(model).__name__}: the input of '{out_path}' is {width} wide, which {n_heads} heads do not divide "
             "evenly in every layer; relfv needs the same number of equal heads in all layers"
         )
-    if model.base_model is model:
-        raise InputError(f"{type(model).__name__} does not say which of its parts is the decoder; it cannot be driven")
     head = model.get_output_embeddings()
     if head is None:
         raise InputError(f"{type(model).__name__} has no output embeddings; relfv needs a causal language model")
     return Architecture(
         spec_name=resolved_name,
+        decoder=_decoder_of(model, blocks[0]),
         blocks=tuple(blocks),
+        attentions=tuple(block.get_submodule(out_path.rpartition(".")[0]) for block in blocks),
         out_projs=out_projs,
         n_heads=n_heads,
         head_dim=width // n_heads,
@@ -191,6 +196,20 @@ def _what_lies_between(block: nn.Module, config: Any) -> tuple[str, ...]:
 def text_config(config: Any) -> Any:
     """The language model's config: the config itself, or its text part in a multimodal wrapper."""
     return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _decoder_of(model: Any, block: nn.Module) -> nn.Module:
+    """The innermost model around the blocks: embeddings, blocks and final norm, without vocabulary or images."""
+    from transformers import PreTrainedModel
+
+    around = [
+        module
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel) and any(part is block for part in module.modules())
+    ]
+    if not around or around[-1] is model:
+        raise InputError(f"{type(model).__name__} has no decoder of its own around its blocks; it cannot be driven")
+    return around[-1]
 
 
 def _choose_spec(name: str, model_type: str) -> tuple[FamilySpec | None, tuple[str, ...]]:

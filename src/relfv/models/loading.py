@@ -1,6 +1,7 @@
 """Open a causal language model: the demo model, a local folder, the Hugging Face cache, or the hub if there is one.
 
-All four go through ``AutoModelForCausalLM.from_pretrained``; ``demo`` is the name of a folder inside this package.
+All four go through ``from_pretrained`` of transformers' auto classes; ``demo`` is the name of a folder inside this
+package. A folder may also hold an adapter (adapters.py), which is merged into its base model.
 Code from a checkpoint is never run unless the user says ``--trust_remote_code``.
 """
 
@@ -8,13 +9,14 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from relfv.errors import InputError
+from relfv.models.adapters import Adapter, adapter_in, merged, require_peft
 from relfv.models.families import Architecture, resolve
 from relfv.models.identity import folder_identity
 from relfv.models.tokens import Tokens
@@ -57,12 +59,25 @@ def load_checkpoint(
     """
     place = choose_device(device)
     source = model_source(name)
+    adapter = adapter_in(source)
+    if adapter:
+        require_peft(adapter)
+        if quant != "none":
+            raise InputError(f"--model {name!r}: an adapter cannot be merged into packed weights; use --quant none")
+        source = _base_source(adapter)
     origin: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if not Path(source).is_dir():
-        origin["revision"] = hub_commit(source)
-    tokenizer = _load_tokenizer(source, name, origin)
+        origin["revision"] = hub_commit(source, adapter.revision if adapter else None)
+    if adapter and adapter.has_tokenizer:
+        tokenizer = _load_tokenizer(str(adapter.folder), name, {"trust_remote_code": trust_remote_code})
+    else:
+        tokenizer = _load_tokenizer(source, name, origin)
     model = _load_weights(source, name, place, dtype, quant, quant_compute, origin)
+    if adapter:
+        model = merged(model, adapter, place).eval().requires_grad_(False)
     arch = resolve(model, spec)
+    if adapter:
+        arch = replace(arch, notes=(*arch.notes, adapter.note))
     for note in arch.notes:
         log.warning("%s", note)
     stored = next(p.dtype for p in model.parameters() if p.is_floating_point())
@@ -98,7 +113,7 @@ def model_source(name: str) -> str:
         return str(Path(__file__).with_name("demo"))
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if not any((path / known).is_file() for known in ("config.json", "adapter_config.json")):
             raise InputError(f"--model {name!r}: the folder has no config.json; expected a Hugging Face model folder")
         return str(path)
     if path.exists():
@@ -116,34 +131,55 @@ def model_identity(name: str) -> str:
     Raises InputError if the model is neither a folder nor in the cache nor, where there is a network, on the hub.
     """
     source = model_source(name)
+    adapter = adapter_in(source)
+    if adapter:
+        return f"folder-sha256:{folder_identity(adapter.folder)}+{_identity(_base_source(adapter), adapter.revision)}"
+    return _identity(source)
+
+
+def _identity(source: str, revision: str | None = None) -> str:
     if Path(source).is_dir():
         return f"folder-sha256:{folder_identity(Path(source))}"
-    return f"hub:{source}@{hub_commit(source)}"
+    return f"hub:{source}@{hub_commit(source, revision)}"
 
 
-def hub_commit(repo_id: str) -> str:
+def _base_source(adapter: Adapter) -> str:
+    """Where the base model of an adapter is. Raises InputError if it is not there."""
+    try:
+        source = model_source(adapter.base)
+        if not Path(source).is_dir():
+            hub_commit(source, adapter.revision)
+    except InputError as problem:
+        raise InputError(
+            f"--model {str(adapter.folder)!r}: is an adapter for {adapter.base!r}, which cannot be opened "
+            f"({problem}); write the base model's folder into base_model_name_or_path of its adapter_config.json"
+        ) from None
+    return source
+
+
+def hub_commit(repo_id: str, revision: str | None = None) -> str:
     """The commit that is used of a hub model: the one in the local cache, else the newest, which is then cached.
 
     Tokenizer and weights are loaded at this commit, so that a later push to the hub does not change a run half-way.
     """
     from huggingface_hub import hf_hub_download
 
-    cached = _cached_commit(repo_id)
+    cached = _cached_commit(repo_id, revision)
     if cached is None:
         try:
-            hf_hub_download(repo_id, "config.json")
+            hf_hub_download(repo_id, "config.json", revision=revision)
         except Exception as problem:  # no network, no such repo, no access: many kinds, all mean it cannot be had
             raise _unreadable(repo_id, "config", problem) from problem
-        cached = _cached_commit(repo_id)
+        cached = _cached_commit(repo_id, revision)
     if cached is None:
         raise InputError(f"--model {repo_id!r}: its config was fetched but is not in the Hugging Face cache")
     return cached
 
 
-def _cached_commit(repo_id: str) -> str | None:
+def _cached_commit(repo_id: str, revision: str | None = None) -> str | None:
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(repo_id, "config.json")
+    found = try_to_load_from_cache(repo_id, "config.json", revision=revision)
     return Path(found).parent.name if isinstance(found, str) else None
 
 
@@ -165,7 +201,6 @@ def _load_weights(
     quant_compute: torch.dtype,
     origin: dict[str, Any],
 ) -> Any:
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging as hf_logging
 
     # transformers' own weight-loading bar would scroll through log files; relfv says how long opening took.
@@ -174,8 +209,9 @@ def _load_weights(
     options["device_map"] = {"": str(place)}
     if quant != "none":
         options["quantization_config"] = _quantization(quant, place, quant_compute)
+    auto_class = _auto_class(source, name, origin)
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, **origin, **options)
+        model = auto_class.from_pretrained(source, **origin, **options)
     except torch.OutOfMemoryError:
         raise InputError(
             f"--model {name!r} does not fit on {place}; use --dtype bf16, --quant 8bit or 4bit, or a larger device"
@@ -183,6 +219,30 @@ def _load_weights(
     except Exception as problem:  # likewise: missing, damaged or unknown checkpoints come as many kinds
         raise _unreadable(name, "model", problem) from problem
     return model.eval().requires_grad_(False)
+
+
+def _auto_class(source: str, name: str, origin: dict[str, Any]) -> Any:
+    """The class that opens it: causal language models, and multimodal ones for the sake of the text model inside.
+
+    Raises InputError for any other kind, such as encoders, and encoders with a decoder.
+    """
+    import transformers
+    from transformers.models.auto import modeling_auto as known
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, **origin)
+    except Exception as problem:  # likewise
+        raise _unreadable(name, "config", problem) from problem
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if config.model_type in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or own_code:
+        return transformers.AutoModelForCausalLM
+    if config.model_type in known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and not config.is_encoder_decoder:
+        return transformers.AutoModelForImageTextToText
+    raise InputError(
+        f"--model {name!r}: its model_type is {config.model_type!r}, which transformers {transformers.__version__} "
+        "does not know as a causal language model, nor as a multimodal one with such a model inside; expected a "
+        "decoder that predicts the next token"
+    )
 
 
 def dtype_name(dtype: str) -> str:

@@ -1,0 +1,61 @@
+"""docs/families.md says what the tests found, and nothing else."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+import pytest
+
+from conftest import ROOT
+from parity import chosen_engine, injection_gaps, sweep_gaps, truth
+from relfv.models.families import FAMILIES, text_config
+from zoo import ZOO, Animal
+
+PAGE = ROOT / "docs" / "families.md"
+HEAD = """# Model families
+
+Written by the tests: `python -m pytest tests/engine/test_families_page.py --write-families`.
+
+Each row was tested with tiny random models (3 layers, prompts of 9 to 23 tokens, windows and chunks of 6): every head
+and every layer, by the engine in the row, against one hooked forward pass for each, in float32 on a CPU. *Error* is the
+largest difference between the two in `delta_logprob`, where effects reach at least 0.2; in `delta_p` it is below 1e-5.
+*Engine* is what the self-check chooses on opening: `shared prefix` is the fast one (all heads in one pass), `reference`
+batches the heads of a layer as whole forward passes. Every model goes through that check, so a model that is not in the
+table, or a release of transformers that changes one, gets the reference engine instead of wrong numbers.
+
+`--model_spec auto` finds the family by the `model_type` in the checkpoint's config. The families from Nemotron on have
+no spec of their own: their blocks are found by their shape, as those of any other model are.
+
+Of a multimodal checkpoint the text model inside is measured. A folder with a PEFT adapter (`adapter_config.json`, LoRA and
+others that can be merged) is merged into its base model on opening: `pip install 'relfv[peft]'`.
+
+| Family | `model_type` | `--model_spec` | Engine | Error | Tested with |
+| --- | --- | --- | --- | --- | --- |
+"""
+
+
+def row(family: str, animals: list[Animal]) -> str:
+    """One line of the table: all models of a family."""
+    names = [animal.name for animal in animals]
+    model_type = text_config(truth(names[0]).backbone.model.config).model_type
+    specs = [f"`{spec.name}`" for spec in FAMILIES.values() if model_type in spec.model_types] or ["`auto`"]
+    engines = [chosen_engine(name)[0].name for name in names]
+    (engine,) = set(engines)
+    worst = max(gaps(name, engine).delta_logprob for name in names for gaps in (sweep_gaps, injection_gaps))
+    special = "; ".join(animal.special for animal in animals)
+    shown = engine.replace("_", " ")
+    return f"| {family} | `{model_type}` | {', '.join(specs)} | {shown} | {bucket(worst)} | {special} |"
+
+
+def bucket(error: float) -> str:
+    """Coarse, so that the page is the same on every machine: errors seen lie between 1e-6 and 5e-5."""
+    return next((f"< {bound}" for bound in ("1e-4", "1e-2") if error < float(bound)), "wrong")
+
+
+def test_the_page_of_families_is_what_the_tests_find(request: pytest.FixtureRequest) -> None:
+    groups = groupby(ZOO.values(), key=lambda animal: animal.family)
+    page = HEAD + "".join(row(family, list(animals)) + "\n" for family, animals in groups)
+    if request.config.getoption("--write-families"):
+        PAGE.write_text(page, encoding="utf-8")
+    assert PAGE.is_file(), "docs/families.md is missing; its first line says how to make it"
+    assert PAGE.read_text(encoding="utf-8") == page

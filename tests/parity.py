@@ -1,0 +1,168 @@
+"""How far each engine is from the obvious way on each model of the zoo, computed once for all tests that ask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from relfv.engine.base import Backbone, Engine, Prompts, capture_heads
+from relfv.engine.reference import ReferenceEngine, naive_baseline, naive_head_patch, naive_injection
+from relfv.engine.selfcheck import SelfCheck, choose_engine
+from relfv.engine.sweep import SharedPrefixEngine
+from relfv.types import Effects, HeadId, TokenScores
+from zoo import ZOO, backbone_of
+
+ENGINES: dict[str, type[SharedPrefixEngine] | type[ReferenceEngine]] = {
+    "shared_prefix": SharedPrefixEngine,
+    "reference": ReferenceEngine,
+}
+
+
+@dataclass(frozen=True)
+class Truth:
+    """One model, interventions on it, and what they do, by one hooked, unpadded, whole forward pass for each."""
+
+    backbone: Backbone
+    prompts: list[list[int]]
+    targets: list[int]
+    """The most likely token after each prompt: its probability has room to fall."""
+    values: torch.Tensor
+    """(layer, head, head_dim)"""
+    vectors: torch.Tensor
+    """(2, resid_dim)"""
+    sweep: Effects
+    injection: Effects
+
+
+@dataclass(frozen=True)
+class Gaps:
+    """Largest differences between an engine and the truth, beside the largest true effects."""
+
+    delta_p: float
+    delta_logprob: float
+    true_delta_p: float
+    true_delta_logprob: float
+    same_top: float
+    """Share of interventions after which both see the same most likely token."""
+
+
+def prompts_of_different_length() -> tuple[list[list[int]], list[int]]:
+    """Three prompts and some targets."""
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(0, 290, (length,), generator=generator).tolist() for length in (23, 9, 17)]
+    return prompts, [5, 17, 123]
+
+
+def all_heads(backbone: Backbone) -> list[HeadId]:
+    """Every head, in order."""
+    return [HeadId(layer, head) for layer in range(backbone.arch.n_layers) for head in range(backbone.arch.n_heads)]
+
+
+def replacements(backbone: Backbone, prompts: Prompts) -> torch.Tensor:
+    """What the heads do on other prompts, enlarged."""
+    with backbone.strict().running():
+        return 3.0 * capture_heads(backbone, prompts)[0].flip(0).mean(0)
+
+
+def naive_base(backbone: Backbone, prompts: Prompts, targets: Sequence[int]) -> TokenScores:
+    """Fields (N,)."""
+    backbone = backbone.strict()
+    with backbone.running():
+        return TokenScores.cat([naive_baseline(backbone, p, t) for p, t in zip(prompts, targets, strict=True)])
+
+
+def naive_sweep(backbone: Backbone, prompts: Prompts, targets: Sequence[int], values: torch.Tensor) -> Effects:
+    """All heads, one forward pass each."""
+    heads, backbone = all_heads(backbone), backbone.strict()
+    with backbone.running():
+        rows = [
+            TokenScores.cat([naive_head_patch(backbone, p, t, h, values[h.layer, h.head]) for h in heads])[None]
+            for p, t in zip(prompts, targets, strict=True)
+        ]
+    return Effects(naive_base(backbone, prompts, targets), TokenScores.cat(rows))
+
+
+def naive_injections(backbone: Backbone, prompts: Prompts, targets: Sequence[int], vectors: torch.Tensor) -> Effects:
+    """All layers, one forward pass for each vector."""
+    layers, backbone = range(backbone.arch.n_layers), backbone.strict()
+    with backbone.running():
+        rows = [
+            TokenScores.cat([naive_injection(backbone, p, t, layer, v) for layer in layers for v in vectors])[None]
+            for p, t in zip(prompts, targets, strict=True)
+        ]
+    return Effects(naive_base(backbone, prompts, targets), TokenScores.cat(rows))
+
+
+@cache
+def truth(name: str) -> Truth:
+    """Of the zoo's model ``name``."""
+    backbone = backbone_of(ZOO[name].build)
+    prompts, targets = prompts_of_different_length()
+    targets = naive_base(backbone, prompts, targets).top_id.tolist()
+    values = replacements(backbone, prompts)
+    vectors = 2.0 * torch.randn(2, backbone.arch.resid_dim, generator=torch.Generator().manual_seed(2))
+    return Truth(
+        backbone,
+        prompts,
+        targets,
+        values,
+        vectors,
+        naive_sweep(backbone, prompts, targets, values),
+        naive_injections(backbone, prompts, targets, vectors),
+    )
+
+
+@cache
+def chosen_engine(name: str) -> tuple[Engine, SelfCheck]:
+    """What opening the zoo's model ``name`` would choose."""
+    return choose_engine(truth(name).backbone, truth(name).prompts)
+
+
+@cache
+def sweep_gaps(name: str, engine: str) -> Gaps:
+    """Of every head of the zoo's model ``name``."""
+    t = truth(name)
+    return gaps(_engine(t, engine).sweep_heads(t.prompts, t.targets, t.values, all_heads(t.backbone)), t.sweep)
+
+
+@cache
+def injection_gaps(name: str, engine: str) -> Gaps:
+    """Of two vectors after every block."""
+    t = truth(name)
+    layers = range(t.backbone.arch.n_layers)
+    return gaps(_engine(t, engine).inject(t.prompts, t.targets, t.vectors, layers), t.injection)
+
+
+def _engine(t: Truth, engine: str) -> Engine:
+    return ENGINES[engine](t.backbone)
+
+
+def gaps(found: Effects, true: Effects) -> Gaps:
+    """Compare effects; NaN compares as infinite."""
+
+    def effects(of: Effects) -> tuple[torch.Tensor, torch.Tensor]:
+        return of.edited.p - of.base.p[:, None], of.edited.logprob - of.base.logprob[:, None]
+
+    def largest(difference: torch.Tensor) -> float:
+        return float(difference.abs().nan_to_num(nan=torch.inf).max())
+
+    (p, logprob), (true_p, true_logprob) = effects(found), effects(true)
+    return Gaps(
+        delta_p=largest(p - true_p),
+        delta_logprob=largest(logprob - true_logprob),
+        true_delta_p=largest(true_p),
+        true_delta_logprob=largest(true_logprob),
+        same_top=float((found.edited.top_id == true.edited.top_id).float().mean()),
+    )
+
+
+def assert_same(found: Gaps) -> None:
+    """1e-5 in delta_p, 1e-4 in delta_logprob, and effects that could have been missed."""
+    assert found.delta_p < 1e-5
+    assert found.delta_logprob < 1e-4
+    assert found.true_delta_p > 0.01
+    assert found.true_delta_logprob > 0.2
+    assert found.same_top > 0.99
