@@ -13,7 +13,7 @@ from transformers.models.glm4 import modeling_glm4
 from transformers.models.gpt_neox import modeling_gpt_neox
 from transformers.models.llama import modeling_llama
 
-from relfv.engine.fusion import as_gated_mlp, as_norm, recognise, rotates_halves
+from relfv.engine.fusion import as_activation, as_gated_mlp, as_norm, recognise, rotates_halves
 from relfv.models.families import resolve
 
 LLAMA = tf.LlamaConfig(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=1, vocab_size=50)
@@ -62,6 +62,22 @@ def test_a_gated_mlp_with_another_formula_keeps_its_own_code() -> None:
     with torch.inference_mode():
         assert as_gated_mlp(with_random_weights(Clamped(LLAMA))) is None
         assert as_gated_mlp(with_random_weights(modeling_llama.LlamaMLP(relu))) is None
+
+
+def test_activations_are_told_apart_by_what_they_compute() -> None:
+    from transformers.activations import ACT2FN
+
+    found = {
+        name: as_activation(ACT2FN[name], "cpu") for name in ("gelu_new", "gelu_fast", "gelu", "quick_gelu", "relu2")
+    }
+    assert found == {
+        "gelu_new": "gelu_tanh",
+        "gelu_fast": "gelu_tanh",
+        "gelu": "gelu",
+        "quick_gelu": None,
+        "relu2": None,
+    }
+    assert as_activation(nn.Tanh(), "cpu") is None
 
 
 def test_rotary_functions_are_told_apart_by_what_they_compute() -> None:

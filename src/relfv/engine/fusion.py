@@ -20,7 +20,7 @@ from relfv.engine import kernels
 from relfv.engine.products import Differences, replaced
 from relfv.models.families import Architecture
 
-_AGREE = 1e-4
+_AGREE = 1e-5
 _MISFITS = (TypeError, ValueError, RuntimeError, IndexError)
 """What a candidate raises that takes other arguments than its likeness; it keeps its own code."""
 
@@ -72,6 +72,8 @@ class Fusions:
 
     norms: tuple[Norm, ...] = ()
     mlps: tuple[GatedMLP, ...] = ()
+    activations: tuple[tuple[nn.Module, str], ...] = ()
+    """Activations written out in several operations (GPT-J's), and PyTorch's own function of the same formula."""
     rotaries: tuple[Any, ...] = ()
     """Python modules whose ``apply_rotary_pos_emb`` rotates halves."""
 
@@ -80,6 +82,7 @@ class Fusions:
         """While open, the kernels stand in for what was recognised."""
         with ExitStack() as stack:
             stack.enter_context(replaced([(part.module, part.forward) for part in (*self.norms, *self.mlps)]))
+            stack.enter_context(replaced([(module, _FORMULAS[name]) for module, name in self.activations]))
             for namespace in self.rotaries:
                 stack.enter_context(_rotating_by_kernel(namespace))
             yield
@@ -89,14 +92,16 @@ def recognise(model: nn.Module, arch: Architecture) -> Fusions | None:
     """Look through ``model``, which must be on the device where it will run. None where kernels cannot run."""
     if not kernels.usable(arch.lm_head.weight):  # type: ignore[arg-type]
         return None
-    with torch.inference_mode(), torch.random.fork_rng(devices=[arch.lm_head.weight.device]):  # type: ignore[union-attr]
+    device: Any = arch.lm_head.weight.device
+    with torch.inference_mode(), torch.random.fork_rng(devices=[device]):
         torch.manual_seed(0)
         candidates = [module for module in model.modules() if "forward" not in vars(module)]
         norms = [norm for module in candidates if (norm := as_norm(module))]
         mlps = [mlp for module in candidates if (mlp := as_gated_mlp(module))]
+        activations = [(module, name) for module in candidates if (name := as_activation(module, device))]
         namespaces = {sys.modules[type(module).__module__] for module in arch.blocks[0].modules()}
         rotaries = [namespace for namespace in namespaces if rotates_halves(namespace, arch)]
-    return Fusions(tuple(norms), tuple(mlps), tuple(rotaries))
+    return Fusions(tuple(norms), tuple(mlps), tuple(activations), tuple(rotaries))
 
 
 def as_norm(module: Any) -> Norm | None:
@@ -124,15 +129,24 @@ def as_gated_mlp(module: Any) -> GatedMLP | None:
     if any(type(part) is not nn.Linear for part in parts) or activate is None:
         return None
     gate, up, down = parts
-    spread = torch.linspace(-8, 8, 257, device=gate.weight.device)
     x = torch.randn(1, 2, gate.in_features, device=gate.weight.device, dtype=gate.weight.dtype)
     try:
         if not _agree(module(x), down(activate(gate(x)) * up(x))):
             return None
     except _MISFITS:
         return None
-    names: list[str] = [name for name, formula in _FORMULAS.items() if _agree(activate(spread), formula(spread))]
-    return GatedMLP(module, names[0]) if names else None
+    name = _formula_of(activate, gate.weight.device)
+    return GatedMLP(module, name) if name else None
+
+
+def as_activation(module: nn.Module, device: Any) -> str | None:
+    """The formula that one of transformers' activation modules computes."""
+    return _formula_of(module, device) if type(module).__module__ == "transformers.activations" else None
+
+
+def _formula_of(activate: Callable[[torch.Tensor], torch.Tensor], device: Any) -> str | None:
+    spread = torch.linspace(-8, 8, 257, device=device)
+    return next((name for name, formula in _FORMULAS.items() if _agree(activate(spread), formula(spread))), None)
 
 
 def rotates_halves(namespace: Any, arch: Architecture) -> bool:
