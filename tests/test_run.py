@@ -18,7 +18,7 @@ from conftest import ROOT
 from relfv.cli import main
 
 CONTRACT = [
-    "sampled_trials.json", "sampled_trials_zeroshot.json", "trial_metrics.jsonl", "cie_scores.csv", "aie_scores.csv",
+    "sampled_trials.json", "sampled_trials_zeroshot.json", "trial_metrics.jsonl", "stepD_cie/noise_floor.json", "cie_scores.csv", "aie_scores.csv",
     "stepD_mean_acts/qid_A1_clean_mean.pt", "stepD_mean_acts/global_clean_mean.pt", "top_heads.json",
     "fv_global_resid.pt", "fv_global_resid_meta.json", "fv_by_layer.pt", "stepE_eval.json", "qid_status.json",
     "aie_heatmap_A1.png", "step6/step6_all_layers_summary.json", "step6/injection_curve.png",
@@ -96,6 +96,34 @@ def test_the_manifest_says_what_ran(finished: Path) -> None:
     assert manifest["outcomes"] == {"A1": "completed", "B2": "completed"}
 
 
+def test_the_precision_is_said_wherever_numbers_are(finished: Path) -> None:
+    manifest = json.loads((finished / "run_manifest.json").read_text())
+    assert manifest["settings"]["precision"] == manifest["model"]["precision"] == "exact"
+    for name in ("step6/layer_1/eval_meta.json", "fv_global_resid_meta.json", "stepD_cie/noise_floor.json"):
+        assert json.loads((finished / "A1/artifacts" / name).read_text())["precision"] == "exact"
+
+
+def test_the_noise_floor_lies_far_below_the_effects(finished: Path) -> None:
+    floor = json.loads((finished / "A1/artifacts/stepD_cie/noise_floor.json").read_text())
+    rows = [json.loads(line) for line in (finished / "A1/artifacts/trial_metrics.jsonl").read_text().splitlines()]
+    for m in ("p", "logit", "logprob"):
+        assert floor["identity"][m]["max"] < 1e-4
+        assert floor["other_shape"][m]["max"] < 1e-4
+        assert floor["other_shape"][m]["median"] <= floor["other_shape"][m]["max"]
+        assert max(abs(row[f"delta_{m}"]) for row in rows) > 100 * floor["other_shape"][m]["max"]
+    assert len(floor["heads"]) == 8
+    assert floor["engine"] == "shared_prefix"
+    assert floor["trials_per_pass"] == 25
+    assert floor["heads_per_trial"] == 24
+    assert (floor["other_shape"]["trials_per_pass"], floor["other_shape"]["heads_per_trial"]) == (3, 8)
+    # Some processors sum every shape in one order; then there is nothing to warn of.
+    p = floor["other_shape"]["p"]["max"]
+    assert (f"below {p:.1g} in p" if p else "made no difference at all") in floor["meaning"]
+    assert f"noise floor {p:.1g} in P" in (finished / "A1/logs/stepD_aie.log").read_text()
+    page = " ".join((finished / "report/index.html").read_text().split())
+    assert (f"an effect below {p:.1g} in P cannot be told from arithmetic" in page) == (p > 0)
+
+
 def test_a_second_run_touches_nothing_and_opens_no_model(
     finished: Path, copied: Path, csv_path: Path, llama_path: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -109,7 +137,7 @@ def test_a_second_run_touches_nothing_and_opens_no_model(
 
 @pytest.mark.parametrize(
     "damage",
-    ["trial_metrics.jsonl", "cie_scores.csv", "fv_global_resid.pt", "aie_heatmap_A1.png", "step6/layer_1/eval_summary.json", "step6/step6_all_layers_summary.json", "stepD_mean_acts/global_clean_mean.pt"],
+    ["trial_metrics.jsonl", "stepD_cie/noise_floor.json", "cie_scores.csv", "fv_global_resid.pt", "aie_heatmap_A1.png", "step6/layer_1/eval_summary.json", "step6/step6_all_layers_summary.json", "stepD_mean_acts/global_clean_mean.pt"],
 )  # fmt: skip
 @pytest.mark.parametrize("how", ["deleted", "truncated"])
 def test_a_damaged_file_is_noticed_and_made_again_to_the_same_bytes(

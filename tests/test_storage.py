@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from relfv.errors import RunError
-from relfv.storage import lock, read_json, remove_temporaries, write_atomic, write_json
+from relfv.storage import lock, read_json, remove_temporaries, write_atomic, write_json, write_together
 
 
 def test_a_file_is_replaced_whole_and_leaves_no_temporary(tmp_path: Path) -> None:
@@ -34,6 +34,43 @@ def test_what_cannot_be_written_is_one_error_and_leaves_the_old_file(tmp_path: P
     with pytest.raises(RunError, match="cannot be written"):
         write_atomic(tmp_path / "x" / "y", b"new")
     assert (tmp_path / "x").read_bytes() == b"old"
+
+
+def test_files_that_are_written_together_are_each_whole_or_the_old_one(tmp_path: Path) -> None:
+    folder = tmp_path / "new/folder"
+    paths = [folder / name for name in ("a", "b", "c")]
+    assert write_together(dict.fromkeys(paths, b"old")) == paths
+    paths[1].unlink()
+    paths[1].mkdir()
+    (paths[1] / "in the way").touch()
+    with pytest.raises(RunError, match=r"folder/b: cannot be written"):
+        write_together(dict.fromkeys(paths, b"new"))
+    assert paths[0].read_bytes() == b"new"
+    assert paths[2].read_bytes() == b"old"
+    assert sorted(path.name for path in folder.iterdir()) == ["a", "b", "c"]
+
+
+def test_everything_is_synced_before_a_write_returns_and_content_before_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen from outside: which files and folders fsync was called for, and what the folder held then."""
+    seen: list[tuple[str, list[str]]] = []
+    fsync = os.fsync
+
+    def watched(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        folder = path if path.is_dir() else path.parent
+        seen.append((path.name, sorted(item.name for item in folder.iterdir() if not item.name.startswith("."))))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    write_together({tmp_path / "new" / name: b"" for name in ("a", "b")})
+    assert [(name if name == "new" else "file" if ".tmp" in name else "parent", held) for name, held in seen] == [
+        ("parent", ["new"]),
+        ("file", []),
+        ("file", ["a"]),
+        ("new", ["a", "b"]),
+    ]
 
 
 def test_json_refuses_what_json_cannot_say(tmp_path: Path) -> None:

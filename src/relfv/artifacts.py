@@ -20,13 +20,15 @@ import numpy as np
 import torch
 
 from relfv.errors import InputError, RunError
-from relfv.storage import read_json, write_atomic, write_json
+from relfv.storage import json_bytes, read_json, write_atomic, write_json, write_together
 from relfv.types import (
     MEASURES,
+    ArithmeticNoise,
     FunctionVector,
     HeadEffects,
     HeadId,
     MeanActivations,
+    NoiseFloor,
     PromptedTrial,
     ScoredHead,
 )
@@ -93,6 +95,11 @@ class QidPaths:
     def aie(self) -> Path:
         """A row a head over the q_ids of the run, ranked."""
         return self.artifacts / "aie_scores.csv"
+
+    @property
+    def noise_floor(self) -> Path:
+        """What arithmetic alone makes of an effect."""
+        return self.artifacts / "stepD_cie" / "noise_floor.json"
 
     @property
     def means(self) -> Path:
@@ -287,12 +294,57 @@ def write_head_effects(paths: QidPaths, effects: HeadEffects, target_ids: Sequen
 
 
 def write_scores(paths: QidPaths, scored: Sequence[ScoredHead], ranked: Sequence[ScoredHead]) -> list[Path]:
-    """cie_scores.csv in layer, head order, and aie_scores.csv in the order of ``ranked``."""
+    """cie_scores.csv in layer, head order, and aie_scores.csv with the same heads in the order of ``ranked``."""
+    numbers = {head.id: [repr(head.scores[name]) for name in _HEAD_COLUMNS] for head in scored}
     cie = [["q_id", "layer", "head", "n_trials", *_HEAD_COLUMNS]]
-    cie += [[paths.q_id, *_ids(head), str(head.n_trials), *_numbers(head)] for head in scored]
+    cie += [[paths.q_id, *_ids(head), str(head.n_trials), *numbers[head.id]] for head in scored]
     aie = [["layer", "head", "n_qid", *_HEAD_COLUMNS]]
-    aie += [[*_ids(head), "1", *_numbers(head)] for head in ranked]
+    aie += [[*_ids(head), "1", *numbers[head.id]] for head in ranked]
     return [_write_csv(paths.cie, cie), _write_csv(paths.aie, aie)]
+
+
+def write_noise_floor(
+    paths: QidPaths, floor: NoiseFloor, *, trials_per_pass: int, n_heads: int, arithmetic: dict[str, Any]
+) -> Path:
+    """stepD_cie/noise_floor.json: the noise beside the sweep's own batch shape, ``n_heads`` a trial, and the
+    ``arithmetic`` both ran in."""
+    noise = floor.other_shape.largest
+    found = (
+        f"On a single trial an effect below {noise['p']:.1g} in p, {noise['logit']:.1g} in logit or "
+        f"{noise['logprob']:.1g} in logprob cannot be told from arithmetic; means over trials are steadier than that."
+        if any(noise.values())
+        else "On this device and model the batch's shape made no difference at all to the effects measured."
+    )
+    return write_json(
+        paths.noise_floor,
+        {
+            "q_id": paths.q_id,
+            "meaning": "Both numbers would be 0 if sums were exact. identity: a head is given its own value back, by the "
+            f"sweep's own kernels. other_shape: the same effect from a batch of another shape. {found}",
+            **arithmetic,
+            "trials_per_pass": trials_per_pass,
+            "heads_per_trial": n_heads,
+            "heads": [{"layer": head.layer, "head": head.head} for head in floor.heads],
+            "n_trials": floor.n_trials,
+            "identity": _noise(floor.identity),
+            "other_shape": {**_noise(floor.other_shape), "heads_per_trial": len(floor.heads)},
+        },
+    )
+
+
+def _noise(found: ArithmeticNoise) -> dict[str, Any]:
+    differences = {m: {"max": found.largest[m], "median": found.median[m]} for m in MEASURES}
+    return {**differences, "trials_per_pass": found.per_pass}
+
+
+def read_noise_floor(path: Path) -> dict[str, Any]:
+    """The file as it is. Raises RunError if it is missing or not one."""
+    content = read_json(path)
+    try:
+        _ = [float(content[way][m]["max"]) for way in ("identity", "other_shape") for m in MEASURES]
+    except (KeyError, TypeError, ValueError):
+        raise RunError(f"{path}: is not a noise floor as StepD writes it") from None
+    return content
 
 
 def read_scores(path: Path) -> list[ScoredHead]:
@@ -324,10 +376,6 @@ def require_score(scored: Sequence[ScoredHead], score_key: str, path: Path) -> N
 
 def _ids(head: ScoredHead) -> list[str]:
     return [str(head.id.layer), str(head.id.head)]
-
-
-def _numbers(head: ScoredHead) -> list[str]:
-    return [repr(head.scores[name]) for name in _HEAD_COLUMNS]
 
 
 def write_function_vector(
@@ -368,12 +416,14 @@ def write_step6_layer(
     """The four files of one layer; the results file, which the summary looks for, last. It takes the place of one with
     another n or model in its name: a layer has one result."""
     lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in trials)
-    files = [
-        write_json(folder / "eval_summary.json", summary),
-        write_atomic(folder / "eval_trials.jsonl", lines.encode()),
-        write_json(folder / "eval_meta.json", meta),
-        write_json(folder / results_name, results),
-    ]
+    files = write_together(
+        {
+            folder / "eval_summary.json": json_bytes(summary),
+            folder / "eval_trials.jsonl": lines.encode(),
+            folder / "eval_meta.json": json_bytes(meta),
+            folder / results_name: json_bytes(results),
+        }
+    )
     for earlier in folder.glob("step6_results_*.json"):
         if earlier.name != results_name:
             earlier.unlink()

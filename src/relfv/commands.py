@@ -136,7 +136,8 @@ def run_step_e(stepd_artifacts_dir: Path, sampled_trials_path: Path, out_dir: Pa
     model = _open(settings, status)
 
     def vector() -> StageResult:
-        return step_e(model, settings, source, sampled_trials_path, out)
+        per_pass = status.trials_per_pass.get("stepE") if status else None
+        return step_e(model, settings, source, sampled_trials_path, out, per_pass)
 
     def zero_shot() -> StageResult:
         return step_zero_shot(sampled_trials_path, out.zero_shot_trials)
@@ -191,7 +192,11 @@ def run_step6(fv_path: Path, trials_path: Path, edit_layer: int, out_dir: Path, 
     model = _open(settings, status)
     require_layer(model, edit_layer)
     step6 = Step6(model, settings, fv_path, trials_path)
-    stage = Stage(step6_stage(edit_layer), lambda: step6.run(edit_layer, out_dir))
+
+    def inject() -> StageResult:
+        return step6.run(edit_layer, out_dir, status.trials_per_pass.get("step6") if status else None)
+
+    stage = Stage(step6_stage(edit_layer), inject)
     if status is None:
         run_recorded(None, stage)
     else:

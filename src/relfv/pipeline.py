@@ -102,13 +102,13 @@ class QidPipeline:
     def stages(self) -> list[Stage]:
         """In the order of the spec."""
         paths, settings, model = self.paths, self.status.settings, self._model
-        layers = self.status.expected_layers
+        layers, per_pass = self.status.expected_layers, self.status.trials_per_pass
         bodies: dict[str, Callable[[], StageResult]] = {
             "stepD_trials": lambda: step_d_trials(model(), self._relation, settings, self._csv_sha256, paths),
             "stepD_means": lambda: step_d_means(model(), paths),
-            "stepD_cie": lambda: step_d_cie(model(), settings, paths),
+            "stepD_cie": lambda: step_d_cie(model(), settings, paths, per_pass.get("stepD_cie")),
             "heatmap": lambda: step_heatmap(paths, settings.score_key, settings.topk),
-            "stepE": lambda: step_e(model(), settings, paths, paths.trials, paths),
+            "stepE": lambda: step_e(model(), settings, paths, paths.trials, paths, per_pass.get("stepE")),
             "zeroshot": lambda: step_zero_shot(paths.trials, paths.zero_shot_trials),
             **{step6_stage(layer): self._at_layer(layer) for layer in layers},
             "step6_summary": lambda: step6_summary(paths, settings.score_key, layers),
@@ -120,7 +120,7 @@ class QidPipeline:
         def run() -> StageResult:
             if self._step6 is None:
                 self._step6 = Step6(self._model(), self.status.settings, self.paths.fv, self.paths.zero_shot_trials)
-            return self._step6.run(layer, self.paths.step6_layer(layer))
+            return self._step6.run(layer, self.paths.step6_layer(layer), self.status.trials_per_pass.get("step6"))
 
         return run
 
@@ -144,12 +144,15 @@ def is_complete(status: QidStatus) -> bool:
 def run_recorded(status: QidStatus | None, stage: Stage) -> None:
     """Run one stage between its two marks in the status, if there is one."""
     started = time.monotonic()
+    # 32 to 80 layers take milliseconds each: a mark when they begin would cost as much as they do.
+    is_layer = stage.name.startswith(_STEP6)
     if status:
-        status.begin(stage.name)
+        status.begin(stage.name, write=not is_layer)
     result = stage.run()
     if status:
+        status.trials_per_pass |= result.trials_per_pass
         status.finish(stage.name, result.files, result.inputs)
     q_id = f"{status.q_id} " if status else ""
-    # 32 to 80 layers make one line on the terminal, that of their summary; the log file has them all.
-    level = logging.DEBUG if stage.name.startswith(_STEP6) else logging.INFO
+    # They make one line on the terminal, too, that of their summary; the log file has them all.
+    level = logging.DEBUG if is_layer else logging.INFO
     log.log(level, "%s%s %.2f s: %s", q_id, stage.name, time.monotonic() - started, result.said)

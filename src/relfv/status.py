@@ -51,6 +51,9 @@ class QidStatus:
     expected_layers: list[int] = field(default_factory=list)
     stages: dict[str, StageRecord] = field(default_factory=dict)
     q_row_count: int = 0
+    trials_per_pass: dict[str, int] = field(default_factory=dict)
+    """stepD_cie, stepE, step6 -> how many prompts shared a forward pass. Batch shapes change low-order bits, so a stage
+    that is made again, on whatever device, uses the number it was first made with."""
 
     @property
     def path(self) -> Path:
@@ -80,6 +83,7 @@ class QidStatus:
                 "fingerprint": fingerprint(self.fingerprint_fields),
                 "fingerprint_fields": self.fingerprint_fields,
                 "expected_layers": self.expected_layers,
+                "trials_per_pass": self.trials_per_pass,
                 "stages": {name: vars(record) for name, record in self.stages.items()},
             },
         )
@@ -88,11 +92,16 @@ class QidStatus:
         """True if any stage has left files: what another experiment must not be mixed with."""
         return any(record.files for record in self.stages.values())
 
-    def begin(self, stage: str) -> None:
-        """Record that ``stage`` runs. What it promised before stays known until the new files are there."""
+    def begin(self, stage: str, *, write: bool = True) -> None:
+        """Record that ``stage`` runs. What it promised before stays known until the new files are there.
+
+        ``write=False`` leaves the file for ``finish``: nothing but a reader who looks just then depends on this mark,
+        since a record whose files are being replaced does not match them.
+        """
         previous = self.stages.get(stage)
         self.stages[stage] = StageRecord("running", now(), files=previous.files if previous else {})
-        self.write()
+        if write:
+            self.write()
 
     def finish(self, stage: str, files: Iterable[Path], inputs: Iterable[Path]) -> None:
         """Record that ``stage`` is done: what it wrote, and what it read."""
@@ -136,6 +145,7 @@ def read_status(artifacts_dir: Path) -> QidStatus | None:
             expected_layers=values["expected_layers"],
             stages={name: StageRecord(**record) for name, record in values["stages"].items()},
             q_row_count=values["q_row_count"],
+            trials_per_pass=values.get("trials_per_pass", {}),
         )
     except (RunError, KeyError, TypeError, AttributeError) as problem:
         raise RunError(

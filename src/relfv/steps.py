@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from relfv.stages.cie import head_effects, rank_heads, score_heads
 from relfv.stages.function_vector import build_function_vector, select_heads
 from relfv.stages.injection import InjectionSweep, prompts_to_evaluate, summarize
 from relfv.stages.mean_activations import mean_head_activations
+from relfv.stages.noise_floor import measure_noise_floor
 from relfv.stages.prompts import (
     PREFIXES,
     SEPARATORS,
@@ -47,6 +48,8 @@ class StageResult:
     files: list[Path]
     inputs: list[Path]
     said: str
+    trials_per_pass: dict[str, int] = field(default_factory=dict)
+    """For qid_status.json: the kind of stage, and how many prompts shared a forward pass."""
 
 
 def heads_to_sweep(model: LanguageModel, settings: Settings) -> list[HeadId]:
@@ -129,27 +132,47 @@ def step_d_means(model: LanguageModel, paths: QidPaths) -> StageResult:
     return StageResult(files, [paths.trials], f"{means.n_prompts} clean prompts")
 
 
-def step_d_cie(model: LanguageModel, settings: Settings, paths: QidPaths) -> StageResult:
-    """Causal indirect effect of every head on every trial: trial_metrics.jsonl, cie_scores.csv, aie_scores.csv."""
+def step_d_cie(
+    model: LanguageModel, settings: Settings, paths: QidPaths, trials_per_pass: int | None = None
+) -> StageResult:
+    """Causal indirect effect of every head on every trial, and how much of it arithmetic alone could make:
+    trial_metrics.jsonl, cie_scores.csv, aie_scores.csv, stepD_cie/noise_floor.json.
+
+    ``trials_per_pass`` is what this q_id's sweep was made with before, if it was.
+    """
     snapshot = artifacts.read_trials(paths.trials)
     means = artifacts.read_means(paths.means)
+    prompts, targets = snapshot.prompts("corrupted_prompt_str"), snapshot.target_ids
     effects = head_effects(
-        model,
-        snapshot.prompts("corrupted_prompt_str"),
-        snapshot.target_ids,
-        means,
-        heads_to_sweep(model, settings),
+        model, prompts, targets, means, heads_to_sweep(model, settings), trials_per_pass=trials_per_pass
     )
     scored = score_heads(effects, means)
     ranked = rank_heads(scored, settings.score_key)
-    files = [artifacts.write_head_effects(paths, effects, snapshot.target_ids)]
+    files = [artifacts.write_head_effects(paths, effects, targets)]
     files += artifacts.write_scores(paths, scored, ranked)
+    floor = measure_noise_floor(model, prompts, targets, means, effects, ranked)
+    per_pass = effects.effects.per_pass
+    arithmetic = {
+        "engine": model.engine.name,
+        "precision": model.precision,
+        "dtype": model.dtype,
+        "quant": model.quant,
+        "device": model.backbone.device.type,
+        **model.backbone.products(),
+    }
+    files.append(
+        artifacts.write_noise_floor(
+            paths, floor, trials_per_pass=per_pass, n_heads=len(effects.heads), arithmetic=arithmetic
+        )
+    )
     best = ranked[0]
     return StageResult(
         files,
         [paths.trials, paths.means],
         f"{len(effects.heads)} heads; best layer {best.id.layer} head {best.id.head}, "
-        f"{settings.score_key} {best.scores[settings.score_key]:+.4f}",
+        f"{settings.score_key} {best.scores[settings.score_key]:+.4f}; "
+        f"noise floor {floor.other_shape.largest['p']:.1g} in P",
+        {"stepD_cie": per_pass},
     )
 
 
@@ -164,8 +187,18 @@ def step_heatmap(paths: QidPaths, metric: str, topk: int, out: Path | None = Non
     return StageResult([path], [paths.aie], f"{metric}, top {len(top)} marked")
 
 
-def step_e(model: LanguageModel, settings: Settings, source: QidPaths, trials_path: Path, out: QidPaths) -> StageResult:
-    """Top heads and function vector from StepD's artifacts in ``source``, and a quick check of it on the trials."""
+def step_e(
+    model: LanguageModel,
+    settings: Settings,
+    source: QidPaths,
+    trials_path: Path,
+    out: QidPaths,
+    trials_per_pass: int | None = None,
+) -> StageResult:
+    """Top heads and function vector from StepD's artifacts in ``source``, and a quick check of it on the trials.
+
+    ``trials_per_pass`` is what the check was made with before, if it was.
+    """
     scored = artifacts.read_scores(source.cie)
     artifacts.require_score(scored, settings.score_key, source.cie)
     means = artifacts.read_means(source.means)
@@ -205,17 +238,21 @@ def step_e(model: LanguageModel, settings: Settings, source: QidPaths, trials_pa
     files += artifacts.write_function_vector(
         out, fv, meta, alpha=settings.alpha, n_heads=model.arch.n_heads, head_dim=model.arch.head_dim
     )
-    files.append(write_json(out.step_e_eval, _step_e_eval(model, settings, snapshot, fv.total)))
+    sweep = InjectionSweep(
+        model, snapshot.prompts("corrupted_prompt_str"), snapshot.target_ids, fv.total, settings.alpha
+    )
+    per_pass = sweep.at_layer(0, trials_per_pass).per_pass
+    files.append(write_json(out.step_e_eval, _step_e_eval(model, settings, snapshot, sweep)))
     inputs = [source.cie, source.means, trials_path]
-    return StageResult(files, inputs, f"{len(top)} heads in {len(fv.by_layer)} layers, |FV| {norm:.2f}")
+    said = f"{len(top)} heads in {len(fv.by_layer)} layers, |FV| {norm:.2f}"
+    return StageResult(files, inputs, said, {"stepE": per_pass})
 
 
 def _step_e_eval(
-    model: LanguageModel, settings: Settings, snapshot: artifacts.TrialSnapshot, vector: Any
+    model: LanguageModel, settings: Settings, snapshot: artifacts.TrialSnapshot, sweep: InjectionSweep
 ) -> dict[str, Any]:
     """The vector added at each layer to the frozen corrupted prompts, and the untouched prompts for reference."""
     corrupted, targets = snapshot.prompts("corrupted_prompt_str"), snapshot.target_ids
-    sweep = InjectionSweep(model, corrupted, targets, vector, settings.alpha)
     per_layer = {}
     for layer in range(model.arch.n_layers):
         numbers = summarize(sweep.at_layer(layer), targets)
@@ -281,9 +318,10 @@ class Step6:
         self._sources = {"fv_global_path": fv_path.name, "sampled_trials_path": trials_path.name}
         self._sweep = InjectionSweep(model, self._prompts, self._targets, self._vector, settings.alpha)
 
-    def run(self, edit_layer: int, out_dir: Path) -> StageResult:
-        """Evaluate one layer and write its four files into ``out_dir``."""
-        effects = self._sweep.at_layer(edit_layer)
+    def run(self, edit_layer: int, out_dir: Path, trials_per_pass: int | None = None) -> StageResult:
+        """Evaluate one layer and write its four files into ``out_dir``; ``trials_per_pass`` is what any layer of this
+        q_id was made with before, if it was."""
+        effects = self._sweep.at_layer(edit_layer, trials_per_pass)
         numbers = summarize(effects, self._targets)
         rows = self._rows(effects)
         summary = {
@@ -314,7 +352,7 @@ class Step6:
             meta=meta,
         )
         said = f"layer {edit_layer}: P {numbers['mean_p_base']:.3f} -> {numbers['mean_p_with']:.3f}"
-        return StageResult(files, self._inputs, said)
+        return StageResult(files, self._inputs, said, {"step6": effects.per_pass})
 
     def _part(self, effects: Effects, rows: list[int]) -> dict[str, Any]:
         part = Effects(base=effects.base[rows], edited=effects.edited[rows])

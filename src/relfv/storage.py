@@ -8,7 +8,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -24,29 +24,70 @@ def write_atomic(path: Path, data: bytes, *, read_only: bool = False) -> Path:
     Temporary file in the same folder, flush, fsync, rename, fsync of the folder: it survives a power cut once this
     returns. The user's umask decides who may read it.
     """
+    return write_together({path: data}, read_only=read_only)[0]
+
+
+def write_together(contents: Mapping[Path, bytes], *, read_only: bool = False) -> list[Path]:
+    """``write_atomic`` of several files of one folder, in order, with one fsync of the folder for all their names.
+
+    Each file still appears whole or not at all, and all of them survive a power cut once this returns; one that comes
+    earlier may outlast some of the later ones.
+    """
+    (folder,) = {path.parent for path in contents}
+    with _telling(folder):
+        _make_folder(folder)
+    for path, data in contents.items():
+        with _telling(path):
+            _replace(path, data, read_only=read_only)
+    with _telling(folder):
+        _sync_folder(folder)
+    return list(contents)
+
+
+@contextmanager
+def _telling(path: Path) -> Iterator[None]:
+    """A failed write of ``path`` as an error that says what to do."""
+    try:
+        yield
+    except OSError as problem:
+        raise RunError(
+            f"{path}: cannot be written ({problem.strerror}); free space or mend permissions, then run again"
+        ) from problem
+
+
+def _make_folder(folder: Path) -> None:
+    """Create ``folder``; a new folder's own name must survive a power cut too, so its parent is synced."""
+    if folder.is_dir():
+        return
+    _make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    _sync_folder(folder.parent)
+
+
+def _replace(path: Path, data: bytes, *, read_only: bool) -> None:
+    """Put the whole new file in the place of the old one, its content on disk before its name."""
     temporary = path.with_name(f"{_TEMP_PREFIX}{os.getpid()}-{_digest(path.name.encode())[:12]}{_TEMP_SUFFIX}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o444 if read_only else 0o666)
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        _sync_folder(path.parent)
-    except OSError as problem:
+    except OSError:
         with suppress(OSError):
             temporary.unlink()
-        raise RunError(
-            f"{path}: cannot be written ({problem.strerror}); free space or mend permissions, then run again"
-        ) from problem
-    return path
+        raise
 
 
 def write_json(path: Path, value: Any, *, read_only: bool = False) -> Path:
+    """``json_bytes`` of ``value``, atomically."""
+    return write_atomic(path, json_bytes(value), read_only=read_only)
+
+
+def json_bytes(value: Any) -> bytes:
     """Indented UTF-8 JSON in reading order; NaN and infinities are refused, since JSON has none."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    return write_atomic(path, (text + "\n").encode(), read_only=read_only)
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def read_json(path: Path) -> Any:

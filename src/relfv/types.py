@@ -122,6 +122,8 @@ class Effects:
     """shape (N,)."""
     edited: TokenScores
     """shape (N, C)."""
+    per_pass: int = 1
+    """Prompts that shared a forward pass. Batch shapes change low-order bits: the same bytes need the same number."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,32 @@ class HeadEffects:
     """The C swept heads, by layer then head: the second axis of ``effects.edited``."""
     effects: Effects
     """base (trial,), edited (trial, head): target scores on the corrupted prompt, unpatched and patched."""
+
+
+@dataclass(frozen=True)
+class ArithmeticNoise:
+    """Differences between effects that would be equal if sums were exact, over some heads and trials."""
+
+    per_pass: int
+    """Prompts that shared a forward pass."""
+    largest: dict[str, float]
+    """For each of MEASURES the largest absolute difference."""
+    median: dict[str, float]
+    """Likewise the median."""
+
+
+@dataclass(frozen=True)
+class NoiseFloor:
+    """What arithmetic alone makes of a head's effect on one trial."""
+
+    heads: tuple[HeadId, ...]
+    """The heads measured."""
+    n_trials: int
+    """The trials measured: the first so many."""
+    identity: ArithmeticNoise
+    """Effects of giving each head its own value back; in exact arithmetic 0."""
+    other_shape: ArithmeticNoise
+    """The sweep's effects against the same ones from batches of another shape."""
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,16 @@ class Backbone:
         """Plain PyTorch in plain float32: what everything else is compared with."""
         return replace(self.plain(), precision="exact", tf32=False)
 
+    def products(self) -> dict[str, str | bool]:
+        """For the record: what its linear layers multiply in, and whether fused kernels run."""
+        if self.split:
+            kind = "bf16 pieces of float32"
+        elif self.precision == "fast":
+            kind = "the checkpoint's dtype"
+        else:
+            kind = "tf32" if self._arithmetic.matmul == "high" and self.device.type == "cuda" else "float32"
+        return {"products": kind, "kernels": self.fusions is not None}
+
     @contextmanager
     def running(self) -> Iterator[None]:
         """The context in which every forward pass happens: no gradients, and the arithmetic of ``precision``."""
@@ -116,19 +126,38 @@ class Engine(Protocol):
     backbone: Backbone
 
     def sweep_heads(
-        self, prompts: Prompts, targets: Sequence[int], replacement: torch.Tensor, heads: Sequence[HeadId]
+        self,
+        prompts: Prompts,
+        targets: Sequence[int],
+        replacement: torch.Tensor | None,
+        heads: Sequence[HeadId],
+        *,
+        per_pass: int | None = None,
     ) -> Effects:
         """For each prompt and head: z[layer, head] := replacement[layer, head], one head at a time.
 
-        ``replacement`` is (layer, head, head_dim); ``heads`` are sorted and are the second axis of the result.
+        ``replacement`` is (layer, head, head_dim); ``heads`` are sorted and are the second axis of the result. None
+        replaces each head by its own value in the unpatched copy: a patch that changes nothing, whose effect is
+        whatever the arithmetic makes up (stages/noise_floor.py).
+
+        ``per_pass`` prompts share a forward pass; None leaves the number to the engine. An engine that finds no room
+        for so many goes on with fewer; ``Effects.per_pass`` says how many it was.
         """
         ...
 
-    def inject(self, prompts: Prompts, targets: Sequence[int], vectors: torch.Tensor, layers: Sequence[int]) -> Effects:
+    def inject(
+        self,
+        prompts: Prompts,
+        targets: Sequence[int],
+        vectors: torch.Tensor,
+        layers: Sequence[int],
+        *,
+        per_pass: int | None = None,
+    ) -> Effects:
         """For each prompt, layer and vector: hidden state after the block += vector.
 
         ``vectors`` is (n_vectors, resid_dim); ``layers`` ascend; the second axis of the result runs over layers, then
-        vectors: column i * n_vectors + v.
+        vectors: column i * n_vectors + v. ``per_pass`` as in ``sweep_heads``.
         """
         ...
 

@@ -57,16 +57,25 @@ def naive_baseline(backbone: Backbone, prompt: Sequence[int], target: int) -> To
 
 @dataclass
 class ReferenceEngine:
-    """Every intervention of a layer is one row of a batch of whole forward passes; row 0 is left alone."""
+    """Every intervention of a layer is one row of a batch of whole forward passes; row 0 is left alone.
+
+    A pass holds one prompt, whatever ``per_pass`` asks for.
+    """
 
     backbone: Backbone
     name = "reference"
 
     def sweep_heads(
-        self, prompts: Prompts, targets: Sequence[int], replacement: torch.Tensor, heads: Sequence[HeadId]
+        self,
+        prompts: Prompts,
+        targets: Sequence[int],
+        replacement: torch.Tensor | None,
+        heads: Sequence[HeadId],
+        *,
+        per_pass: int | None = None,
     ) -> Effects:
         arch = self.backbone.arch
-        replacement = replacement.to(self.backbone.device)
+        values = None if replacement is None else replacement.to(self.backbone.device)
         groups = [list(group) for _, group in groupby(heads, key=lambda head: head.layer)]
         # All batches have one shape, so that the baseline of one is the baseline of all.
         n_rows = 1 + max(len(group) for group in groups)
@@ -78,14 +87,22 @@ class ReferenceEngine:
             def patch(z: torch.Tensor) -> torch.Tensor:
                 z = z.clone()
                 last = z[:, -1].view(len(z), arch.n_heads, arch.head_dim)
-                last[rows, index] = replacement[layer, index].to(z.dtype)
+                last[rows, index] = last[0, index] if values is None else values[layer, index].to(z.dtype)
                 return z
 
             return editing_inputs([(arch.out_projs[layer], patch)])
 
         return self._run(prompts, targets, n_rows, [(len(group), partial(patching, group)) for group in groups])
 
-    def inject(self, prompts: Prompts, targets: Sequence[int], vectors: torch.Tensor, layers: Sequence[int]) -> Effects:
+    def inject(
+        self,
+        prompts: Prompts,
+        targets: Sequence[int],
+        vectors: torch.Tensor,
+        layers: Sequence[int],
+        *,
+        per_pass: int | None = None,
+    ) -> Effects:
         vectors = vectors.to(self.backbone.device)
 
         def add(hidden: torch.Tensor) -> torch.Tensor:

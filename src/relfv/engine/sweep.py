@@ -22,6 +22,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -47,35 +48,54 @@ class SharedPrefixEngine:
     name = "shared_prefix"
 
     def sweep_heads(
-        self, prompts: Prompts, targets: Sequence[int], replacement: torch.Tensor, heads: Sequence[HeadId]
+        self,
+        prompts: Prompts,
+        targets: Sequence[int],
+        replacement: torch.Tensor | None,
+        heads: Sequence[HeadId],
+        *,
+        per_pass: int | None = None,
     ) -> Effects:
         by_layer: dict[int, list[int]] = {}
         for head in heads:
             by_layer.setdefault(head.layer, []).append(head.head)
-        replacement = replacement.to(self.backbone.device)
+        values = None if replacement is None else replacement.to(self.backbone.device)
         return self._in_chunks(
-            prompts, targets, len(heads), lambda: _head_patches(self.backbone, by_layer, replacement)
+            prompts, targets, len(heads), per_pass, lambda: _head_patches(self.backbone, by_layer, values)
         )
 
-    def inject(self, prompts: Prompts, targets: Sequence[int], vectors: torch.Tensor, layers: Sequence[int]) -> Effects:
+    def inject(
+        self,
+        prompts: Prompts,
+        targets: Sequence[int],
+        vectors: torch.Tensor,
+        layers: Sequence[int],
+        *,
+        per_pass: int | None = None,
+    ) -> Effects:
         vectors = vectors.to(self.backbone.device)
         n_copies = len(layers) * len(vectors)
-        # A function vector is no small difference; in a pass this short, more pieces cost next to nothing.
-        pieces = replace(self.backbone.pieces, difference=max(2, self.backbone.pieces.difference))
-        precise = replace(self, backbone=replace(self.backbone, pieces=pieces))
-        return precise._in_chunks(
-            prompts, targets, n_copies, lambda: _residual_additions(self.backbone, layers, vectors)
+        return self._for_vectors._in_chunks(
+            prompts, targets, n_copies, per_pass, lambda: _residual_additions(self.backbone, layers, vectors)
         )
+
+    @cached_property
+    def _for_vectors(self) -> SharedPrefixEngine:
+        """A function vector is no small difference; in a pass this short, more pieces cost next to nothing."""
+        pieces = replace(self.backbone.pieces, difference=max(2, self.backbone.pieces.difference))
+        return SharedPrefixEngine(replace(self.backbone, pieces=pieces))
 
     def _in_chunks(
         self,
         prompts: Prompts,
         targets: Sequence[int],
         n_edits: int,
+        per_pass: int | None,
         edit: Callable[[], AbstractContextManager[None]],
     ) -> Effects:
-        """Run as many prompts at a time as fit; after an out-of-memory error go on with half as many."""
-        size = min(len(prompts), self._prompts_that_fit(prompts, n_edits))
+        """Run ``per_pass`` prompts at a time, or as many as fit; after an out-of-memory error all of them again, half
+        as many at a time, so that one number says how the whole result was made."""
+        size = min(len(prompts), per_pass or self._prompts_that_fit(prompts, n_edits))
         scores: list[TokenScores] | None = None
         while scores is None:
             try:
@@ -93,7 +113,7 @@ class SharedPrefixEngine:
                 torch.cuda.empty_cache()
                 log.warning("out of memory: going on with %d prompts at a time", size)
         joined = TokenScores.cat(scores)
-        return Effects(base=joined[:, 0], edited=joined[:, 1:])
+        return Effects(base=joined[:, 0], edited=joined[:, 1:], per_pass=size)
 
     def _pass(
         self,
@@ -166,9 +186,10 @@ def _run_last_tokens(backbone: Backbone, last: torch.Tensor, prefix: Prefix) -> 
 
 
 def _head_patches(
-    backbone: Backbone, by_layer: dict[int, list[int]], replacement: torch.Tensor
+    backbone: Backbone, by_layer: dict[int, list[int]], replacement: torch.Tensor | None
 ) -> AbstractContextManager[None]:
-    """Before block l: one copy of the unpatched token for each head of ``by_layer[l]``; then overwrite its slice."""
+    """Before block l: one copy of the unpatched token for each head of ``by_layer[l]``; then overwrite its slice, by
+    the same head's slice of copy 0 where there is no ``replacement``."""
     arch = backbone.arch
 
     def grower(count: int) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -176,14 +197,14 @@ def _head_patches(
 
     def patcher(layer: int, heads: list[int]) -> Callable[[torch.Tensor], torch.Tensor]:
         index = torch.tensor(heads, device=backbone.device)
-        new_values = replacement[layer, index]
+        given = None if replacement is None else replacement[layer, index]
 
         def patch(z: torch.Tensor) -> torch.Tensor:
             n, copies, _ = z.shape
             z = z.contiguous()  # ours, and edited in place: attention's output is read by this projection alone
             by_head = z.view(n, copies, arch.n_heads, arch.head_dim)
             own = torch.arange(copies - len(heads), copies, device=z.device)
-            by_head[:, own, index] = new_values.to(z.dtype)
+            by_head[:, own, index] = by_head[:, 0, index] if given is None else given.to(z.dtype)
             return z
 
         return patch

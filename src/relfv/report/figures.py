@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import PolyCollection
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from relfv.types import ScoredHead
@@ -22,6 +22,8 @@ _LABELS = {
     "mean_delta_logit": "mean change in the answer's logit",
     "mean_delta_logprob": "mean change in log P(answer), nats",
 }
+_TITLE_WIDTH = 4.0
+"""Inches that a title of usual length needs."""
 
 
 def heatmap_png(scored: Sequence[ScoredHead], metric: str, top: Sequence[ScoredHead], q_id: str) -> bytes:
@@ -36,21 +38,27 @@ def heatmap_png(scored: Sequence[ScoredHead], metric: str, top: Sequence[ScoredH
         grid[head.id.layer, head.id.head] = head.scores[metric]
     limit = float(np.nanmax(np.abs(grid))) or 1.0
 
-    cell = min(0.34, max(0.13, 6.0 / max(n_heads, n_layers)))  # inches; 6 x 6 heads to 64 x 80 stay legible
-    size = (max(4.0, cell * n_heads + 1.7), max(2.8, cell * n_layers + 1.0))
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.add_subplot()
+    cell = min(0.4, max(0.13, 6.0 / max(n_heads, n_layers)))  # inches; 6 x 6 heads to 64 x 80 stay legible
+    wide, high = cell * n_heads, cell * n_layers
+    beside = max(0.0, _TITLE_WIDTH - wide - 1.6)  # a narrow grid stands in the middle under its title
+    figure, place = _figure(wide + 1.6 + beside, high + 0.95)
+    left = 0.6 + beside / 2
+    axes = place(left, 0.5, wide, high)
     axes.set_facecolor("0.8")
-    image = axes.imshow(grid, origin="lower", cmap="RdBu_r", norm=TwoSlopeNorm(0.0, -limit, limit), aspect="equal")
-    for head in top:
-        corner = (head.id.head - 0.5, head.id.layer - 0.5)
-        axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="black", linewidth=1.2))
+    image = axes.imshow(grid, origin="lower", cmap="RdBu_r", norm=TwoSlopeNorm(0.0, -limit, limit), aspect="auto")
+    corners = np.array([(-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5)])
+    frames = [corners + np.array((head.id.head, head.id.layer)) for head in top]
+    axes.add_collection(PolyCollection(frames, facecolors="none", edgecolors="black", linewidths=1.2), autolim=False)
     axes.set_xlabel("head")
     axes.set_ylabel("layer")
-    _whole_numbers(axes)
+    axes.xaxis.set_major_locator(_whole_numbers(wide))
+    axes.yaxis.set_major_locator(_whole_numbers(high))
     n_trials = f", {scored[0].n_trials} trials" if scored[0].n_trials else ""
-    axes.set_title(f"{q_id}: CIE of every head{n_trials} (top {len(top)} framed)", fontsize=10)
-    figure.colorbar(image, ax=axes, label=_LABELS.get(metric, metric), shrink=0.95)
+    figure.text(
+        0.5, 1 - 0.12 / figure.get_figheight(), f"{q_id}: CIE of every head{n_trials} (top {len(top)} framed)",
+        ha="center", va="top", fontsize=10,
+    )  # fmt: skip
+    figure.colorbar(image, cax=place(left + wide + 0.12, 0.5, 0.14, high), label=_LABELS.get(metric, metric))
     return _png(figure)
 
 
@@ -63,8 +71,8 @@ def injection_curve_png(
     the same trials), drawn as a line if there.
     """
     order = sorted(layers)
-    figure = Figure(figsize=(9.0, 3.4), layout="constrained")
-    panels = figure.subplots(1, 2, sharex=True)
+    figure, place = _figure(9.0, 3.4)
+    panels = [place(left, 0.48, 4.0, 2.35) for left in (0.42, 4.87)]
     n_eval = layers[order[0]]["n_eval"]
     for axes, title, name, clean in (
         (panels[0], "P(first answer token)", "mean_p", "mean_p"),
@@ -81,24 +89,36 @@ def injection_curve_png(
         axes.plot(order, [layers[i][f"{name}_base"] for i in order], "--", color=_WITHOUT, label="zero-shot")
         if reference:
             axes.axhline(reference["clean"][clean], color=_CLEAN, ls=":", label="clean few-shot")
-        axes.set_title(title, fontsize=10)
+        axes.set_title(title, fontsize=10, y=1.0)  # without y Matplotlib measures every tick label to find one
         axes.set_xlabel("injection layer")
         axes.set_ylim(-0.03, 1.03)
         axes.grid(alpha=0.25)
-        _whole_numbers(axes, x_only=True)
+        axes.xaxis.set_major_locator(_whole_numbers(4.0))
     panels[0].legend(fontsize=8, framealpha=0.9)
     figure.suptitle(f"{q_id}: function vector added at each layer ({n_eval} zero-shot prompts)", fontsize=10)
     return _png(figure)
 
 
-def _whole_numbers(axes: Axes, *, x_only: bool = False) -> None:
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True))
-    if not x_only:
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=16, integer=True))
+def _figure(width: float, height: float) -> tuple[Figure, Callable[[float, float, float, float], Axes]]:
+    """A figure of this many inches, and a function that places axes in it: left, bottom, width, height in inches.
+
+    Matplotlib's layout engines find margins by drawing all text twice more, half of a figure's time.
+    """
+    figure = Figure(figsize=(width, height))
+
+    def place(left: float, bottom: float, wide: float, high: float) -> Axes:
+        return figure.add_axes((left / width, bottom / height, wide / width, high / height))
+
+    return figure, place
+
+
+def _whole_numbers(inches: float) -> MaxNLocator:
+    return MaxNLocator(nbins=max(2, min(16, int(inches * 4))), integer=True)
 
 
 def _png(figure: Figure) -> bytes:
-    FigureCanvasAgg(figure)
+    """Drawn once: ``savefig`` draws a figure a first time only to learn its size."""
+    figure.set_dpi(110)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()

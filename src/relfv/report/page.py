@@ -9,7 +9,7 @@ from urllib.parse import quote
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from relfv import __version__
-from relfv.artifacts import MANIFEST, QidPaths, read_trials
+from relfv.artifacts import MANIFEST, QidPaths, read_noise_floor, read_trials
 from relfv.config import Settings
 from relfv.errors import InputError, RelfvError
 from relfv.report.table import find_statuses
@@ -98,6 +98,8 @@ def _completed(folder: Path, status: QidStatus) -> dict[str, Any]:
         "top_heads": heads[:_HEADS_SHOWN],
         "n_top": len(heads),
         "clean_p": read_json(paths.step_e_eval)["reference"]["clean"]["mean_p"],
+        # Folders of earlier versions have none.
+        "noise_floor": read_noise_floor(paths.noise_floor) if paths.noise_floor.exists() else None,
         "best_layer": summary["best_layer"],
         "best": read_json(paths.artifacts / layer["eval_summary_path"]),
         "heatmap": _link(folder, paths.heatmap),

@@ -17,10 +17,12 @@ def head_effects(
     target_ids: Sequence[int],
     means: MeanActivations,
     heads: Sequence[HeadId],
+    *,
+    trials_per_pass: int | None = None,
 ) -> HeadEffects:
     """On each corrupted prompt set each head, one at a time, to its clean mean and score the target.
 
-    Raises InputError if ``means`` is of another shape than the model's heads.
+    ``trials_per_pass`` None: as many as the engine finds room for. Raises InputError if ``means`` is of another shape than the model's heads.
     """
     arch = model.arch
     shape = (arch.n_layers, arch.n_heads, arch.head_dim)
@@ -28,7 +30,8 @@ def head_effects(
         raise InputError(f"clean means of shape {tuple(means.values.shape)} do not fit {model.name}, which has {shape}")
     ids = [model.tokens.encode(prompt) for prompt in corrupted_prompts]
     ordered = tuple(sorted(heads))
-    return HeadEffects(ordered, model.engine.sweep_heads(ids, target_ids, means.values, ordered))
+    found = model.engine.sweep_heads(ids, target_ids, means.values, ordered, per_pass=trials_per_pass)
+    return HeadEffects(ordered, found)
 
 
 def score_heads(effects: HeadEffects, means: MeanActivations) -> list[ScoredHead]:

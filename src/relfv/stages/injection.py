@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,16 +40,17 @@ class InjectionSweep:
         self._noticeable = abs(alpha) >= 0.01 and bool(fv.any())
         self._all: Effects | None = None
 
-    def at_layer(self, edit_layer: int) -> Effects:
+    def at_layer(self, edit_layer: int, per_pass: int | None = None) -> Effects:
         """Effects with fields (prompt,) without and (prompt, 1) with the vector at ``edit_layer``.
 
-        Raises InputError for a layer the model does not have, RunError if a vector that is not small changed nothing.
+        ``per_pass`` prompts share a forward pass where this call is the one that computes. Raises InputError for a layer the model does not have, RunError if a vector that is not small changed nothing.
         """
         require_layer(self._model, edit_layer)
         if self._all is None:
             layers = list(range(self._model.arch.n_layers))
-            self._all = self._model.engine.inject(self._ids, self._targets, self._vector[None], layers)
-        effects = Effects(base=self._all.base, edited=self._all.edited[:, edit_layer : edit_layer + 1])
+            vectors = self._vector[None]
+            self._all = self._model.engine.inject(self._ids, self._targets, vectors, layers, per_pass=per_pass)
+        effects = replace(self._all, edited=self._all.edited[:, edit_layer : edit_layer + 1])
         if self._noticeable and torch.equal(effects.edited.logit[:, 0], effects.base.logit):
             raise RunError(
                 f"injecting at layer {edit_layer} changed no logit of any prompt although the vector is not small: "
