@@ -11,9 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import tempfile
+import threading
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -36,26 +41,52 @@ def main() -> None:
         model = model_folder(args.shape, work)
         out = Path(temporary) / "out"
         started = time.monotonic()
-        code = relfv(
-            ["run", "--model", model, "--q_list", args.q_list, "--out_root", str(out), "--device", args.device,
-             "--precision", args.precision]
-        )  # fmt: skip
+        with sampling_the_gpu() as busy:
+            code = relfv(
+                ["run", "--model", model, "--q_list", args.q_list, "--out_root", str(out), "--device", args.device,
+                 "--precision", args.precision]
+            )  # fmt: skip
         seconds = time.monotonic() - started
         if code:
             raise SystemExit(code)
-        print(table(out, args, seconds))
+        print(table(out, args, seconds, busy))
 
 
-def table(out: Path, args: argparse.Namespace, seconds: float) -> str:
+@contextmanager
+def sampling_the_gpu() -> Iterator[list[tuple[datetime, int]]]:
+    """While open, a thread notes the time and the share of it (%) in which a kernel ran, as the driver counts it."""
+    samples: list[tuple[datetime, int]] = []
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.2):
+            try:
+                samples.append((datetime.now(timezone.utc), torch.cuda.utilization()))
+            except (ImportError, RuntimeError):  # no NVML bindings
+                return
+
+    watcher = threading.Thread(target=watch)
+    if torch.cuda.is_available():
+        watcher.start()
+    try:
+        yield samples
+    finally:
+        done.set()
+        if watcher.ident:
+            watcher.join()
+
+
+def table(out: Path, args: argparse.Namespace, seconds: float, busy: list[tuple[datetime, int]]) -> str:
     """Seconds a stage and q_id, from the time stamps in qid_status.json."""
-    from datetime import datetime
-
     manifest = json.loads(next(out.glob("*/run_manifest.json")).read_text())
     stages: dict[str, list[float]] = defaultdict(list)
-    for path in sorted(out.glob("*/*/artifacts/qid_status.json")):
+    times: list[datetime] = []
+    for path in sorted(out.glob("*/*/artifacts/qid_status.json"), key=lambda path: path.stat().st_mtime):
         per_stage: dict[str, float] = defaultdict(float)
         for name, record in json.loads(path.read_text())["stages"].items():
-            took = datetime.fromisoformat(record["finished_at"]) - datetime.fromisoformat(record["started_at"])
+            begun, ended = (datetime.fromisoformat(record[key]) for key in ("started_at", "finished_at"))
+            times += [begun, ended]
+            took = ended - begun
             per_stage["step6 (all layers)" if name.startswith("step6_layer") else name] += took.total_seconds()
         for name, value in per_stage.items():
             stages[name].append(value)
@@ -71,8 +102,19 @@ def table(out: Path, args: argparse.Namespace, seconds: float) -> str:
     lines += [f"| {name} | {values[0]:.2f} | {later[name]:.2f} |" for name, values in stages.items()]
     first = sum(values[0] for values in stages.values())
     lines.append(f"| **whole q_id** | {first:.2f} | {sum(later.values()):.2f} |")
-    lines.append(f"\nwhole command, model opened from disk: {seconds:.1f} s for {len(stages['stepE'])} q_ids")
+    first_stage, last_stage = min(times), max(times)
+    lines.append(
+        f"\n{len(stages['stepE'])} q_ids: {(last_stage - first_stage).total_seconds():.1f} s after the model is open, "
+        f"{seconds:.1f} s with opening it from disk"
+    )
+    floors = [
+        json.loads(path.read_text())["other_shape"]["p"]["max"]
+        for path in out.glob("*/*/artifacts/stepD_cie/noise_floor.json")
+    ]
+    lines.append(f"noise floor in P, largest of any q_id: {max(floors):.1e}")
     if torch.cuda.is_available():
+        during = [share for at, share in busy if first_stage <= at <= last_stage]
+        lines.append(f"GPU busy {statistics.mean(during):.0f} % of that time" if during else "GPU's share not known")
         lines.append(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
     return "\n".join(lines)
 

@@ -96,3 +96,14 @@ def test_more_pieces_come_closer() -> None:
     t = truth(LLAMA)
     one, two = (t.sweep_error(replace(t.backbone, pieces=Pieces(3, 3, n))) for n in (1, 2))
     assert two < one / 10
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize(
+    "family", [LLAMA, "Mistral: window", "Qwen3: query and key norms", "GPT-2: Conv1D, learned positions"]
+)
+def test_a_head_given_its_own_value_has_an_effect_of_exactly_zero(family: str, precision: str) -> None:
+    backbone = on_gpu(family, precision)
+    for variant in (backbone, backbone.plain(), backbone.strict()):
+        found = SharedPrefixEngine(variant).sweep_heads(PROMPTS, [5, 17, 123], None, all_heads(backbone))
+        assert torch.equal(found.edited.logprob, found.base.logprob[:, None].expand_as(found.edited.logprob))
