@@ -30,7 +30,7 @@ from typing import Any
 import torch
 import transformers
 
-from relfv.engine.base import Backbone, capture_heads
+from relfv.engine.base import Backbone, capture_heads, last_hidden
 from relfv.engine.language_model import LanguageModel, open_model
 from relfv.engine.reference import ReferenceEngine, naive_baseline, naive_head_patch
 from relfv.engine.sweep import SharedPrefixEngine
@@ -79,11 +79,12 @@ class Sweep:
             self.targets = []
         strict = model.backbone.strict()
         with strict.running():
-            z, hidden = [
-                torch.cat(parts) for parts in zip(*(capture_heads(strict, [ids]) for ids in clean), strict=True)
-            ]
-            # What the model would say to the clean prompt is what corruption takes away and a patch brings back.
-            self.targets = self.targets or strict.arch.lm_head(hidden.float()).argmax(-1).tolist()
+            if (
+                not self.targets
+            ):  # what the model says to the corrupted prompt: its probability is one that a patch can move
+                hidden = torch.cat([last_hidden(strict, [ids]) for ids in self.prompts])
+                self.targets = strict.arch.lm_head(hidden.float()).argmax(-1).tolist()
+            z = torch.cat([capture_heads(strict, [ids])[0] for ids in clean])
         self.means = z.double().mean(0).float()
         arch = model.arch
         self.heads = [HeadId(layer, head) for layer in range(arch.n_layers) for head in range(arch.n_heads)]

@@ -152,7 +152,9 @@ _ANIMALS = (
     Animal("Gemma 1", lambda: tf.GemmaForCausalLM(tf.GemmaConfig(**GROUPED, **IDS, head_dim=20)), "wide heads"),
     Animal(
         "Gemma 2",
-        lambda: tf.Gemma2ForCausalLM(tf.Gemma2Config(**GROUPED, **IDS, **ALTERNATING, **UNTIED, head_dim=20)),
+        lambda: tf.Gemma2ForCausalLM(
+            tf.Gemma2Config(**GROUPED, **IDS, **ALTERNATING, **UNTIED, head_dim=20, attn_implementation="eager")
+        ),
         "soft caps, window in some layers, norms after attention",
     ),
     Animal(

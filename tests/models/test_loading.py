@@ -116,3 +116,15 @@ def test_a_model_that_predicts_no_next_token_is_bad_input(save_model: Callable[.
     config = tf.T5Config(vocab_size=300, d_model=48, num_layers=1, num_heads=4, d_ff=64, d_kv=12)
     with pytest.raises(InputError, match=r"its model_type is 't5', which transformers .* does not know as a causal"):
         open_model(str(save_model(tf.T5ForConditionalGeneration(config))), "auto", device="cpu")
+
+
+def test_a_model_with_soft_capped_scores_attends_by_code_that_knows_the_cap(save_model: Callable[..., Path]) -> None:
+    config = tf.Gemma2Config(
+        vocab_size=420, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=12, attn_logit_softcapping=2.0,
+    )  # fmt: skip
+    folder = save_model(scale_up(tf.Gemma2ForCausalLM(config)))
+    model = open_model(str(folder), device="cpu")
+    assert model.backbone.model.config._attn_implementation == "eager"
+    assert model.check.max_error is not None
+    assert model.check.max_error < 1e-4

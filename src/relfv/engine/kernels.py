@@ -25,6 +25,9 @@ except ImportError:  # CPU builds of PyTorch come without Triton
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 
+_SHAPES = ["n_prompts", "n_copies", "n_rows", "n_prefix", "row_0", "window"]
+"""Arguments that differ from pass to pass: a kernel made for one value of them would be made again for the next."""
+
 _ROWS = 16
 _COLUMNS = 256
 
@@ -73,7 +76,7 @@ if AVAILABLE:
             total += tl.load(bias + columns, mask=columns < width, other=0.0).to(tl.float32)
         return total
 
-    @triton.jit
+    @triton.jit(do_not_specialize=_SHAPES)
     def _split_differences_kernel(
         x, out, n_prompts, n_copies, n_rows, width,
         DIFFERENCE: tl.constexpr, BASE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -87,7 +90,7 @@ if AVAILABLE:
         base_rows = DIFFERENCE * n_rows + prompt + copies
         _store_pieces(out, base_rows, n_prompts, columns, width, tl.broadcast_to(base, [ROWS, COLUMNS]), first, BASE)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=_SHAPES)
     def _join_differences_kernel(
         raw, bias, n_prompts, n_copies, n_rows, width,
         DIFFERENCE: tl.constexpr, BASE: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -108,7 +111,7 @@ if AVAILABLE:
         else:
             return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
 
-    @triton.jit
+    @triton.jit(do_not_specialize=_SHAPES)
     def _gate_differences_kernel(
         gate, up, gate_bias, up_bias, out, n_prompts, n_copies, n_rows, width,
         KIND: tl.constexpr, DIFFERENCE: tl.constexpr, BASE: tl.constexpr,
@@ -170,7 +173,7 @@ if AVAILABLE:
         tl.store(out, (x_1 * cos_1 - x_2 * sin_1).to(out.dtype.element_ty), mask=mask)
         tl.store(out + half, (x_2 * cos_2 + x_1 * sin_2).to(out.dtype.element_ty), mask=mask)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=_SHAPES)
     def _rotate_kernel(
         q, k, cos, sin, q_out, k_out, n_copies, half,
         q_prompt, q_head, q_copy, k_prompt, k_head, k_copy, angle_prompt, angle_copy,
@@ -195,7 +198,7 @@ if AVAILABLE:
             K_HEADS, half, k_head, 2 * half, K_BLOCK, HALF,
         )  # fmt: skip
 
-    @triton.jit
+    @triton.jit(do_not_specialize=_SHAPES)
     def _attend_kernel(
         q, k, v, k_prefix, v_prefix, lengths, sinks, out,
         n_copies, n_prefix, window, scale, softcap,
@@ -265,7 +268,7 @@ if AVAILABLE:
             result.to(out.dtype.element_ty), mask=mask,
         )  # fmt: skip
 
-    @triton.jit
+    @triton.jit(do_not_specialize=_SHAPES)
     def _read_kernel(
         raw, base, targets, logit, logprob, top, row_0, vocabulary, n_copies, base_prompt, scale, softcap,
         CAPPED: tl.constexpr, BLOCK: tl.constexpr,

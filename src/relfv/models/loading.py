@@ -17,7 +17,7 @@ import torch
 
 from relfv.errors import InputError
 from relfv.models.adapters import Adapter, adapter_in, merged, require_peft
-from relfv.models.families import Architecture, resolve
+from relfv.models.families import Architecture, resolve, text_config
 from relfv.models.identity import folder_identity
 from relfv.models.tokens import Tokens
 
@@ -218,6 +218,9 @@ def _load_weights(
         ) from None
     except Exception as problem:  # likewise: missing, damaged or unknown checkpoints come as many kinds
         raise _unreadable(name, "model", problem) from problem
+    if getattr(text_config(model.config), "attn_logit_softcapping", None) is not None:
+        # SDPA has no soft cap (Gemma 2); some releases of transformers use it all the same and leave the cap out.
+        model.set_attn_implementation("eager")
     return model.eval().requires_grad_(False)
 
 
