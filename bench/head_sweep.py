@@ -103,7 +103,7 @@ def bench(args: argparse.Namespace, model: LanguageModel) -> str:
     checked = truth_error(exact.strict(), sweep, truth, args.truth)
     rows.append(["strict float32 (truth)", f"{truth_s:.2f}", "", f"{truth_gib:.1f}", f"hooks: {checked:.1e}", "", ""])
 
-    plain_s, naive_errors = naive(fast, sweep, truth, args.naive)
+    plain_s, naive_errors = naive(fast.plain(), sweep, truth, args.naive)
     naive_s = plain_s * (n_patches + len(sweep.prompts))
     rows.append(["naive", f"{naive_s:.0f}", "1", "", *naive_errors, f"{args.naive} passes run"])
 

@@ -320,7 +320,8 @@ def write_noise_floor(
         {
             "q_id": paths.q_id,
             "meaning": "Both numbers would be 0 if sums were exact. identity: a head is given its own value back, by the "
-            f"sweep's own kernels. other_shape: the same effect from a batch of another shape. {found}",
+            "sweep's own kernels. other_shape: the same effect from a batch of another shape, and from finer pieces where "
+            f"products are put together from pieces. {found}",
             **arithmetic,
             "trials_per_pass": trials_per_pass,
             "heads_per_trial": n_heads,

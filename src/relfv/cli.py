@@ -125,7 +125,7 @@ def _model_flags(parser: argparse.ArgumentParser) -> None:
     _setting(
         group,
         "--precision",
-        "exact: float32 arithmetic (TF32 on CUDA); fast: the weights' dtype",
+        "exact: float32 arithmetic; fast: the weights' dtype",
         choices=("exact", "fast"),
     )
     _setting(

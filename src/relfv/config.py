@@ -33,7 +33,8 @@ class Settings:
     quant: str = "none"
     """``none``, ``8bit`` or ``4bit`` (bitsandbytes)."""
     precision: str = "exact"
-    """``exact``: float32 arithmetic (TF32 products on CUDA). ``fast``: the weights' dtype, float32 logits."""
+    """``exact``: float32 arithmetic (on CUDA with products from bf16 pieces, or TF32). ``fast``: the weights' dtype, float32
+    logits."""
     seed: int = 0
     """Seed of the trials."""
     relation_csv_path: str = str(SPEC_CSV)

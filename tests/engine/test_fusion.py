@@ -42,8 +42,22 @@ def test_a_norm_with_another_formula_keeps_its_own_code() -> None:
         def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
             return super().forward(hidden_states) + 0.01
 
+    class OtherEpsilon(modeling_llama.LlamaRMSNorm):
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            return (
+                self.weight
+                * hidden_states
+                / (hidden_states.pow(2).mean(-1, keepdim=True).sqrt() + self.variance_epsilon)
+            )
+
+    class Raising(modeling_llama.LlamaRMSNorm):
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            raise AssertionError
+
     with torch.inference_mode():
         assert as_norm(with_random_weights(Lookalike(32))) is None
+        assert as_norm(with_random_weights(OtherEpsilon(32))) is None
+        assert as_norm(with_random_weights(Raising(32))) is None
 
 
 def test_gated_mlps_are_told_apart_by_their_activation() -> None:
@@ -58,25 +72,24 @@ def test_a_gated_mlp_with_another_formula_keeps_its_own_code() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x).clamp(-1, 1)
 
+    class ClampedLate(modeling_llama.LlamaMLP):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down_proj(self.act_fn(self.gate_proj(x).clamp(max=50.0)) * self.up_proj(x))
+
     relu = tf.LlamaConfig(**{**LLAMA.to_dict(), "hidden_act": "relu"})
     with torch.inference_mode():
         assert as_gated_mlp(with_random_weights(Clamped(LLAMA))) is None
+        assert as_gated_mlp(with_random_weights(ClampedLate(LLAMA))) is None
         assert as_gated_mlp(with_random_weights(modeling_llama.LlamaMLP(relu))) is None
 
 
 def test_activations_are_told_apart_by_what_they_compute() -> None:
     from transformers.activations import ACT2FN
 
-    found = {
-        name: as_activation(ACT2FN[name], "cpu") for name in ("gelu_new", "gelu_fast", "gelu", "quick_gelu", "relu2")
-    }
-    assert found == {
-        "gelu_new": "gelu_tanh",
-        "gelu_fast": "gelu_tanh",
-        "gelu": "gelu",
-        "quick_gelu": None,
-        "relu2": None,
-    }
+    expected = {
+        "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu": "gelu", "gelu_10": None, "quick_gelu": None, "relu2": None,
+    }  # fmt: skip
+    assert {name: as_activation(ACT2FN[name], "cpu") for name in expected} == expected
     assert as_activation(nn.Tanh(), "cpu") is None
 
 

@@ -18,6 +18,7 @@ from parity import (
     gaps,
     injection_gaps,
     naive_base,
+    naive_injections,
     naive_sweep,
     prompts_of_different_length,
     replacements,
@@ -25,6 +26,7 @@ from parity import (
     truth,
 )
 from relfv.engine.base import Backbone, capture_heads
+from relfv.engine.readout import score_prompts
 from relfv.engine.reference import ReferenceEngine
 from relfv.engine.selfcheck import MIN_EFFECT
 from relfv.engine.sweep import SharedPrefixEngine
@@ -192,3 +194,27 @@ def test_every_model_type_that_has_a_spec_is_tested() -> None:
 def test_an_architecture_that_no_spec_names_is_measured_all_the_same(family: str) -> None:
     assert truth(family).backbone.arch.spec_name == "generic"
     assert_same(sweep_gaps(family, "shared_prefix"))
+
+
+ROTARIES = {
+    "longrope": {"rope_type": "longrope", "short_factor": [1.0] * 6, "long_factor": [4.0] * 6},
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+}
+
+
+@pytest.mark.parametrize("kind", ROTARIES)
+@pytest.mark.parametrize("lengths", [(15, 9), (17, 9), (23, 21), (16, 17)])
+def test_rotary_frequencies_that_depend_on_the_length_of_the_call(kind: str, lengths: tuple[int, int]) -> None:
+    rotary = {"rope_theta": 10000.0, "original_max_position_embeddings": 16, **ROTARIES[kind]}
+    backbone = backbone_of(lambda: llama(300, head_dim=12, max_position_embeddings=16, rope_parameters=rotary))
+    assert backbone.arch.steady_up_to == 16
+    prompts = [[(7 * i + n) % 290 for i in range(n)] for n in lengths]
+    targets = naive_base(backbone, prompts, [5, 5]).top_id.tolist()
+    values = replacements(backbone, [prompts[0], prompts[0]])
+    found = SharedPrefixEngine(backbone).sweep_heads(prompts, targets, values, all_heads(backbone))
+    assert gaps(found, naive_sweep(backbone, prompts, targets, values)).delta_logprob < 1e-4
+    vector = torch.ones(1, backbone.arch.resid_dim)
+    layers = range(backbone.arch.n_layers)
+    found = SharedPrefixEngine(backbone).inject(prompts, targets, vector, layers)
+    assert gaps(found, naive_injections(backbone, prompts, targets, vector)).delta_logprob < 1e-4
+    assert torch.allclose(score_prompts(backbone, prompts, targets).logprob, found.base.logprob, atol=1e-4)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -92,6 +95,20 @@ def test_layers_that_share_an_input_and_layers_that_do_not() -> None:
     with torch.inference_mode():
         for layer, given in ((one, x), (two, x), (two, y), (one, y)):
             assert relative_error(differences.forward(layer)(given), in_float64(layer, given)) < 1e-6
+
+
+def test_a_pass_leaves_nothing_behind_without_the_cycle_collector() -> None:
+    layer, x = bf16_layer(), copies(0.1)
+    gone = []
+    weakref.finalize(x, gone.append, True)
+    gc.disable()
+    try:
+        with torch.inference_mode(), replaced([(layer, Differences(Pieces()).forward(layer))]):
+            layer(x)
+        del x
+        assert gone
+    finally:
+        gc.enable()
 
 
 def test_a_replaced_forward_keeps_hooks_and_is_undone_after_an_error() -> None:

@@ -94,6 +94,7 @@ def shared_prefix_attention(
     """
     active = _require_active(kwargs)
     _require_same_window(attention_mask, sliding_window)
+    _require_usual_shapes(query, key, value)
     layer = int(module.layer_idx) if layer is None else layer  # type: ignore[arg-type]
     attend = kernels.attend if active.by_kernel and kernels.usable(query) else attend_plainly
     if key_bias is not None:
@@ -139,7 +140,8 @@ def attend_plainly(
         by_head = scores.view(n, n_heads, copies, -1) + _relative_to_own(key_bias, lengths)
         scores = by_head.view_as(scores)
     scores = scores.masked_fill(~_visible(lengths, scores.shape[-1], window), -torch.inf)
-    lse = scores.logsumexp(-1, keepdim=True)
+    # Finite also where a window of one token hides the whole prefix.
+    lse = scores.logsumexp(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
     o_prefix = (scores - lse).exp() @ v_prefix.float()
 
     own_key = key.float().repeat_interleave(group, dim=1).reshape_as(q)
@@ -197,6 +199,14 @@ def _require_same_window(attention_mask: torch.Tensor | None, sliding_window: in
     if attention_mask is not None and attention_mask.dim() == 0 and int(attention_mask) != sliding_window:
         raise UnsupportedAttention(
             f"the model's mask limits attention to {int(attention_mask)} tokens, in a way unknown to {NAME}"
+        )
+
+
+def _require_usual_shapes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    """Keys and values of other widths (latent caches) would be read past their ends."""
+    if key.shape != value.shape or key.shape[-1] != query.shape[-1]:
+        raise UnsupportedAttention(
+            f"queries, keys and values of shapes {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)} are unknown to {NAME}"
         )
 
 

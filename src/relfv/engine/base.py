@@ -64,12 +64,13 @@ class Backbone:
 
     def products(self) -> dict[str, str | bool]:
         """For the record: what its linear layers multiply in, and whether fused kernels run."""
-        if self.split:
-            kind = "bf16 pieces of float32"
-        elif self.precision == "fast":
+        tf32 = self._arithmetic.matmul == "high" and self.device.type == "cuda"
+        if self.precision == "fast":
             kind = "the checkpoint's dtype"
+        elif self.split:
+            kind = "bf16 pieces of float32" + (" in some layers, tf32 in the others" if tf32 else "")
         else:
-            kind = "tf32" if self._arithmetic.matmul == "high" and self.device.type == "cuda" else "float32"
+            kind = "tf32" if tf32 else "float32"
         return {"products": kind, "kernels": self.fusions is not None}
 
     @contextmanager
@@ -105,6 +106,16 @@ class Backbone:
     def decoder(self) -> nn.Module:
         """The model without its vocabulary projection; its first output is the final, normed hidden state."""
         return self.arch.decoder
+
+    def depends_on_company(self, prompts: Prompts) -> bool:
+        """True if what a prompt gives depends on the others in its batch, and on being run in one go: see
+        ``Architecture.steady_up_to``."""
+        limit = self.arch.steady_up_to
+        return limit is not None and max(len(prompt) for prompt in prompts) > limit
+
+    def passes(self, prompts: Prompts, size: int) -> Iterator[slice]:
+        """``prompt_chunks`` of at most ``size``, one by one where prompts must not share a batch."""
+        return prompt_chunks(prompts, 1 if self.depends_on_company(prompts) else size)
 
     def takes_position_ids(self) -> bool:
         """False for families that number positions themselves (Falcon with ALiBi, Bloom)."""
@@ -159,6 +170,10 @@ class Engine(Protocol):
         ``vectors`` is (n_vectors, resid_dim); ``layers`` ascend; the second axis of the result runs over layers, then
         vectors: column i * n_vectors + v. ``per_pass`` as in ``sweep_heads``.
         """
+        ...
+
+    def finer(self) -> Engine:
+        """The same engine with less rounding, where its arithmetic has a choice: what its rounding is measured with."""
         ...
 
 

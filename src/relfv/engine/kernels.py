@@ -5,8 +5,9 @@ through memory per operation, would take as long again. Each kernel here does on
 trip. Triton compiles each in a fraction of a second and caches it on disk, so even a single q_id gains; torch.compile
 of the same pieces takes tens of seconds first, more than a dozen q_ids give back.
 
-Every kernel has its plain PyTorch equal beside its caller (products.py, fusion.py, attention.py, readout.py), which is
-what runs without CUDA or Triton and what tests compare with. Nothing here knows models or modules.
+Whatever a kernel does can be done without it: by plain PyTorch beside its caller (products.py, attention.py, readout.py)
+or by the module whose place it takes (fusion.py). That is what runs without CUDA or Triton, and what tests compare
+with. Nothing here knows models or modules.
 """
 
 from __future__ import annotations
@@ -138,8 +139,13 @@ if AVAILABLE:
     @triton.jit
     def _split_kernel(x, out, count, PIECES: tl.constexpr, BLOCK: tl.constexpr):
         index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        value = tl.load(x + index, mask=index < count, other=0.0)
-        _store_pieces(out, 0, 1, index, count, value, index < count, PIECES)
+        mask = index < count
+        value = tl.load(x + index, mask=mask, other=0.0)
+        for _ in tl.static_range(PIECES):
+            piece = value.to(tl.bfloat16)
+            tl.store(out + index, piece, mask=mask)
+            value -= piece.to(tl.float32)
+            index += count
 
     @triton.jit
     def _gate_kernel(gate, up, out, count, KIND: tl.constexpr, BLOCK: tl.constexpr):

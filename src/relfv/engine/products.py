@@ -84,13 +84,16 @@ class Whole:
 
     def __init__(self, pieces: int) -> None:
         self._pieces = pieces
-        self._split = _Remembering(lambda x: split(x.reshape(-1, x.shape[-1]), pieces))
+        self._remembered = _Remembering()
+
+    def _split(self, x: torch.Tensor) -> torch.Tensor:
+        return split(x.reshape(-1, x.shape[-1]), self._pieces)
 
     def forward(self, linear: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
         """The replacement of ``linear.forward``."""
 
         def forward(x: torch.Tensor) -> torch.Tensor:
-            parts = product(self._split(x), linear.weight).chunk(self._pieces)
+            parts = product(self._remembered(self._split, x), linear.weight).chunk(self._pieces)
             out = functools.reduce(torch.Tensor.add_, parts)
             return (out if linear.bias is None else out.add_(linear.bias)).view(*x.shape[:-1], -1)
 
@@ -103,7 +106,7 @@ class Differences:
     def __init__(self, pieces: Pieces) -> None:
         self._pieces = pieces
         self._whole = Whole(pieces.whole)
-        self._remembered = _Remembering(self.split)
+        self._remembered = _Remembering()
 
     def forward(self, linear: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
         """The replacement of ``linear.forward``: (N, C, in) -> (N, C, out)."""
@@ -112,7 +115,7 @@ class Differences:
         def forward(x: torch.Tensor) -> torch.Tensor:
             if x.dim() != 3:  # not laid out as copies, e.g. tokens on their way to experts
                 return whole(x)
-            return self.join(product(self._remembered(x), linear.weight), linear.bias, *x.shape[:2])
+            return self.join(product(self._remembered(self.split, x), linear.weight), linear.bias, *x.shape[:2])
 
         return forward
 
@@ -158,6 +161,7 @@ class Differences:
     def gated(self, gate: nn.Linear, up: nn.Linear, down: nn.Linear, activation: str, x: torch.Tensor) -> torch.Tensor:
         """down(act(gate(x)) * up(x)) on copies (N, C, in), without ever writing the joined gate and up (kernels only)."""
         n_prompts, n_copies = x.shape[:2]
+        self._remembered.forget()
         rows = self.split(x)
         gate_rows, up_rows = product(rows, gate.weight), product(rows, up.weight)
         rows = kernels.gate_differences(
@@ -172,14 +176,19 @@ class _Remembering:
     """A function of one tensor that knows its last result: query, key and value projections get one and the same
     tensor, and so do gate and up."""
 
-    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        self._function = function
+    def __init__(self) -> None:
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        # The function is not kept: a method of the owner would be a cycle, and its tensors would outlive the pass.
         if self._last is None or self._last[0] is not x:
-            self._last = (x, self._function(x))
+            self._last = None  # before the next result is made, not after
+            self._last = (x, function(x))
         return self._last[1]
+
+    def forget(self) -> None:
+        """Let go of the last input and its result."""
+        self._last = None
 
 
 def split(x: torch.Tensor, pieces: int) -> torch.Tensor:

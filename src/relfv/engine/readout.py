@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from relfv.engine import kernels
-from relfv.engine.base import Backbone, Prompts, last_hidden, prompt_chunks
+from relfv.engine.base import Backbone, Prompts, last_hidden
 from relfv.engine.products import Differences, product, takes_bf16
 from relfv.types import TokenScores
 
@@ -82,7 +82,7 @@ def score_prompts(backbone: Backbone, prompts: Prompts, targets: Sequence[int]) 
         return TokenScores.cat(
             [
                 read_targets(backbone, last_hidden(backbone, prompts[part])[:, None], targets[part])[:, 0]
-                for part in prompt_chunks(prompts, 32)
+                for part in backbone.passes(prompts, 32)
             ]
         )
 

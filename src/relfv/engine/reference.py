@@ -116,6 +116,10 @@ class ReferenceEngine:
         edits = [(len(vectors), partial(adding, layer)) for layer in layers]
         return self._run(prompts, targets, 1 + len(vectors), edits)
 
+    def finer(self) -> ReferenceEngine:
+        """Itself: whole passes have no differences to round."""
+        return self
+
     def _run(
         self,
         prompts: Prompts,

@@ -24,8 +24,11 @@ from relfv.types import Effects, HeadId, TokenScores
 log = logging.getLogger(__name__)
 
 TOLERANCE = 1e-3
-"""Largest accepted difference in log-probability (nats), float32 both ways, as a share of the largest effect where that
-is above one nat. A wrong mask, position or cache is off by far more; float32 rounding by far less."""
+"""Largest accepted difference in log-probability (nats), float32 both ways, as a share of the intervention's effect where
+that is above one nat. A wrong mask, position or cache is off by far more; float32 rounding by far less."""
+
+ROUNDING = {"exact": 0.2, "fast": 1.0}
+"""The same for the arithmetic that is then used: no measure of it, but a broken kernel in it shows."""
 
 PROJECTION_TOLERANCE = 0.02
 """Accepted relative error of projected heads. 8-bit products reach a percent; a missing scale is off by far more."""
@@ -35,9 +38,6 @@ MIN_EFFECT = 0.1
 
 N_HEADS = 6
 
-_MISFITS = (RunError, RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError)
-"""A family that the fast engine does not fit may fail anywhere inside its own modules; any failure means: not this one."""
-
 
 @dataclass(frozen=True)
 class SelfCheck:
@@ -45,12 +45,15 @@ class SelfCheck:
 
     engine: str
     max_error: float | None
-    """Largest difference in log-probability over all compared scores; None if the fast engine could not run."""
+    """Largest difference in log-probability over all compared scores, as a share of the effect where that is above one
+    nat; None if the fast engine could not run."""
     max_effect: float
     """Largest effect among the compared interventions: the check means nothing if nothing happened."""
     reason: str
     reference_error: float | None = None
     """The same difference for the reference engine, where that is the one in use."""
+    rounding: float | None = None
+    """The same difference for the kernels in the arithmetic that is used, where it is not the one compared."""
 
 
 def choose_engine(backbone: Backbone, prompts: Prompts) -> tuple[Engine, SelfCheck]:
@@ -81,27 +84,37 @@ def choose_engine(backbone: Backbone, prompts: Prompts) -> tuple[Engine, SelfChe
             _difference(engine.inject(prompts, targets, vector, layers), truth, slice(len(heads), None)),
         )
 
-    candidates = [(backbone, exact)]
-    if backbone.fusions is not None or backbone.split:
-        candidates.insert(0, (backbone, backbone.careful()))
-        candidates[1] = (backbone.plain(), exact)
-    error, reason = None, ""
-    for chosen, checked in candidates:
+    def judged(chosen: Backbone, checked: Backbone) -> tuple[float | None, float | None, str]:
+        """Error of the algorithm, rounding of the arithmetic in use, and what is wrong with them, if anything is."""
         try:
             error = error_of(SharedPrefixEngine(checked))
-        except _MISFITS as problem:
-            error = None
-            reason = f"the shared-prefix engine cannot run this model ({type(problem).__name__}: {problem})".split(
-                "\n"
-            )[0]
-            continue
-        if error <= TOLERANCE * max(1.0, max_effect):
-            if reason:
-                log.warning("%s with its fused kernels; using it without them", reason)
+            rounding = error_of(SharedPrefixEngine(chosen)) if chosen.fusions is not None else None
+        except Exception as problem:  # a misfit may fail anywhere in the model's modules, a kernel in its compiler
+            first_line = f"{type(problem).__name__}: {problem}".split("\n")[0]
+            return None, None, f"the shared-prefix engine cannot run this model ({first_line})"
+        if not error <= TOLERANCE:
+            return error, rounding, f"the shared-prefix engine is off by {error:.2g} in log-probability on this model"
+        if rounding is not None and not rounding <= ROUNDING[backbone.precision]:
+            return (
+                error,
+                rounding,
+                f"the shared-prefix engine is off by {rounding:.2g} in {backbone.precision} arithmetic",
+            )
+        return error, rounding, ""
+
+    candidates = [(backbone.plain(), exact)]
+    if backbone.fusions is not None or backbone.split:
+        candidates.insert(0, (backbone, backbone.careful()))
+    wrong, error = "", None
+    for chosen, checked in candidates:
+        before = wrong
+        error, rounding, wrong = judged(chosen, checked)
+        if error is not None and not wrong:
+            if before:
+                log.warning("%s with its fused kernels; using it without them", before)
             reason = f"agrees with plain hooks to {error:.1e} in log-probability (effects up to {max_effect:.2g})"
-            return SharedPrefixEngine(chosen), SelfCheck("shared_prefix", error, max_effect, reason)
-        reason = f"the shared-prefix engine is off by {error:.2g} in log-probability on this model"
-    return _fallback(backbone.plain(), reason, error, error_of(ReferenceEngine(exact)), max_effect)
+            return SharedPrefixEngine(chosen), SelfCheck("shared_prefix", error, max_effect, reason, rounding=rounding)
+    return _fallback(backbone.plain(), wrong, error, error_of(ReferenceEngine(exact)), max_effect)
 
 
 def _fallback(
@@ -196,11 +209,10 @@ def _check_projection(backbone: Backbone, z: torch.Tensor, layers: list[int]) ->
 
 
 def _difference(found: Effects, truth: Effects, columns: slice) -> float:
-    """Largest |difference| in log-probability; NaN counts as infinite."""
-    gaps = torch.cat(
-        [
-            (found.base.logprob - truth.base.logprob).abs().flatten(),
-            (found.edited.logprob - truth.edited[:, columns].logprob).abs().flatten(),
-        ]
-    )
-    return float(gaps.nan_to_num(nan=torch.inf).max())
+    """Largest |difference| in log-probability, as a share of the effect where that is above one nat; NaN counts as
+    infinite."""
+    true = truth.edited[:, columns].logprob
+    effects = (true - truth.base.logprob[:, None]).abs()
+    base = (found.base.logprob - truth.base.logprob).abs()
+    edited = (found.edited.logprob - true).abs() / effects.clamp_min(1.0)
+    return float(torch.cat([base, edited.flatten()]).nan_to_num(nan=torch.inf).max())

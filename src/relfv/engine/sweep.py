@@ -32,6 +32,7 @@ from relfv.engine.attention import Prefix, attending_to
 from relfv.engine.base import Backbone, Prompts, pad_right, prompt_chunks
 from relfv.engine.hooks import editing_inputs, editing_outputs
 from relfv.engine.readout import read_targets
+from relfv.engine.reference import ReferenceEngine
 from relfv.errors import RunError
 from relfv.types import Effects, HeadId, TokenScores
 
@@ -56,6 +57,8 @@ class SharedPrefixEngine:
         *,
         per_pass: int | None = None,
     ) -> Effects:
+        if self.backbone.depends_on_company(prompts):
+            return ReferenceEngine(self.backbone).sweep_heads(prompts, targets, replacement, heads)
         by_layer: dict[int, list[int]] = {}
         for head in heads:
             by_layer.setdefault(head.layer, []).append(head.head)
@@ -73,15 +76,21 @@ class SharedPrefixEngine:
         *,
         per_pass: int | None = None,
     ) -> Effects:
+        if self.backbone.depends_on_company(prompts):
+            return ReferenceEngine(self.backbone).inject(prompts, targets, vectors, layers)
         vectors = vectors.to(self.backbone.device)
         n_copies = len(layers) * len(vectors)
-        return self._for_vectors._in_chunks(
+        # A function vector is no small difference; in a pass this short, more pieces cost next to nothing.
+        return self.finer()._in_chunks(
             prompts, targets, n_copies, per_pass, lambda: _residual_additions(self.backbone, layers, vectors)
         )
 
+    def finer(self) -> SharedPrefixEngine:
+        """The same with differences in at least two pieces, where products are put together from pieces."""
+        return self._finer
+
     @cached_property
-    def _for_vectors(self) -> SharedPrefixEngine:
-        """A function vector is no small difference; in a pass this short, more pieces cost next to nothing."""
+    def _finer(self) -> SharedPrefixEngine:
         pieces = replace(self.backbone.pieces, difference=max(2, self.backbone.pieces.difference))
         return SharedPrefixEngine(replace(self.backbone, pieces=pieces))
 

@@ -92,6 +92,9 @@ class Architecture:
     """From the projection's own input width: hidden_size / n_heads is wrong for Gemma, Qwen3 and Mistral-Nemo."""
     resid_dim: int
     lm_head: nn.Module
+    steady_up_to: int | None = None
+    """Tokens beyond which rotary frequencies depend on the longest text of a call (``dynamic``, ``longrope``): a prefix and
+    its last token, or prompts of different length, must not be split or batched there. None: never."""
     logit_scale: float = 1.0
     """The family's constant factor on the logits (Cohere, Granite)."""
     logit_softcap: float | None = None
@@ -174,10 +177,24 @@ def resolve(model: Any, spec_name: str) -> Architecture:
         head_dim=width // n_heads,
         resid_dim=_out_features(out_projs[0]),
         lm_head=head,
+        steady_up_to=_steady_up_to(model, config),
         logit_scale=_logit_scale(config),
         logit_softcap=getattr(config, "final_logit_softcapping", None),
         notes=(*notes, *_what_lies_between(blocks[0], config)),
     )
+
+
+def _steady_up_to(model: Any, config: Any) -> int | None:
+    kinds: set[Any] = set()
+    for module in model.modules():
+        kind = getattr(module, "rope_type", None)
+        kinds |= set(kind.values()) if isinstance(kind, dict) else {kind}
+    if not kinds & {"dynamic", "longrope"}:
+        return None
+    scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    limits = [scaling.get("original_max_position_embeddings")]
+    limits += [getattr(config, name, None) for name in ("original_max_position_embeddings", "max_position_embeddings")]
+    return min(limit for limit in limits if isinstance(limit, int))
 
 
 def _what_lies_between(block: nn.Module, config: Any) -> tuple[str, ...]:

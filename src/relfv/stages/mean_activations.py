@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from relfv.engine.base import capture_heads, prompt_chunks
+from relfv.engine.base import capture_heads
 from relfv.engine.language_model import LanguageModel
 from relfv.types import MeanActivations
 
@@ -22,7 +22,7 @@ def mean_head_activations(model: LanguageModel, clean_prompts: Sequence[str]) ->
     arch = model.arch
     total = torch.zeros(arch.n_layers, arch.n_heads, arch.head_dim, dtype=torch.float64)
     with model.backbone.running():
-        for part in prompt_chunks(ids, _PROMPTS_A_PASS):
+        for part in model.backbone.passes(ids, _PROMPTS_A_PASS):
             activations, _ = capture_heads(model.backbone, ids[part])
             total += activations.double().sum(0)
     return MeanActivations(values=(total / len(ids)).float(), n_prompts=len(ids))

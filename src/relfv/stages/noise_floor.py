@@ -1,7 +1,8 @@
 """How large an effect arithmetic alone can make: what stands below it in trial_metrics.jsonl is not a finding.
 
 Two ways to see it, on a few heads and trials: a patch that changes nothing (each head is given its own value back),
-and the sweep's own effects once more from batches of another shape, which sums in another order.
+and the sweep's own effects once more from batches of another shape, which sums in another order, and by less rounding
+where the engine has a choice.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def measure_noise_floor(
     # Another number of trials a pass than the sweep's, if that can be with so few.
     per_pass = n if n != effects.effects.per_pass else max(1, n - 1)
     identity = model.engine.sweep_heads(ids, targets, None, heads, per_pass=per_pass)
-    again = model.engine.sweep_heads(ids, targets, means.values, heads, per_pass=per_pass)
+    again = model.engine.finer().sweep_heads(ids, targets, means.values, heads, per_pass=per_pass)
     columns = [effects.heads.index(head) for head in heads]
     before = _deltas(Effects(effects.effects.base[:n], effects.effects.edited[:n, columns]))
     return NoiseFloor(
