@@ -68,7 +68,7 @@ def measure(model: LanguageModel, relation: Relation, seed: int) -> Measured:
     means = mean_head_activations(model, [item.clean_prompt for item in prompted])
     targets = [item.target.first_token_id for item in prompted]
     effects = head_effects(model, [item.corrupted_prompt for item in prompted], targets, means, all_heads(model))
-    ranked = rank_heads(score_heads(effects, means), "mean_delta_p")
+    ranked = rank_heads(score_heads(effects, means, [t.query_source_index for t in trials]), "mean_delta_p")
     scores = [head.scores["mean_delta_p"] for head in ranked]
     positive = sum(score for score in scores if score > 0)
     fv = build_function_vector(model.arch, means, [head.id for head in ranked[:K]]).total

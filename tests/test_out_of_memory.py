@@ -60,7 +60,8 @@ def test_the_chunk_is_halved_recorded_and_used_again(
 
     status = json.loads((artifacts / "qid_status.json").read_text())
     assert status["status"] == "completed"
-    assert status["trials_per_pass"] == {"stepD_cie": 6, "stepE": 25, "step6": len({*distinct_queries(artifacts)})}
+    expected = {"stepD_cie": 6, "stepE": 25, "step6": len({*distinct_queries(artifacts)})}
+    assert status["trials_per_pass"].items() >= expected.items()
     assert json.loads((artifacts / "stepD_cie/noise_floor.json").read_text())["trials_per_pass"] == 6
     assert json.loads((undisturbed / "qid_status.json").read_text())["trials_per_pass"]["stepD_cie"] == 25
     for found, expected in zip(metrics(artifacts), metrics(undisturbed), strict=True):
@@ -83,11 +84,11 @@ def distinct_queries(artifacts: Path) -> set[str]:
 def test_the_checks_and_injections_of_later_stages_shrink_on_their_own(
     llama_path: Path, csv_path: Path, tmp_path: Path, finished: Path
 ) -> None:
-    with room_for(30):
+    with room_for(42):
         assert run(llama_path, csv_path, tmp_path) == 0
     artifacts, undisturbed = tmp_path / "pairs/A1/artifacts", finished / "A1/artifacts"
     status = json.loads((artifacts / "qid_status.json").read_text())
-    assert status["trials_per_pass"] == {"stepD_cie": 1, "stepE": 6, "step6": 5}
+    assert status["trials_per_pass"] == {"stepD_cie": 1, "stepE": 6, "step6": 5, "step6_controls": 1}
     for layer in range(3):
         name = f"step6/layer_{layer}/eval_summary.json"
         expected = json.loads((undisturbed / name).read_text())

@@ -21,7 +21,8 @@ CONTRACT = [
     "sampled_trials.json", "sampled_trials_zeroshot.json", "trial_metrics.jsonl", "stepD_cie/noise_floor.json", "cie_scores.csv", "aie_scores.csv",
     "stepD_mean_acts/qid_A1_clean_mean.pt", "stepD_mean_acts/global_clean_mean.pt", "top_heads.json",
     "fv_global_resid.pt", "fv_global_resid_meta.json", "fv_by_layer.pt", "stepE_eval.json", "qid_status.json",
-    "aie_heatmap_A1.png", "step6/step6_all_layers_summary.json", "step6/injection_curve.png",
+    "aie_heatmap_A1.png", "step6/step6_all_layers_summary.json", "step6/injection_curve.png", "head_stability.json",
+    "step6/controls.json", "step6/answers.json", "summary.json",
     *(f"step6/layer_{i}/{name}" for i in range(3) for name in ("eval_summary.json", "eval_trials.jsonl", "eval_meta.json")),
 ]  # fmt: skip
 

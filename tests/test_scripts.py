@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT
 from relfv.artifacts import QidPaths
 from relfv.cli import main
+from relfv.pipeline import AFTER_STEP6
 from test_run import contents, status
 
 VARIABLES = """
@@ -337,7 +338,7 @@ def test_a_layer_evaluated_again_with_other_settings_has_one_result(folder: QidP
         shutil.rmtree(folder.step6_layer(layer))
     document = json.loads((folder.artifacts / "qid_status.json").read_text())
     document["stages"] = {
-        name: record for name, record in document["stages"].items() if "step6" not in name and name != "injection_curve"
+        name: record for name, record in document["stages"].items() if "step6" not in name and name not in AFTER_STEP6
     }
     (folder.artifacts / "qid_status.json").write_text(json.dumps(document))
     assert step6(folder, llama_path, 0, "--n_eval", "4") == 0

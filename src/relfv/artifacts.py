@@ -10,8 +10,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 
 from relfv.errors import InputError, RunError
+from relfv.stats import Stability
 from relfv.storage import json_bytes, read_json, write_atomic, write_json, write_together
 from relfv.types import (
     MEASURES,
@@ -46,6 +48,7 @@ _HEAD_COLUMNS = [
         )
     ),
     "clean_mean_norm",
+    *(f"mean_delta_p_{name}" for name in ("se", "ci_low", "ci_high", "p_value", "fdr")),
 ]
 
 
@@ -102,6 +105,11 @@ class QidPaths:
         return self.artifacts / "stepD_cie" / "noise_floor.json"
 
     @property
+    def head_stability(self) -> Path:
+        """How much the list of top heads depends on which queries were drawn."""
+        return self.artifacts / "head_stability.json"
+
+    @property
     def means(self) -> Path:
         """Mean clean activations of this q_id."""
         return self.artifacts / "stepD_mean_acts" / f"qid_{self.q_id}_clean_mean.pt"
@@ -156,6 +164,21 @@ class QidPaths:
         return self.step6 / "step6_all_layers_summary.json"
 
     @property
+    def controls(self) -> Path:
+        """The vector beside what it is to be held against, at every layer."""
+        return self.step6 / "controls.json"
+
+    @property
+    def answers(self) -> Path:
+        """Whole answers at the best layer."""
+        return self.step6 / "answers.json"
+
+    @property
+    def summary(self) -> Path:
+        """What may be concluded, in numbers and words."""
+        return self.artifacts / "summary.json"
+
+    @property
     def curve(self) -> Path:
         """P and accuracy over layers."""
         return self.step6 / "injection_curve.png"
@@ -177,6 +200,11 @@ class TrialSnapshot:
     def target_ids(self) -> list[int]:
         """First answer token of every trial."""
         return [trial["target_first_token_id"] for trial in self.trials]
+
+    @property
+    def queries(self) -> list[int]:
+        """The query's row of every trial: trials that share it are no independent observations."""
+        return [trial["query_source_index"] for trial in self.trials]
 
 
 def trials_document(
@@ -293,6 +321,21 @@ def write_head_effects(paths: QidPaths, effects: HeadEffects, target_ids: Sequen
     return write_atomic(paths.metrics, "".join(lines).encode())
 
 
+def read_deltas(path: Path, measure: str) -> tuple[list[HeadId], np.ndarray]:
+    """From trial_metrics.jsonl the heads, sorted, and float64 (trial, head): delta of ``measure``, one of MEASURES."""
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        heads = sorted({HeadId(row["layer"], row["head"]) for row in rows})
+        column = {head: i for i, head in enumerate(heads)}
+        deltas = np.full((1 + max(row["trial_idx"] for row in rows), len(heads)), np.nan)
+        for row in rows:
+            deltas[row["trial_idx"], column[HeadId(row["layer"], row["head"])]] = row[f"delta_{measure}"]
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise RunError(f"{path}: is not a file of head effects as StepD writes them ({problem!r})") from None
+    _require_finite(deltas, path.name)
+    return heads, deltas
+
+
 def write_scores(paths: QidPaths, scored: Sequence[ScoredHead], ranked: Sequence[ScoredHead]) -> list[Path]:
     """cie_scores.csv in layer, head order, and aie_scores.csv with the same heads in the order of ``ranked``."""
     numbers = {head.id: [repr(head.scores[name]) for name in _HEAD_COLUMNS] for head in scored}
@@ -301,6 +344,34 @@ def write_scores(paths: QidPaths, scored: Sequence[ScoredHead], ranked: Sequence
     aie = [["layer", "head", "n_qid", *_HEAD_COLUMNS]]
     aie += [[*_ids(head), "1", *numbers[head.id]] for head in ranked]
     return [_write_csv(paths.cie, cie), _write_csv(paths.aie, aie)]
+
+
+def write_head_stability(
+    paths: QidPaths, stability: Stability, shares: Mapping[HeadId, float], *, k: int, score_key: str
+) -> Path:
+    """head_stability.json: ``shares`` is the stability's ``in_top_k`` by head; heads that never are, are left out."""
+    often = sorted((head for head in shares if shares[head] > 0), key=lambda head: (-shares[head], head))
+    return write_json(
+        paths.head_stability,
+        {
+            "q_id": paths.q_id,
+            "meaning": "in_top_k: in what share of bootstrap samples of the queries the head is among the k best. "
+            "half_overlap: what share of the k best two halves of the queries have in common, on average; "
+            "chance_overlap is that of two lists drawn at random.",
+            "k": k,
+            "score_key": score_key,
+            "n_bootstrap": stability.n_bootstrap,
+            "n_halvings": stability.n_halvings,
+            "half_overlap": finite(stability.half_overlap),
+            "chance_overlap": stability.chance_overlap,
+            "heads": [{"layer": head.layer, "head": head.head, "in_top_k": shares[head]} for head in often],
+        },
+    )
+
+
+def finite(value: float) -> float | None:
+    """JSON knows neither infinities nor NaN: None there."""
+    return value if math.isfinite(value) else None
 
 
 def write_noise_floor(
@@ -346,6 +417,14 @@ def read_noise_floor(path: Path) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError):
         raise RunError(f"{path}: is not a noise floor as StepD writes it") from None
     return content
+
+
+def read_top_heads(path: Path) -> list[HeadId]:
+    """The function vector's heads, best first."""
+    try:
+        return [HeadId(head["layer"], head["head"]) for head in read_json(path)["heads"]]
+    except (KeyError, TypeError):
+        raise RunError(f"{path}: is not a list of top heads as StepE writes it") from None
 
 
 def read_scores(path: Path) -> list[ScoredHead]:

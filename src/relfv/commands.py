@@ -22,9 +22,11 @@ from relfv.errors import InputError, RunError
 from relfv.logs import logging_to
 from relfv.models.loading import model_identity
 from relfv.pipeline import (
+    AFTER_STEP6,
     STEP_D,
     QidPipeline,
     Stage,
+    after_step6,
     is_complete,
     open_for,
     require_frozen_trials,
@@ -40,8 +42,6 @@ from relfv.steps import (
     StageResult,
     Step6,
     heads_to_sweep,
-    step6_summary,
-    step_curve,
     step_e,
     step_heatmap,
     step_zero_shot,
@@ -179,7 +179,7 @@ def run_zero_shot(sampled_trials_path: Path, out_path: Path | None) -> int:
 
 
 def run_step6(fv_path: Path, trials_path: Path, edit_layer: int, out_dir: Path, overlay: Overlay) -> int:
-    """Step6 at one layer. After the last missing layer of a q_id's folder: summary, curve, and ``completed``."""
+    """Step6 at one layer. After the last missing layer of a q_id's folder: summaries, curve, controls, and ``completed``."""
     if re.fullmatch(r"layer_\d+", out_dir.name) and out_dir.name != f"layer_{edit_layer}":
         raise InputError(f"--out_dir ends in {out_dir.name}, --edit_layer is {edit_layer}; one of them is a slip")
     artifacts_dir = out_dir.parent.parent
@@ -205,17 +205,15 @@ def run_step6(fv_path: Path, trials_path: Path, edit_layer: int, out_dir: Path, 
             status = _adopted(paths, overlay, stage.name, [fv_path, trials_path], model)
             with _settling(status):
                 run_recorded(status, stage)
-                _summarize_when_whole(status, paths)
+                _conclude_when_whole(status, paths, model)
     print(out_dir)
     return 0
 
 
-def _summarize_when_whole(status: QidStatus, paths: QidPaths) -> None:
-    layers = status.expected_layers
-    if all(status.intact(step6_stage(layer)) for layer in layers):
-        score_key = status.settings.score_key
-        run_recorded(status, Stage("step6_summary", lambda: step6_summary(paths, score_key, layers)))
-        run_recorded(status, Stage("injection_curve", lambda: step_curve(paths)))
+def _conclude_when_whole(status: QidStatus, paths: QidPaths, model: LanguageModel) -> None:
+    if all(status.intact(step6_stage(layer)) for layer in status.expected_layers):
+        for name, run in after_step6(status, paths, lambda: model).items():
+            run_recorded(status, Stage(name, run))
 
 
 def _settings_within(status: QidStatus | None, overlay: Overlay, *, stage: str) -> Settings:
@@ -277,7 +275,7 @@ def _free_fields(status: QidStatus, stage: str) -> set[str]:
 def _from(first: str, stage: str) -> bool:
     """True if ``stage`` is the stage ``first`` or a later one, in the order of the spec."""
     order = ["heatmap", "stepE", "zeroshot", "step6"]
-    group = "step6" if stage.startswith("step6") or stage == "injection_curve" else stage
+    group = "step6" if stage.startswith("step6") or stage in AFTER_STEP6 else stage
     return group in order and order.index(group) >= order.index(first)
 
 

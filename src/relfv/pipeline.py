@@ -19,6 +19,8 @@ from relfv.status import QidStatus
 from relfv.steps import (
     StageResult,
     Step6,
+    step6_answers,
+    step6_controls,
     step6_summary,
     step_curve,
     step_d_cie,
@@ -27,12 +29,14 @@ from relfv.steps import (
     step_e,
     step_heatmap,
     step_zero_shot,
+    write_summary,
 )
 from relfv.types import Relation
 
 log = logging.getLogger(__name__)
 
 STEP_D = ("stepD_trials", "stepD_means", "stepD_cie")
+AFTER_STEP6 = ("step6_summary", "injection_curve", "step6_controls", "step6_answers", "summary")
 _STEP6 = "step6_layer_"
 
 
@@ -44,7 +48,7 @@ def step6_stage(layer: int) -> str:
 def stage_names(expected_layers: Sequence[int]) -> list[str]:
     """All stages of a q_id, in the order of the spec, as qid_status.json calls them."""
     per_layer = [step6_stage(layer) for layer in expected_layers]
-    return [*STEP_D, "heatmap", "stepE", "zeroshot", *per_layer, "step6_summary", "injection_curve"]
+    return [*STEP_D, "heatmap", "stepE", "zeroshot", *per_layer, *AFTER_STEP6]
 
 
 @dataclass(frozen=True)
@@ -111,8 +115,7 @@ class QidPipeline:
             "stepE": lambda: step_e(model(), settings, paths, paths.trials, paths, per_pass.get("stepE")),
             "zeroshot": lambda: step_zero_shot(paths.trials, paths.zero_shot_trials),
             **{step6_stage(layer): self._at_layer(layer) for layer in layers},
-            "step6_summary": lambda: step6_summary(paths, settings.score_key, layers),
-            "injection_curve": lambda: step_curve(paths),
+            **after_step6(self.status, paths, model),
         }
         return [Stage(name, bodies[name]) for name in stage_names(layers)]
 
@@ -123,6 +126,22 @@ class QidPipeline:
             return self._step6.run(layer, self.paths.step6_layer(layer), self.status.trials_per_pass.get("step6"))
 
         return run
+
+
+def after_step6(
+    status: QidStatus, paths: QidPaths, model: Callable[[], LanguageModel]
+) -> dict[str, Callable[[], StageResult]]:
+    """What is made once every layer has its results."""
+    settings, layers = status.settings, status.expected_layers
+    return {
+        "step6_summary": lambda: step6_summary(paths, settings.score_key, layers),
+        "injection_curve": lambda: step_curve(paths),
+        "step6_controls": lambda: step6_controls(
+            model(), settings, paths, status.trials_per_pass.get("step6_controls")
+        ),
+        "step6_answers": lambda: step6_answers(model(), settings, paths),
+        "summary": lambda: write_summary(paths),
+    }
 
 
 def require_frozen_trials(status: QidStatus) -> None:

@@ -19,7 +19,10 @@ from relfv.engine.language_model import LanguageModel
 from relfv.engine.readout import score_prompts
 from relfv.errors import RunError
 from relfv.models.tokens import fed_text
-from relfv.stages.cie import head_effects, rank_heads, score_heads
+from relfv.stages.answers import Injection, decode_vector, score_answers
+from relfv.stages.cie import head_effects, measure_of, rank_heads, score_heads, trial_scores
+from relfv.stages.conclusions import conclusions, judge_candidates
+from relfv.stages.controls import CONTROLS, candidate_vectors, inject_candidates, read_clean_trials
 from relfv.stages.function_vector import build_function_vector, select_heads
 from relfv.stages.injection import InjectionSweep, prompts_to_evaluate, summarize
 from relfv.stages.mean_activations import mean_head_activations
@@ -33,8 +36,9 @@ from relfv.stages.prompts import (
     zero_shot_prompt,
 )
 from relfv.stages.trials import sample_trials
+from relfv.stats import FDR, top_k_stability
 from relfv.storage import read_json, write_atomic, write_json
-from relfv.types import Effects, HeadId, Relation
+from relfv.types import Effects, HeadId, Relation, ScoredHead
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +150,7 @@ def step_d_cie(
     effects = head_effects(
         model, prompts, targets, means, heads_to_sweep(model, settings), trials_per_pass=trials_per_pass
     )
-    scored = score_heads(effects, means)
+    scored = score_heads(effects, means, snapshot.queries)
     ranked = rank_heads(scored, settings.score_key)
     files = [artifacts.write_head_effects(paths, effects, targets)]
     files += artifacts.write_scores(paths, scored, ranked)
@@ -204,9 +208,28 @@ def step_e(
     means = artifacts.read_means(source.means)
     snapshot = artifacts.read_trials(trials_path)
     top = select_heads(rank_heads(scored, settings.score_key), settings.topk)
+    # Folders of other tools may lack these two; then heads are not judged.
+    judged_by = [path for path in (source.noise_floor, source.metrics) if path.exists()]
+    noise = 0.0
+    if source.noise_floor in judged_by:
+        noise = artifacts.read_noise_floor(source.noise_floor)["other_shape"]["p"]["max"]
+    shares: dict[HeadId, float] = {}
+    files: list[Path] = []
+    if source.metrics in judged_by:
+        swept, deltas = artifacts.read_deltas(source.metrics, measure_of(settings.score_key))
+        stability = top_k_stability(
+            trial_scores(deltas, settings.score_key),
+            snapshot.queries,
+            settings.topk,
+            seed=f"{settings.seed}:{out.q_id}",
+        )
+        shares = dict(zip(swept, stability.in_top_k.tolist(), strict=True))
+        files.append(
+            artifacts.write_head_stability(out, stability, shares, k=settings.topk, score_key=settings.score_key)
+        )
     fv = build_function_vector(model.arch, means, [head.id for head in top])
     norm = float(fv.total.double().norm())
-    shared = {
+    shared: dict[str, Any] = {
         "k": settings.topk,
         "score_key": settings.score_key,
         "model": model.name,
@@ -221,9 +244,13 @@ def step_e(
             "mean_delta_p": head.scores["mean_delta_p"],
             "mean_delta_logprob": head.scores["mean_delta_logprob"],
             "n_trials": head.n_trials,
+            **_marks(head, noise, shares.get(head.id)),
         }
         for head in top
     ]
+    called = [head["distinguishable"] for head in heads if "distinguishable" in head]
+    if called:
+        shared |= {"n_distinguishable": sum(called), "fdr_level": FDR}
     meta = {
         **shared,
         "q_id": out.q_id,
@@ -234,7 +261,7 @@ def step_e(
         "output_bias": "left out: it belongs to the layer, not to a head",
         "notes": list(model.arch.notes),
     }
-    files = [write_json(out.top_heads, {"meta": {**shared, "q_id": out.q_id}, "heads": heads})]
+    files += [write_json(out.top_heads, {"meta": {**shared, "q_id": out.q_id}, "heads": heads})]
     files += artifacts.write_function_vector(
         out, fv, meta, alpha=settings.alpha, n_heads=model.arch.n_heads, head_dim=model.arch.head_dim
     )
@@ -243,9 +270,25 @@ def step_e(
     )
     per_pass = sweep.at_layer(0, trials_per_pass).per_pass
     files.append(write_json(out.step_e_eval, _step_e_eval(model, settings, snapshot, sweep)))
-    inputs = [source.cie, source.means, trials_path]
+    inputs = [source.cie, source.means, trials_path, *judged_by]
     said = f"{len(top)} heads in {len(fv.by_layer)} layers, |FV| {norm:.2f}"
+    if called:
+        said += f"; {sum(called)} distinguishable from noise"
     return StageResult(files, inputs, said, {"stepE": per_pass})
+
+
+def _marks(head: ScoredHead, noise: float, share_in_top_k: float | None) -> dict[str, Any]:
+    """What is known of a head's score beside the score. Scores of other tools come without, and then nothing is said."""
+    found: dict[str, Any] = {
+        column: artifacts.finite(head.scores[column])
+        for column in (f"mean_delta_p_{name}" for name in ("ci_low", "ci_high", "p_value", "fdr"))
+        if column in head.scores
+    }
+    if found:
+        found["distinguishable"] = head.scores["mean_delta_p_fdr"] <= FDR and abs(head.scores["mean_delta_p"]) > noise
+    if share_in_top_k is not None:
+        found["in_top_k"] = share_in_top_k
+    return found
 
 
 def _step_e_eval(
@@ -461,3 +504,103 @@ def step_curve(paths: QidPaths) -> StageResult:
     path = write_atomic(paths.curve, injection_curve_png(layers, reference, paths.q_id))
     inputs = [paths.step6_summary, paths.step_e_eval, *summaries.values()]
     return StageResult([path], inputs, f"{len(layers)} layers")
+
+
+def step6_controls(
+    model: LanguageModel, settings: Settings, paths: QidPaths, trials_per_pass: int | None
+) -> StageResult:
+    """The vector, held out and beside its controls, at every layer: step6/controls.json."""
+    snapshot, zero_shot = artifacts.read_trials(paths.trials), artifacts.read_trials(paths.zero_shot_trials)
+    chosen = prompts_to_evaluate(zero_shot.trials, settings.n_eval, allow_duplicates=settings.allow_query_duplicates)
+    prompts = [fed_text(zero_shot.trials[i]["corrupted_prompt_str"]) for i in chosen]
+    targets, queries = [zero_shot.target_ids[i] for i in chosen], [zero_shot.queries[i] for i in chosen]
+    heads, deltas = artifacts.read_deltas(paths.metrics, measure_of(settings.score_key))
+    clean = read_clean_trials(model, snapshot.prompts("clean_prompt_str"), snapshot.target_ids)
+    candidates = candidate_vectors(
+        model.arch,
+        clean,
+        snapshot.queries,
+        trial_scores(deltas, settings.score_key),
+        heads,
+        artifacts.read_function_vector(paths.fv),
+        artifacts.read_top_heads(paths.top_heads),
+        queries,
+        seed=f"{settings.seed}:{paths.q_id}",
+    )
+    effects = inject_candidates(model, prompts, targets, candidates, settings.alpha, trials_per_pass=trials_per_pass)
+    judged = judge_candidates(effects, targets, queries, candidates.names, clean.scores, snapshot.queries)
+    document = {
+        "q_id": paths.q_id,
+        "meaning": {name: CONTROLS[name] for name in dict.fromkeys(candidates.names)},
+        "alpha": settings.alpha,
+        "n_eval": len(prompts),
+        "n_queries": len(set(queries)),
+        "precision": model.precision,
+        **judged,
+    }
+    inputs = [paths.trials, paths.zero_shot_trials, paths.metrics, paths.fv, paths.top_heads]
+    files = [write_json(paths.controls, document)]
+    said = f"{len(candidates.names)} vectors at {model.arch.n_layers} layers"
+    return StageResult(files, inputs, said, {"step6_controls": effects.per_pass})
+
+
+def step6_answers(model: LanguageModel, settings: Settings, paths: QidPaths) -> StageResult:
+    """Whole answers without and with the vector held on, at the best layer, and what it decodes to: step6/answers.json."""
+    snapshot = artifacts.read_trials(paths.zero_shot_trials)
+    layer = read_json(paths.step6_summary)["best_layer"]
+    vector = artifacts.read_function_vector(paths.fv)
+    chosen = prompts_to_evaluate(snapshot.trials, settings.n_eval, allow_duplicates=settings.allow_query_duplicates)
+    trials = [snapshot.trials[i] for i in chosen]
+    prompts, answers = [fed_text(trial["corrupted_prompt_str"]) for trial in trials], [t["answer_ids"] for t in trials]
+    without = score_answers(model, prompts, answers)
+    with_it = score_answers(model, prompts, answers, Injection(layer, settings.alpha * vector))
+
+    def tokens(best: Sequence[tuple[int, float]]) -> list[dict[str, Any]]:
+        return [{"token_id": token, "token": model.tokens.text(token), "p": p} for token, p in best]
+
+    rows = []
+    for trial, answer, before, after in zip(trials, answers, without, with_it, strict=True):
+        row: dict[str, Any] = {"query": trial["query"]["input"], "answer": trial["target_str"], "n_tokens": len(answer)}
+        for name, scored in (("base", before), ("with", after)):
+            row |= {
+                f"logprob_answer_{name}": scored.logprob,
+                f"rank_first_token_{name}": scored.rank,
+                f"written_{name}": model.tokens.tokenizer.decode(scored.written),
+                f"exact_{name}": int(scored.written == list(answer)),
+                f"top_{name}": tokens(scored.top),
+            }
+        rows.append(row)
+    document = {
+        "q_id": paths.q_id,
+        "meaning": "logprob_answer: of all the answer's tokens; written: the most probable token, as many times as the answer has "
+        "tokens; with: alpha times the vector added after the layer at the last prompt token and at every token written.",
+        "layer": layer,
+        "alpha": settings.alpha,
+        "n_eval": len(rows),
+        "n_several_tokens": sum(row["n_tokens"] > 1 for row in rows),
+        "summary": {
+            f"{mean}_{name}": sum(row[f"{key}_{name}"] for row in rows) / len(rows)
+            for name in ("base", "with")
+            for mean, key in (("exact_match", "exact"), ("mean_logprob_answer", "logprob_answer"))
+        },
+        "fv_decoded": {
+            "caution": "What final norm and unembedding make of the vector alone. A vector that works need not decode to "
+            "anything telling, and one that decodes well need not work (Todd et al. 2024, section 3.2).",
+            "top": tokens(decode_vector(model, vector)),
+        },
+        "rows": rows,
+    }
+    said = "whole answers at layer {}: {:.2f} -> {:.2f}".format(
+        layer, document["summary"]["exact_match_base"], document["summary"]["exact_match_with"]
+    )
+    inputs = [paths.zero_shot_trials, paths.step6_summary, paths.fv]
+    return StageResult([write_json(paths.answers, document)], inputs, said)
+
+
+def write_summary(paths: QidPaths) -> StageResult:
+    """What may be concluded, from the other files alone: summary.json."""
+    top, controls = read_json(paths.top_heads), read_json(paths.controls)
+    stability = read_json(paths.head_stability) if paths.head_stability.exists() else None
+    document = {"q_id": paths.q_id, **conclusions(top, controls, stability, seed=paths.q_id)}
+    inputs = [path for path in (paths.top_heads, paths.controls, paths.head_stability) if path.exists()]
+    return StageResult([write_json(paths.summary, document)], inputs, document["verdict"])

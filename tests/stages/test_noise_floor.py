@@ -24,7 +24,7 @@ def sweep(model: LanguageModel, per_pass: int):  # type: ignore[no-untyped-def]
     means = mean_head_activations(model, PROMPTS)
     heads = [HeadId(layer, head) for layer in range(3) for head in range(8)]
     effects = head_effects(model, PROMPTS, TARGETS, means, heads, trials_per_pass=per_pass)
-    return means, effects, rank_heads(score_heads(effects, means), "mean_delta_p")
+    return means, effects, rank_heads(score_heads(effects, means, range(len(PROMPTS))), "mean_delta_p")
 
 
 @pytest.mark.parametrize("per_pass", [1, 3, 7])

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from relfv.engine.fusion import Fusions, recognise
-from relfv.engine.hooks import editing_inputs
+from relfv.engine.hooks import editing_inputs, editing_outputs
 from relfv.engine.precision import Arithmetic, Precision, arithmetic
 from relfv.engine.products import CAREFUL, Differences, Pieces, Whole, replaced, splittable
 from relfv.models.families import Architecture, text_config
@@ -167,7 +167,8 @@ class Engine(Protocol):
     ) -> Effects:
         """For each prompt, layer and vector: hidden state after the block += vector.
 
-        ``vectors`` is (n_vectors, resid_dim); ``layers`` ascend; the second axis of the result runs over layers, then
+        ``vectors`` is (n_vectors, resid_dim), or (layer or 1, prompt or 1, n_vectors, resid_dim) where layers of
+        ``layers`` or prompts have their own; ``layers`` ascend; the second axis of the result runs over layers, then
         vectors: column i * n_vectors + v. ``per_pass`` as in ``sweep_heads``.
         """
         ...
@@ -175,6 +176,14 @@ class Engine(Protocol):
     def finer(self) -> Engine:
         """The same engine with less rounding, where its arithmetic has a choice: what its rounding is measured with."""
         ...
+
+
+def of_layer_and_prompts(vectors: torch.Tensor, layer: int, prompts: slice) -> torch.Tensor:
+    """What ``Engine.inject`` adds at the ``layer``-th of its layers: (prompt or 1, n_vectors, resid_dim)."""
+    if vectors.dim() == 2:
+        return vectors[None]
+    own = vectors[layer if len(vectors) > 1 else 0]
+    return own[prompts] if len(own) > 1 else own
 
 
 def pad_right(prompts: Prompts, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -213,6 +222,24 @@ def capture_heads(backbone: Backbone, prompts: Prompts) -> tuple[torch.Tensor, t
         hidden = last_hidden(backbone, prompts)
     z = torch.stack([captured[layer] for layer in range(arch.n_layers)], dim=1).cpu()
     return z.view(len(prompts), arch.n_layers, arch.n_heads, arch.head_dim), hidden
+
+
+@contextmanager
+def reading_blocks(backbone: Backbone, prompts: Prompts) -> Iterator[dict[int, torch.Tensor]]:
+    """While open, forward passes over ``prompts`` note the hidden state after each block at the last token: layer ->
+    float32 (N, resid_dim), on the device."""
+    rows = torch.arange(len(prompts), device=backbone.device)
+    last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=backbone.device)
+    seen: dict[int, torch.Tensor] = {}
+
+    def reader(layer: int):  # type: ignore[no-untyped-def]
+        def read(hidden: torch.Tensor) -> None:
+            seen[layer] = hidden[rows, last].float()
+
+        return read
+
+    with editing_outputs([(block, reader(layer)) for layer, block in enumerate(backbone.arch.blocks)]):
+        yield seen
 
 
 def prompt_chunks(prompts: Prompts, size: int) -> Iterator[slice]:

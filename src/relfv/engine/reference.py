@@ -15,7 +15,7 @@ from itertools import groupby
 
 import torch
 
-from relfv.engine.base import Backbone, Prompts
+from relfv.engine.base import Backbone, Prompts, of_layer_and_prompts
 from relfv.engine.hooks import editing_inputs, editing_outputs
 from relfv.engine.readout import read_targets
 from relfv.types import Effects, HeadId, TokenScores
@@ -80,7 +80,7 @@ class ReferenceEngine:
         # All batches have one shape, so that the baseline of one is the baseline of all.
         n_rows = 1 + max(len(group) for group in groups)
 
-        def patching(group: list[HeadId]) -> AbstractContextManager[None]:
+        def patching(group: list[HeadId], prompt: int) -> AbstractContextManager[None]:
             layer, index = group[0].layer, [head.head for head in group]
             rows = list(range(1, 1 + len(group)))
 
@@ -104,17 +104,20 @@ class ReferenceEngine:
         per_pass: int | None = None,
     ) -> Effects:
         vectors = vectors.to(self.backbone.device)
+        n_vectors = vectors.shape[-2]
 
-        def add(hidden: torch.Tensor) -> torch.Tensor:
-            hidden = hidden.clone()
-            hidden[1:, -1] += vectors.to(hidden.dtype)
-            return hidden
+        def adding(index: int, layer: int, prompt: int) -> AbstractContextManager[None]:
+            own = of_layer_and_prompts(vectors, index, slice(prompt, prompt + 1))[0]
 
-        def adding(layer: int) -> AbstractContextManager[None]:
+            def add(hidden: torch.Tensor) -> torch.Tensor:
+                hidden = hidden.clone()
+                hidden[1:, -1] += own.to(hidden.dtype)
+                return hidden
+
             return editing_outputs([(self.backbone.arch.blocks[layer], add)])
 
-        edits = [(len(vectors), partial(adding, layer)) for layer in layers]
-        return self._run(prompts, targets, 1 + len(vectors), edits)
+        edits = [(n_vectors, partial(adding, index, layer)) for index, layer in enumerate(layers)]
+        return self._run(prompts, targets, 1 + n_vectors, edits)
 
     def finer(self) -> ReferenceEngine:
         """Itself: whole passes have no differences to round."""
@@ -125,15 +128,16 @@ class ReferenceEngine:
         prompts: Prompts,
         targets: Sequence[int],
         n_rows: int,
-        edits: list[tuple[int, Callable[[], AbstractContextManager[None]]]],
+        edits: list[tuple[int, Callable[[int], AbstractContextManager[None]]]],
     ) -> Effects:
-        """One batch of ``n_rows`` for each prompt and edit; an edit changes rows 1..count of its batch."""
+        """One batch of ``n_rows`` for each prompt and edit; an edit, told which prompt, changes rows 1..count of its
+        batch."""
         base, edited = [], []
         with self.backbone.running():
-            for prompt, target in zip(prompts, targets, strict=True):
+            for index, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
                 batches = []
                 for _, opened in edits:
-                    with opened():
+                    with opened(index):
                         batches.append(_score_rows(self.backbone, prompt, target, n_rows))
                 base.append(batches[0][:1])
                 kept = [batch[1 : 1 + count] for batch, (count, _) in zip(batches, edits, strict=True)]

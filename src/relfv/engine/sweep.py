@@ -29,7 +29,7 @@ import torch
 from transformers import DynamicCache
 
 from relfv.engine.attention import Prefix, attending_to
-from relfv.engine.base import Backbone, Prompts, pad_right, prompt_chunks
+from relfv.engine.base import Backbone, Prompts, of_layer_and_prompts, pad_right, prompt_chunks
 from relfv.engine.hooks import editing_inputs, editing_outputs
 from relfv.engine.readout import read_targets
 from relfv.engine.reference import ReferenceEngine
@@ -64,7 +64,7 @@ class SharedPrefixEngine:
             by_layer.setdefault(head.layer, []).append(head.head)
         values = None if replacement is None else replacement.to(self.backbone.device)
         return self._in_chunks(
-            prompts, targets, len(heads), per_pass, lambda: _head_patches(self.backbone, by_layer, values)
+            prompts, targets, len(heads), per_pass, lambda _: _head_patches(self.backbone, by_layer, values)
         )
 
     def inject(
@@ -79,10 +79,13 @@ class SharedPrefixEngine:
         if self.backbone.depends_on_company(prompts):
             return ReferenceEngine(self.backbone).inject(prompts, targets, vectors, layers)
         vectors = vectors.to(self.backbone.device)
-        n_copies = len(layers) * len(vectors)
         # A function vector is no small difference; in a pass this short, more pieces cost next to nothing.
         return self.finer()._in_chunks(
-            prompts, targets, n_copies, per_pass, lambda: _residual_additions(self.backbone, layers, vectors)
+            prompts,
+            targets,
+            len(layers) * vectors.shape[-2],
+            per_pass,
+            lambda part: _residual_additions(self.backbone, layers, vectors, part),
         )
 
     def finer(self) -> SharedPrefixEngine:
@@ -100,7 +103,7 @@ class SharedPrefixEngine:
         targets: Sequence[int],
         n_edits: int,
         per_pass: int | None,
-        edit: Callable[[], AbstractContextManager[None]],
+        edit: Callable[[slice], AbstractContextManager[None]],
     ) -> Effects:
         """Run ``per_pass`` prompts at a time, or as many as fit; after an out-of-memory error all of them again, half
         as many at a time, so that one number says how the whole result was made."""
@@ -109,7 +112,8 @@ class SharedPrefixEngine:
         while scores is None:
             try:
                 scores = [
-                    self._pass(prompts[part], targets[part], n_edits, edit) for part in prompt_chunks(prompts, size)
+                    self._pass(prompts[part], targets[part], n_edits, edit(part))
+                    for part in prompt_chunks(prompts, size)
                 ]
             except torch.OutOfMemoryError:
                 if size == 1:
@@ -129,12 +133,11 @@ class SharedPrefixEngine:
         prompts: Prompts,
         targets: Sequence[int],
         n_edits: int,
-        edit: Callable[[], AbstractContextManager[None]],
+        edits: AbstractContextManager[None],
     ) -> TokenScores:
         """Fields (N, 1 + n_edits); column 0 is the baseline."""
-        # What is needed later goes to the device first: a copy from the host waits for everything queued before it.
+        # Like the edits' tensors it goes to the device first: a copy from the host waits for everything queued before.
         last = torch.tensor([[prompt[-1]] for prompt in prompts], device=self.backbone.device)
-        edits = edit()
         with self.backbone.running():
             prefix = prefill(self.backbone, prompts)
             with attending_to(prefix, self.backbone), self.backbone.multiplying_differences(), edits:
@@ -226,14 +229,19 @@ def _head_patches(
 
 
 def _residual_additions(
-    backbone: Backbone, layers: Sequence[int], vectors: torch.Tensor
+    backbone: Backbone, layers: Sequence[int], vectors: torch.Tensor, prompts: slice
 ) -> AbstractContextManager[None]:
-    """After block l: one copy of the untouched token + vector for each vector."""
+    """After block l: one copy of the untouched token + vector for each vector of that layer and these prompts."""
 
-    def add(hidden: torch.Tensor) -> torch.Tensor:
-        return _grown(hidden, hidden[:, :1] + vectors.to(hidden.dtype)[None], len(vectors))
+    def adder(own: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda hidden: _grown(hidden, hidden[:, :1] + own.to(hidden.dtype), own.shape[1])
 
-    return editing_outputs([(backbone.arch.blocks[layer], add) for layer in layers])
+    return editing_outputs(
+        [
+            (backbone.arch.blocks[layer], adder(of_layer_and_prompts(vectors, i, prompts)))
+            for i, layer in enumerate(layers)
+        ]
+    )
 
 
 def _grown(hidden: torch.Tensor, more: torch.Tensor, count: int) -> torch.Tensor:

@@ -114,7 +114,7 @@ class Architecture:
         return self.logit_softcap * torch.tanh(logits / self.logit_softcap)
 
     def project_head(self, layer: int, head: int, activation: torch.Tensor) -> torch.Tensor:
-        """W_O[layer][:, slice of head] @ activation, without the output bias: (head_dim,) -> float64 (resid_dim,).
+        """W_O[layer][:, slice of head] @ activation, without the output bias: (..., head_dim) -> float64 (..., resid_dim).
 
         The bias belongs to the layer and not to any head; adding it per head would count it k times.
         """
@@ -125,7 +125,9 @@ class Architecture:
             transposed = _is_conv1d(projection)
             columns = weight.detach().narrow(0 if transposed else 1, start, self.head_dim).cpu().double()
             value = activation.cpu().double()
-            return value @ columns if transposed else columns @ value
+            return value @ (columns if transposed else columns.T)
+        if activation.dim() > 1:
+            return torch.stack([self.project_head(layer, head, one) for one in activation])
         return self._project_through_module(projection, start, activation)
 
     def _project_through_module(self, projection: nn.Module, start: int, activation: torch.Tensor) -> torch.Tensor:

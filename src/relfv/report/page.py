@@ -100,6 +100,7 @@ def _completed(folder: Path, status: QidStatus) -> dict[str, Any]:
         "clean_p": read_json(paths.step_e_eval)["reference"]["clean"]["mean_p"],
         # Folders of earlier versions have none.
         "noise_floor": read_noise_floor(paths.noise_floor) if paths.noise_floor.exists() else None,
+        "verdict": read_json(paths.summary)["verdict"] if paths.summary.exists() else None,
         "best_layer": summary["best_layer"],
         "best": read_json(paths.artifacts / layer["eval_summary_path"]),
         "heatmap": _link(folder, paths.heatmap),

@@ -8,6 +8,7 @@ import numpy as np
 
 from relfv.engine.language_model import LanguageModel
 from relfv.errors import InputError
+from relfv.stats import clustered_mean, false_discovery
 from relfv.types import MEASURES, HeadEffects, HeadId, MeanActivations, ScoredHead
 
 
@@ -34,9 +35,10 @@ def head_effects(
     return HeadEffects(ordered, found)
 
 
-def score_heads(effects: HeadEffects, means: MeanActivations) -> list[ScoredHead]:
+def score_heads(effects: HeadEffects, means: MeanActivations, queries: Sequence[int]) -> list[ScoredHead]:
     """Per head and measure m: mean, population standard deviation and mean absolute value of delta_m over trials,
-    the means of m without and with the patch, and the norm of the head's clean mean."""
+    the means of m without and with the patch, and the norm of the head's clean mean; of mean_delta_p also standard
+    error, interval, p-value and false-discovery rate (stats.py). ``queries`` (trial,) are the rows of the query words."""
     base, patched = effects.effects.base.measures(), effects.effects.edited.measures()
     columns: dict[str, np.ndarray] = {}
     for m in MEASURES:
@@ -48,11 +50,34 @@ def score_heads(effects: HeadEffects, means: MeanActivations) -> list[ScoredHead
         columns[f"mean_{m}_patch"] = patched[m].mean(0)
     norms = means.values.double().norm(dim=-1)
     columns["clean_mean_norm"] = np.array([float(norms[head.layer, head.head]) for head in effects.heads])
+    columns |= _uncertainty(patched["p"] - base["p"][:, None], queries)
     n_trials = len(base["p"])
     return [
         ScoredHead(head, {name: float(values[i]) for name, values in columns.items()}, n_trials)
         for i, head in enumerate(effects.heads)
     ]
+
+
+def _uncertainty(delta_p: np.ndarray, queries: Sequence[int]) -> dict[str, np.ndarray]:
+    """(trial, head) -> columns (head,)."""
+    found = clustered_mean(delta_p, queries)
+    return {
+        "mean_delta_p_se": found.se,
+        "mean_delta_p_ci_low": found.low,
+        "mean_delta_p_ci_high": found.high,
+        "mean_delta_p_p_value": found.p_value,
+        "mean_delta_p_fdr": false_discovery(found.p_value),
+    }
+
+
+def trial_scores(deltas: np.ndarray, score_key: str) -> np.ndarray:
+    """delta of the score key's measure (trial, head) -> what the score is the mean of over trials."""
+    return np.abs(deltas) if "_abs_" in score_key else deltas
+
+
+def measure_of(score_key: str) -> str:
+    """``mean_abs_delta_logit`` -> ``logit``."""
+    return score_key.rpartition("_")[2]
 
 
 def rank_heads(scored: Sequence[ScoredHead], score_key: str) -> list[ScoredHead]:

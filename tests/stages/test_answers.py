@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from relfv.engine.language_model import LanguageModel, open_model
+from relfv.engine.readout import score_prompts
+from relfv.stages.answers import N_TOP, Injection, decode_vector, score_answers
+
+PROMPTS = ["Q: dog\nA: puppy\n\nQ: cat\nA:", "Q: cow\nA:", "Q: a longer one than that\nA:"]
+ANSWERS = [[5, 9, 7], [11], [3, 300]]
+
+
+@pytest.fixture(scope="module")
+def model(llama_path: Path) -> LanguageModel:
+    return open_model(str(llama_path))
+
+
+def vector(model: LanguageModel) -> torch.Tensor:
+    return 3 * torch.randn(model.arch.resid_dim, generator=torch.Generator().manual_seed(0))
+
+
+def test_an_answers_log_probability_is_the_sum_over_its_tokens(model: LanguageModel) -> None:
+    found = score_answers(model, PROMPTS, ANSWERS)
+    for prompt, answer, scored in zip(PROMPTS, ANSWERS, found, strict=True):
+        ids = model.tokens.encode(prompt)
+        texts = [[*ids, *answer[:n]] for n in range(len(answer))]
+        expected = [
+            float(score_prompts(model.backbone, [t], [a]).logprob[0]) for t, a in zip(texts, answer, strict=True)
+        ]
+        assert scored.logprob == pytest.approx(sum(expected), abs=1e-4)
+        assert len(scored.written) == len(answer)
+
+
+def test_written_tokens_rank_and_top_are_those_of_one_pass_at_a_time(model: LanguageModel) -> None:
+    found = score_answers(model, PROMPTS, ANSWERS)
+    for prompt, answer, scored in zip(PROMPTS, ANSWERS, found, strict=True):
+        text, written = model.tokens.encode(prompt), []
+        for n in range(len(answer)):
+            with torch.no_grad():
+                logits = model.backbone.model(torch.tensor([[*text, *written]])).logits[0, -1]
+            if n == 0:
+                assert scored.rank == 1 + int((logits > logits[answer[0]]).sum())
+                assert [token for token, _ in scored.top] == logits.topk(N_TOP).indices.tolist()
+                assert scored.top[0][1] == pytest.approx(float(logits.softmax(-1).max()), abs=1e-5)
+            written.append(int(logits.argmax()))
+        assert scored.written == written
+
+
+def test_the_vector_acts_from_the_last_prompt_token_on(model: LanguageModel) -> None:
+    v, layer = vector(model), 1
+    found = score_answers(model, PROMPTS, ANSWERS, Injection(layer, v))
+    ids = [model.tokens.encode(prompt) for prompt in PROMPTS]
+    for n, (prompt, answer) in enumerate(zip(ids, ANSWERS, strict=True)):
+        begin = len(prompt) - 1
+
+        def add(_, __, out, start=begin):  # type: ignore[no-untyped-def]
+            hidden = (out[0] if isinstance(out, tuple) else out).clone()
+            hidden[:, start:] += v
+            return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
+
+        handle = model.arch.blocks[layer].register_forward_hook(add)
+        with torch.no_grad():
+            logprobs = model.backbone.model(torch.tensor([[*prompt, *answer[:-1]]])).logits[0].log_softmax(-1)
+        handle.remove()
+        expected = sum(float(logprobs[len(prompt) - 1 + i, token]) for i, token in enumerate(answer))
+        assert found[n].logprob == pytest.approx(expected, abs=1e-4)
+    first = model.engine.inject(ids, [answer[0] for answer in ANSWERS], v[None], [layer])
+    single = score_answers(model, PROMPTS, [answer[:1] for answer in ANSWERS], Injection(layer, v))
+    assert [s.logprob for s in single] == pytest.approx(first.edited.logprob[:, 0].tolist(), abs=1e-4)
+    untouched = score_answers(model, PROMPTS, ANSWERS)
+    assert max(abs(a.logprob - b.logprob) for a, b in zip(found, untouched, strict=True)) > 0.1
+
+
+def test_a_decoded_vector_is_what_norm_and_unembedding_make_of_it(model: LanguageModel) -> None:
+    v = vector(model)
+    with torch.no_grad():
+        p = model.backbone.model.lm_head(model.backbone.model.model.norm(v)).softmax(-1)
+    found = decode_vector(model, v)
+    assert [token for token, _ in found] == p.topk(len(found)).indices.tolist()
+    assert found[0][1] == pytest.approx(float(p.max()), abs=1e-5)

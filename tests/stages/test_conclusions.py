@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from relfv.stages.conclusions import conclusions
+
+N = 12
+
+
+def controls(zero: float, clean: float, **reached: float) -> dict[str, Any]:
+    """controls.json of two layers and twelve prompts: nothing happens at layer 0, ``reached`` at layer 1."""
+    wobble = [0.02 * (i % 3 - 1) for i in range(N)]
+    return {
+        "n_eval": N,
+        "n_queries": N,
+        "meaning": dict.fromkeys(reached, "..."),
+        "zero_shot": {"acc": 0.0, "mean_p": zero},
+        "per_layer": {layer: {name: {"acc": 0.5} for name in reached} for layer in ("0", "1")},
+        "by_prompt": {
+            "query_source_index": list(range(N)),
+            "p_zero_shot": [zero + w for w in wobble],
+            "p_clean": [clean + w for w in wobble],
+            **{f"p_{name}": {"0": [zero] * N, "1": [p + w for w in wobble]} for name, p in reached.items()},
+        },
+    }
+
+
+TOP = {"heads": [{}] * 20, "meta": {"n_distinguishable": 17}}
+
+
+def said(found: dict[str, Any], top: dict[str, Any] = TOP, overlap: float | None = 0.81) -> str:
+    return conclusions(top, found, {"half_overlap": overlap}, seed="s")["verdict"]
+
+
+def test_the_verdict_says_what_the_numbers_say() -> None:
+    verdict = said(controls(0.1, 0.9, fv=0.7, held_out=0.66, random_heads=0.14, random_direction=0.1, mean_hidden=0.3))
+    assert verdict.startswith(
+        "17 of the top 20 heads are distinguishable from noise; two halves of the queries agree on 81%"
+    )
+    assert "closes 75% (95% CI" in verdict
+    assert "at layer 1, the best of all on these very prompts (12 distinct queries)" in verdict
+    assert "; 70% (95% CI" in verdict
+    assert "with vector and layer from other queries alone" in verdict
+    assert "other heads' vectors 5%, random directions of its length 0%, the mean hidden state 25%" in verdict
+    assert "is not shown" not in verdict
+
+
+def test_a_control_that_does_as_much_takes_the_claim_back() -> None:
+    verdict = said(controls(0.1, 0.9, fv=0.7, held_out=0.66, random_heads=0.71, random_direction=0.1))
+    assert "a control's overlap: that the effect is the relation's own is not shown" in verdict
+
+
+def test_no_share_is_claimed_where_there_is_no_gap() -> None:
+    assert "Demos do not help this model here" in said(controls(0.4, 0.3, fv=0.6))
+    verdict = said(controls(0.4, 0.42, fv=0.6))
+    assert "too small or too uncertain" in verdict
+    assert "closes" not in verdict.replace("what share of it the function vector closes", "")
+
+
+def test_what_is_not_known_is_not_said() -> None:
+    verdict = said(controls(0.1, 0.9, fv=0.7), top={"heads": [{}], "meta": {}})
+    assert "distinguishable" not in verdict
+    assert "other queries" not in verdict
+    assert "Controls" not in verdict
+    assert "agree" not in said(controls(0.1, 0.9, fv=0.7), overlap=None)
+
+
+def test_a_finished_q_id_has_its_conclusions(finished: Path) -> None:
+    artifacts = finished / "A1/artifacts"
+    summary = json.loads((artifacts / "summary.json").read_text())
+    found = json.loads((artifacts / "step6/controls.json").read_text())
+    layers = json.loads((artifacts / "step6/step6_all_layers_summary.json").read_text())
+    for layer, results in layers["per_layer"].items():
+        spec = json.loads((artifacts / results["eval_summary_path"]).read_text())
+        again = found["per_layer"][layer]["fv"]
+        assert again["mean_p"] == pytest.approx(spec["mean_p_with"], abs=1e-5)
+        assert again["acc"] == pytest.approx(spec["acc_with"])
+        assert again["ci_low"] <= again["mean_delta_p"] <= again["ci_high"]
+    assert summary["verdict"]
+    assert summary["n_heads_distinguishable"] == sum(
+        head["distinguishable"] for head in json.loads((artifacts / "top_heads.json").read_text())["heads"]
+    )
