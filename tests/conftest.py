@@ -30,7 +30,8 @@ PLACES = [
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``--write-families`` makes docs/families.md anew instead of comparing it."""
+    """``--write-families`` and ``--write-bad-input`` make their pages in docs/ anew instead of comparing them."""
+    parser.addoption("--write-bad-input", action="store_true", help="write docs/bad_input.md from the tests' list")
     parser.addoption("--write-families", action="store_true", help="write docs/families.md from what the tests find")
 
 

@@ -241,31 +241,6 @@ def test_dry_run_writes_nothing(
     assert "skip: 9 rows" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("more", "words"),
-    [
-        (["--q_list", "A1,Z9"], "Z9 not in"),
-        (["--q_list", ","], "--q_list: is empty"),
-        (["--topk", "0"], "--topk 0"),
-        (["--alpha", "nan"], "--alpha nan"),
-        (["--seed", "-1"], "--seed -1"),
-        (["--relation_csv_path", "nowhere.csv"], "nowhere.csv: no such file"),
-        (["--model", "/nowhere"], "no such folder"),
-        (["--model_spec", "gpt2"], "no module 'transformer.h'"),
-        (["--topk", "100"], "has 24 heads to choose from"),
-        (["--quant", "3bit"], "expected one of none, 8bit, 4bit"),
-    ],
-)
-def test_bad_input_ends_with_code_2_and_one_line(
-    csv_path: Path, llama_path: Path, tmp_path: Path, more: list[str], words: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(arguments(llama_path, csv_path, tmp_path / "out", *more)) == 2
-    said = capsys.readouterr().err
-    assert words in said
-    assert "Traceback" not in said
-    assert sum("ERROR" in line for line in said.splitlines()) == 1
-
-
 @pytest.fixture
 def running(csv_path: Path, llama_path: Path, tmp_path: Path):  # type: ignore[no-untyped-def]
     """A run in a process of its own, stopped at the first sight of a given file."""

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from relfv.errors import InputError, RunError
+from relfv.relations import is_q_id
 from relfv.stats import Stability
 from relfv.storage import json_bytes, read_json, write_atomic, write_json, write_together
 from relfv.types import (
@@ -246,6 +247,8 @@ def read_trials(path: Path) -> TrialSnapshot:
     try:
         snapshot = TrialSnapshot(document["meta"], document["trials"])
         _ = snapshot.target_ids, snapshot.prompts("corrupted_prompt_str")
+        if not all(is_q_id(trial["q_id"]) for trial in snapshot.trials):  # file names are made of it
+            raise KeyError("q_id")
     except (KeyError, TypeError):
         raise RunError(f"{path}: is not a trial snapshot; expected meta and trials as StepD writes them") from None
     if not snapshot.trials:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from relfv import __version__
-from relfv.config import DEFAULT_OUT_ROOT, SCORE_KEYS, SPEC_CSV, Settings
+from relfv.config import DEFAULT_OUT_ROOT, MAX_SEED, MOST, SCORE_KEYS, SPEC_CSV, Settings, require_within
 from relfv.errors import InputError, RelfvError
 
 log = logging.getLogger("relfv.cli")
@@ -58,7 +58,9 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(*args, **kwargs)
 
     def error(self, message: str) -> Any:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        from relfv.logs import printable
+
+        self.exit(2, printable(f"{self.prog}: error: {message} (see {self.prog} --help)") + "\n")
 
 
 def _add(parser: argparse.ArgumentParser, add_flags: Callable[[Any], None], command: Command) -> None:
@@ -184,6 +186,28 @@ def _check_names(settings: Settings) -> None:
         raise InputError(f"--model_spec {settings.model_spec!r}: expected one of {', '.join(SPEC_NAMES)}")
 
 
+def _path(text: str) -> Path:
+    """A path flag. An empty one would be the current folder, which an unset variable in a shell does not mean."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError("is empty or has a NUL in it; expected a path")
+    return Path(text)
+
+
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    """A flag that is a whole number within bounds and no field of Settings, which has its own."""
+
+    def parse(text: str) -> int:
+        try:
+            require_within("", number := int(text), low, high)
+        except (ValueError, InputError):
+            raise argparse.ArgumentTypeError(
+                f"invalid value: {text[:40]!r}; expected a whole number from {low} to {high}"
+            ) from None
+        return number
+
+    return parse
+
+
 # --- commands --------------------------------------------------------------------------------------------------
 
 
@@ -193,7 +217,7 @@ def _run_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--q_list", default="all", help="q_ids, separated by commas, or all")
     group.add_argument(
-        "--out_root", type=Path, default=DEFAULT_OUT_ROOT, help="results go to OUT_ROOT/<csv name>/<q_id>"
+        "--out_root", type=_path, default=DEFAULT_OUT_ROOT, help="results go to OUT_ROOT/<csv name>/<q_id>"
     )
     _score_flag(group)
     _setting(group, "--topk", "heads in the function vector")
@@ -225,7 +249,7 @@ def _step_d_flags(parser: argparse.ArgumentParser) -> None:
     _setting(group, "--layers", "all, or e.g. 0-3,7")
     _setting(group, "--heads", "all, or e.g. 0-3,7")
     _score_flag(group)
-    group.add_argument("--out_base_dir", type=Path, required=True, help="folder of the q_id; artifacts/ is made in it")
+    group.add_argument("--out_base_dir", type=_path, required=True, help="folder of the q_id; artifacts/ is made in it")
 
 
 def _step_d(args: argparse.Namespace) -> int:
@@ -240,9 +264,9 @@ def _step_d(args: argparse.Namespace) -> int:
 
 
 def _heatmap_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--in_dir", type=Path, required=True, help="the q_id's artifacts folder")
+    parser.add_argument("--in_dir", type=_path, required=True, help="the q_id's artifacts folder")
     parser.add_argument("--metric", choices=SCORE_KEYS, default=_DEFAULTS.score_key, help="column to draw")
-    parser.add_argument("--topk", type=int, default=_DEFAULTS.topk, help="heads to mark")
+    parser.add_argument("--topk", type=_whole(1, MOST), default=_DEFAULTS.topk, help="heads to mark")
     parser.add_argument("--out_name", default=None, help="file name within --in_dir (default: aie_heatmap_<Q>.png)")
 
 
@@ -253,12 +277,12 @@ def _heatmap(args: argparse.Namespace) -> int:
 
 
 def _step_e_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--stepd_artifacts_dir", type=Path, required=True, help="StepD's artifacts folder")
-    parser.add_argument("--sampled_trials_path", type=Path, required=True, help="StepD's sampled_trials.json")
+    parser.add_argument("--stepd_artifacts_dir", type=_path, required=True, help="StepD's artifacts folder")
+    parser.add_argument("--sampled_trials_path", type=_path, required=True, help="StepD's sampled_trials.json")
     _setting(parser, "--k", "heads in the function vector", dest="topk")
     _score_flag(parser)
     _setting(parser, "--alpha", "the vector is added alpha times")
-    parser.add_argument("--out_dir", type=Path, required=True, help="where the vector goes")
+    parser.add_argument("--out_dir", type=_path, required=True, help="where the vector goes")
     _model_flags(parser)
 
 
@@ -271,8 +295,8 @@ def _step_e(args: argparse.Namespace) -> int:
 
 
 def _zero_shot_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--sampled_trials_path", type=Path, required=True, help="StepD's sampled_trials.json")
-    parser.add_argument("--out_path", type=Path, default=None, help="default: sampled_trials_zeroshot.json beside it")
+    parser.add_argument("--sampled_trials_path", type=_path, required=True, help="StepD's sampled_trials.json")
+    parser.add_argument("--out_path", type=_path, default=None, help="default: sampled_trials_zeroshot.json beside it")
 
 
 def _zero_shot(args: argparse.Namespace) -> int:
@@ -283,11 +307,11 @@ def _zero_shot(args: argparse.Namespace) -> int:
 
 def _step6_flags(parser: argparse.ArgumentParser) -> None:
     _model_flags(parser)
-    parser.add_argument("--fv_global_path", type=Path, required=True, help="StepE's fv_global_resid.pt")
-    parser.add_argument("--sampled_trials_path", type=Path, required=True, help="sampled_trials_zeroshot.json")
+    parser.add_argument("--fv_global_path", type=_path, required=True, help="StepE's fv_global_resid.pt")
+    parser.add_argument("--sampled_trials_path", type=_path, required=True, help="sampled_trials_zeroshot.json")
     parser.add_argument("--edit_layer", type=int, required=True, help="the layer to inject at (one; loop outside)")
     _eval_flags(parser)
-    parser.add_argument("--out_dir", type=Path, required=True, help="where this layer's results go")
+    parser.add_argument("--out_dir", type=_path, required=True, help="where this layer's results go")
 
 
 def _step6(args: argparse.Namespace) -> int:
@@ -303,7 +327,7 @@ def _step6(args: argparse.Namespace) -> int:
 
 
 def _status_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("out_root", type=Path, nargs="?", default=DEFAULT_OUT_ROOT, help="results folder")
+    parser.add_argument("out_root", type=_path, nargs="?", default=DEFAULT_OUT_ROOT, help="results folder")
 
 
 def _status(args: argparse.Namespace) -> int:
@@ -314,7 +338,7 @@ def _status(args: argparse.Namespace) -> int:
 
 
 def _report_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, help="a relation's results, e.g. results_fv/relation_qwise/relationA_ex")
+    parser.add_argument("folder", type=_path, help="a relation's results, e.g. results_fv/relation_qwise/relationA_ex")
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -326,12 +350,12 @@ def _report(args: argparse.Namespace) -> int:
 
 def _demo_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=("train",), help="train: make the demo model again from its CSV")
-    parser.add_argument("--out_dir", type=Path, required=True, help="where the model goes")
-    parser.add_argument("--relation_csv_path", type=Path, default=SPEC_CSV, help="relations it learns")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights and documents")
-    parser.add_argument("--steps", type=int, default=None, help="training steps (default: the recipe's)")
+    parser.add_argument("--out_dir", type=_path, required=True, help="where the model goes")
+    parser.add_argument("--relation_csv_path", type=_path, default=SPEC_CSV, help="relations it learns")
+    parser.add_argument("--seed", type=_whole(0, MAX_SEED), default=0, help="seed of weights and documents")
+    parser.add_argument("--steps", type=_whole(1, MOST), default=None, help="training steps (default: the recipe's)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--log_path", type=Path, default=None, help="JSON lines of the training log go here")
+    parser.add_argument("--log_path", type=_path, default=None, help="JSON lines of the training log go here")
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -34,7 +34,7 @@ from relfv.pipeline import (
     stage_names,
     step6_stage,
 )
-from relfv.relations import file_sha256, load_relations, rows_sha256
+from relfv.relations import file_sha256, load_relations, require_q_ids, rows_sha256
 from relfv.stages.injection import require_layer
 from relfv.stages.trials import ineligible_reason
 from relfv.status import QidStatus, read_status
@@ -46,7 +46,7 @@ from relfv.steps import (
     step_heatmap,
     step_zero_shot,
 )
-from relfv.storage import lock, remove_temporaries
+from relfv.storage import lock, remove_temporaries, require_folder, require_no_links
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +63,8 @@ def run_step_d(settings: Settings, q_id: str, out_base_dir: Path) -> int:
     """StepD of one q_id into ``out_base_dir/artifacts``. An ineligible q_id is marked skipped: exit code 0."""
     csv_path = Path(settings.relation_csv_path)
     relations = load_relations(csv_path)
-    if q_id not in relations:
-        raise InputError(f"--relation_q_list: {q_id} not in {csv_path}, which has {', '.join(relations)}")
+    require_q_ids([q_id], relations, "--relation_q_list", csv_path)
+    require_folder(out_base_dir, "--out_base_dir")
     relation = relations[q_id]
     paths = QidPaths(out_base_dir / "artifacts", q_id)
     fields = fingerprint_fields(
@@ -340,8 +340,12 @@ def _settling(status: QidStatus) -> Iterator[None]:
 def _working_in(paths: QidPaths) -> Iterator[None]:
     """For work inside a q_id's folder: hold its lock, the same one as ``relfv run``, and log into it.
 
-    Another command that holds it, say Step6 at another layer, is waited for. Raises InputError after a minute.
+    Another command that holds it, say Step6 at another layer, is waited for. Raises InputError after a minute, and for
+    links that lead out of the folder.
     """
+    for ours in (paths.artifacts, paths.log.parent):
+        require_no_links(ours, below=paths.artifacts.parent)
+    require_no_links(paths.lock, below=paths.lock.parent.parent)
     with lock(paths.lock, wait_s=_WAIT_S) as holder:
         if holder:
             raise InputError(f"{paths.artifacts} is being written by {holder}; wait for it, or use another folder")

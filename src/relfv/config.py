@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,12 @@ from relfv.errors import InputError
 SPEC_CSV = Path("datasets/relation/relationA_ex.csv")
 SCORE_KEYS = tuple(f"mean_{kind}delta_{m}" for kind in ("", "abs_") for m in ("p", "logit", "logprob"))
 """What heads may be ranked by."""
+MOST = 100_000
+"""Of trials, demos, heads, prompts: more is a slip, and would be noticed only when the memory is full."""
+MAX_SEED = 2**63 - 1
+"""What other readers of the JSON files can hold."""
+_MAX_ALPHA = 1e6
+"""Beyond it models compute nothing but overflow."""
 DEFAULT_OUT_ROOT = Path("results_fv/relation_qwise")
 
 
@@ -63,13 +68,15 @@ class Settings:
     """Run code that comes with the checkpoint."""
 
     def __post_init__(self) -> None:
-        for name, low in (("n_trials_per_q", 1), ("n_demos", 1), ("topk", 1), ("n_eval", 1), ("seed", 0)):
-            if getattr(self, name) < low:
-                raise InputError(f"--{name} {getattr(self, name)}: expected a whole number of at least {low}")
+        for name in ("n_trials_per_q", "n_demos", "topk", "n_eval"):
+            require_within(f"--{name}", getattr(self, name), 1, MOST)
+        require_within("--seed", self.seed, 0, MAX_SEED)
         if self.score_key not in SCORE_KEYS:
             raise InputError(f"--score_key {self.score_key!r}: expected one of {', '.join(SCORE_KEYS)}")
-        if not math.isfinite(self.alpha):
-            raise InputError(f"--alpha {self.alpha}: expected a finite number")
+        if not abs(self.alpha) <= _MAX_ALPHA:  # so written that NaN fails too
+            raise InputError(
+                f"--alpha {self.alpha}: expected a finite number between {-_MAX_ALPHA:g} and {_MAX_ALPHA:g}"
+            )
 
     def departures(self) -> list[str]:
         """In what these settings depart from the spec's hard constraints (section 2), in words."""
@@ -114,6 +121,12 @@ def fingerprint(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
+def require_within(flag: str, value: int, low: int, high: int) -> None:
+    """Raise InputError that names ``flag`` if ``value`` is not a number from ``low`` to ``high``."""
+    if not low <= value <= high:
+        raise InputError(f"{flag} {value}: expected a whole number of at least {low} and at most {high}")
+
+
 def parse_index_list(text: str, size: int, flag: str) -> list[int]:
     """``all``, or numbers and ranges such as ``0-3,7``, below ``size`` -> sorted indices.
 
@@ -124,7 +137,7 @@ def parse_index_list(text: str, size: int, flag: str) -> list[int]:
     chosen: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not (first.isdecimal() and (last.isdecimal() if dash else True)):
+        if not (first.isdecimal() and (last.isdecimal() if dash else True)) or len(part) > 20:
             raise InputError(f"{flag} {text!r}: {part!r} is neither a number nor a range; expected e.g. all or 0-3,7")
         low, high = int(first), int(last) if dash else int(first)
         if low > high or high >= size:

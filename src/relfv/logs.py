@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -57,11 +57,33 @@ def set_up_logging(*, debug: bool) -> None:
 
 
 @contextmanager
-def logging_to(path: Path) -> Iterator[None]:
-    """While open, every line, details included, is appended to ``path`` as well."""
+def remembering() -> Iterator[list[logging.LogRecord]]:
+    """While open, every line is kept in the list as well: for ``logging_to`` a file that may not be written yet."""
+    handler = _Memory()
+    _ROOT.addHandler(handler)
+    try:
+        yield handler.records
+    finally:
+        _ROOT.removeHandler(handler)
+
+
+class _Memory(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+@contextmanager
+def logging_to(path: Path, earlier: Sequence[logging.LogRecord] = ()) -> Iterator[None]:
+    """While open, every line, details included, is appended to ``path`` as well, after the ``earlier`` ones."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(_Formatter("%(asctime)s %(level_word)s%(message)s", "%Y-%m-%d %H:%M:%S"))
+    for record in earlier:
+        handler.handle(record)
     _ROOT.addHandler(handler)
     try:
         yield
@@ -90,9 +112,14 @@ class _Formatter(logging.Formatter):
         record.progress = getattr(record, "progress", "")
         record.level_word = "" if record.levelno in (logging.INFO, logging.DEBUG) else f"{record.levelname}: "
         text = super().format(record)
-        if record.exc_info:
-            return text
-        return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+        # A traceback is many lines; what stands in them is escaped all the same.
+        return "\n".join(map(printable, text.split("\n"))) if record.exc_info else printable(text)
+
+
+def printable(text: str) -> str:
+    """``text`` on one line that cannot steer a terminal: controls, line breaks, marks that turn the direction of writing
+    and invisible characters as escapes."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def _duration(seconds: float) -> str:

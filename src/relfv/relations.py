@@ -6,6 +6,9 @@ import csv
 import hashlib
 import io
 import re
+import stat
+import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 
 from relfv.errors import InputError
@@ -16,10 +19,17 @@ _COLUMNS = {
     "input": ("ex_a", "exa", "input"),
     "output": ("ex_b", "exb", "output"),
 }
-_Q_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
-_RESERVED = ("report", "run.log", "run_manifest.json")
-_REPLACED = ".replaced-"
+_Q_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
+"""No dot in front (hidden files, ``..``), and no ``-``: it makes an option of a file name and a formula of a CSV cell."""
+_OF_RELFV = re.compile(r"report|run\.log.*|run_manifest\.json.*|.*\.replaced-.*", re.IGNORECASE)
+_OF_WINDOWS = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?|.*\.", re.IGNORECASE)
+"""Folders that a copy of the results could not have there."""
+_LINE_BREAKS_AND_CONTROLS = ("Cc", "Zl", "Zp")
+"""Unicode categories: C0 and C1 controls, and the two separators that are line breaks to some readers."""
+_MAX_BYTES = 64 << 20
+"""About three million pairs. A file that is larger is a slip, and must not cost its size in memory to find out."""
 _MAX_ERRORS = 10
+_MAX_NAMED = 20
 
 
 def load_relations(path: Path) -> dict[str, Relation]:
@@ -32,26 +42,59 @@ def load_relations(path: Path) -> dict[str, Relation]:
     reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
     problems: list[tuple[int, str]] = []
     pairs: dict[str, list[WordPair]] = {}
+    line = 1  # where the row at hand begins: a quoted cell may hold line breaks, or, never closed, the rest of the file
     try:
         column = _header(path, next(reader, None))
+        line = reader.line_num + 1
         for row in reader:
             cells = [cell.strip() for cell in row]
-            if not any(cells):
-                continue
-            problem = _row_problem(cells, len(column), column)
+            problem = _row_problem(cells, len(column), column) if any(cells) else None
             if problem:
-                problems.append((reader.line_num, problem))
-            else:
+                problems.append((line, problem))
+            elif any(cells):
                 pair = WordPair(cells[column["input"]], cells[column["output"]])
                 pairs.setdefault(cells[column["q_id"]], []).append(pair)
+            line = reader.line_num + 1
     except csv.Error as problem:
-        problems.append((reader.line_num, f"not readable as CSV ({problem})"))
+        problems.append((line, f"not readable as CSV ({problem}; is a quote never closed?)"))
     problems += [(0, problem) for problem in _case_clashes(list(pairs))]
     if problems:
         raise InputError(f"{path}: {len(problems)} problem(s): {_listed(problems)}")
     if not pairs:
         raise InputError(f"{path}: no word pairs; expected a header id,ex_A,ex_B and one pair a row")
     return {q_id: Relation(q_id, tuple(rows)) for q_id, rows in pairs.items()}
+
+
+def is_q_id(text: object) -> bool:
+    """Whether ``text`` may be a q_id, and so a folder's name, here and on other systems."""
+    return isinstance(text, str) and bool(_Q_ID.fullmatch(text)) and not _taken(text)
+
+
+def require_q_ids(wanted: Iterable[str], relations: Iterable[str], flag: str, path: Path) -> None:
+    """Raise InputError naming ``flag`` for q_ids that the CSV at ``path`` does not have."""
+    there = list(relations)
+    unknown = [q_id for q_id in wanted if q_id not in there]
+    if unknown:
+        raise InputError(
+            f"{flag}: {_named(unknown)} not in {path}, which has {_named(there)}; expected q_ids of the CSV"
+        )
+
+
+def _named(q_ids: list[str]) -> str:
+    more = len(q_ids) - _MAX_NAMED
+    return ", ".join([*q_ids[:_MAX_NAMED], f"and {more} more"] if more > 0 else q_ids)
+
+
+def relation_name(path: Path) -> str:
+    """REL, the folder of a CSV's results: the file's name without its ending. Raises InputError for one that would be
+    hidden, lead elsewhere (``...csv`` is ``..`` without its ending) or steer a terminal."""
+    name = path.stem
+    if name.startswith(".") or not name.isprintable():
+        raise InputError(
+            f"{path}: its results would go into a folder {name!a}; expected a file name that does not start with a "
+            "dot and has no control characters, so rename the file"
+        )
+    return name
 
 
 def file_sha256(path: Path) -> str:
@@ -82,22 +125,46 @@ def _listed(problems: list[tuple[int, str]]) -> str:
 
 def _read_text(path: Path) -> str:
     try:
-        data = path.read_bytes()
+        data = _read_bounded(path)
     except FileNotFoundError:
         raise InputError(
             f"{path}: no such file; expected a relation CSV (see --relation_csv_path; paths count from the current folder)"
         ) from None
-    except OSError as problem:
-        raise InputError(f"{path}: cannot be read ({problem.strerror}); expected a relation CSV") from None
+    except (OSError, ValueError) as problem:  # ValueError: a NUL in the path
+        why = problem.strerror if isinstance(problem, OSError) else problem
+        raise InputError(f"{path}: cannot be read ({why}); expected a relation CSV") from None
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise InputError(f"{path}: line 1: begins as a UTF-16 file does; expected UTF-8, so save the file as UTF-8")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as problem:
-        line = data[: problem.start].count(b"\n") + 1
+        line = _line_at(data, problem.start)
         raise InputError(f"{path}: line {line}: not UTF-8 (byte {problem.start}); save the file as UTF-8") from None
-    if "\0" in text:
-        line = text[: text.index("\0")].count("\n") + 1
-        raise InputError(f"{path}: line {line}: contains a NUL byte; expected a text file")
+    if (nul := data.find(b"\0")) >= 0:
+        line = _line_at(data, nul)
+        raise InputError(f"{path}: line {line}: contains a NUL byte; expected a text file, saved as UTF-8 (not UTF-16)")
     return text
+
+
+def _read_bounded(path: Path) -> bytes:
+    """The bytes of a regular file. Raises InputError for one that is too large, or that can be read but once."""
+    if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
+        raise InputError(
+            f"{path}: is not a regular file; expected a relation CSV, so save what comes from a pipe first"
+        )
+    with path.open("rb") as file:
+        data = file.read(_MAX_BYTES + 1)
+    if len(data) > _MAX_BYTES:
+        raise InputError(
+            f"{path}: has {path.stat().st_size} bytes; expected a relation CSV of at most {_MAX_BYTES}, so leave out "
+            "relations, or split the file"
+        )
+    return data
+
+
+def _line_at(data: bytes, offset: int) -> int:
+    """The line, from 1, that holds the byte at ``offset``, whichever way the file ends its lines."""
+    return len((data[:offset] + b".").splitlines())
 
 
 def _header(path: Path, row: list[str] | None) -> dict[str, int]:
@@ -108,9 +175,10 @@ def _header(path: Path, row: list[str] | None) -> dict[str, int]:
     for wanted, spellings in _COLUMNS.items():
         found = [index for index, name in enumerate(names) if name in spellings]
         if len(found) != 1:
+            other = "; columns are separated by commas, not by semicolons or tabs" if len(row) == 1 else ""
             raise InputError(
-                f"{path}: line 1: header is {','.join(row)!r}, which has {len(found)} columns for the {wanted}; expected "
-                f"exactly one of {', '.join(spellings)} (any case), as in id,ex_A,ex_B"
+                f"{path}: line 1: header is {','.join(row)[:120]!r}, which has {len(found)} columns for the {wanted}; expected "
+                f"exactly one of {', '.join(spellings)} (any case), as in id,ex_A,ex_B{other}"
             )
         column[wanted] = found[0]
     return column | {f"extra {i}": i for i in range(len(names)) if i not in column.values()}
@@ -120,17 +188,30 @@ def _row_problem(cells: list[str], width: int, column: dict[str, int]) -> str | 
     if len(cells) != width:
         return f"{len(cells)} columns, expected {width} (quote words that contain a comma)"
     q_id = cells[column["q_id"]]
+    if not q_id:
+        return "the q_id is blank"
     if not _Q_ID.fullmatch(q_id):
-        return f"q_id {q_id[:80]!r} cannot be a folder name; expected 1 to 64 of A-Z a-z 0-9 . _ -, not starting with a dot"
-    if q_id.lower() in _RESERVED or _REPLACED in q_id:
-        return f"q_id {q_id!r} is a name that relfv gives to files beside the q_ids' folders; use another"
+        # ascii(): a letter of another script may look just like the one that is expected.
+        return (
+            f"q_id {q_id[:80]!a} cannot be a folder name; expected 1 to 64 of A-Z a-z 0-9 . _ -, not starting with "
+            "a dot or a hyphen"
+        )
+    if why := _taken(q_id):
+        return f"q_id {q_id!r} is a name that {why}; use another"
     for name in ("input", "output"):
         word = cells[column[name]]
         if not word:
             return f"the {name} of {q_id} is blank"
-        if any(ord(char) < 32 or ord(char) == 127 for char in word):
-            return f"the {name} of {q_id} contains a line break or control character: {word[:40]!r}"
+        if any(unicodedata.category(char) in _LINE_BREAKS_AND_CONTROLS for char in word):
+            return f"the {name} of {q_id} contains a line break or control character: {word[:40]!a}; take it out"
     return None
+
+
+def _taken(q_id: str) -> str | None:
+    """Who else has this name, or None."""
+    if _OF_RELFV.fullmatch(q_id):
+        return "relfv gives to files beside the q_ids' folders"
+    return "Windows keeps for itself" if _OF_WINDOWS.fullmatch(q_id) else None
 
 
 def _case_clashes(q_ids: list[str]) -> list[str]:

@@ -8,26 +8,26 @@ never opened.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-from relfv.artifacts import QidPaths
+from relfv.artifacts import MANIFEST, QidPaths
 from relfv.config import Settings, fingerprint_fields
 from relfv.engine.language_model import LanguageModel
 from relfv.errors import InputError, RelfvError
-from relfv.logs import Progress, logging_to, showing
+from relfv.logs import Progress, logging_to, printable, remembering, showing
 from relfv.manifest import model_description, run_description, write_manifest
 from relfv.models.loading import model_identity
 from relfv.pipeline import QidPipeline, is_complete, open_for
-from relfv.relations import file_sha256, load_relations, rows_sha256
+from relfv.relations import file_sha256, load_relations, relation_name, require_q_ids, rows_sha256
 from relfv.report.page import write_report
 from relfv.stages.trials import ineligible_reason
 from relfv.status import QidStatus, now, read_status
 from relfv.steps import heads_to_sweep
-from relfv.storage import lock, remove_temporaries
+from relfv.storage import lock, remove_temporaries, require_folder, require_no_links
 from relfv.types import Relation
 
 log = logging.getLogger(__name__)
@@ -87,12 +87,14 @@ def make_plan(request: RunRequest) -> Plan:
     csv_path = Path(request.settings.relation_csv_path)
     relations = load_relations(csv_path)
     chosen = list(relations) if request.q_list is None else list(dict.fromkeys(request.q_list))
-    unknown = [q_id for q_id in chosen if q_id not in relations]
-    if unknown:
-        raise InputError(f"--q_list: {', '.join(unknown)} not in {csv_path}, which has {', '.join(relations)}")
+    require_q_ids(chosen, relations, "--q_list", csv_path)
+    folder = request.out_root / relation_name(csv_path)
+    require_folder(folder, "--out_root")
+    for ours in (".locks", "report", "run.log", MANIFEST, *chosen):
+        require_no_links(folder / ours, below=request.out_root)
     return Plan(
         request,
-        request.out_root / csv_path.stem,
+        folder,
         {q_id: relations[q_id] for q_id in chosen},
         file_sha256(csv_path),
         model_identity(request.settings.model),
@@ -107,21 +109,28 @@ def run(request: RunRequest) -> int:
     plan = make_plan(request)
     if request.dry_run:
         return _say_plan(plan)
-    if request.force:
-        _move_aside(plan)
-    damaged = _damaged_statuses(plan)
-    _require_same_experiment(plan, besides=damaged)
-    plan.folder.mkdir(parents=True, exist_ok=True)
-    with logging_to(plan.folder / "run.log"):
+    started_at = now()
+    damaged = {} if request.force else _damaged_statuses(plan)
+    if not request.force:
+        _require_same_experiment(plan, besides=damaged)
+    skipped, todo = _queue(plan, besides=damaged)
+    done = len(plan.relations) - len(skipped) - len(todo) - len(damaged)
+    with remembering() as said:
         for problem in damaged.values():
             log.error("%s", problem)
-        skipped, todo = _skip_and_queue(plan, besides=damaged)
-        done = len(plan.relations) - len(skipped) - len(todo) - len(damaged)
         if skipped:
             log.info("skipped: %s", "; ".join(f"{q_id} ({reason})" for q_id, reason in skipped.items()))
         if todo:
             log.info("%d q_ids to run, %d completed before, %d skipped", len(todo), done, len(skipped))
-            code = _run_todo(plan, todo)
+        # Before anything is written or moved: a model that cannot be opened leaves everything as it was.
+        model = _open_model(plan) if todo else None
+    if request.force:
+        _move_aside(plan)
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    with logging_to(plan.folder / "run.log", said):
+        _write_waiting(plan, skipped, todo)
+        if model:
+            code = _run_todo(plan, todo, model, started_at)
         else:
             code = 0
             everything = "nothing else to do" if damaged else "everything is completed"
@@ -129,21 +138,26 @@ def run(request: RunRequest) -> int:
         return 1 if damaged else code
 
 
-def _run_todo(plan: Plan, todo: Sequence[str]) -> int:
+def _open_model(plan: Plan) -> LanguageModel:
+    """The model of the request. Raises InputError if it cannot be opened, or has too few heads."""
     settings = plan.request.settings
-    description = {
-        "started_at": now(),
-        "finished_at": None,
-        **run_description(settings, list(plan.relations), plan.csv_sha256, plan.model_identity),
-    }
-    write_manifest(plan.folder, description)
     model = open_for(settings)
     n_heads = len(heads_to_sweep(model, settings))
     if settings.topk > n_heads:
         raise InputError(
             f"--topk {settings.topk}: {model.name} has {n_heads} heads to choose from; expected at most that"
         )
-    description["model"] = model_description(model)
+    return model
+
+
+def _run_todo(plan: Plan, todo: Sequence[str], model: LanguageModel, started_at: str) -> int:
+    settings = plan.request.settings
+    description = {
+        "started_at": started_at,
+        "finished_at": None,
+        **run_description(settings, list(plan.relations), plan.csv_sha256, plan.model_identity),
+        "model": model_description(model),
+    }
     write_manifest(plan.folder, description)
 
     progress = Progress(len(todo))
@@ -220,28 +234,36 @@ def _damaged_statuses(plan: Plan) -> dict[str, str]:
     return damaged
 
 
-def _skip_and_queue(plan: Plan, besides: Collection[str]) -> tuple[dict[str, str], list[str]]:
-    """Write skipped and pending statuses. -> (skipped with reasons, q_ids that are not completed and intact)."""
+def _queue(plan: Plan, besides: Collection[str]) -> tuple[dict[str, str], list[str]]:
+    """-> (q_ids to skip with reasons, q_ids that are not completed and intact, or are to be done afresh)."""
     skipped: dict[str, str] = {}
     todo: list[str] = []
     for q_id in plan.relations:
         if q_id in besides:
             continue
-        found = read_status(plan.artifacts_dir(q_id))
-        reason = plan.skip_reason(q_id)
-        if reason:
+        if reason := plan.skip_reason(q_id):
             skipped[q_id] = reason
-            if found is None or (found.status, found.reason) != ("skipped", reason):
-                plan.new_status(q_id).set("skipped", reason)
-            continue
-        if found is not None and found.status == "completed" and is_complete(found):
-            continue
-        todo.append(q_id)
-        if found is None or not found.has_results():
+        elif plan.request.force or not _is_done(plan, q_id):
+            todo.append(q_id)
+    return skipped, todo
+
+
+def _is_done(plan: Plan, q_id: str) -> bool:
+    found = read_status(plan.artifacts_dir(q_id))
+    return found is not None and found.status == "completed" and is_complete(found)
+
+
+def _write_waiting(plan: Plan, skipped: Mapping[str, str], todo: Sequence[str]) -> None:
+    """Write skipped and pending statuses, where they do not say so already."""
+    for q_id, reason in skipped.items():
+        found = read_status(plan.artifacts_dir(q_id))
+        if found is None or (found.status, found.reason) != ("skipped", reason):
+            plan.new_status(q_id).set("skipped", reason)
+    for q_id in todo:
+        if plan.found_status(q_id) is None:
             with plan.locked(q_id) as holder:
                 if holder is None:
                     plan.new_status(q_id).write()
-    return skipped, todo
 
 
 def _require_same_experiment(plan: Plan, besides: Collection[str]) -> None:
@@ -292,13 +314,15 @@ def _move_aside(plan: Plan) -> None:
 
 
 def _say_plan(plan: Plan) -> int:
-    print(f"output  {plan.folder}")
-    print(f"model   {plan.request.settings.model} ({plan.model_identity[:40]})")
-    for departure in plan.request.settings.departures():
-        print(f"departs from the spec: {departure}")
+    lines = [
+        f"output  {plan.folder}",
+        f"model   {plan.request.settings.model} ({plan.model_identity[:40]})",
+        *(f"departs from the spec: {departure}" for departure in plan.request.settings.departures()),
+    ]
     damaged = _damaged_statuses(plan)
     for q_id, relation in plan.relations.items():
-        print(f"{q_id:<8} {len(relation.pairs):>4} rows  {damaged.get(q_id) or _what_would_happen(plan, q_id)}")
+        lines.append(f"{q_id:<8} {len(relation.pairs):>4} rows  {damaged.get(q_id) or _what_would_happen(plan, q_id)}")
+    print("\n".join(map(printable, lines)))
     return 0
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from relfv.config import Settings, fingerprint
 from relfv.errors import RunError
+from relfv.relations import is_q_id
 from relfv.storage import read_json, sha256_file, write_json
 
 State = Literal["pending", "running", "completed", "failed", "skipped"]
@@ -134,6 +135,8 @@ def read_status(artifacts_dir: Path) -> QidStatus | None:
         return None
     try:
         values = read_json(path)
+        if not is_q_id(values["q_id"]):  # file names are made of it
+            raise RunError(f"{path}: q_id {values['q_id']!r} is none")
         return QidStatus(
             artifacts_dir=artifacts_dir,
             q_id=values["q_id"],

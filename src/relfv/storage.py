@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from relfv.errors import RunError
+from relfv.errors import InputError, RunError
 
 _TEMP_PREFIX, _TEMP_SUFFIX = ".relfv-", ".tmp"
 
@@ -78,6 +78,31 @@ def _replace(path: Path, data: bytes, *, read_only: bool) -> None:
         with suppress(OSError):
             temporary.unlink()
         raise
+
+
+def require_folder(folder: Path, flag: str) -> None:
+    """Raise InputError that names ``flag`` if ``folder`` is no folder to write into, and cannot become one."""
+    there = folder
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "may not be written to" if there.is_dir() else "is a file"
+        raise InputError(f"{flag}: {there} {why}; expected a folder for the results, there or yet to be made")
+
+
+def require_no_links(path: Path, below: Path) -> None:
+    """Raise InputError for a symbolic link at ``path``, in it, or between ``below`` and it: a write through it would end
+    up elsewhere. ``below`` itself may be reached through links; it is what the user named."""
+    between = path.relative_to(below).parts
+    found = [below.joinpath(*between[: i + 1]) for i in range(len(between))]
+    if not any(one.is_symlink() for one in found):
+        found += [Path(here, name) for here, folders, files in os.walk(path) for name in (*folders, *files)]
+    for one in found:
+        if one.is_symlink():
+            raise InputError(
+                f"{one}: is a symbolic link (to {os.readlink(one)}), and results are only written to where they seem to be; "  # noqa: PTH115
+                "expected folders and files, so name the place that it leads to, or put what it leads to in its place"
+            )
 
 
 def write_json(path: Path, value: Any, *, read_only: bool = False) -> Path:

@@ -5,7 +5,7 @@ import random
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from relfv.stages.trials import corrupt_labels, ineligible_reason, sample_trials
@@ -125,3 +125,42 @@ def test_shuffle_is_the_plain_permutation_that_may_leave_labels_in_place() -> No
     assert all(sorted(out) == given for out in outs)
     in_place = [sum(a == b for a, b in zip(given, out, strict=True)) for out in outs]
     assert 0.7 < sum(in_place) / len(in_place) < 1.3
+
+
+@st.composite
+def relations(draw: st.DrawFn) -> tuple[Relation, int]:
+    """A relation that is eligible, with few enough words that inputs, answers and whole rows come again."""
+    words = st.sampled_from([f"w{i}" for i in range(draw(st.integers(3, 9)))])
+    pairs = draw(st.lists(st.builds(WordPair, words, words), min_size=3, max_size=16))
+    assume(len(set(pairs)) >= 3)
+    return Relation(draw(st.sampled_from(["Q1", "q.2", "_x"])), tuple(pairs)), draw(st.integers(2, len(set(pairs)) - 1))
+
+
+@given(relations(), st.integers(0, 2**63 - 1))
+@settings(max_examples=150, deadline=None)
+def test_the_policy_holds_for_any_relation_and_seed(given: tuple[Relation, int], seed: int) -> None:
+    relation, n_demos = given
+    n_trials = 6
+    trials = sample_trials(relation, seed=seed, n_trials=n_trials, n_demos=n_demos)
+    assert trials == sample_trials(relation, seed=seed, n_trials=n_trials, n_demos=n_demos)
+    # a longer run begins with the same trials: none depends on how many come after it
+    assert trials == sample_trials(relation, seed=seed, n_trials=n_trials + 2, n_demos=n_demos)[:n_trials]
+    answers = {pair.input: {p.output for p in relation.pairs if p.input == pair.input} for pair in relation.pairs}
+    for number, trial in enumerate(trials):
+        assert (trial.q_id, trial.trial_idx) == (relation.q_id, number)
+        assert trial.query == relation.pairs[trial.query_source_index]
+        assert trial.query_source_index not in trial.demo_source_indices
+        assert trial.query not in trial.demos_clean
+        assert len(set(trial.demos_clean)) == len(trial.demos_clean) == n_demos
+        assert trial.demos_clean == tuple(relation.pairs[i] for i in trial.demo_source_indices)
+        assert [demo.input for demo in trial.demos_corrupted] == [demo.input for demo in trial.demos_clean]
+        labels = [demo.output for demo in trial.demos_clean]
+        assert sorted(demo.output for demo in trial.demos_corrupted) == sorted(labels)
+        right = [answers[demo.input] for demo in trial.demos_clean]
+
+        def kept(order: Sequence[str], right: list[set[str]] = right) -> int:
+            return sum(label in those for label, those in zip(order, right, strict=True))
+
+        assert trial.n_labels_in_place == kept([demo.output for demo in trial.demos_corrupted])
+        if n_demos <= 6:  # every order can be tried
+            assert trial.n_labels_in_place == min(map(kept, set(itertools.permutations(labels))))

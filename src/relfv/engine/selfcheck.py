@@ -75,6 +75,11 @@ def choose_engine(backbone: Backbone, prompts: Prompts) -> tuple[Engine, SelfChe
         max_effect = float((truth.edited.logprob - truth.base.logprob[:, None]).abs().max())
         if max_effect >= MIN_EFFECT:
             break
+    if not torch.isfinite(truth.base.logprob).all():
+        raise RunError(
+            f"{type(backbone.model).__name__} gives NaN or infinite logits on a plain prompt, also in float32; expected "
+            "finite numbers, so its weights are damaged: fetch or copy the model again"
+        )
     _check_readout(exact, prompts, targets, truth)
     _check_projection(exact, z[0], sorted({head.layer for head in heads}))
 

@@ -38,6 +38,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as hf_logging
 
 from relfv.errors import InputError
+from relfv.models.loading import choose_device
 from relfv.relations import load_relations
 
 Pair = tuple[str, str]
@@ -161,7 +162,7 @@ def train_demo_model(
         config = dataclasses.replace(config, steps=steps)
     if config.steps < 1:
         raise ValueError(f"steps must be at least 1, got {config.steps}")
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    where = choose_device(device)
     relations = read_relations(csv_path)
     tokenizer = build_tokenizer(relations, in_pieces=config.in_pieces)
     sampler = DocumentSampler(relations, tokenizer, config)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -68,11 +70,12 @@ def load_checkpoint(
     origin: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if not Path(source).is_dir():
         origin["revision"] = hub_commit(source, adapter.revision if adapter else None)
-    if adapter and adapter.has_tokenizer:
-        tokenizer = _load_tokenizer(str(adapter.folder), name, {"trust_remote_code": trust_remote_code})
-    else:
-        tokenizer = _load_tokenizer(source, name, origin)
-    model = _load_weights(source, name, place, dtype, quant, quant_compute, origin)
+    with _quiet_transformers():
+        if adapter and adapter.has_tokenizer:
+            tokenizer = _load_tokenizer(str(adapter.folder), name, {"trust_remote_code": trust_remote_code})
+        else:
+            tokenizer = _load_tokenizer(source, name, origin)
+        model = _load_weights(source, name, place, dtype, quant, quant_compute, origin)
     if adapter:
         model = merged(model, adapter, place).eval().requires_grad_(False)
     arch = resolve(model, spec)
@@ -81,7 +84,8 @@ def load_checkpoint(
     for note in arch.notes:
         log.warning("%s", note)
     stored = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    return Checkpoint(model, Tokens(tokenizer), arch, place, str(stored).removeprefix("torch."))
+    tokens = Tokens(tokenizer, n_embeddings=model.get_input_embeddings().weight.shape[0])
+    return Checkpoint(model, tokens, arch, place, str(stored).removeprefix("torch."))
 
 
 def choose_device(device: str) -> torch.device:
@@ -102,7 +106,7 @@ def choose_device(device: str) -> torch.device:
         return torch.device("cuda", chosen.index or 0)
     if chosen.type == "mps" and not torch.backends.mps.is_available():
         raise InputError(f"--device {device!r}: no Metal device on this machine; use --device cpu")
-    if chosen.type not in ("cpu", "mps"):
+    if chosen.type not in ("cpu", "mps") or chosen.index:
         raise InputError(f"--device {device!r}: expected auto, cpu, cuda, cuda:<n> or mps")
     return chosen
 
@@ -112,15 +116,26 @@ def model_source(name: str) -> str:
     if name == DEMO:
         return str(Path(__file__).with_name("demo"))
     path = Path(name).expanduser()
+    try:
+        path.stat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as problem:  # too long, not allowed to look, a NUL in it
+        why = problem.strerror if isinstance(problem, OSError) else problem
+        raise InputError(
+            f"--model {name[:200]!r}: cannot be opened ({why}); expected a model folder, a hub id or 'demo'"
+        ) from None
+    if not name:
+        raise InputError("--model '': is empty; expected a model folder, a hub id or 'demo'")
     if path.is_dir():
         if not any((path / known).is_file() for known in ("config.json", "adapter_config.json")):
             raise InputError(f"--model {name!r}: the folder has no config.json; expected a Hugging Face model folder")
         return str(path)
     if path.exists():
         raise InputError(f"--model {name!r}: is a file; expected a Hugging Face model folder or a hub id")
-    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or not name
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     in_a_folder_here = path.parent != Path() and path.parent.is_dir()
-    if looks_like_path or (in_a_folder_here and _cached_commit(name) is None):
+    if looks_like_path or not _is_hub_id(name) or (in_a_folder_here and _cached_commit(name) is None):
         raise InputError(f"--model {name!r}: no such folder; expected a model folder, a hub id or 'demo'")
     return name
 
@@ -176,11 +191,37 @@ def hub_commit(repo_id: str, revision: str | None = None) -> str:
     return cached
 
 
+def _is_hub_id(name: str) -> bool:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
 def _cached_commit(repo_id: str, revision: str | None = None) -> str | None:
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(repo_id, "config.json", revision=revision)
     return Path(found).parent.name if isinstance(found, str) else None
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without transformers' own warnings and bars: its tables of tensors are many lines, written to the terminal as they
+    are found in the files. relfv says in one line what of them matters."""
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.disable_progress_bar()
+    before = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(before)
 
 
 def _load_tokenizer(source: str, name: str, origin: dict[str, Any]) -> Any:
@@ -201,27 +242,45 @@ def _load_weights(
     quant_compute: torch.dtype,
     origin: dict[str, Any],
 ) -> Any:
-    from transformers.utils import logging as hf_logging
-
-    # transformers' own weight-loading bar would scroll through log files; relfv says how long opening took.
-    hf_logging.disable_progress_bar()
     options: dict[str, Any] = {"torch_dtype" if _old_transformers() else "dtype": _torch_dtype(dtype)}
     options["device_map"] = {"": str(place)}
     if quant != "none":
         options["quantization_config"] = _quantization(quant, place, quant_compute)
+    # Of tensors that are missing or of another shape transformers would make up random ones, with a warning at most.
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     auto_class = _auto_class(source, name, origin)
     try:
-        model = auto_class.from_pretrained(source, **origin, **options)
+        model, found = auto_class.from_pretrained(source, **origin, **options)
     except torch.OutOfMemoryError:
         raise InputError(
             f"--model {name!r} does not fit on {place}; use --dtype bf16, --quant 8bit or 4bit, or a larger device"
         ) from None
     except Exception as problem:  # likewise: missing, damaged or unknown checkpoints come as many kinds
         raise _unreadable(name, "model", problem) from problem
+    _require_whole(name, found)
     if getattr(text_config(model.config), "attn_logit_softcapping", None) is not None:
         # SDPA has no soft cap (Gemma 2); some releases of transformers use it all the same and leave the cap out.
         model.set_attn_implementation("eager")
     return model.eval().requires_grad_(False)
+
+
+def _require_whole(name: str, found: Any) -> None:
+    """Raise InputError for a checkpoint that lacks tensors of its model, or has them in another shape."""
+    missing = sorted(map(str, found["missing_keys"]))
+    mismatched = sorted(str(key if isinstance(key, str) else key[0]) for key in found["mismatched_keys"])
+    for keys, what in ((missing, "missing from"), (mismatched, "of another shape than the config says in")):
+        if keys:
+            raise InputError(
+                f"--model {name!r}: {len(keys)} of the model's tensors, such as {keys[0]!r}, are {what} its weights; "
+                "expected weights that are whole and made for this config, so fetch or copy the model again"
+            )
+    if unexpected := sorted(map(str, found["unexpected_keys"])):
+        log.warning(
+            "%s: %d tensors of its weights, such as %r, have no place in the model and were left out",
+            name,
+            len(unexpected),
+            unexpected[0],
+        )
 
 
 def _auto_class(source: str, name: str, origin: dict[str, Any]) -> Any:
@@ -263,14 +322,14 @@ def _torch_dtype(dtype: str) -> Any:
 
 def _quantization(quant: str, place: torch.device, compute: torch.dtype) -> Any:
     """Config for bitsandbytes. Raises InputError with the install command where it is absent or cannot run."""
+    if place.type != "cuda":
+        raise InputError(f"--quant {quant}: bitsandbytes needs a CUDA device, this run is on {place}; use --quant none")
     try:
         import bitsandbytes  # type: ignore[import-not-found]  # noqa: F401
     except ImportError:
         raise InputError(
             f"--quant {quant}: needs bitsandbytes, which is not installed; run: pip install 'relfv[quant]'"
         ) from None
-    if place.type != "cuda":
-        raise InputError(f"--quant {quant}: bitsandbytes needs a CUDA device, this run is on {place}; use --quant none")
     from transformers import BitsAndBytesConfig
 
     if quant == "8bit":
@@ -286,7 +345,12 @@ def _old_transformers() -> bool:
 
 def _unreadable(name: str, what: str, problem: Exception) -> InputError:
     first_line = str(problem).strip().split("\n")[0] or type(problem).__name__
-    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+    if "Weights only load failed" in first_line:  # PyTorch goes on to recommend what must not be done
+        return InputError(
+            f"--model {name!r}: its weights are a damaged pickle, or one that holds more than tensors, and no code in "
+            "weights is ever run; expected safetensors, or a .bin file of tensors"
+        )
+    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") and not Path(name).is_dir() else ""
     return InputError(
         f"--model {name!r}: cannot open its {what}{offline}: {first_line}; "
         "expected a Hugging Face model folder, a model in the local cache or on the hub, or 'demo'"

@@ -16,8 +16,10 @@ from relfv.types import Target
 class Tokens:
     """A tokenizer with relfv's conventions."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, n_embeddings: int | None = None) -> None:
+        """``n_embeddings``: how many token ids the model knows, where that is to be checked."""
         self.tokenizer = tokenizer
+        self._n_embeddings = n_embeddings
         others = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token]
         unknown = None if tokenizer.unk_token in others else tokenizer.unk_token
         self._special = [text for text in tokenizer.all_special_tokens if text.strip() and text != unknown]
@@ -60,8 +62,8 @@ class Tokens:
         return Target(first_token_id=answer_ids[0], answer_ids=tuple(answer_ids), joint=joint)
 
     def text(self, token_id: int) -> str:
-        """The text of one token."""
-        return self.tokenizer.decode([token_id])
+        """The text of one token; none for an id that only the model knows (vocabularies are padded)."""
+        return self.tokenizer.decode([token_id]) if token_id < len(self.tokenizer) else ""
 
     def self_check_prompts(self) -> list[list[int]]:
         """Two prompts of different length, alike to real ones, for the engine's self-check."""
@@ -70,7 +72,14 @@ class Tokens:
         return [self.encode("".join(pairs) + "Q: in\nA:"), self.encode(pairs[0] + "Q: high\nA:")]
 
     def _ids(self, text: str, *, special: bool) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=special).input_ids)
+        ids = list(self.tokenizer(text, add_special_tokens=special).input_ids)
+        # Looked up on a GPU, an id too large would take the whole process down.
+        if self._n_embeddings is not None and max(ids, default=0) >= self._n_embeddings:
+            raise InputError(
+                f"the tokenizer gives {text[-40:]!r} the token id {max(ids)}, and the model has only {self._n_embeddings} "
+                "embeddings; expected the tokenizer that the model was made with"
+            )
+        return ids
 
 
 def fed_text(prompt: str) -> str:

@@ -56,7 +56,7 @@ def heatmap_png(scored: Sequence[ScoredHead], metric: str, top: Sequence[ScoredH
     n_trials = f", {scored[0].n_trials} trials" if scored[0].n_trials else ""
     figure.text(
         0.5, 1 - 0.12 / figure.get_figheight(), f"{q_id}: CIE of every head{n_trials} (top {len(top)} framed)",
-        ha="center", va="top", fontsize=10,
+        ha="center", va="top", fontsize=10, parse_math=False,
     )  # fmt: skip
     figure.colorbar(image, cax=place(left + wide + 0.12, 0.5, 0.14, high), label=_LABELS.get(metric, metric))
     return _png(figure)
@@ -95,7 +95,9 @@ def injection_curve_png(
         axes.grid(alpha=0.25)
         axes.xaxis.set_major_locator(_whole_numbers(4.0))
     panels[0].legend(fontsize=8, framealpha=0.9)
-    figure.suptitle(f"{q_id}: function vector added at each layer ({n_eval} zero-shot prompts)", fontsize=10)
+    figure.suptitle(
+        f"{q_id}: function vector added at each layer ({n_eval} zero-shot prompts)", fontsize=10, parse_math=False
+    )
     return _png(figure)
 
 

@@ -14,7 +14,7 @@ from relfv.config import Settings
 from relfv.errors import InputError, RelfvError
 from relfv.report.table import find_statuses
 from relfv.status import QidStatus, read_status
-from relfv.storage import read_json, write_atomic
+from relfv.storage import read_json, require_no_links, write_atomic
 
 _HEADS_SHOWN = 5
 
@@ -22,13 +22,14 @@ _HEADS_SHOWN = 5
 def write_report(folder: Path) -> Path:
     """Write ``folder/report/index.html``. A q_id whose files cannot be read is listed as such; it does not stop the page.
 
-    Raises InputError if ``folder`` holds no q_id.
+    Raises InputError if ``folder`` holds no q_id, or its ``report`` is a link to elsewhere.
     """
     artifacts_dirs = find_statuses(folder)
     if not artifacts_dirs:
         raise InputError(
             f"{folder}: no q_id here; expected a relation's results folder, e.g. results_fv/relation_qwise/relationA_ex"
         )
+    require_no_links(folder / "report", below=folder)
     environment = Environment(
         loader=PackageLoader("relfv.report"), undefined=StrictUndefined, autoescape=True, trim_blocks=True
     )

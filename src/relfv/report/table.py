@@ -7,6 +7,7 @@ from pathlib import Path
 
 from relfv.artifacts import QidPaths
 from relfv.errors import InputError, RelfvError
+from relfv.logs import printable
 from relfv.status import STATUS_FILE, QidStatus, read_status
 from relfv.storage import holder_is_alive, read_json
 
@@ -31,7 +32,7 @@ def status_table(root: Path) -> str:
     folders = find_statuses(root)
     if not folders:
         raise InputError(f"{root}: no {STATUS_FILE} here or below; expected the folder that relfv run wrote to")
-    rows = [_HEADER, *(_row(folder) for folder in folders)]
+    rows = [tuple(map(printable, row)) for row in (_HEADER, *(_row(folder) for folder in folders))]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     counts: dict[str, int] = {}

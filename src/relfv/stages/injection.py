@@ -51,6 +51,11 @@ class InjectionSweep:
             vectors = self._vector[None]
             self._all = self._model.engine.inject(self._ids, self._targets, vectors, layers, per_pass=per_pass)
         effects = replace(self._all, edited=self._all.edited[:, edit_layer : edit_layer + 1])
+        if not torch.isfinite(effects.edited.logit).all():
+            raise RunError(
+                f"adding the vector at layer {edit_layer} gives NaN or infinite logits; expected finite numbers, so use a "
+                "smaller --alpha (fp16 overflows in some models: --dtype bf16, or --precision exact)"
+            )
         if self._noticeable and torch.equal(effects.edited.logit[:, 0], effects.base.logit):
             raise RunError(
                 f"injecting at layer {edit_layer} changed no logit of any prompt although the vector is not small: "

@@ -1,0 +1,280 @@
+"""What may be wrong with what relfv is given: the list behind docs/bad_input.md and test_bad_input.py."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import WORDS, make_tokenizer
+
+HEADER = "id,ex_A,ex_B\n"
+GOOD = HEADER + "".join(f"A1,{a},{b}\n" for a, b in WORDS)
+RUN = ("run", "--relation_csv_path", "$CSV", "--model", "$MODEL", "--out_root", "$OUT", "--device", "cpu")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing that is wrong, and what relfv says to it."""
+
+    wrong: str
+    says: str
+    """The whole line. $CSV, $MODEL and $OUT stand for what was given, … for what differs from case to case."""
+    code: int = 2
+    csv: str | bytes | Callable[[Path], object] | None = GOOD
+    """Content of the CSV, or what makes it; None for no file."""
+    model: Callable[[Path], object] | None = None
+    """What is done to a copy of a good model's folder."""
+    flags: Sequence[tuple[str, ...]] = ((),)
+    """Cases: what each adds to a good command line."""
+    command: tuple[str, ...] = RUN
+    csv_name: str = "pairs.csv"
+
+
+def q_id(text: str) -> str:
+    """A CSV whose one relation is called ``text``."""
+    return HEADER + "".join(f"{text},{a},{b}\n" for a, b in WORDS)
+
+
+def word(text: str) -> str:
+    """A CSV whose first word is ``text``."""
+    return GOOD.replace("dog", text, 1)
+
+
+def sparse(path: Path) -> None:
+    """1 GiB that takes no room on disk."""
+    with path.open("wb") as file:
+        file.truncate(1 << 30)
+
+
+_FOLDER_NAME = "expected 1 to 64 of A-Z a-z 0-9 . _ -, not starting with a dot or a hyphen"
+_HEADER_SAYS = (
+    "$CSV: line 1: header is …, which has … columns for the …; expected exactly one of … (any case), as in id,ex_A,ex_B"
+)
+_CONTROL = "$CSV: 1 problem(s): line 2: the input of A1 contains a line break or control character: …; take it out"
+_OUT_OF_REACH = "expected a Hugging Face model folder, a model in the local cache or on the hub, or 'demo'"
+
+CSV_ROWS = [
+    Row("no such file", "$CSV: no such file; expected a relation CSV (see --relation_csv_path; paths count from the current folder)", csv=None),
+    Row("a folder", "$CSV: cannot be read (Is a directory); expected a relation CSV", csv=Path.mkdir),
+    Row("a pipe, a device", "$CSV: is not a regular file; expected a relation CSV, so save what comes from a pipe first", csv=os.mkfifo),
+    Row("a path with a NUL in it", "…: cannot be read (…null…); expected a relation CSV", flags=[("--relation_csv_path", "a\0b")]),
+    Row("empty", "$CSV: is empty; expected a header id,ex_A,ex_B and one pair a row", csv=""),
+    Row("a header and nothing else", "$CSV: no word pairs; expected a header id,ex_A,ex_B and one pair a row", csv=HEADER),
+    Row("no header", _HEADER_SAYS, csv="Q1,dog,puppy\nQ1,cat,kitten\n"),
+    Row("a column is missing", _HEADER_SAYS, csv="id,ex_A\nQ1,a\n"),
+    Row("a column is there twice", _HEADER_SAYS, csv="id,ex_A,ex_B,input\nQ1,a,b,c\n"),
+    Row("semicolons or tabs between columns", _HEADER_SAYS + "; columns are separated by commas, not by semicolons or tabs", csv=GOOD.replace(",", ";")),
+    Row("a row with too few columns", "$CSV: 1 problem(s): line 2: 2 columns, expected 3 (quote words that contain a comma)", csv=HEADER + "Q1,a\n"),
+    Row("a row with too many columns", "$CSV: 1 problem(s): line 3: 4 columns, expected 3 (quote words that contain a comma)", csv=HEADER + "Q1,a,b\nQ1,new delhi,x,y\n"),
+    Row("a blank word", "$CSV: 1 problem(s): line 3: the input of Q1 is blank", csv=HEADER + "Q1,a,b\nQ1, ,b\n"),
+    Row("a blank q_id", "$CSV: 1 problem(s): line 2: the q_id is blank", csv=HEADER + ",a,b\n"),
+    Row("UTF-16", "$CSV: line 1: begins as a UTF-16 file does; expected UTF-8, so save the file as UTF-8", csv=GOOD.encode("utf-16")),
+    Row("UTF-16 without its mark", "$CSV: line 1: contains a NUL byte; expected a text file, saved as UTF-8 (not UTF-16)", csv=GOOD.encode("utf-16-le")),
+    Row("Latin-1", "$CSV: line 2: not UTF-8 (byte 17); save the file as UTF-8", csv=word("dög").encode("latin-1")),
+    Row("a NUL byte", "$CSV: line 2: contains a NUL byte; expected a text file, saved as UTF-8 (not UTF-16)", csv=word("d\0g")),
+    Row("a NUL byte in a file with old Mac line ends", "$CSV: line 3: contains a NUL byte; expected a text file, saved as UTF-8 (not UTF-16)", csv=GOOD.replace("kitten", "\0").replace("\n", "\r")),
+    Row("a picture, a program, ...", "$CSV: line 1: not UTF-8 (byte 0); save the file as UTF-8", csv=b"\x89PNG\r\n\x1a\n" + bytes(range(256))),
+    Row("1 GiB (sparse)", "$CSV: has 1073741824 bytes; expected a relation CSV of at most 67108864, so leave out relations, or split the file", csv=sparse),
+    Row("a cell of 200,000 characters", "$CSV: 1 problem(s): line 2: not readable as CSV (field larger than field limit (131072); is a quote never closed?)", csv=HEADER + "Q1,a," + "b" * 200_000),
+    Row("a quote that is never closed", "$CSV: 1 problem(s): line 3: not readable as CSV (unexpected end of data; is a quote never closed?)", csv=HEADER + 'Q1,a,b\nQ1,"c,d\nQ1,e,f\n'),
+    Row("a line break in a word", _CONTROL, csv=word('"d\ng"')),
+    Row("a line break of Unicode in a word (U+0085, U+2028)", _CONTROL, csv=word("d\u2028g")),
+    Row("a control character in a word", _CONTROL, csv=word("d\x1b[31mg")),
+    Row("the same q_id in two spellings", "$CSV: 1 problem(s): q_id 'q1' and 'Q1' differ only in case; use one spelling", csv=HEADER + "Q1,a,b\nq1,c,d\n"),
+    *(
+        Row(f"q_id: {what}", f"$CSV: 12 problem(s): line 2, …, 11: q_id {text[:80]!a} cannot be a folder name; {_FOLDER_NAME}; and 2 more", csv=q_id(text))
+        for what, text in [
+            ("a path", "../x"), ("an absolute path", "/etc/x"), ("the folder above", ".."), ("a hidden folder", ".git"),
+            ("300 characters", "q" * 300), ("a control character", "Q\x1b[31m1"), ("letters of another script that look alike", "\u0410\u03011"),
+            ("é in one character (NFC)", "Q\u00e9"), ("é in two characters (NFD)", "Qe\u0301"), ("an invisible character", "Q\u200b1"),
+            ("an option to commands, a formula to spreadsheets", "-rf"), ("a formula", "=1+1"), ("a back slash", "a\\b"),
+        ]
+    ),
+    *(
+        Row(f"q_id: {what}", f"$CSV: 12 problem(s): line 2, …, 11: q_id {text!r} is a name that {who}; use another; and 2 more", csv=q_id(text))
+        for what, text, who in [
+            ("a device of Windows", "CON", "Windows keeps for itself"), ("one with an ending", "nul.txt", "Windows keeps for itself"),
+            ("a dot at the end", "Q1.", "Windows keeps for itself"),
+            ("the report's folder", "Report", "relfv gives to files beside the q_ids' folders"),
+            ("a run-wide file", "run_manifest.json.damaged", "relfv gives to files beside the q_ids' folders"),
+            ("what --force calls a folder", "Q1.replaced-x", "relfv gives to files beside the q_ids' folders"),
+        ]
+    ),
+    Row("many bad rows", "$CSV: 13 problem(s): line 2, 3, 4, 5, 6, 7, 8, 9, 10, 11: 2 columns, expected 3 (quote words that contain a comma); and 3 more", csv=HEADER + "Q1,a\n" * 13),
+    Row("a file name that gives no folder name", "$CSV: its results would go into a folder '..'; expected a file name that does not start with a dot and has no control characters, so rename the file", csv_name="...csv"),
+    Row("a file name that steers a terminal", "…: its results would go into a folder 'a\\x1b[31mb'; expected a file name that does not start with a dot and has no control characters, so rename the file", csv_name="a\x1b[31mb.csv"),
+]  # fmt: skip
+
+FLAG_ROWS = [
+    Row("an unknown q_id", "--q_list: Z9 not in $CSV, which has A1; expected q_ids of the CSV", flags=[("--q_list", "A1,Z9")]),
+    Row("a q_id in another case", "--q_list: a1 not in $CSV, which has A1; expected q_ids of the CSV", flags=[("--q_list", "a1")]),
+    Row("an empty list of q_ids", "--q_list: is empty; expected q_ids separated by commas, or all", flags=[("--q_list", ","), ("--q_list", "")]),
+    Row("a count that is no whole number", "relfv run: error: argument …: invalid int value: … (see relfv run --help)",
+        flags=[(f"{flag}={value}",) for flag in ("--n_trials_per_q", "--n_demos", "--topk", "--n_eval", "--seed") for value in ("nan", "inf", "1.5", "1e3", "")]),
+    Row("a count out of range", "…: expected a whole number of at least 1 and at most 100000",
+        flags=[(f"{flag}={value}",) for flag in ("--n_trials_per_q", "--n_demos", "--topk", "--n_eval") for value in ("0", "-1", "100001", "9" * 30)]),
+    Row("a seed out of range", "--seed …: expected a whole number of at least 0 and at most 9223372036854775807", flags=[("--seed=-1",), (f"--seed={2**63}",)]),
+    Row("an alpha that is not finite, or larger than models can add", "--alpha …: expected a finite number between -1e+06 and 1e+06", flags=[(f"--alpha={value}",) for value in ("nan", "inf", "-inf", "1e999", "1e7")]),
+    Row("an alpha that is no number", "relfv run: error: argument --alpha: invalid float value: … (see relfv run --help)", flags=[("--alpha=",), ("--alpha=much",)]),
+    Row("more heads than the model has", "--topk 100: $MODEL has 24 heads to choose from; expected at most that", flags=[("--topk", "100")]),
+    Row("an unknown device", "--device …: …expected auto, cpu, cuda, cuda:<n> or mps", flags=[("--device", name) for name in ("tpu", "CPU", "meta", "cuda:-1", "cpu:5")]),
+    Row("a CUDA device that is not there", "--device 'cuda:99': this machine has … usable CUDA device(s); use --device cpu, or a PyTorch build and driver that see your GPU (python -c 'import torch; print(torch.cuda.is_available())')", flags=[("--device", "cuda:99")]),
+    Row("an unknown dtype", "--dtype 'float8': expected one of auto, float32, bfloat16, float16, fp32, bf16, fp16", flags=[("--dtype", "float8")]),
+    Row("an unknown quantisation", "--quant '3bit': expected one of none, 8bit, 4bit", flags=[("--quant", "3bit")]),
+    Row("a quantisation that the device cannot do", "--quant …bit: bitsandbytes needs a CUDA device, this run is on cpu; use --quant none", flags=[("--quant", "8bit"), ("--quant", "4bit")]),
+    Row("an unknown family", "--model_spec 'bert': expected one of auto, llama3, …", flags=[("--model_spec", "bert")]),
+    Row("a family that is not the model's", "--model_spec 'gpt2' does not fit this model (its config says model_type 'llama'): no module 'transformer.h' in …; use --model_spec auto or the model's own family", flags=[("--model_spec", "gpt2")]),
+    Row("results into a file", "--out_root: $CSV is a file; expected a folder for the results, there or yet to be made", flags=[("--out_root", "$CSV"), ("--out_root", "$CSV/deeper")]),
+    Row("an empty path, as an unset variable gives", "relfv …: error: argument …: is empty or has a NUL in it; expected a path (see relfv … --help)", flags=[("--out_root", ""), ("--out_root", "a\0b")]),
+    Row("the same for one stage", "relfv heatmap: error: argument --in_dir: is empty or has a NUL in it; expected a path (see relfv heatmap --help)", command=("heatmap", "--in_dir", "")),
+    Row("a terminal's escape in a flag", "relfv: error: unrecognized arguments: \\x1b[31m\\n\\u202e (see relfv --help)", flags=[("\x1b[31m\n\u202e",)]),
+    Row("a heatmap of no heads", "relfv heatmap: error: argument --topk: invalid value: …; expected a whole number from 1 to 100000 (see relfv heatmap --help)",
+        command=("heatmap", "--in_dir", "$OUT"), flags=[(f"--topk={value}",) for value in ("0", "-1", "nan", "inf", "100001")]),
+    Row("StepD of several q_ids", "--relation_q_list 'A1,B2': expected one q_id a run; relfv run does them all",
+        command=("stepd", "--relation_q_list", "A1,B2", "--out_base_dir", "$OUT")),
+    Row("StepD of an unknown q_id", "--relation_q_list: Z9 not in $CSV, which has A1; expected q_ids of the CSV",
+        command=("stepd", "--relation_csv_path", "$CSV", "--relation_q_list", "Z9", "--out_base_dir", "$OUT", "--model", "$MODEL")),
+    Row("StepD of layers that are not there", "--layers …: …", command=("stepd", "--relation_csv_path", "$CSV", "--relation_q_list", "A1", "--out_base_dir", "$OUT", "--model", "$MODEL"),
+        flags=[(f"--layers={value}",) for value in ("", "0-9", "-1", "0,,1", "nan", "9" * 5000)]),
+    Row("status of a folder without results", "$OUT: no qid_status.json here or below; expected the folder that relfv run wrote to", command=("status", "$OUT")),
+    Row("report of a folder without results", "$OUT: no q_id here; expected a relation's results folder, e.g. results_fv/relation_qwise/relationA_ex", command=("report", "$OUT")),
+    Row("training with numbers that make no sense", "relfv demo-model: error: argument …: invalid value: …; expected a whole number from … to … (see relfv demo-model --help)",
+        command=("demo-model", "train", "--out_dir", "$OUT"), flags=[("--steps=0",), ("--steps=inf",), ("--seed=-1",), ("--seed=nan",)]),
+]  # fmt: skip
+
+
+def _rewrite(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    """Change the tensors of a model's folder."""
+
+    def do(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    return do
+
+
+def _cut(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def _smaller_vocabulary(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 300}))
+    _rewrite(lambda t: t.update({"model.embed_tokens.weight": t["model.embed_tokens.weight"][:300].clone()}))(folder)
+
+
+class Pickled:
+    """Unpickling it makes the file OWNED in the model's folder: what a hostile checkpoint would do."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[object, tuple[str, str]]:
+        return Path.write_text, (Path(self.folder, "OWNED"), "")  # type: ignore[return-value]
+
+
+def pickled_weights(folder: Path) -> None:
+    """Weights as a pickle that holds code."""
+    (folder / "model.safetensors").unlink()
+    torch.save({"model.embed_tokens.weight": Pickled(folder)}, folder / "pytorch_model.bin")
+
+
+def remote_code(folder: Path) -> None:
+    """A model that brings its own code, which makes the file OWNED where it is run."""
+    config = json.loads((folder / "config.json").read_text())
+    own = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": own}))
+    (folder / "own.py").write_text(
+        f"open({str(folder / 'OWNED')!r}, 'w').close()\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+
+
+def _answer_that_vanishes(folder: Path) -> None:
+    from tokenizers import normalizers
+
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(" puppy", "")
+    tokenizer.save_pretrained(folder)
+
+
+O_PROJ = "model.layers.0.self_attn.o_proj.weight"
+
+MODEL_ROWS = [
+    Row("a path that is not there", "--model …: no such folder; expected a model folder, a hub id or 'demo'", flags=[("--model", name) for name in ("/nowhere", "./nowhere", "a/b/c", "no hub id!")]),
+    Row("an empty one", "--model '': is empty; expected a model folder, a hub id or 'demo'", flags=[("--model", "")]),
+    Row("a path that cannot be", "--model …: cannot be opened (…); expected a model folder, a hub id or 'demo'", flags=[("--model", "a\0b"), ("--model", "a" * 5000)]),
+    Row("a file", "--model '$CSV': is a file; expected a Hugging Face model folder or a hub id", flags=[("--model", "$CSV")]),
+    Row("a hub id, and no network", "--model 'someone/nothing': cannot open its config (HF_HUB_OFFLINE is set): …; " + _OUT_OF_REACH, flags=[("--model", "someone/nothing")]),
+    Row("no config", "--model '$MODEL': the folder has no config.json; expected a Hugging Face model folder", model=lambda folder: (folder / "config.json").unlink()),
+    Row("a damaged config", "--model '$MODEL': cannot open its …: …; " + _OUT_OF_REACH, model=lambda folder: (folder / "config.json").write_text("{")),
+    Row("a config without weights", "--model '$MODEL': cannot open its model: …; " + _OUT_OF_REACH, model=lambda folder: (folder / "model.safetensors").unlink()),
+    Row("weights cut short", "--model '$MODEL': cannot open its model: …; " + _OUT_OF_REACH, model=_cut),
+    Row("empty weights", "--model '$MODEL': cannot open its model: …; " + _OUT_OF_REACH, model=lambda folder: (folder / "model.safetensors").write_bytes(b"")),
+    Row("weights that lack a tensor (transformers would make up a random one)", f"--model '$MODEL': 1 of the model's tensors, such as '{O_PROJ}', are missing from its weights; expected weights that are whole and made for this config, so fetch or copy the model again", model=_rewrite(lambda t: t.pop(O_PROJ))),
+    Row("a tensor of another shape", f"--model '$MODEL': 1 of the model's tensors, such as '{O_PROJ}', are of another shape than the config says in its weights; expected weights that are whole and made for this config, so fetch or copy the model again", model=_rewrite(lambda t: t.update({O_PROJ: torch.zeros(3, 3)}))),
+    Row("NaN among the weights", "LlamaForCausalLM gives NaN or infinite logits on a plain prompt, also in float32; expected finite numbers, so its weights are damaged: fetch or copy the model again", 1, model=_rewrite(lambda t: t[O_PROJ].fill_(float("nan")))),
+    Row("weights as a pickle with code in it (it is not run)", "--model '$MODEL': its weights are a damaged pickle, or one that holds more than tensors, and no code in weights is ever run; expected safetensors, or a .bin file of tensors", model=pickled_weights),
+    Row("a model with code of its own (it is not run)", "--model '$MODEL': cannot open its config: …custom code…; " + _OUT_OF_REACH, model=remote_code, flags=[(), ("--no-trust_remote_code",)]),
+    Row("no tokenizer", "--model '$MODEL': cannot open its tokenizer: …; " + _OUT_OF_REACH, model=lambda folder: (folder / "tokenizer.json").unlink()),
+    Row("a damaged tokenizer", "--model '$MODEL': cannot open its tokenizer: …; " + _OUT_OF_REACH, model=lambda folder: (folder / "tokenizer.json").write_text("{")),
+    Row("another model's tokenizer, with more tokens", "the tokenizer gives … the token id …, and the model has only 300 embeddings; expected the tokenizer that the model was made with", model=_smaller_vocabulary),
+]  # fmt: skip
+
+FAILED_ROWS = [
+    Row("a word that holds a special token", "A1 failed: the word '<bos>' contains '<bos>', a special token of this tokenizer", 1, csv=word("<bos>")),
+    Row("an answer that gives no token", "A1 failed: the answer 'puppy' gives no token after …", 1, model=_answer_that_vanishes),
+]  # fmt: skip
+
+PAIRS = {"A1": [("dog", "puppy"), ("cat", "kitten")]}
+ACCEPTED: list[tuple[str, str | bytes, dict[str, list[tuple[str, str]]]]] = [
+    ("a byte order mark", b"\xef\xbb\xbf" + HEADER.encode() + b"A1,dog,puppy\nA1,cat,kitten\n", PAIRS),
+    ("line ends of Windows, or of old Macs", HEADER.replace("\n", "\r\n") + "A1,dog,puppy\rA1,cat,kitten", PAIRS),
+    ("spaces, also line breaks, around a cell: they are no part of it", 'id, ex_A ,ex_B\n A1 ," dog\n",puppy\nA1,\u00a0cat,kitten  \n', PAIRS),
+    ("blank lines, and rows of nothing but commas", HEADER + "\nA1,dog,puppy\n,,\n\nA1,cat,kitten\n\n", PAIRS),
+    ("other columns", "comment,id,ex_A,ex_B\nx,A1,dog,puppy\n,A1,cat,kitten\n", PAIRS),
+    ("a row that is there twice: both count as rows, one of them as a demo", HEADER + "A1,dog,puppy\nA1,dog,puppy\n", {"A1": [("dog", "puppy")] * 2}),
+    ("words in any script, with commas, quotes, marks of writing direction", HEADER + 'A1,"a, ""b""",日本\nA1,=1+1,\u202eשלום\n', {"A1": [('a, "b"', "日本"), ("=1+1", "\u202eשלום")]}),
+]  # fmt: skip
+"""What looks odd and is read all the same: (what, CSV, what it is read as)."""
+
+
+def page() -> str:
+    """docs/bad_input.md up to its chapter on fuzzing."""
+
+    def table(rows: list[Row]) -> list[str]:
+        cell = [(row.wrong, row.says.replace("|", "\\|").replace("`", "'"), row.code) for row in rows]
+        return [
+            "| what is wrong | what relfv says | exit code |",
+            "|---|---|---|",
+            *(f"| {a} | `{b}` | {c} |" for a, b, c in cell),
+        ]
+
+    return "\n".join([
+        "# Bad input", "",
+        "Whatever is wrong with what relfv is given, it says in one line: what, where, what was found, what was expected. The "
+        "exit code is 2 where nothing was computed, 1 where a run failed. A traceback is shown under `--debug` only. Nothing "
+        "is written or moved before the CSV, the settings and the model have proved good, so the folder of results is "
+        "then as it was, also with `--force`. Of a CSV all bad rows are reported at once: ten, then a count.", "",
+        "`$CSV`, `$MODEL` and `$OUT` stand for the paths given, … for what differs from case to case. The tables are written from "
+        "the list that `tests/test_bad_input.py` tests row by row (`pytest tests/test_bad_input.py --write-bad-input`).", "",
+        "## The relation CSV", "", *table(CSV_ROWS), "",
+        "Read all the same:", "", *(f"- {what}" for what, *_ in ACCEPTED), "",
+        "## The model", "", *table(MODEL_ROWS), "",
+        "A tokenizer without BOS, a tokenizer without a fast version (which gives each prompt to Python code of transformers, "
+        "never to code of the model's) and weights as a `.bin` file of nothing but tensors all work.", "",
+        "## Flags", "", *table(FLAG_ROWS), "",
+        "A q_id that is named twice in `--q_list`, or a layer in `--layers`, is taken once.", "",
+        "## What only shows with the words and the tokenizer together", "",
+        "Such a q_id is recorded as failed, with the reason, and the others run.", "", *table(FAILED_ROWS), "",
+    ])  # fmt: skip
