@@ -315,21 +315,22 @@ def test_a_moved_model_goes_on_under_the_name_the_q_id_began_with(
     assert contents(copied / "A1/artifacts") == whole
 
 
-def test_a_damaged_status_is_reported_and_the_other_q_ids_run(
+def test_a_damaged_status_is_reported_and_nothing_moves_before_the_run_is_accepted(
     copied: Path, csv_path: Path, llama_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = copied / "A1/artifacts/qid_status.json"
     path.write_text("{")
-    shutil.rmtree(copied / "B2")
-    assert main(arguments(llama_path, csv_path, copied.parent)) == 1
-    assert f"{path}: is damaged" in capsys.readouterr().err
+    (copied / "B2/artifacts/top_heads.json").unlink()
+    assert main(arguments(llama_path, csv_path, copied.parent, "--dry_run")) == 0
+    assert f"{path}: is damaged" in capsys.readouterr().out
+    # B2 refuses other settings, so nothing is done to A1 either
+    assert main(arguments(llama_path, csv_path, copied.parent, "--seed", "1")) == 2
     assert path.read_text() == "{"
-    page = (copied / "report/index.html").read_text()
-    assert 'id="B2"' in page
-    assert "unreadable" in page
-    assert status(copied, "B2")["status"] == "completed"
-    assert main(arguments(llama_path, csv_path, copied.parent, "--force", "--q_list", "A1")) == 0
-    assert status(copied, "A1")["status"] == "completed"
+    assert not [*copied.glob("A1.replaced-*")]
+    assert main(arguments(llama_path, csv_path, copied.parent)) == 0
+    assert f"{path}: is damaged" in capsys.readouterr().err
+    assert [p.read_text() for p in copied.glob("A1.replaced-*/artifacts/qid_status.json")] == ["{"]
+    assert status(copied, "A1")["status"] == status(copied, "B2")["status"] == "completed"
 
 
 def test_a_q_id_that_another_process_holds_is_left_to_it(csv_path: Path, llama_path: Path, tmp_path: Path) -> None:
@@ -402,4 +403,4 @@ def test_a_damaged_manifest_is_put_aside_and_does_not_stop_a_run(
     (copied / "A1/artifacts/top_heads.json").unlink()
     assert main(arguments(llama_path, csv_path, copied.parent)) == 0
     assert json.loads((copied / "run_manifest.json").read_text())["outcomes"] == {"A1": "completed"}
-    assert (copied / "run_manifest.json.damaged").exists()
+    assert len([*copied.glob("run_manifest.json.replaced-*")]) == 1

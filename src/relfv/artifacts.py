@@ -487,6 +487,28 @@ def read_function_vector(path: Path) -> torch.Tensor:
     return _read_tensors(path, "fv_global_resid")["fv_global_resid"].float()
 
 
+def read_fv_by_layer(path: Path) -> dict[int, torch.Tensor]:
+    """layer -> float32 (resid_dim,) of a fv_by_layer.pt. Raises RunError if it is missing or not one."""
+    content = _load(path)
+    parts = content.get("fv_by_layer") if isinstance(content, dict) else None
+    if not isinstance(parts, dict) or not all(isinstance(part, torch.Tensor) for part in parts.values()):
+        raise RunError(f"{path}: has no vectors by layer")
+    return {int(layer): part.float() for layer, part in parts.items()}
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file. Raises RunError that names the file and the line that is none."""
+    rows: list[dict[str, Any]] = []
+    try:
+        for line in path.read_bytes().splitlines():
+            rows.append(dict(json.loads(line)))
+    except OSError as problem:
+        raise RunError(f"{path}: cannot be read ({problem.strerror})") from None
+    except (ValueError, TypeError):
+        raise RunError(f"{path}: line {len(rows) + 1} is not a JSON object") from None
+    return rows
+
+
 def write_step6_layer(
     folder: Path,
     *,
@@ -537,15 +559,19 @@ def _write_tensors(path: Path, content: dict[str, Any]) -> Path:
 
 
 def _read_tensors(path: Path, key: str) -> dict[str, Any]:
+    content = _load(path)
+    if not isinstance(content, dict) or not isinstance(content.get(key), torch.Tensor):
+        raise RunError(f"{path}: has no tensor {key!r}")
+    return content
+
+
+def _load(path: Path) -> Any:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; an earlier stage has not run") from None
     except Exception as problem:  # torch.load raises many kinds for a damaged file; all mean the same here
         raise RunError(f"{path}: cannot be read as a tensor file ({type(problem).__name__})") from None
-    if not isinstance(content, dict) or not isinstance(content.get(key), torch.Tensor):
-        raise RunError(f"{path}: has no tensor {key!r}")
-    return content
 
 
 def _require_finite(values: np.ndarray, where: str) -> None:

@@ -72,6 +72,7 @@ def _add(parser: argparse.ArgumentParser, add_flags: Callable[[Any], None], comm
 def _execute(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     args = parser.parse_args(argv)
     from relfv.logs import set_up_logging
+    from relfv.storage import remedy
 
     set_up_logging(debug=args.debug)
     signal.signal(signal.SIGTERM, _terminate)
@@ -89,7 +90,7 @@ def _execute(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int
         return 143
     except OSError as problem:
         log.debug("traceback", exc_info=True)
-        log.error("%s: %s; check that the path is right, writable and not full", problem.filename, problem.strerror)
+        log.error("%s: %s; %s", problem.filename, problem.strerror, remedy(problem))
         return 1
     except Exception as problem:  # the last line of defence: one line for the user, all of it under --debug
         log.debug("traceback", exc_info=True)
@@ -337,6 +338,21 @@ def _status(args: argparse.Namespace) -> int:
     return 0
 
 
+def _verify_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "folder", type=Path, nargs="?", default=DEFAULT_OUT_ROOT, help="of a q_id, of a relation, or all results"
+    )
+    parser.add_argument("--json", action="store_true", help="print what was found as JSON")
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from relfv.verify import verify
+
+    found = verify(args.folder)
+    print(found.to_json() if args.json else found.to_text())
+    return 0 if found.holds else 1
+
+
 def _report_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=_path, help="a relation's results, e.g. results_fv/relation_qwise/relationA_ex")
 
@@ -377,6 +393,7 @@ def _demo(args: argparse.Namespace) -> int:
 _COMMANDS: dict[str, tuple[str, Callable[[Any], None], Command]] = {
     "run": ("Run every stage of every q_id; a restart carries on.", _run_flags, _run),
     "status": ("Say where every q_id stands.", _status_flags, _status),
+    "verify": ("Check that results are complete, undamaged and agree; no model is opened.", _verify_flags, _verify),
     "report": ("Make the page of a results folder again.", _report_flags, _report),
     "stepd": ("StepD of one q_id: trials, mean activations, effect of every head.", _step_d_flags, _step_d),
     "heatmap": ("Heatmap of layers x heads from StepD's scores.", _heatmap_flags, _heatmap),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,6 @@ from relfv.errors import InputError, RunError
 from relfv.logs import logging_to
 from relfv.models.loading import model_identity
 from relfv.pipeline import (
-    AFTER_STEP6,
-    STEP_D,
     QidPipeline,
     Stage,
     after_step6,
@@ -31,13 +29,11 @@ from relfv.pipeline import (
     open_for,
     require_frozen_trials,
     run_recorded,
-    stage_names,
-    step6_stage,
 )
 from relfv.relations import file_sha256, load_relations, require_q_ids, rows_sha256
 from relfv.stages.injection import require_layer
 from relfv.stages.trials import ineligible_reason
-from relfv.status import QidStatus, read_status
+from relfv.status import AFTER_STEP6, STEP_D, QidStatus, read_status, read_status_of_results, stage_names, step6_stage
 from relfv.steps import (
     StageResult,
     Step6,
@@ -73,7 +69,7 @@ def run_step_d(settings: Settings, q_id: str, out_base_dir: Path) -> int:
 
     def begun() -> QidStatus:
         """The folder's status if it has results, which must be of this experiment; else a new one."""
-        found = read_status(paths.artifacts)
+        found = read_status_of_results(paths.artifacts)
         if found is None or not found.has_results():
             return QidStatus(paths.artifacts, q_id, settings, fields, q_row_count=len(relation.pairs))
         _require_same(found, {name: value for name, value in fields.items() if name not in _FIRST_USED_BY})
@@ -323,7 +319,8 @@ def _settling(status: QidStatus) -> Iterator[None]:
     try:
         yield
     except Exception as problem:
-        status.set("failed", str(problem))
+        with suppress(RunError):  # a full disk: the last status stays
+            status.set("failed", str(problem))
         raise
     except BaseException:  # SIGINT or SIGTERM
         status.set("pending", "interrupted; the same command goes on from here")

@@ -6,8 +6,10 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from relfv.storage import remedy, telling
 
 _ROOT = logging.getLogger("relfv")
 
@@ -78,9 +80,11 @@ class _Memory(logging.Handler):
 
 @contextmanager
 def logging_to(path: Path, earlier: Sequence[logging.LogRecord] = ()) -> Iterator[None]:
-    """While open, every line, details included, is appended to ``path`` as well, after the ``earlier`` ones."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8")
+    """While open, every line, details included, is appended to ``path`` as well, after the ``earlier`` ones. Raises
+    RunError if it cannot be opened; a disk that is full later costs lines of the log, and is said once."""
+    with telling(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(_Formatter("%(asctime)s %(level_word)s%(message)s", "%Y-%m-%d %H:%M:%S"))
     for record in earlier:
         handler.handle(record)
@@ -89,7 +93,8 @@ def logging_to(path: Path, earlier: Sequence[logging.LogRecord] = ()) -> Iterato
         yield
     finally:
         _ROOT.removeHandler(handler)
-        handler.close()
+        with suppress(OSError):  # it tries once more to write what it could not
+            handler.close()
 
 
 @contextmanager
@@ -103,6 +108,21 @@ def showing(progress: Progress) -> Iterator[None]:
     finally:
         for handler in handlers:
             handler.removeFilter(progress)
+
+
+class _LogFile(logging.FileHandler):
+    """A log that cannot be written is no reason to stop, or to print a traceback for every line."""
+
+    said = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Logging's hook, called where writing a line raised."""
+        problem = sys.exc_info()[1]
+        if not isinstance(problem, OSError):
+            super().handleError(record)
+        elif not self.said:
+            self.said = True
+            _ROOT.warning("%s: cannot be written (%s); %s", self.baseFilename, problem.strerror, remedy(problem))
 
 
 class _Formatter(logging.Formatter):

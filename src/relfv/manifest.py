@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import platform
@@ -9,16 +10,20 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from relfv import ALGORITHM_VERSION, __version__
 from relfv.artifacts import MANIFEST
 from relfv.config import Settings
-from relfv.engine.language_model import LanguageModel
 from relfv.errors import RunError
-from relfv.storage import read_json, write_json
+from relfv.storage import json_bytes, move_aside, read_json, write_json
+
+if TYPE_CHECKING:  # to read a manifest takes no engine
+    from relfv.engine.language_model import LanguageModel
 
 log = logging.getLogger(__name__)
+
+_DIGEST = "sha256_of_the_rest"
 
 _LIBRARIES = (
     "torch",
@@ -78,28 +83,42 @@ def model_description(model: LanguageModel) -> dict[str, Any]:
 
 def write_manifest(folder: Path, run: dict[str, Any]) -> Path:
     """Write this run's description; earlier runs of the folder are kept under ``earlier_runs``."""
-    path = folder / MANIFEST
     earlier: list[Any] = []
-    previous = _previous(path)
+    previous = sound_manifest(folder)
     if previous:
         earlier = previous.pop("earlier_runs", [])
         if previous.get("started_at") != run["started_at"]:
             earlier = [*earlier, previous]
-    return write_json(path, {**run, "earlier_runs": earlier})
+    content = {**run, "earlier_runs": earlier}
+    return write_json(folder / MANIFEST, {**content, _DIGEST: _digest(content)})
 
 
-def _previous(path: Path) -> dict[str, Any] | None:
-    """The last run's manifest. A damaged one is put aside: it is a record, and no reason not to run."""
-    if not path.exists():
+def sound_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest in ``folder``, or None if there is none, or no more: a damaged one is put aside, with a warning. It is
+    a record, and no reason not to run."""
+    path = folder / MANIFEST
+    if not os.path.lexists(path):
         return None
     try:
-        found = read_json(path)
-        if isinstance(found, dict):
-            return found
+        return read_manifest(path)
     except RunError as problem:
-        log.warning("%s; it is put aside", problem)
-    path.rename(path.with_name(f"{path.name}.damaged"))
+        log.warning("%s; it is now %s", problem, move_aside(path))
     return None
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest without its own hash. Raises RunError if it is not as it was written."""
+    found = read_json(path)
+    if not isinstance(found, dict) or not {"settings", "q_list"} <= found.keys():
+        raise RunError(f"{path}: is damaged or not a manifest of relfv")
+    digest = found.pop(_DIGEST, None)  # manifests of relfv 0.1.0 have none
+    if digest is not None and digest != _digest(found):
+        raise RunError(f"{path}: has been changed since it was written: it does not match its {_DIGEST}")
+    return found
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json_bytes(content)).hexdigest()
 
 
 def _version(name: str) -> str | None:

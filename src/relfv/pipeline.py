@@ -15,7 +15,7 @@ from relfv.artifacts import QidPaths
 from relfv.config import Settings
 from relfv.engine.language_model import LanguageModel, open_model
 from relfv.errors import RunError
-from relfv.status import QidStatus
+from relfv.status import STEP6_STAGE, QidStatus, stage_names, step6_stage
 from relfv.steps import (
     StageResult,
     Step6,
@@ -34,21 +34,6 @@ from relfv.steps import (
 from relfv.types import Relation
 
 log = logging.getLogger(__name__)
-
-STEP_D = ("stepD_trials", "stepD_means", "stepD_cie")
-AFTER_STEP6 = ("step6_summary", "injection_curve", "step6_controls", "step6_answers", "summary")
-_STEP6 = "step6_layer_"
-
-
-def step6_stage(layer: int) -> str:
-    """The name of one layer's stage."""
-    return f"{_STEP6}{layer}"
-
-
-def stage_names(expected_layers: Sequence[int]) -> list[str]:
-    """All stages of a q_id, in the order of the spec, as qid_status.json calls them."""
-    per_layer = [step6_stage(layer) for layer in expected_layers]
-    return [*STEP_D, "heatmap", "stepE", "zeroshot", *per_layer, *AFTER_STEP6]
 
 
 @dataclass(frozen=True)
@@ -150,7 +135,8 @@ def require_frozen_trials(status: QidStatus) -> None:
     if record and record.status == "completed" and status.damaged("stepD_trials"):
         raise RunError(
             f"{status.artifacts_dir / 'sampled_trials.json'}: the frozen trials were changed or removed since StepD; every "
-            "result here rests on them. Put the file back, or move this folder aside ('relfv run --force' does) and start afresh"
+            f"result here rests on them. Put the file back, or start afresh: 'relfv run --q_list {status.q_id} --force' moves "
+            "this folder aside"
         )
 
 
@@ -164,8 +150,10 @@ def run_recorded(status: QidStatus | None, stage: Stage) -> None:
     """Run one stage between its two marks in the status, if there is one."""
     started = time.monotonic()
     # 32 to 80 layers take milliseconds each: a mark when they begin would cost as much as they do.
-    is_layer = stage.name.startswith(_STEP6)
+    is_layer = stage.name.startswith(STEP6_STAGE)
     if status:
+        for folder in status.make_way(stage.name):
+            log.warning("%s %s: a folder stood where a file belongs; it is now %s", status.q_id, stage.name, folder)
         status.begin(stage.name, write=not is_layer)
     result = stage.run()
     if status:

@@ -11,23 +11,23 @@ import logging
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 from relfv.artifacts import MANIFEST, QidPaths
 from relfv.config import Settings, fingerprint_fields
 from relfv.engine.language_model import LanguageModel
 from relfv.errors import InputError, RelfvError
 from relfv.logs import Progress, logging_to, printable, remembering, showing
-from relfv.manifest import model_description, run_description, write_manifest
+from relfv.manifest import model_description, run_description, sound_manifest, write_manifest
 from relfv.models.loading import model_identity
 from relfv.pipeline import QidPipeline, is_complete, open_for
 from relfv.relations import file_sha256, load_relations, relation_name, require_q_ids, rows_sha256
 from relfv.report.page import write_report
 from relfv.stages.trials import ineligible_reason
-from relfv.status import QidStatus, now, read_status
+from relfv.status import STATUS_FILE, DamagedStatus, QidStatus, now, read_status_of_results
 from relfv.steps import heads_to_sweep
-from relfv.storage import lock, remove_temporaries, require_folder, require_no_links
+from relfv.storage import lock, move_aside, remove_temporaries, require_folder, require_no_links
 from relfv.types import Relation
 
 log = logging.getLogger(__name__)
@@ -76,9 +76,17 @@ class Plan:
         fields = fingerprint_fields(settings, rows_sha256=rows_sha256(relation), model_identity=self.model_identity)
         return QidStatus(self.artifacts_dir(q_id), q_id, settings, fields, q_row_count=len(relation.pairs))
 
+    def status_on_disk(self, q_id: str) -> QidStatus | None:
+        """The status in the q_id's folder. Raises DamagedStatus if results lie there that no status vouches for."""
+        artifacts_dir = self.artifacts_dir(q_id)
+        found = read_status_of_results(artifacts_dir)
+        if found and found.q_id != q_id:
+            raise DamagedStatus(artifacts_dir / STATUS_FILE, f"is damaged or of another q_id ({found.q_id})")
+        return found
+
     def found_status(self, q_id: str) -> QidStatus | None:
-        """The status on disk, if it has results to go on from. Raises RunError if it is damaged."""
-        found = read_status(self.artifacts_dir(q_id))
+        """The status on disk, if it has results to go on from."""
+        found = self.status_on_disk(q_id)
         return found if found and found.has_results() else None
 
 
@@ -110,14 +118,13 @@ def run(request: RunRequest) -> int:
     if request.dry_run:
         return _say_plan(plan)
     started_at = now()
-    damaged = {} if request.force else _damaged_statuses(plan)
+    unusable = {} if request.force else _unusable_statuses(plan)
     if not request.force:
-        _require_same_experiment(plan, besides=damaged)
-    skipped, todo = _queue(plan, besides=damaged)
-    done = len(plan.relations) - len(skipped) - len(todo) - len(damaged)
+        _require_same_experiment(plan, besides=unusable)
+    afresh = [q_id for q_id, problem in unusable.items() if isinstance(problem, DamagedStatus)]
+    skipped, todo = _queue(plan, unreadable=set(unusable) - set(afresh), afresh=afresh)
+    done = len(plan.relations) - len(skipped) - len(todo) - (len(unusable) - len(afresh))
     with remembering() as said:
-        for problem in damaged.values():
-            log.error("%s", problem)
         if skipped:
             log.info("skipped: %s", "; ".join(f"{q_id} ({reason})" for q_id, reason in skipped.items()))
         if todo:
@@ -125,17 +132,29 @@ def run(request: RunRequest) -> int:
         # Before anything is written or moved: a model that cannot be opened leaves everything as it was.
         model = _open_model(plan) if todo else None
     if request.force:
-        _move_aside(plan)
-    plan.folder.mkdir(parents=True, exist_ok=True)
+        _force(plan)
     with logging_to(plan.folder / "run.log", said):
+        left = _keep_aside(plan, unusable)
+        todo = [q_id for q_id in todo if q_id not in left]
         _write_waiting(plan, skipped, todo)
-        if model:
+        if model and todo:
             code = _run_todo(plan, todo, model, started_at)
         else:
             code = 0
-            everything = "nothing else to do" if damaged else "everything is completed"
+            if sound_manifest(plan.folder) is None:
+                write_manifest(plan.folder, {**_description(plan, started_at), "finished_at": now(), "outcomes": {}})
+            everything = "nothing else to do" if left else "everything is completed"
             log.info("%s: %d q_ids done, %d skipped, in %s", everything, done, len(skipped), plan.folder)
-        return 1 if damaged else code
+        return 1 if left else code
+
+
+def _description(plan: Plan, started_at: str) -> dict[str, Any]:
+    """What the manifest says of a run without its model."""
+    return {
+        "started_at": started_at,
+        "finished_at": None,
+        **run_description(plan.request.settings, list(plan.relations), plan.csv_sha256, plan.model_identity),
+    }
 
 
 def _open_model(plan: Plan) -> LanguageModel:
@@ -151,13 +170,7 @@ def _open_model(plan: Plan) -> LanguageModel:
 
 
 def _run_todo(plan: Plan, todo: Sequence[str], model: LanguageModel, started_at: str) -> int:
-    settings = plan.request.settings
-    description = {
-        "started_at": started_at,
-        "finished_at": None,
-        **run_description(settings, list(plan.relations), plan.csv_sha256, plan.model_identity),
-        "model": model_description(model),
-    }
+    description = {**_description(plan, started_at), "model": model_description(model)}
     write_manifest(plan.folder, description)
 
     progress = Progress(len(todo))
@@ -192,14 +205,18 @@ def _run_one(plan: Plan, q_id: str, model: LanguageModel) -> str:
             log.warning("%s is being run by %s; left to it", q_id, holder)
             return "left to another run"
         # Read under the lock: since the plan was made another run may have come and gone, with other settings.
-        status = plan.found_status(q_id) or plan.new_status(q_id)
+        try:
+            status = plan.found_status(q_id) or plan.new_status(q_id)
+        except RelfvError as problem:
+            log.error("%s failed: %s", q_id, problem)
+            return "failed"
         if differences := describe_differences(status, plan.new_status(q_id)):
             log.error("%s was meanwhile begun by another run: %s; left alone", q_id, ", ".join(differences))
             return "failed"
         pipeline = QidPipeline(status, plan.relations[q_id], plan.csv_sha256, lambda: model)
-        stack.enter_context(logging_to(pipeline.paths.log))
-        remove_temporaries(pipeline.paths.artifacts)
         try:
+            stack.enter_context(logging_to(pipeline.paths.log))
+            remove_temporaries(pipeline.paths.artifacts)
             pipeline.run()
         except RelfvError as problem:
             log.error("%s failed: %s", q_id, problem)
@@ -216,47 +233,66 @@ def _run_one(plan: Plan, q_id: str, model: LanguageModel) -> str:
 
 
 def _record(status: QidStatus, state: str, reason: str) -> None:
-    """Write a final state; if even that cannot be written, the old file stays and the log says why."""
+    """Write a final state; if even that cannot be written, the old file stays, which a restart goes on from as well."""
     try:
         status.set(state, reason)  # type: ignore[arg-type]
     except RelfvError as problem:
-        log.error("%s", problem)
+        log.warning("%s; the last status stays", problem)
 
 
-def _damaged_statuses(plan: Plan) -> dict[str, str]:
-    """q_ids whose status cannot be read, with the reason: they are left alone, and the others run."""
-    damaged = {}
+def _unusable_statuses(plan: Plan) -> dict[str, RelfvError]:
+    """q_ids whose status cannot be read or is damaged, with the reason."""
+    unusable = {}
     for q_id in plan.relations:
         try:
-            read_status(plan.artifacts_dir(q_id))
+            plan.status_on_disk(q_id)
         except RelfvError as problem:
-            damaged[q_id] = str(problem)
-    return damaged
+            unusable[q_id] = problem
+    return unusable
 
 
-def _queue(plan: Plan, besides: Collection[str]) -> tuple[dict[str, str], list[str]]:
-    """-> (q_ids to skip with reasons, q_ids that are not completed and intact, or are to be done afresh)."""
+def _keep_aside(plan: Plan, unusable: Collection[str]) -> list[str]:
+    """Results whose status is damaged are neither trusted nor overwritten: their folder gets a dated name, and the q_id
+    starts afresh. What only cannot be read is left alone. -> q_ids left alone, which were named in the log."""
+    left = []
+    for q_id in unusable:
+        with plan.locked(q_id) as holder:
+            try:  # under the lock: another run may have been here since
+                plan.status_on_disk(q_id)
+            except RelfvError as problem:
+                if holder or not isinstance(problem, DamagedStatus):
+                    log.error("%s%s", problem, f"; it is being written by {holder}" if holder else "")
+                    left.append(q_id)
+                else:
+                    log.warning(
+                        "%s. They are now in %s; %s starts afresh", problem, move_aside(plan.folder / q_id), q_id
+                    )
+    return left
+
+
+def _queue(plan: Plan, unreadable: Collection[str], afresh: Collection[str]) -> tuple[dict[str, str], list[str]]:
+    """-> (q_ids to skip with reasons, q_ids that are not completed and intact, or are to be done ``afresh``)."""
     skipped: dict[str, str] = {}
     todo: list[str] = []
     for q_id in plan.relations:
-        if q_id in besides:
+        if q_id in unreadable:
             continue
         if reason := plan.skip_reason(q_id):
             skipped[q_id] = reason
-        elif plan.request.force or not _is_done(plan, q_id):
+        elif plan.request.force or q_id in afresh or not _is_done(plan, q_id):
             todo.append(q_id)
     return skipped, todo
 
 
 def _is_done(plan: Plan, q_id: str) -> bool:
-    found = read_status(plan.artifacts_dir(q_id))
+    found = plan.status_on_disk(q_id)
     return found is not None and found.status == "completed" and is_complete(found)
 
 
 def _write_waiting(plan: Plan, skipped: Mapping[str, str], todo: Sequence[str]) -> None:
     """Write skipped and pending statuses, where they do not say so already."""
     for q_id, reason in skipped.items():
-        found = read_status(plan.artifacts_dir(q_id))
+        found = plan.status_on_disk(q_id)
         if found is None or (found.status, found.reason) != ("skipped", reason):
             plan.new_status(q_id).set("skipped", reason)
     for q_id in todo:
@@ -298,9 +334,8 @@ def describe_differences(found: QidStatus, wanted: QidStatus) -> list[str]:
     ]
 
 
-def _move_aside(plan: Plan) -> None:
+def _force(plan: Plan) -> None:
     """--force: rename the chosen q_ids' folders; nothing is deleted."""
-    stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
     for q_id in plan.relations:
         folder = plan.folder / q_id
         if not folder.exists():
@@ -308,9 +343,7 @@ def _move_aside(plan: Plan) -> None:
         with plan.locked(q_id) as holder:
             if holder:
                 raise InputError(f"{q_id} is being run by {holder}; --force would move its folder from under it")
-            aside = folder.with_name(f"{q_id}.replaced-{stamp}")
-            folder.rename(aside)
-            log.info("%s: earlier results moved to %s", q_id, aside)
+            log.info("%s: earlier results moved to %s", q_id, move_aside(folder))
 
 
 def _say_plan(plan: Plan) -> int:
@@ -319,9 +352,9 @@ def _say_plan(plan: Plan) -> int:
         f"model   {plan.request.settings.model} ({plan.model_identity[:40]})",
         *(f"departs from the spec: {departure}" for departure in plan.request.settings.departures()),
     ]
-    damaged = _damaged_statuses(plan)
+    unusable = _unusable_statuses(plan)
     for q_id, relation in plan.relations.items():
-        lines.append(f"{q_id:<8} {len(relation.pairs):>4} rows  {damaged.get(q_id) or _what_would_happen(plan, q_id)}")
+        lines.append(f"{q_id:<8} {len(relation.pairs):>4} rows  {unusable.get(q_id) or _what_would_happen(plan, q_id)}")
     print("\n".join(map(printable, lines)))
     return 0
 

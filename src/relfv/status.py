@@ -5,19 +5,35 @@ A stage is done when its files are there and match the sha256 recorded here; the
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from pathlib import Path
-from typing import Any, Literal
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, get_args
 
 from relfv.config import Settings, fingerprint
-from relfv.errors import RunError
+from relfv.errors import RelfvError, RunError
 from relfv.relations import is_q_id
-from relfv.storage import read_json, sha256_file, write_json
+from relfv.storage import move_aside, remedy, sha256_file, write_json
 
 State = Literal["pending", "running", "completed", "failed", "skipped"]
 STATUS_FILE = "qid_status.json"
+STEP_D = ("stepD_trials", "stepD_means", "stepD_cie")
+AFTER_STEP6 = ("step6_summary", "injection_curve", "step6_controls", "step6_answers", "summary")
+STEP6_STAGE = "step6_layer_"
+
+
+def step6_stage(layer: int) -> str:
+    """The name of one layer's stage."""
+    return f"{STEP6_STAGE}{layer}"
+
+
+def stage_names(expected_layers: Sequence[int]) -> list[str]:
+    """All stages of a q_id, in the order of the spec, as qid_status.json calls them."""
+    per_layer = [step6_stage(layer) for layer in expected_layers]
+    return [*STEP_D, "heatmap", "stepE", "zeroshot", *per_layer, *AFTER_STEP6]
 
 
 def now() -> str:
@@ -117,6 +133,14 @@ class QidStatus:
             return False
         return not self._changed(record.files) and not self._changed(record.inputs)
 
+    def make_way(self, stage: str) -> list[Path]:
+        """Move folders that stand where ``stage`` has had files out of its way, beside ``artifacts/``. -> where they are."""
+        record = self.stages.get(stage)
+        paths = [self.artifacts_dir / name for name in record.files] if record else []
+        return [
+            move_aside(path, self.artifacts_dir.parent) for path in paths if path.is_dir() and not path.is_symlink()
+        ]
+
     def damaged(self, stage: str) -> list[str]:
         """Files of ``stage`` that are missing or differ from their recorded hash."""
         return self._changed(self.stages[stage].files) if stage in self.stages else []
@@ -128,16 +152,35 @@ class QidStatus:
         return {str(path.relative_to(self.artifacts_dir)): _require_hash(path) for path in paths}
 
 
+class DamagedStatus(RunError):
+    """The record that a folder's results are trusted by is missing or damaged."""
+
+    def __init__(self, path: Path, what: str) -> None:
+        super().__init__(
+            f"{path}: {what}, so nothing says whether the results beside it are whole and of these settings; put it back, "
+            f"or let 'relfv run --q_list {path.parent.parent.name}' keep them in a folder aside and compute them afresh"
+        )
+
+
 def read_status(artifacts_dir: Path) -> QidStatus | None:
-    """The status in ``artifacts_dir``, or None if there is none. Raises RunError if it is damaged."""
+    """The status in ``artifacts_dir``, or None if there is none.
+
+    Raises DamagedStatus if it is not one as ``write`` writes it, another RunError if the disk will not give it.
+    """
     path = artifacts_dir / STATUS_FILE
-    if not path.exists():
-        return None
     try:
-        values = read_json(path)
+        data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except IsADirectoryError:
+        raise DamagedStatus(path, "is damaged (a folder is in its place)") from None
+    except OSError as problem:
+        raise RunError(f"{path}: cannot be read ({problem.strerror}); {remedy(problem)}") from None
+    try:
+        values = json.loads(data)
         if not is_q_id(values["q_id"]):  # file names are made of it
-            raise RunError(f"{path}: q_id {values['q_id']!r} is none")
-        return QidStatus(
+            raise ValueError(f"q_id {values['q_id']!r} is none")
+        status = QidStatus(
             artifacts_dir=artifacts_dir,
             q_id=values["q_id"],
             settings=Settings.from_json(values["config"]),
@@ -150,11 +193,43 @@ def read_status(artifacts_dir: Path) -> QidStatus | None:
             q_row_count=values["q_row_count"],
             trials_per_pass=values.get("trials_per_pass", {}),
         )
-    except (RunError, KeyError, TypeError, AttributeError) as problem:
-        raise RunError(
-            f"{path}: is damaged or not a status file of relfv, so nothing in its folder can be trusted; "
-            f"'relfv run --force' moves the folder aside ({problem})"
-        ) from None
+        _require_sound(status, values["fingerprint"])
+    except (RelfvError, ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise DamagedStatus(path, f"is damaged or not a status file of relfv ({problem})") from None
+    return status
+
+
+def read_status_of_results(artifacts_dir: Path) -> QidStatus | None:
+    """``read_status``, but files without a status are a DamagedStatus: the status comes first and never goes."""
+    status = read_status(artifacts_dir)
+    # A hidden file is a temporary of a write under way, or none of ours.
+    if status is None and artifacts_dir.is_dir() and any(p.name[0] != "." for p in artifacts_dir.iterdir()):
+        raise DamagedStatus(artifacts_dir / STATUS_FILE, "is missing")
+    return status
+
+
+def _require_sound(status: QidStatus, recorded_fingerprint: str) -> None:
+    """Raise ValueError for what parses and still cannot have been written by ``write``: a flipped bit, a wrong edit."""
+    fields, config = status.fingerprint_fields, status.settings.to_json()
+    records = status.stages.values()
+    hashes = [item for record in records for item in [*record.files.items(), *record.inputs.items()]]
+    found = {
+        f"the status is {status.status!r}": status.status not in get_args(State),
+        "the fingerprint is not that of its fields": recorded_fingerprint != fingerprint(fields),
+        "config and fingerprint differ": any(config.get(name, value) != value for name, value in fields.items()),
+        "the layers are not 0 to L-1": status.expected_layers != list(range(len(status.expected_layers))),
+        "a file's name leads out of the folder": any(_leads_out(name) for name, _ in hashes),
+        "a hash is not a sha256": not all(re.fullmatch("[0-9a-f]{64}", digest) for _, digest in hashes),
+        "trials_per_pass are not counts": any(count < 1 for count in status.trials_per_pass.values()),
+    }
+    wrong = [what for what, is_so in found.items() if is_so]
+    if wrong:
+        raise ValueError("; ".join(wrong))
+
+
+def _leads_out(name: str) -> bool:
+    path = PurePosixPath(name)
+    return path.is_absolute() or ".." in path.parts or not path.parts
 
 
 def _require_hash(path: Path) -> str:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
 
 from relfv.errors import InputError, RunError
 
 _TEMP_PREFIX, _TEMP_SUFFIX = ".relfv-", ".tmp"
+REPLACED = ".replaced-"
+"""In the names of what was moved aside."""
 
 
 def write_atomic(path: Path, data: bytes, *, read_only: bool = False) -> Path:
@@ -34,25 +39,56 @@ def write_together(contents: Mapping[Path, bytes], *, read_only: bool = False) -
     earlier may outlast some of the later ones.
     """
     (folder,) = {path.parent for path in contents}
-    with _telling(folder):
+    with telling(folder):
         _make_folder(folder)
     for path, data in contents.items():
-        with _telling(path):
+        with telling(path):
             _replace(path, data, read_only=read_only)
-    with _telling(folder):
+    with telling(folder):
         _sync_folder(folder)
     return list(contents)
 
 
+_REMEDIES = {
+    errno.ENOSPC: "free space on that disk, then run again",
+    errno.EDQUOT: "free space within your quota, or have it raised, then run again",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f), then run again",
+    errno.EROFS: "mount it writable, or use another output folder",
+    errno.EACCES: "mend its permissions, or use another output folder",
+    errno.EPERM: "mend its permissions, or use another output folder",
+    errno.ENAMETOOLONG: "use a shorter path for the output folder",
+    errno.EISDIR: "a folder is in the way; move it, then run again",
+    errno.ENOTDIR: "a file is in the way of a folder; move it, then run again",
+    errno.EEXIST: "a file is in the way of a folder; move it, then run again",
+}
+
+
 @contextmanager
-def _telling(path: Path) -> Iterator[None]:
-    """A failed write of ``path`` as an error that says what to do."""
+def telling(path: Path) -> Iterator[None]:
+    """A failed write of ``path`` as a RunError that says what to do."""
     try:
         yield
     except OSError as problem:
-        raise RunError(
-            f"{path}: cannot be written ({problem.strerror}); free space or mend permissions, then run again"
-        ) from problem
+        raise RunError(f"{path}: cannot be written ({problem.strerror}); {remedy(problem)}") from problem
+
+
+def remedy(problem: OSError) -> str:
+    """What a user can do about a failed write."""
+    return _REMEDIES.get(problem.errno or 0, "check the path, the disk and its permissions, then run again")
+
+
+def move_aside(path: Path, folder: Path | None = None) -> Path:
+    """Rename a file or folder to ``<name>.replaced-<UTC time>`` in ``folder`` (its own by default) and return where it
+    is now. Nothing that is there already is replaced: two moves within one second get two names. Hold the lock."""
+    stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
+    name = f"{path.name}{REPLACED}{stamp}"
+    names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
+    aside = next(free for free in ((folder or path.parent) / name for name in names) if not os.path.lexists(free))
+    with telling(aside):
+        path.rename(aside)
+        _sync_folder(aside.parent)
+        _sync_folder(path.parent)
+    return aside
 
 
 def _make_folder(folder: Path) -> None:
@@ -145,8 +181,10 @@ def lock(path: Path, *, wait_s: float = 0.0) -> Iterator[str | None]:
 
     The kernel drops the lock when the process ends, however it ends, so a killed run blocks nobody.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
+    with telling(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        opened = path.open("a+")
+    with opened as file:
         give_up = time.monotonic() + wait_s
         while not _locked(file):
             if time.monotonic() >= give_up:
@@ -154,9 +192,9 @@ def lock(path: Path, *, wait_s: float = 0.0) -> Iterator[str | None]:
                 yield file.read().strip() or "another process"
                 return
             time.sleep(0.1)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        with suppress(OSError):  # a full disk: the lock holds all the same, and is nameless
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield None
 
 

@@ -9,7 +9,7 @@ from relfv.artifacts import QidPaths
 from relfv.errors import InputError, RelfvError
 from relfv.logs import printable
 from relfv.status import STATUS_FILE, QidStatus, read_status
-from relfv.storage import holder_is_alive, read_json
+from relfv.storage import REPLACED, holder_is_alive, read_json
 
 _HEADER = ("q_id", "status", "rows", "best layer", "score", "accuracy", "updated", "reason")
 
@@ -18,7 +18,7 @@ def find_statuses(root: Path) -> list[Path]:
     """Artifacts folders below ``root`` that have a status: given a results root, a relation's folder or a q_id's."""
     patterns = (f"artifacts/{STATUS_FILE}", f"*/artifacts/{STATUS_FILE}", f"*/*/artifacts/{STATUS_FILE}")
     found = [path.parent for pattern in patterns for path in root.glob(pattern)]
-    kept = [folder for folder in found if ".replaced-" not in folder.parent.name]
+    kept = [folder for folder in found if REPLACED not in folder.parent.name]
     return sorted(kept, key=lambda folder: (folder.parent.parent.name, natural_key(folder.parent.name)))
 
 
