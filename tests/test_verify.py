@@ -65,7 +65,7 @@ def test_a_finished_run_holds_wherever_one_asks_and_nothing_is_written(
     assert [line.split("  ")[0] for line in said.splitlines()[:4]] == [
         "pairs/A1", "pairs/B2", "pairs/C3", "pairs/run_manifest.json",
     ]  # fmt: skip
-    assert "completed and intact (29 files)" in said
+    assert "completed and intact (33 files)" in said
     assert "pairs/C3  skipped and intact (1 files)" in said
     assert said.endswith("all 4 hold\n")
     assert main(["verify", str(finished.parent)]) == 0
@@ -127,7 +127,7 @@ def test_each_other_finding_is_named_in_the_q_ids_line(copied: Path, capsys: pyt
     a1, b2, c3, manifest, _, last = capsys.readouterr().out.splitlines()
     assert a1 == "pairs/A1  damaged: cie_scores.csv; missing: top_heads.json; unexpected: step6/notes.txt"
     assert "unfinished: qid_status.json (failed; why)" in b2
-    assert "out of date: top_heads.json (stepE was made from another cie_scores.csv)" in b2
+    assert "out of date: head_stability.json (stepE was made from another cie_scores.csv)" in b2
     assert c3 == "pairs/C3  missing: artifacts"
     assert manifest.endswith("intact")
     assert last == "3 of 4 do not hold"
