@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import stat
 from pathlib import Path
@@ -102,3 +104,17 @@ def test_a_lock_is_held_once_and_says_by_whom(tmp_path: Path) -> None:
         assert f"process {os.getpid()}" in str(second)
     with lock(tmp_path / "locks/q") as again:
         assert again is None
+
+
+def test_a_file_system_without_locks_is_named_and_not_taken_for_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with (
+        pytest.raises(RunError, match=r"locks/q: cannot be locked .*choose another --out_root"),
+        lock(tmp_path / "locks/q"),
+    ):
+        pass

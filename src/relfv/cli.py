@@ -75,8 +75,9 @@ def _execute(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int
     from relfv.storage import remedy
 
     set_up_logging(debug=args.debug)
-    signal.signal(signal.SIGTERM, _terminate)
+    before = signal.getsignal(signal.SIGTERM)
     try:
+        signal.signal(signal.SIGTERM, _terminate)
         return args.run_command(args)
     except RelfvError as problem:
         log.debug("traceback", exc_info=True)
@@ -96,6 +97,8 @@ def _execute(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int
         log.debug("traceback", exc_info=True)
         log.error("%s: %s (--debug shows where)", type(problem).__name__, problem)
         return 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Terminated(BaseException):

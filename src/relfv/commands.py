@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -109,10 +109,11 @@ def run_heatmap(in_dir: Path, metric: str, topk: int, out_name: str | None) -> i
     def draw() -> StageResult:
         return step_heatmap(paths, metric, topk, out)
 
-    if status is None or out != paths.heatmap:
-        run_recorded(None, Stage("heatmap", draw))
-    else:
-        with _working_in(paths):
+    # Under another name it is no stage, but what is being written in a q_id's folder is only safe under its lock.
+    with _working_in(paths) if status else nullcontext():
+        if status is None or out != paths.heatmap:
+            run_recorded(None, Stage("heatmap", draw))
+        else:
             status = _adopted(paths, lambda base: replace(base, score_key=metric, topk=topk), "heatmap", [paths.aie])
             with _settling(status):
                 run_recorded(status, Stage("heatmap", draw))
@@ -162,11 +163,11 @@ def run_zero_shot(sampled_trials_path: Path, out_path: Path | None) -> int:
     stage = Stage("zeroshot", lambda: step_zero_shot(sampled_trials_path, out))
     if status:
         require_frozen_trials(status)
-    if status is None or not _same(out, QidPaths(status.artifacts_dir, status.q_id).zero_shot_trials):
-        run_recorded(None, stage)
-    else:
-        paths = QidPaths(status.artifacts_dir, status.q_id)
-        with _working_in(paths):
+    paths = QidPaths(status.artifacts_dir, status.q_id) if status else None
+    with _working_in(paths) if paths else nullcontext():
+        if paths is None or not _same(out, paths.zero_shot_trials):
+            run_recorded(None, stage)
+        else:
             status = _adopted(paths, lambda base: base, "zeroshot", [sampled_trials_path])
             with _settling(status):
                 run_recorded(status, stage)

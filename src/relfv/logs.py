@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from relfv.storage import remedy, telling
+from relfv.storage import make_folder, remedy, telling
 
 _ROOT = logging.getLogger("relfv")
 
@@ -83,7 +83,7 @@ def logging_to(path: Path, earlier: Sequence[logging.LogRecord] = ()) -> Iterato
     """While open, every line, details included, is appended to ``path`` as well, after the ``earlier`` ones. Raises
     RunError if it cannot be opened; a disk that is full later costs lines of the log, and is said once."""
     with telling(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(_Formatter("%(asctime)s %(level_word)s%(message)s", "%Y-%m-%d %H:%M:%S"))
     for record in earlier:

@@ -16,7 +16,7 @@ from relfv import ALGORITHM_VERSION, __version__
 from relfv.artifacts import MANIFEST
 from relfv.config import Settings
 from relfv.errors import RunError
-from relfv.storage import json_bytes, move_aside, read_json, write_json
+from relfv.storage import json_bytes, move_aside, read_json, sole_writer, write_json
 
 if TYPE_CHECKING:  # to read a manifest takes no engine
     from relfv.engine.language_model import LanguageModel
@@ -54,6 +54,7 @@ def run_description(settings: Settings, q_list: list[str], csv_sha256: str, mode
         "git_commit": _git_commit(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _LIBRARIES}},
         "platform": platform.platform(),
+        "pid": os.getpid(),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
 
@@ -83,14 +84,19 @@ def model_description(model: LanguageModel) -> dict[str, Any]:
 
 def write_manifest(folder: Path, run: dict[str, Any]) -> Path:
     """Write this run's description; earlier runs of the folder are kept under ``earlier_runs``."""
-    earlier: list[Any] = []
-    previous = sound_manifest(folder)
-    if previous:
-        earlier = previous.pop("earlier_runs", [])
-        if previous.get("started_at") != run["started_at"]:
-            earlier = [*earlier, previous]
-    content = {**run, "earlier_runs": earlier}
-    return write_json(folder / MANIFEST, {**content, _DIGEST: _digest(content)})
+    with sole_writer(folder):
+        earlier: list[Any] = []
+        previous = sound_manifest(folder)
+        if previous:
+            earlier = [*previous.pop("earlier_runs", []), previous]
+        # Two runs at once take turns: each replaces its own earlier description, wherever the other has put it.
+        earlier = [other for other in earlier if _identity(other) != _identity(run)]
+        content = {**run, "earlier_runs": earlier}
+        return write_json(folder / MANIFEST, {**content, _DIGEST: _digest(content)})
+
+
+def _identity(run: dict[str, Any]) -> tuple[Any, Any]:
+    return run.get("started_at"), run.get("pid")
 
 
 def sound_manifest(folder: Path) -> dict[str, Any] | None:

@@ -8,8 +8,8 @@ never opened.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,20 @@ from relfv.manifest import model_description, run_description, sound_manifest, w
 from relfv.models.loading import model_identity
 from relfv.pipeline import QidPipeline, is_complete, open_for
 from relfv.relations import file_sha256, load_relations, relation_name, require_q_ids, rows_sha256
-from relfv.report.page import write_report
+from relfv.report.page import page_path, write_report
+from relfv.report.table import find_statuses
 from relfv.stages.trials import ineligible_reason
 from relfv.status import STATUS_FILE, DamagedStatus, QidStatus, now, read_status_of_results
 from relfv.steps import heads_to_sweep
-from relfv.storage import lock, move_aside, remove_temporaries, require_folder, require_no_links
+from relfv.storage import (
+    lock,
+    move_aside,
+    remove_temporaries,
+    require_folder,
+    require_no_links,
+    sole_writer,
+    temporaries,
+)
 from relfv.types import Relation
 
 log = logging.getLogger(__name__)
@@ -62,9 +71,14 @@ class Plan:
         """``<out_root>/<REL>/<Q>/artifacts``."""
         return self.folder / q_id / "artifacts"
 
-    def locked(self, q_id: str) -> AbstractContextManager[str | None]:
-        """Hold the q_id's lock while open; yields who else holds it, or None."""
-        return lock(QidPaths(self.artifacts_dir(q_id), q_id).lock)
+    @contextmanager
+    def locked(self, q_id: str) -> Iterator[str | None]:
+        """Hold the q_id's lock while open, with what a killed process left half-written removed; yields who else holds
+        it, or None."""
+        with lock(QidPaths(self.artifacts_dir(q_id), q_id).lock) as holder:
+            if holder is None:
+                remove_temporaries(self.artifacts_dir(q_id))
+            yield holder
 
     def skip_reason(self, q_id: str) -> str | None:
         """Why a q_id cannot run under these settings, or None."""
@@ -143,6 +157,7 @@ def run(request: RunRequest) -> int:
             code = 0
             if sound_manifest(plan.folder) is None:
                 write_manifest(plan.folder, {**_description(plan, started_at), "finished_at": now(), "outcomes": {}})
+            _finish_ending(plan)
             everything = "nothing else to do" if left else "everything is completed"
             log.info("%s: %d q_ids done, %d skipped, in %s", everything, done, len(skipped), plan.folder)
         return 1 if left else code
@@ -197,6 +212,21 @@ def _run_todo(plan: Plan, todo: Sequence[str], model: LanguageModel, started_at:
     return 1 if failed else 0
 
 
+def _finish_ending(plan: Plan) -> None:
+    """What a run that was killed after its last q_id left undone: its page, and what it was just writing.
+
+    Where nothing was left undone nothing is touched.
+    """
+    if temporaries(plan.folder, below=False):
+        with sole_writer(plan.folder):
+            pass
+    page = page_path(plan.folder)
+    statuses = [folder / STATUS_FILE for folder in find_statuses(plan.folder)]
+    newest = max((path.stat().st_mtime_ns for path in statuses), default=0)
+    if not page.exists() or page.stat().st_mtime_ns < newest or temporaries(page.parent):
+        log.info("report: %s", write_report(plan.folder))
+
+
 def _run_one(plan: Plan, q_id: str, model: LanguageModel) -> str:
     """One q_id under its lock. Returns its outcome; only an interrupt passes through."""
     with ExitStack() as stack:
@@ -213,10 +243,12 @@ def _run_one(plan: Plan, q_id: str, model: LanguageModel) -> str:
         if differences := describe_differences(status, plan.new_status(q_id)):
             log.error("%s was meanwhile begun by another run: %s; left alone", q_id, ", ".join(differences))
             return "failed"
+        if status.status == "completed" and is_complete(status):
+            log.info("%s was meanwhile completed by another run", q_id)
+            return status.status
         pipeline = QidPipeline(status, plan.relations[q_id], plan.csv_sha256, lambda: model)
         try:
             stack.enter_context(logging_to(pipeline.paths.log))
-            remove_temporaries(pipeline.paths.artifacts)
             pipeline.run()
         except RelfvError as problem:
             log.error("%s failed: %s", q_id, problem)
@@ -294,11 +326,14 @@ def _write_waiting(plan: Plan, skipped: Mapping[str, str], todo: Sequence[str]) 
     for q_id, reason in skipped.items():
         found = plan.status_on_disk(q_id)
         if found is None or (found.status, found.reason) != ("skipped", reason):
-            plan.new_status(q_id).set("skipped", reason)
+            with plan.locked(q_id) as holder:
+                if holder is None:
+                    plan.new_status(q_id).set("skipped", reason)
     for q_id in todo:
         if plan.found_status(q_id) is None:
             with plan.locked(q_id) as holder:
-                if holder is None:
+                # Another run may have come and gone since ``found``, and its results must not be forgotten.
+                if holder is None and plan.found_status(q_id) is None:
                     plan.new_status(q_id).write()
 
 

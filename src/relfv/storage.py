@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import os
+import secrets
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,8 @@ from relfv.errors import InputError, RunError
 _TEMP_PREFIX, _TEMP_SUFFIX = ".relfv-", ".tmp"
 REPLACED = ".replaced-"
 """In the names of what was moved aside."""
+
+_SHARED_WAIT_S = 60.0
 
 
 def write_atomic(path: Path, data: bytes, *, read_only: bool = False) -> Path:
@@ -40,7 +43,7 @@ def write_together(contents: Mapping[Path, bytes], *, read_only: bool = False) -
     """
     (folder,) = {path.parent for path in contents}
     with telling(folder):
-        _make_folder(folder)
+        make_folder(folder)
     for path, data in contents.items():
         with telling(path):
             _replace(path, data, read_only=read_only)
@@ -91,26 +94,29 @@ def move_aside(path: Path, folder: Path | None = None) -> Path:
     return aside
 
 
-def _make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
     """Create ``folder``; a new folder's own name must survive a power cut too, so its parent is synced."""
     if folder.is_dir():
         return
-    _make_folder(folder.parent)
+    make_folder(folder.parent)
     folder.mkdir(exist_ok=True)
     _sync_folder(folder.parent)
 
 
 def _replace(path: Path, data: bytes, *, read_only: bool) -> None:
-    """Put the whole new file in the place of the old one, its content on disk before its name."""
-    temporary = path.with_name(f"{_TEMP_PREFIX}{os.getpid()}-{_digest(path.name.encode())[:12]}{_TEMP_SUFFIX}")
+    """Put the whole new file in the place of the old one, its content on disk before its name.
+
+    The temporary's name is random: processes of two containers or hosts can have the same number.
+    """
+    temporary = path.with_name(f"{_TEMP_PREFIX}{secrets.token_hex(8)}{_TEMP_SUFFIX}")
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o444 if read_only else 0o666)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444 if read_only else 0o666)
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError:
+    except BaseException:  # an interrupt, too, must not leave half a file about
         with suppress(OSError):
             temporary.unlink()
         raise
@@ -161,10 +167,19 @@ def read_json(path: Path) -> Any:
         raise RunError(f"{path}: cannot be read as JSON ({problem})") from None
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Delete what a killed process was writing. Call with the folder's lock held."""
-    for leftover in folder.rglob(f"{_TEMP_PREFIX}*{_TEMP_SUFFIX}"):
-        leftover.unlink(missing_ok=True)
+def remove_temporaries(folder: Path, *, below: bool = True) -> None:
+    """Delete what a killed process was writing in ``folder`` and, unless ``below`` is False, in the folders in it.
+
+    Call with the folder's lock held: then nobody is writing there.
+    """
+    for temporary in temporaries(folder, below=below):
+        temporary.unlink(missing_ok=True)
+
+
+def temporaries(folder: Path, *, below: bool = True) -> list[Path]:
+    """What a process is writing in ``folder``, or was when it was killed."""
+    pattern = f"{_TEMP_PREFIX}*{_TEMP_SUFFIX}"
+    return list(folder.rglob(pattern) if below else folder.glob(pattern))
 
 
 def sha256_file(path: Path) -> str | None:
@@ -179,17 +194,17 @@ def sha256_file(path: Path) -> str | None:
 def lock(path: Path, *, wait_s: float = 0.0) -> Iterator[str | None]:
     """Hold an exclusive lock while open. Yields None if held, or who else holds it after ``wait_s`` seconds of trying.
 
-    The kernel drops the lock when the process ends, however it ends, so a killed run blocks nobody.
+    The kernel drops the lock when the process ends, however it ends, so a killed run blocks nobody. Raises RunError
+    where the file system has no locks.
     """
     with telling(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         opened = path.open("a+")
     with opened as file:
         give_up = time.monotonic() + wait_s
         while not _locked(file):
             if time.monotonic() >= give_up:
-                file.seek(0)
-                yield file.read().strip() or "another process"
+                yield _holder(file) or "another process"
                 return
             time.sleep(0.1)
         with suppress(OSError):  # a full disk: the lock holds all the same, and is nameless
@@ -198,12 +213,38 @@ def lock(path: Path, *, wait_s: float = 0.0) -> Iterator[str | None]:
         yield None
 
 
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """For the files right in ``folder`` that all runs share (manifest, page): one process writes at a time, what a
+    killed one left half-written is removed first, and others wait. Raises RunError after a minute."""
+    # No q_id begins with a dot, so no q_id's lock has this name.
+    with lock(folder / ".locks" / ".shared.lock", wait_s=_SHARED_WAIT_S) as holder:
+        if holder:
+            raise RunError(f"{folder}: is being written by {holder} for over a minute; run again when that has ended")
+        remove_temporaries(folder, below=False)
+        yield
+
+
 def _locked(file: IO[str]) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
+    except OSError as problem:
+        if problem.errno in (errno.EWOULDBLOCK, errno.EACCES):  # fcntl's word for it, which NFS and SMB pass on
+            return False
+        raise RunError(
+            f"{file.name}: cannot be locked ({problem.strerror}); relfv needs a file system with locks, so that two "
+            "runs cannot write one q_id: mount it with them, or choose another --out_root"
+        ) from problem
     return True
+
+
+def _holder(file: IO[str]) -> str:
+    """Who wrote their name into a lock's file; empty if it cannot be read (on SMB a locked file cannot)."""
+    try:
+        file.seek(0)
+        return file.read().strip()
+    except OSError:
+        return ""
 
 
 def holder_is_alive(path: Path) -> bool:

@@ -14,7 +14,7 @@ from relfv.config import Settings
 from relfv.errors import InputError, RelfvError
 from relfv.report.table import find_statuses
 from relfv.status import QidStatus, read_status
-from relfv.storage import read_json, require_no_links, write_atomic
+from relfv.storage import read_json, require_no_links, sole_writer, write_atomic
 
 _HEADS_SHOWN = 5
 
@@ -33,8 +33,17 @@ def write_report(folder: Path) -> Path:
     environment = Environment(
         loader=PackageLoader("relfv.report"), undefined=StrictUndefined, autoescape=True, trim_blocks=True
     )
-    page = environment.get_template("page.html.j2").render(**_content(folder, artifacts_dirs))
-    return write_atomic(folder / "report" / "index.html", page.encode())
+    template = environment.get_template("page.html.j2")
+    # What is written last must also have been read last, or one of two runs would leave out what the other did.
+    path = page_path(folder)
+    with sole_writer(path.parent):
+        page = template.render(**_content(folder, artifacts_dirs))
+        return write_atomic(path, page.encode())
+
+
+def page_path(folder: Path) -> Path:
+    """Where the page of ``folder`` is."""
+    return folder / "report" / "index.html"
 
 
 def _content(folder: Path, artifacts_dirs: list[Path]) -> dict[str, Any]:
