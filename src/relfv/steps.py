@@ -565,7 +565,7 @@ def step6_answers(model: LanguageModel, settings: Settings, paths: QidPaths) -> 
             row |= {
                 f"logprob_answer_{name}": scored.logprob,
                 f"rank_first_token_{name}": scored.rank,
-                f"written_{name}": model.tokens.tokenizer.decode(scored.written),
+                f"written_{name}": model.tokens.joined(scored.written),
                 f"exact_{name}": int(scored.written == list(answer)),
                 f"top_{name}": tokens(scored.top),
             }

@@ -123,13 +123,17 @@ def _replace(path: Path, data: bytes, *, read_only: bool) -> None:
 
 
 def require_folder(folder: Path, flag: str) -> None:
-    """Raise InputError that names ``flag`` if ``folder`` is no folder to write into, and cannot become one."""
+    """Raise InputError that names ``flag`` if ``folder`` is no folder and cannot become one, RunError if the place it would
+    be in is not writable."""
     there = folder
     while not there.exists() and there != there.parent:
         there = there.parent
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        why = "may not be written to" if there.is_dir() else "is a file"
-        raise InputError(f"{flag}: {there} {why}; expected a folder for the results, there or yet to be made")
+    if not there.is_dir():
+        raise InputError(f"{flag}: {there} is a file; expected a folder for the results, there or yet to be made")
+    if not os.access(there, os.W_OK | os.X_OK):
+        code = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
+        with telling(there):
+            raise OSError(code, os.strerror(code))
 
 
 def require_no_links(path: Path, below: Path) -> None:

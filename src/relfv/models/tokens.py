@@ -6,6 +6,7 @@ answer's token (" egg"), so prompts are tokenised without a trailing space.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -63,7 +64,11 @@ class Tokens:
 
     def text(self, token_id: int) -> str:
         """The text of one token; none for an id that only the model knows (vocabularies are padded)."""
-        return self.tokenizer.decode([token_id]) if token_id < len(self.tokenizer) else ""
+        return self.joined([token_id])
+
+    def joined(self, token_ids: Sequence[int]) -> str:
+        """The text of several tokens, without those that only the model knows."""
+        return self.tokenizer.decode([token_id for token_id in token_ids if token_id < len(self.tokenizer)])
 
     def self_check_prompts(self) -> list[list[int]]:
         """Two prompts of different length, alike to real ones, for the engine's self-check."""
