@@ -58,7 +58,8 @@ class Fork:
             code = 1
             try:
                 file = said.open("a", buffering=1)
-                os.dup2(file.fileno(), 2)
+                for descriptor in (1, 2):
+                    os.dup2(file.fileno(), descriptor)
                 sys.stdout = sys.stderr = file
                 # A runner may have started this process with interrupts off.
                 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -197,10 +197,12 @@ def test_a_stopped_runs_half_written_file_is_not_removed_by_another(
     )
     stopped = job.start(out, Operations(out.parent, Fault(at, "stop")).install)
     stopped.wait_until_stopped()
-    (half,) = temporaries(out)
-    job.run(out)
-    assert temporaries(out) == [half]
-    stopped.signal(signal.SIGCONT)
+    try:
+        (half,) = temporaries(out)
+        job.run(out)
+        assert temporaries(out) == [half]
+    finally:
+        stopped.signal(signal.SIGCONT)
     assert stopped.wait() == 0, stopped.said()
     require_undisturbed(out, job)
 
@@ -213,9 +215,11 @@ def test_a_run_that_slept_while_another_did_its_work_forgets_and_repeats_nothing
     at = next(i for i, (_, path, _) in enumerate(operations.seen) if path.endswith("A1.lock"))
     late = job.start(out, Operations(out.parent, Fault(at, "stop")).install)
     late.wait_until_stopped()
-    job.run(out)
-    before = finished_work(out)
-    late.signal(signal.SIGCONT)
+    try:
+        job.run(out)
+        before = finished_work(out)
+    finally:
+        late.signal(signal.SIGCONT)
     assert late.wait() == 0, late.said()
     require_kept(before, out)
     require_undisturbed(out, job)

@@ -174,7 +174,7 @@ def heed_permissions() -> None:
     libc("capset", ctypes.byref(_CapabilityHeader(0x20080522, 0)), (ctypes.c_uint32 * 6)())
 
 
-@pytest.mark.parametrize("forbidden", ["", "A1/artifacts", "A1/artifacts/step6/layer_1", ".locks"])
+@pytest.mark.parametrize("forbidden", ["", "A1/artifacts", "A1/artifacts/step6/layer_1", "B2/logs", ".locks"])
 def test_a_folder_without_permission_fails_what_needs_it_and_resumes(
     finished: Path, llama_path: Path, csv_path: Path, tmp_path: Path, forbidden: str
 ) -> None:
@@ -184,6 +184,8 @@ def test_a_folder_without_permission_fails_what_needs_it_and_resumes(
         (relation / path).unlink()
     if forbidden == "":
         (relation / "run.log").unlink()
+    if forbidden == "B2/logs":
+        (relation / "B2/logs/stepD_aie.log").unlink()
     if forbidden == ".locks":
         (relation / ".locks/A1.lock").unlink()
 
@@ -200,6 +202,8 @@ def test_a_folder_without_permission_fails_what_needs_it_and_resumes(
         if forbidden.endswith("layer_1"):
             assert "Permission denied" in status(relation, "A1")["reason"]
             assert status(relation, "A1")["status"] == "failed"
+        if forbidden == "B2/logs":  # it comes before A1
+            assert (status(relation, "B2")["status"], status(relation, "A1")["status"]) == ("failed", "completed")
         (relation / forbidden).chmod(0o755)
         assert run(llama_path, csv_path, tmp_path)[0] == 0
         assert {q: contents(relation / q / "artifacts") for q in whole} == whole
