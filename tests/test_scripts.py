@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 from relfv.artifacts import QidPaths
 from relfv.cli import main
-from relfv.pipeline import AFTER_STEP6
+from relfv.status import AFTER_STEP6
 from test_run import contents, status
 
 VARIABLES = """
