@@ -23,8 +23,8 @@ from relfv.engine.language_model import LanguageModel, open_model
 from relfv.engine.readout import score_prompts
 from relfv.relations import load_relations
 from relfv.stages.cie import head_effects, rank_heads, score_heads
+from relfv.stages.clean_trials import run_clean_trials
 from relfv.stages.function_vector import build_function_vector
-from relfv.stages.mean_activations import mean_head_activations
 from relfv.stages.prompts import prompt_trial, zero_shot_prompt
 from relfv.stages.trials import ineligible_reason, sample_trials
 from relfv.types import HeadId, MeanActivations, PromptedTrial, Relation
@@ -65,8 +65,8 @@ def measure(model: LanguageModel, relation: Relation, seed: int) -> Measured:
     """StepD and StepE of one relation, in memory."""
     trials = sample_trials(relation, seed=seed, n_trials=25, n_demos=9)
     prompted = [prompt_trial(trial, model.tokens) for trial in trials]
-    means = mean_head_activations(model, [item.clean_prompt for item in prompted])
     targets = [item.target.first_token_id for item in prompted]
+    means = run_clean_trials(model, [item.clean_prompt for item in prompted], targets).means()
     effects = head_effects(model, [item.corrupted_prompt for item in prompted], targets, means, all_heads(model))
     ranked = rank_heads(score_heads(effects, means, [t.query_source_index for t in trials]), "mean_delta_p")
     scores = [head.scores["mean_delta_p"] for head in ranked]

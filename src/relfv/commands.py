@@ -37,6 +37,7 @@ from relfv.status import AFTER_STEP6, STEP_D, QidStatus, read_status, read_statu
 from relfv.steps import (
     StageResult,
     Step6,
+    clean_trials,
     heads_to_sweep,
     step_e,
     step_heatmap,
@@ -134,7 +135,8 @@ def run_step_e(stepd_artifacts_dir: Path, sampled_trials_path: Path, out_dir: Pa
 
     def vector() -> StageResult:
         per_pass = status.trials_per_pass.get("stepE") if status else None
-        return step_e(model, settings, source, sampled_trials_path, out, per_pass)
+        clean = clean_trials(model, sampled_trials_path)
+        return step_e(model, settings, source, sampled_trials_path, clean, out, per_pass)
 
     def zero_shot() -> StageResult:
         return step_zero_shot(sampled_trials_path, out.zero_shot_trials)
@@ -209,7 +211,7 @@ def run_step6(fv_path: Path, trials_path: Path, edit_layer: int, out_dir: Path, 
 
 def _conclude_when_whole(status: QidStatus, paths: QidPaths, model: LanguageModel) -> None:
     if all(status.intact(step6_stage(layer)) for layer in status.expected_layers):
-        for name, run in after_step6(status, paths, lambda: model).items():
+        for name, run in after_step6(status, paths, lambda: model, lambda: clean_trials(model, paths.trials)).items():
             run_recorded(status, Stage(name, run))
 
 

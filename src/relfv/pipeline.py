@@ -10,15 +10,18 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 from relfv.artifacts import QidPaths
 from relfv.config import Settings
 from relfv.engine.language_model import LanguageModel, open_model
 from relfv.errors import RunError
+from relfv.stages.clean_trials import CleanTrials
 from relfv.status import STEP6_STAGE, QidStatus, stage_names, step6_stage
 from relfv.steps import (
     StageResult,
     Step6,
+    clean_trials,
     step6_answers,
     step6_controls,
     step6_summary,
@@ -92,15 +95,16 @@ class QidPipeline:
         """In the order of the spec."""
         paths, settings, model = self.paths, self.status.settings, self._model
         layers, per_pass = self.status.expected_layers, self.status.trials_per_pass
+        clean = cache(lambda: clean_trials(model(), paths.trials))
         bodies: dict[str, Callable[[], StageResult]] = {
             "stepD_trials": lambda: step_d_trials(model(), self._relation, settings, self._csv_sha256, paths),
-            "stepD_means": lambda: step_d_means(model(), paths),
+            "stepD_means": lambda: step_d_means(model(), clean(), paths),
             "stepD_cie": lambda: step_d_cie(model(), settings, paths, per_pass.get("stepD_cie")),
             "heatmap": lambda: step_heatmap(paths, settings.score_key, settings.topk),
-            "stepE": lambda: step_e(model(), settings, paths, paths.trials, paths, per_pass.get("stepE")),
+            "stepE": lambda: step_e(model(), settings, paths, paths.trials, clean(), paths, per_pass.get("stepE")),
             "zeroshot": lambda: step_zero_shot(paths.trials, paths.zero_shot_trials),
             **{step6_stage(layer): self._at_layer(layer) for layer in layers},
-            **after_step6(self.status, paths, model),
+            **after_step6(self.status, paths, model, clean),
         }
         return [Stage(name, bodies[name]) for name in stage_names(layers)]
 
@@ -114,7 +118,7 @@ class QidPipeline:
 
 
 def after_step6(
-    status: QidStatus, paths: QidPaths, model: Callable[[], LanguageModel]
+    status: QidStatus, paths: QidPaths, model: Callable[[], LanguageModel], clean: Callable[[], CleanTrials]
 ) -> dict[str, Callable[[], StageResult]]:
     """What is made once every layer has its results."""
     settings, layers = status.settings, status.expected_layers
@@ -122,7 +126,7 @@ def after_step6(
         "step6_summary": lambda: step6_summary(paths, settings.score_key, layers),
         "injection_curve": lambda: step_curve(paths),
         "step6_controls": lambda: step6_controls(
-            model(), settings, paths, status.trials_per_pass.get("step6_controls")
+            model(), clean(), settings, paths, status.trials_per_pass.get("step6_controls")
         ),
         "step6_answers": lambda: step6_answers(model(), settings, paths),
         "summary": lambda: write_summary(paths),

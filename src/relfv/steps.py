@@ -12,20 +12,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from relfv import artifacts
 from relfv.artifacts import QidPaths
 from relfv.config import Settings, parse_index_list
 from relfv.engine.language_model import LanguageModel
-from relfv.engine.readout import score_prompts
 from relfv.errors import RunError
 from relfv.models.tokens import fed_text
 from relfv.stages.answers import Injection, decode_vector, score_answers
 from relfv.stages.cie import head_effects, measure_of, rank_heads, score_heads, trial_scores
+from relfv.stages.clean_trials import CleanTrials, run_clean_trials
 from relfv.stages.conclusions import conclusions, judge_candidates
-from relfv.stages.controls import CONTROLS, candidate_vectors, inject_candidates, read_clean_trials
+from relfv.stages.controls import CONTROLS, candidate_vectors, inject_candidates
 from relfv.stages.function_vector import build_function_vector, select_heads
 from relfv.stages.injection import InjectionSweep, prompts_to_evaluate, summarize
-from relfv.stages.mean_activations import mean_head_activations
 from relfv.stages.noise_floor import measure_noise_floor
 from relfv.stages.prompts import (
     PREFIXES,
@@ -38,7 +39,7 @@ from relfv.stages.prompts import (
 from relfv.stages.trials import sample_trials
 from relfv.stats import FDR, top_k_stability
 from relfv.storage import read_json, write_atomic, write_json
-from relfv.types import Effects, HeadId, Relation, ScoredHead
+from relfv.types import Effects, HeadId, Relation, ScoredHead, TokenScores
 
 log = logging.getLogger(__name__)
 
@@ -125,10 +126,15 @@ def step_d_trials(
     )
 
 
-def step_d_means(model: LanguageModel, paths: QidPaths) -> StageResult:
+def clean_trials(model: LanguageModel, trials_path: Path) -> CleanTrials:
+    """The frozen trials' clean prompts, run: several stages need them, and the pipeline runs them once."""
+    snapshot = artifacts.read_trials(trials_path)
+    return run_clean_trials(model, snapshot.prompts("clean_prompt_str"), snapshot.target_ids)
+
+
+def step_d_means(model: LanguageModel, clean: CleanTrials, paths: QidPaths) -> StageResult:
     """Mean clean activation of every head: stepD_mean_acts/."""
-    snapshot = artifacts.read_trials(paths.trials)
-    means = mean_head_activations(model, snapshot.prompts("clean_prompt_str"))
+    means = clean.means()
     files = [
         artifacts.write_means(path, means, [paths.q_id], model.arch.resid_dim)
         for path in (paths.means, paths.global_means)
@@ -196,10 +202,12 @@ def step_e(
     settings: Settings,
     source: QidPaths,
     trials_path: Path,
+    clean: CleanTrials,
     out: QidPaths,
     trials_per_pass: int | None = None,
 ) -> StageResult:
-    """Top heads and function vector from StepD's artifacts in ``source``, and a quick check of it on the trials.
+    """Top heads and function vector from StepD's artifacts in ``source``, and a quick check of it on the trials, whose
+    ``clean`` prompts are the reference.
 
     ``trials_per_pass`` is what the check was made with before, if it was.
     """
@@ -269,7 +277,7 @@ def step_e(
         model, snapshot.prompts("corrupted_prompt_str"), snapshot.target_ids, fv.total, settings.alpha
     )
     per_pass = sweep.at_layer(0, trials_per_pass).per_pass
-    files.append(write_json(out.step_e_eval, _step_e_eval(model, settings, snapshot, sweep)))
+    files.append(write_json(out.step_e_eval, _step_e_eval(model, settings, snapshot.target_ids, sweep, clean)))
     inputs = [source.cie, source.means, trials_path, *judged_by]
     said = f"{len(top)} heads in {len(fv.by_layer)} layers, |FV| {norm:.2f}"
     if called:
@@ -292,10 +300,9 @@ def _marks(head: ScoredHead, noise: float, share_in_top_k: float | None) -> dict
 
 
 def _step_e_eval(
-    model: LanguageModel, settings: Settings, snapshot: artifacts.TrialSnapshot, sweep: InjectionSweep
+    model: LanguageModel, settings: Settings, targets: list[int], sweep: InjectionSweep, clean: CleanTrials
 ) -> dict[str, Any]:
     """The vector added at each layer to the frozen corrupted prompts, and the untouched prompts for reference."""
-    corrupted, targets = snapshot.prompts("corrupted_prompt_str"), snapshot.target_ids
     per_layer = {}
     for layer in range(model.arch.n_layers):
         numbers = summarize(sweep.at_layer(layer), targets)
@@ -321,14 +328,13 @@ def _step_e_eval(
         "per_layer": per_layer,
         "overall": {**overall, "n": len(targets)},
         "reference": {
-            "clean": _reference_point(model, snapshot.prompts("clean_prompt_str"), targets),
-            "corrupted": _reference_point(model, corrupted, targets),
+            "clean": _reference_point(clean.scores, targets),
+            "corrupted": _reference_point(sweep.at_layer(0).base, targets),
         },
     }
 
 
-def _reference_point(model: LanguageModel, prompts: Sequence[str], targets: list[int]) -> dict[str, Any]:
-    scores = score_prompts(model.backbone, [model.tokens.encode(prompt) for prompt in prompts], targets)
+def _reference_point(scores: TokenScores, targets: list[int]) -> dict[str, Any]:
     correct = [int(top == target) for top, target in zip(scores.top_id.tolist(), targets, strict=True)]
     return {
         "acc": sum(correct) / len(correct),
@@ -507,7 +513,7 @@ def step_curve(paths: QidPaths) -> StageResult:
 
 
 def step6_controls(
-    model: LanguageModel, settings: Settings, paths: QidPaths, trials_per_pass: int | None
+    model: LanguageModel, clean: CleanTrials, settings: Settings, paths: QidPaths, trials_per_pass: int | None
 ) -> StageResult:
     """The vector, held out and beside its controls, at every layer: step6/controls.json."""
     snapshot, zero_shot = artifacts.read_trials(paths.trials), artifacts.read_trials(paths.zero_shot_trials)
@@ -515,7 +521,6 @@ def step6_controls(
     prompts = [fed_text(zero_shot.trials[i]["corrupted_prompt_str"]) for i in chosen]
     targets, queries = [zero_shot.target_ids[i] for i in chosen], [zero_shot.queries[i] for i in chosen]
     heads, deltas = artifacts.read_deltas(paths.metrics, measure_of(settings.score_key))
-    clean = read_clean_trials(model, snapshot.prompts("clean_prompt_str"), snapshot.target_ids)
     candidates = candidate_vectors(
         model.arch,
         clean,
@@ -552,8 +557,9 @@ def step6_answers(model: LanguageModel, settings: Settings, paths: QidPaths) -> 
     chosen = prompts_to_evaluate(snapshot.trials, settings.n_eval, allow_duplicates=settings.allow_query_duplicates)
     trials = [snapshot.trials[i] for i in chosen]
     prompts, answers = [fed_text(trial["corrupted_prompt_str"]) for trial in trials], [t["answer_ids"] for t in trials]
-    without = score_answers(model, prompts, answers)
-    with_it = score_answers(model, prompts, answers, Injection(layer, settings.alpha * vector))
+    both = torch.stack([0 * vector, settings.alpha * vector]).repeat_interleave(len(prompts), 0)
+    scored = score_answers(model, 2 * prompts, 2 * answers, Injection(layer, both))
+    without, with_it = scored[: len(prompts)], scored[len(prompts) :]
 
     def tokens(best: Sequence[tuple[int, float]]) -> list[dict[str, Any]]:
         return [{"token_id": token, "token": model.tokens.text(token), "p": p} for token, p in best]

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from relfv.engine.hooks import editing_outputs
 from relfv.engine.language_model import LanguageModel, open_model
-from relfv.stages.controls import CONTROLS, N_DRAWS, candidate_vectors, inject_candidates, read_clean_trials
+from relfv.stages.clean_trials import run_clean_trials
+from relfv.stages.controls import CONTROLS, N_DRAWS, candidate_vectors, inject_candidates
 from relfv.stages.function_vector import build_function_vector
-from relfv.stages.mean_activations import mean_head_activations
 from relfv.types import HeadId, MeanActivations
 
 WORDS = ("cat", "cow", "sheep", "goat", "horse", "frog", "bear")
@@ -34,23 +33,11 @@ def made(model: LanguageModel):  # type: ignore[no-untyped-def]
     heads = heads_of(model)
     scores = np.random.default_rng(0).standard_normal((len(PROMPTS), len(heads)))
     selected = [heads[i] for i in np.argsort(-scores.mean(0))[:K]]
-    means = mean_head_activations(model, PROMPTS)
+    clean = run_clean_trials(model, PROMPTS, TARGETS)
+    means = clean.means()
     fv = build_function_vector(model.arch, means, selected).total
-    clean = read_clean_trials(model, PROMPTS, TARGETS)
     found = candidate_vectors(model.arch, clean, QUERIES, scores, heads, fv, selected, [3, 1, 5], seed="0:A")
     return clean, means, fv, scores, found
-
-
-def test_clean_trials_are_what_the_stages_before_have_seen(model: LanguageModel, made) -> None:  # type: ignore[no-untyped-def]
-    clean, means, *_ = made
-    assert torch.allclose(clean.activations.double().mean(0).float(), means.values, atol=1e-6)
-    seen = {}
-    ids = model.tokens.encode(PROMPTS[2])
-    block = model.arch.blocks[1]
-    alone = read_clean_trials(model, PROMPTS[2:3], TARGETS[2:3])
-    with model.backbone.running(), editing_outputs([(block, lambda out: seen.update(out=out[0, -1]))]):
-        model.backbone.model(input_ids=torch.tensor([ids]), use_cache=False)
-    assert torch.allclose(alone.hidden[1], seen["out"].float(), atol=1e-5)
 
 
 def test_the_held_out_vector_is_made_of_other_queries_trials_alone(model: LanguageModel, made) -> None:  # type: ignore[no-untyped-def]

@@ -7,7 +7,7 @@ import pytest
 
 from relfv.engine.language_model import LanguageModel, open_model
 from relfv.stages.cie import head_effects, rank_heads, score_heads
-from relfv.stages.mean_activations import mean_head_activations
+from relfv.stages.clean_trials import run_clean_trials
 from relfv.stages.noise_floor import heads_to_probe, measure_noise_floor
 from relfv.types import MEASURES, HeadId, ScoredHead
 
@@ -21,7 +21,7 @@ def model(llama_path: Path) -> LanguageModel:
 
 
 def sweep(model: LanguageModel, per_pass: int):  # type: ignore[no-untyped-def]
-    means = mean_head_activations(model, PROMPTS)
+    means = run_clean_trials(model, PROMPTS, TARGETS).means()
     heads = [HeadId(layer, head) for layer in range(3) for head in range(8)]
     effects = head_effects(model, PROMPTS, TARGETS, means, heads, trials_per_pass=per_pass)
     return means, effects, rank_heads(score_heads(effects, means, range(len(PROMPTS))), "mean_delta_p")

@@ -123,9 +123,10 @@ class Architecture:
         weight: Any = getattr(projection, "weight", None)
         if isinstance(weight, torch.Tensor) and weight.dtype in _PLAIN and weight.dim() == 2:
             transposed = _is_conv1d(projection)
-            columns = weight.detach().narrow(0 if transposed else 1, start, self.head_dim).cpu().double()
-            value = activation.cpu().double()
-            return value @ (columns if transposed else columns.T)
+            columns = weight.detach().narrow(0 if transposed else 1, start, self.head_dim)
+            columns = (columns if columns.is_cuda else columns.cpu()).double()  # not every device has float64
+            value = activation.to(columns.device).double()
+            return (value @ (columns if transposed else columns.T)).cpu()
         if activation.dim() > 1:
             return torch.stack([self.project_head(layer, head, one) for one in activation])
         return self._project_through_module(projection, start, activation)

@@ -1,4 +1,4 @@
 """The science, one module a stage: typed values in, typed values out, no files.
 
-trials -> prompts -> mean_activations -> cie -> function_vector -> injection.
+trials -> prompts -> clean_trials -> cie -> noise_floor -> function_vector -> injection -> controls, answers -> conclusions.
 """

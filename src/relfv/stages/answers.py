@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,15 +19,20 @@ N_DECODED = 10
 MAX_TOKENS = 16
 """Of an answer that is written out; longer ones count as not matched."""
 
-_PROMPTS_A_PASS = 25
+_PROMPTS_A_PASS, _TOKENS_A_CHUNK = 50, 256
 
 
 @dataclass(frozen=True)
 class Injection:
-    """``vector`` (resid_dim,), already times alpha, added after block ``layer``."""
+    """``vector`` (resid_dim,), or (prompt, resid_dim) where each prompt has its own, already times alpha, added after
+    block ``layer``."""
 
     layer: int
     vector: torch.Tensor
+
+    def of(self, prompts: slice | list[int]) -> Injection:
+        """For some of the prompts."""
+        return self if self.vector.dim() == 1 else Injection(self.layer, self.vector[prompts])
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ def score_answers(
     found: list[ScoredAnswer] = []
     with model.backbone.running():
         for part in model.backbone.passes(ids, _PROMPTS_A_PASS):
-            found += _score(model.backbone, ids[part], answers[part], injection)
+            found += _score(model.backbone, ids[part], answers[part], injection and injection.of(part))
     return found
 
 
@@ -75,35 +82,62 @@ def _score(
     whole = [[*prompt, *answer[:-1]] for prompt, answer in zip(prompts, answers, strict=True)]
     starts = [len(prompt) - 1 for prompt in prompts]
     hidden = _hidden(backbone, whole, starts, injection)
-    written = _written(backbone, prompts, [min(len(answer), MAX_TOKENS) for answer in answers], injection)
-    found = []
-    for n, answer in enumerate(answers):
-        logprobs = _logprobs(backbone, hidden[n, starts[n] : starts[n] + len(answer)])
-        first, tokens = logprobs[0], torch.tensor(list(answer), device=logprobs.device)
-        best = first.exp().topk(N_TOP)
-        found.append(
-            ScoredAnswer(
-                logprob=float(logprobs.gather(1, tokens[:, None]).double().sum()),
-                rank=1 + int((first > first[answer[0]]).sum()),
-                top=list(zip(best.indices.tolist(), best.values.tolist(), strict=True)),
-                written=written[n],
-            )
+    # One row for each token of each answer: the hidden state that it is predicted from.
+    rows = torch.cat([hidden[n, starts[n] : starts[n] + len(answer)] for n, answer in enumerate(answers)])
+    tokens = torch.tensor([token for answer in answers for token in answer], device=rows.device)
+    parts = []
+    for some, wanted in zip(rows.split(_TOKENS_A_CHUNK), tokens.split(_TOKENS_A_CHUNK), strict=True):
+        logprobs = _logprobs(backbone, some)
+        parts.append((logprobs.gather(1, wanted[:, None])[:, 0], logprobs.argmax(-1)))
+    logprob, likeliest = (torch.cat(part).tolist() for part in zip(*parts, strict=True))
+
+    ends = list(itertools.accumulate(len(answer) for answer in answers))
+    begins = [0, *ends[:-1]]
+    first = _logprobs(backbone, rows[begins])
+    rank = 1 + (first > first.gather(1, tokens[begins, None])).sum(1)
+    best = first.exp().topk(N_TOP)
+    told = [likeliest[begin:end] for begin, end in zip(begins, ends, strict=True)]
+    return [
+        ScoredAnswer(
+            logprob=math.fsum(logprob[begin:end]),
+            rank=n_before,
+            top=list(zip(top_ids, top_p, strict=True)),
+            written=written,
         )
-    return found
+        for begin, end, n_before, top_ids, top_p, written in zip(
+            begins,
+            ends,
+            rank.tolist(),
+            best.indices.tolist(),
+            best.values.tolist(),
+            _written(backbone, prompts, answers, told, injection),
+            strict=True,
+        )
+    ]
 
 
 def _written(
-    backbone: Backbone, prompts: Prompts, lengths: Sequence[int], injection: Injection | None
+    backbone: Backbone,
+    prompts: Prompts,
+    answers: Sequence[Sequence[int]],
+    likeliest: Sequence[Sequence[int]],
+    injection: Injection | None,
 ) -> list[list[int]]:
-    """Greedy continuations of the given lengths. Whole passes, no cache: answers are a few tokens long."""
-    texts = [list(prompt) for prompt in prompts]
-    for step in range(max(lengths)):
-        going = [n for n, length in enumerate(lengths) if step < length]
-        hidden = _hidden(backbone, [texts[n] for n in going], [len(prompts[n]) - 1 for n in going], injection)
-        last = hidden[torch.arange(len(going)), [len(texts[n]) - 1 for n in going]]
+    """Greedy continuations as long as the answers. ``likeliest`` are the most probable tokens where the answer itself was
+    fed: up to the first that differs from the answer, they are what the model writes. From there on whole passes,
+    without a cache: answers are a few tokens long."""
+    written = []
+    for answer, tokens in zip(answers, likeliest, strict=True):
+        right = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(answer, tokens, strict=True)))
+        written.append(list(tokens[: min(right + 1, MAX_TOKENS)]))
+    while going := [n for n, answer in enumerate(answers) if len(written[n]) < min(len(answer), MAX_TOKENS)]:
+        texts = [[*prompts[n], *written[n]] for n in going]
+        starts = [len(prompts[n]) - 1 for n in going]
+        hidden = _hidden(backbone, texts, starts, injection and injection.of(going))
+        last = hidden[torch.arange(len(going)), [len(text) - 1 for text in texts]]
         for n, token in zip(going, _logprobs(backbone, last).argmax(-1).tolist(), strict=True):
-            texts[n].append(token)
-    return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
+            written[n].append(token)
+    return written
 
 
 def _hidden(backbone: Backbone, texts: Prompts, starts: Sequence[int], injection: Injection | None) -> torch.Tensor:
@@ -116,11 +150,12 @@ def _hidden(backbone: Backbone, texts: Prompts, starts: Sequence[int], injection
 def _held_on(backbone: Backbone, starts: Sequence[int], injection: Injection | None) -> AbstractContextManager[None]:
     if injection is None:
         return nullcontext()
-    vector, begin = injection.vector.to(backbone.device), torch.tensor(list(starts), device=backbone.device)
+    vectors = injection.vector.to(backbone.device).reshape(-1, 1, injection.vector.shape[-1])
+    begin = torch.tensor(list(starts), device=backbone.device)
 
     def add(hidden: torch.Tensor) -> torch.Tensor:
         on = torch.arange(hidden.shape[1], device=hidden.device)[None] >= begin[:, None]
-        return hidden + on[..., None] * vector.to(hidden.dtype)
+        return hidden + on[..., None] * vectors.to(hidden.dtype)
 
     return editing_outputs([(backbone.arch.blocks[injection.layer], add)])
 

@@ -30,20 +30,22 @@ def judge_candidates(
     correct = effects.edited.top_id.numpy().reshape(n_prompts, -1, n_vectors) == wanted
     columns = {name: [i for i, other in enumerate(names) if other == name] for name in names}
     layers = range(reached.shape[1])
+    # (prompt, layer, name), over draws
+    mean_p = np.stack([reached[:, :, draws].mean(2) for draws in columns.values()], axis=2)
+    delta = clustered_mean((mean_p - base[:, None, None]).reshape(n_prompts, -1), queries)
     of_query = {query: clean.p.numpy()[np.asarray(clean_queries) == query].mean() for query in set(clean_queries)}
 
     def numbers(name: str, layer: int) -> dict[str, Any]:
-        draws = reached[:, layer, columns[name]]
-        delta = clustered_mean((draws.mean(1) - base)[:, None], queries)
+        draws, column = columns[name], layer * len(columns) + list(columns).index(name)
         found: dict[str, Any] = {
-            "acc": float(correct[:, layer, columns[name]].mean()),
-            "mean_p": float(draws.mean()),
-            "mean_delta_p": float(delta.mean[0]),
-            "ci_low": _finite(delta.low[0]),
-            "ci_high": _finite(delta.high[0]),
+            "acc": float(correct[:, layer, draws].mean()),
+            "mean_p": float(reached[:, layer, draws].mean()),
+            "mean_delta_p": float(delta.mean[column]),
+            "ci_low": _finite(delta.low[column]),
+            "ci_high": _finite(delta.high[column]),
         }
-        if len(columns[name]) > 1:
-            found["mean_p_of_draws"] = draws.mean(0).tolist()
+        if len(draws) > 1:
+            found["mean_p_of_draws"] = reached[:, layer, draws].mean(0).tolist()
         return found
 
     return {
@@ -58,8 +60,8 @@ def judge_candidates(
             "p_zero_shot": base.tolist(),
             "p_clean": [float(of_query[query]) for query in queries],
             **{
-                f"p_{name}": {str(layer): reached[:, layer, columns[name]].mean(1).tolist() for layer in layers}
-                for name in columns
+                f"p_{name}": {str(layer): mean_p[:, layer, i].tolist() for layer in layers}
+                for i, name in enumerate(columns)
             },
         },
     }

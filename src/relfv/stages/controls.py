@@ -9,11 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from relfv.engine.base import capture_heads, reading_blocks
 from relfv.engine.language_model import LanguageModel
-from relfv.engine.readout import read_targets
 from relfv.models.families import Architecture
-from relfv.types import Effects, HeadId, TokenScores
+from relfv.stages.clean_trials import CleanTrials
+from relfv.types import Effects, HeadId
 
 CONTROLS = {
     "fv": "the function vector itself, again, in the same batch as its controls",
@@ -28,35 +27,6 @@ CONTROLS = {
 
 N_DRAWS = 5
 """Of random heads, and of random directions."""
-
-_PROMPTS_A_PASS = 25
-
-
-@dataclass(frozen=True)
-class CleanTrials:
-    """One pass over the clean prompts."""
-
-    activations: torch.Tensor
-    """float32 (trial, layer, head, head_dim): z at the last token."""
-    hidden: torch.Tensor
-    """float32 (layer, resid_dim): mean hidden state after each block, last token."""
-    scores: TokenScores
-    """(trial,): the target after the clean prompt."""
-
-
-def read_clean_trials(model: LanguageModel, clean_prompts: Sequence[str], target_ids: Sequence[int]) -> CleanTrials:
-    """Run the clean prompts once and keep what controls need of them."""
-    ids = [model.tokens.encode(prompt) for prompt in clean_prompts]
-    activations, scores = [], []
-    hidden = torch.zeros(model.arch.n_layers, model.arch.resid_dim, dtype=torch.float64)
-    with model.backbone.running():
-        for part in model.backbone.passes(ids, _PROMPTS_A_PASS):
-            with reading_blocks(model.backbone, ids[part]) as blocks:
-                z, final = capture_heads(model.backbone, ids[part])
-            activations.append(z)
-            hidden += torch.stack([blocks[layer].double().sum(0).cpu() for layer in range(model.arch.n_layers)])
-            scores.append(read_targets(model.backbone, final[:, None], target_ids[part])[:, 0])
-    return CleanTrials(torch.cat(activations), (hidden / len(ids)).float(), TokenScores.cat(scores))
 
 
 @dataclass(frozen=True)

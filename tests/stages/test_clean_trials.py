@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from relfv.engine.hooks import editing_inputs, editing_outputs
+from relfv.engine.language_model import open_model
+from relfv.stages.clean_trials import run_clean_trials
+
+PROMPTS = ["Q: dog\nA: puppy\n\nQ: cat\nA:", "Q: cow\nA:", "Q: a much longer one than that\nA:"]
+TARGETS = [5, 6, 7]
+
+
+def test_what_is_kept_of_a_batch_is_what_each_prompt_gives_alone(llama_path: Path) -> None:
+    model = open_model(str(llama_path))
+    clean = run_clean_trials(model, PROMPTS, TARGETS)
+    hidden = []
+    for n, (prompt, target) in enumerate(zip(PROMPTS, TARGETS, strict=True)):
+        seen: dict[str, torch.Tensor] = {}
+        arch = model.arch
+        with (
+            model.backbone.running(),
+            editing_inputs([(arch.out_projs[1], lambda z, seen=seen: seen.update(z=z[0, -1].clone()))]),
+            editing_outputs([(arch.blocks[1], lambda out, seen=seen: seen.update(out=out[0, -1].clone()))]),
+        ):
+            ids = torch.tensor([model.tokens.encode(prompt)])
+            logits = model.backbone.model(input_ids=ids, use_cache=False).logits[0, -1]
+        assert torch.allclose(clean.activations[n, 1].flatten(), seen["z"].float(), atol=1e-5)
+        assert clean.scores.p[n].item() == pytest.approx(float(logits.softmax(-1)[target]), abs=1e-6)
+        hidden.append(seen["out"].double())
+    assert torch.allclose(clean.hidden[1], torch.stack(hidden).mean(0).float(), atol=1e-5)
+    assert torch.allclose(clean.means().values, clean.activations.mean(0), atol=1e-6)
+    assert clean.means().n_prompts == 3
