@@ -404,3 +404,35 @@ def test_a_damaged_manifest_is_put_aside_and_does_not_stop_a_run(
     assert main(arguments(llama_path, csv_path, copied.parent)) == 0
     assert json.loads((copied / "run_manifest.json").read_text())["outcomes"] == {"A1": "completed"}
     assert len([*copied.glob("run_manifest.json.replaced-*")]) == 1
+
+
+def test_sweeps_asked_for_later_leave_every_other_file_and_earlier_sweeps_as_they_are(
+    copied: Path, csv_path: Path, llama_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run_with(*flags: str) -> dict[str, bytes]:
+        assert main(arguments(llama_path, csv_path, copied.parent, "--q_list", "A1", *flags)) == 0
+        assert main(["verify", str(copied)]) == 0
+        return contents(copied / "A1/artifacts")
+
+    before = contents(copied / "A1/artifacts")
+    first = run_with("--alpha_sweep", "2,0.5,2", "--k_sweep", "1,4,20")
+    assert {name for name in first if first[name] != before.get(name)} == {"step6/sweeps.json"}
+    document = json.loads(first["step6/sweeps.json"])
+    assert [entry["value"] for entry in document["alpha"]] == [0.5, 2.0]
+    assert [entry["value"] for entry in document["k"]] == [1, 4, 20]
+    own = json.loads(before["step6/controls.json"])
+    k = status(copied, "A1")["config"]["topk"]
+    same = next(entry for entry in document["k"] if entry["value"] == k)
+    for layer, numbers in same["per_layer"].items():
+        assert numbers["mean_p"] == pytest.approx(own["per_layer"][layer]["fv"]["mean_p"], abs=1e-6)
+
+    second = run_with("--alpha_sweep", "4")
+    grown = json.loads(second["step6/sweeps.json"])
+    assert [entry["value"] for entry in grown["alpha"]] == [0.5, 2.0, 4.0]
+    for before_k, after_k in zip(document["k"], grown["k"], strict=True):
+        assert (after_k["value"], after_k["mean_p"]) == (before_k["value"], pytest.approx(before_k["mean_p"], abs=1e-6))
+    capsys.readouterr()
+    assert run_with() == run_with("--alpha_sweep", "0.5", "--k_sweep", "20") == second
+    assert "opened" not in capsys.readouterr().err
+    (copied / "A1/artifacts/step6/sweeps.json").unlink()
+    assert run_with() == second

@@ -14,7 +14,6 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ import torch
 from relfv.errors import InputError, RunError
 from relfv.relations import is_q_id
 from relfv.stats import Stability
-from relfv.storage import json_bytes, read_json, write_atomic, write_json, write_together
+from relfv.storage import json_bytes, read_json, sha256, write_atomic, write_json, write_together
 from relfv.types import (
     MEASURES,
     ArithmeticNoise,
@@ -120,6 +119,11 @@ class QidPaths:
     def global_means(self) -> Path:
         """The same over the q_ids of the run: here one."""
         return self.artifacts / "stepD_mean_acts" / "global_clean_mean.pt"
+
+    @property
+    def sweeps(self) -> Path:
+        """Other alphas and k, where asked for."""
+        return self.step6 / "sweeps.json"
 
     @property
     def heatmap(self) -> Path:
@@ -322,30 +326,45 @@ def write_head_effects(paths: QidPaths, effects: HeadEffects, target_ids: Sequen
                 f'"logit_base": {logit}, "logit_patch": {v[2]}, "delta_logit": {v[3]}, '
                 f'"logprob_base": {logprob}, "logprob_patch": {v[4]}, "delta_logprob": {v[5]}}}\n'
             )
-    return write_atomic(paths.metrics, "".join(lines).encode())
+    data = "".join(lines).encode()
+    _deltas_of.clear()
+    _deltas_of[sha256(data)] = effects.heads, {m: patched[m] - base[m][:, None] for m in MEASURES}
+    return write_atomic(paths.metrics, data)
 
 
 def read_deltas(path: Path, measure: str) -> tuple[list[HeadId], np.ndarray]:
     """From trial_metrics.jsonl the heads, sorted, and float64 (trial, head): delta of ``measure``, one of MEASURES."""
     try:
-        heads, deltas = _parse_deltas(path.read_bytes(), measure)
-    except (OSError, ValueError, KeyError, TypeError) as problem:
+        data = path.read_bytes()
+        kept = _deltas_of.get(digest := sha256(data))
+        if kept is None:
+            _deltas_of.clear()
+            kept = _deltas_of[digest] = _parse_deltas(data)
+        heads, found = kept[0], kept[1][measure]
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as problem:
         raise RunError(f"{path}: is not a file of head effects as StepD writes them ({problem!r})") from None
-    _require_finite(deltas, path.name)
-    return list(heads), deltas
+    _require_finite(found, path.name)
+    return list(heads), found.copy()
 
 
-@lru_cache(maxsize=1)
-def _parse_deltas(rows_of_file: bytes, measure: str) -> tuple[tuple[HeadId, ...], np.ndarray]:
-    """Kept for the next stage that reads the very same bytes: for 25,600 rows parsing takes as long as the stage itself."""
-    rows = [json.loads(line) for line in rows_of_file.splitlines()]
+_Deltas = tuple[Sequence[HeadId], dict[str, np.ndarray]]
+_deltas_of: dict[str, _Deltas] = {}
+"""Of the trial_metrics.jsonl that was last written or read, by its sha256: parsing 25,600 rows again takes longer than what
+is done with them."""
+
+
+def _parse_deltas(data: bytes) -> _Deltas:
+    rows = [json.loads(line) for line in data.splitlines()]
     heads = sorted({HeadId(row["layer"], row["head"]) for row in rows})
     column = {head: i for i, head in enumerate(heads)}
-    deltas = np.full((1 + max(row["trial_idx"] for row in rows), len(heads)), np.nan)
+    n_trials = 1 + max(row["trial_idx"] for row in rows)
+    measures = [m for m in MEASURES if f"delta_{m}" in rows[0]]
+    deltas = {m: np.full((n_trials, len(heads)), np.nan) for m in measures}
     for row in rows:
-        deltas[row["trial_idx"], column[HeadId(row["layer"], row["head"])]] = row[f"delta_{measure}"]
-    deltas.flags.writeable = False
-    return tuple(heads), deltas
+        at = row["trial_idx"], column[HeadId(row["layer"], row["head"])]
+        for m in measures:
+            deltas[m][at] = row[f"delta_{m}"]
+    return heads, deltas
 
 
 def write_scores(paths: QidPaths, scored: Sequence[ScoredHead], ranked: Sequence[ScoredHead]) -> list[Path]:

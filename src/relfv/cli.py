@@ -168,6 +168,29 @@ def _eval_flags(group: Any) -> None:
     )
 
 
+def _sweep_flags(group: Any) -> None:
+    for flag, kind, help_text in (
+        ("--alpha_sweep", float, "also add the vector so many times, e.g. 0.5,1,2: step6/sweeps.json"),
+        ("--k_sweep", int, "also add the vector of so many best heads, e.g. 1,5,10,20,40: step6/sweeps.json"),
+    ):
+        group.add_argument(flag, type=_numbers(kind), default=argparse.SUPPRESS, help=help_text)
+
+
+def _numbers(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    """A flag of numbers separated by commas, each kept once, ascending."""
+
+    def parse(text: str) -> tuple[Any, ...]:
+        try:
+            return tuple(sorted({kind(part) for part in text.split(",")}))
+        except ValueError:
+            example = "1,5,10" if kind is int else "0.5,1,2"
+            raise argparse.ArgumentTypeError(
+                f"invalid value: {text[:40]!r}; expected numbers separated by commas, such as {example}"
+            ) from None
+
+    return parse
+
+
 def _settings(args: argparse.Namespace, base: Settings = _DEFAULTS) -> Settings:
     """The flags that were given over ``base``. For device, dtype and quant the environment stands between the two."""
     from relfv.models.loading import dtype_name
@@ -226,6 +249,7 @@ def _run_flags(parser: argparse.ArgumentParser) -> None:
     _score_flag(group)
     _setting(group, "--topk", "heads in the function vector")
     _eval_flags(group)
+    _sweep_flags(group)
     group.add_argument(
         "--force", action="store_true", help="move earlier results of these q_ids aside and start afresh"
     )

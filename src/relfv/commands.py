@@ -33,7 +33,7 @@ from relfv.pipeline import (
 from relfv.relations import file_sha256, load_relations, require_q_ids, rows_sha256
 from relfv.stages.injection import require_layer
 from relfv.stages.trials import ineligible_reason
-from relfv.status import AFTER_STEP6, STEP_D, QidStatus, read_status, read_status_of_results, stage_names, step6_stage
+from relfv.status import AFTER_STEP6, STEP_D, QidStatus, read_status, read_status_of_results, step6_stage
 from relfv.steps import (
     StageResult,
     Step6,
@@ -211,8 +211,10 @@ def run_step6(fv_path: Path, trials_path: Path, edit_layer: int, out_dir: Path, 
 
 def _conclude_when_whole(status: QidStatus, paths: QidPaths, model: LanguageModel) -> None:
     if all(status.intact(step6_stage(layer)) for layer in status.expected_layers):
-        for name, run in after_step6(status, paths, lambda: model, lambda: clean_trials(model, paths.trials)).items():
-            run_recorded(status, Stage(name, run))
+        bodies = after_step6(status, paths, lambda: model, lambda: clean_trials(model, paths.trials))
+        for name in status.stage_names:
+            if name in bodies:
+                run_recorded(status, Stage(name, bodies[name]))
 
 
 def _settings_within(status: QidStatus | None, overlay: Overlay, *, stage: str) -> Settings:
@@ -332,7 +334,7 @@ def _settling(status: QidStatus) -> Iterator[None]:
         status.set("completed")
         log.info("%s completed", status.q_id)
     else:
-        missing = [name for name in stage_names(status.expected_layers) if not status.intact(name)]
+        missing = [name for name in status.stage_names if not status.intact(name)]
         status.set("pending", f"next stage: {missing[0]}")
 
 

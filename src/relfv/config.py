@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,10 @@ class Settings:
     """Evaluate every trial's query, also those drawn more than once."""
     trust_remote_code: bool = False
     """Run code that comes with the checkpoint."""
+    alpha_sweep: tuple[float, ...] = ()
+    """Also add the vector so many times, at every layer; in a file of its own."""
+    k_sweep: tuple[int, ...] = ()
+    """Also add the vectors of so many best heads, likewise."""
 
     def __post_init__(self) -> None:
         for name in ("n_trials_per_q", "n_demos", "topk", "n_eval"):
@@ -73,10 +77,27 @@ class Settings:
         require_within("--seed", self.seed, 0, MAX_SEED)
         if self.score_key not in SCORE_KEYS:
             raise InputError(f"--score_key {self.score_key!r}: expected one of {', '.join(SCORE_KEYS)}")
-        if not abs(self.alpha) <= _MAX_ALPHA:  # so written that NaN fails too
-            raise InputError(
-                f"--alpha {self.alpha}: expected a finite number between {-_MAX_ALPHA:g} and {_MAX_ALPHA:g}"
-            )
+        for k in self.k_sweep:
+            require_within("--k_sweep", k, 1, MOST)
+        for flag, alphas in (("--alpha", (self.alpha,)), ("--alpha_sweep", self.alpha_sweep)):
+            for alpha in alphas:
+                if not abs(alpha) <= _MAX_ALPHA:  # so written that NaN fails too
+                    raise InputError(
+                        f"{flag} {alpha}: expected a finite number between {-_MAX_ALPHA:g} and {_MAX_ALPHA:g}"
+                    )
+
+    @property
+    def sweeps(self) -> bool:
+        """Whether other alphas or k are asked for."""
+        return bool(self.alpha_sweep or self.k_sweep)
+
+    def with_sweeps_of(self, other: Settings) -> Settings:
+        """With its own sweeps and those of ``other``: what has been asked for once stays."""
+        return replace(
+            self,
+            alpha_sweep=tuple(sorted({*self.alpha_sweep, *other.alpha_sweep})),
+            k_sweep=tuple(sorted({*self.k_sweep, *other.k_sweep})),
+        )
 
     def departures(self) -> list[str]:
         """In what these settings depart from the spec's hard constraints (section 2), in words."""
@@ -98,11 +119,13 @@ class Settings:
     def from_json(values: dict[str, Any]) -> Settings:
         """The inverse of ``to_json``; keys of another version of relfv are left out."""
         known = {field.name for field in fields(Settings)}
-        return Settings(**{name: value for name, value in values.items() if name in known})
+        lists = {name: tuple(values[name]) for name in ("alpha_sweep", "k_sweep") if name in values}
+        return Settings(**{name: value for name, value in {**values, **lists}.items() if name in known})
 
 
-_NOT_IN_FINGERPRINT = ("model", "device", "relation_csv_path", "trust_remote_code")
-"""Where a model or CSV lies and which device ran it do not make another experiment; their contents are hashed."""
+_NOT_IN_FINGERPRINT = ("model", "device", "relation_csv_path", "trust_remote_code", "alpha_sweep", "k_sweep")
+"""Where a model or CSV lies and which device ran it do not make another experiment; their contents are hashed. Sweeps
+leave every other file as it is."""
 
 
 def fingerprint_fields(settings: Settings, *, rows_sha256: str, model_identity: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from relfv.config import Settings
 from relfv.engine.language_model import LanguageModel, open_model
 from relfv.errors import RunError
 from relfv.stages.clean_trials import CleanTrials
-from relfv.status import STEP6_STAGE, QidStatus, stage_names, step6_stage
+from relfv.status import STEP6_STAGE, SWEEPS, QidStatus, step6_stage
 from relfv.steps import (
     StageResult,
     Step6,
@@ -25,6 +25,7 @@ from relfv.steps import (
     step6_answers,
     step6_controls,
     step6_summary,
+    step6_sweeps,
     step_curve,
     step_d_cie,
     step_d_means,
@@ -82,7 +83,7 @@ class QidPipeline:
         if not self.status.expected_layers:
             self.status.expected_layers = list(range(self._model().arch.n_layers))
         self.status.set("running")
-        self.run_stages(stage_names(self.status.expected_layers))
+        self.run_stages(self.status.stage_names)
         self.status.set("completed")
 
     def run_stages(self, names: Sequence[str]) -> None:
@@ -106,7 +107,7 @@ class QidPipeline:
             **{step6_stage(layer): self._at_layer(layer) for layer in layers},
             **after_step6(self.status, paths, model, clean),
         }
-        return [Stage(name, bodies[name]) for name in stage_names(layers)]
+        return [Stage(name, bodies[name]) for name in self.status.stage_names]
 
     def _at_layer(self, layer: int) -> Callable[[], StageResult]:
         def run() -> StageResult:
@@ -120,7 +121,7 @@ class QidPipeline:
 def after_step6(
     status: QidStatus, paths: QidPaths, model: Callable[[], LanguageModel], clean: Callable[[], CleanTrials]
 ) -> dict[str, Callable[[], StageResult]]:
-    """What is made once every layer has its results."""
+    """What is made once every layer has its results, by stage."""
     settings, layers = status.settings, status.expected_layers
     return {
         "step6_summary": lambda: step6_summary(paths, settings.score_key, layers),
@@ -130,6 +131,7 @@ def after_step6(
         ),
         "step6_answers": lambda: step6_answers(model(), settings, paths),
         "summary": lambda: write_summary(paths),
+        SWEEPS: lambda: step6_sweeps(model(), settings, paths, status.trials_per_pass.get(SWEEPS)),
     }
 
 
@@ -146,8 +148,7 @@ def require_frozen_trials(status: QidStatus) -> None:
 
 def is_complete(status: QidStatus) -> bool:
     """True if every stage is recorded as done and every promised file is there, unchanged."""
-    names = stage_names(status.expected_layers)
-    return bool(status.expected_layers) and all(status.intact(name) for name in names)
+    return bool(status.expected_layers) and all(status.intact(name) for name in status.stage_names)
 
 
 def run_recorded(status: QidStatus | None, stage: Stage) -> None:

@@ -91,11 +91,13 @@ class Plan:
         return QidStatus(self.artifacts_dir(q_id), q_id, settings, fields, q_row_count=len(relation.pairs))
 
     def status_on_disk(self, q_id: str) -> QidStatus | None:
-        """The status in the q_id's folder. Raises DamagedStatus if results lie there that no status vouches for."""
+        """The status in the q_id's folder, with the request's sweeps added to what is to be done. Raises DamagedStatus if results lie there that no status vouches for."""
         artifacts_dir = self.artifacts_dir(q_id)
         found = read_status_of_results(artifacts_dir)
         if found and found.q_id != q_id:
             raise DamagedStatus(artifacts_dir / STATUS_FILE, f"is damaged or of another q_id ({found.q_id})")
+        if found:
+            found.ask_for_sweeps_of(self.request.settings)
         return found
 
     def found_status(self, q_id: str) -> QidStatus | None:
@@ -177,10 +179,9 @@ def _open_model(plan: Plan) -> LanguageModel:
     settings = plan.request.settings
     model = open_for(settings)
     n_heads = len(heads_to_sweep(model, settings))
-    if settings.topk > n_heads:
-        raise InputError(
-            f"--topk {settings.topk}: {model.name} has {n_heads} heads to choose from; expected at most that"
-        )
+    for flag, k in (("--topk", settings.topk), *(("--k_sweep", k) for k in settings.k_sweep)):
+        if k > n_heads:
+            raise InputError(f"{flag} {k}: {model.name} has {n_heads} heads to choose from; expected at most that")
     return model
 
 

@@ -23,6 +23,8 @@ STATUS_FILE = "qid_status.json"
 STEP_D = ("stepD_trials", "stepD_means", "stepD_cie")
 AFTER_STEP6 = ("step6_summary", "injection_curve", "step6_controls", "step6_answers", "summary")
 STEP6_STAGE = "step6_layer_"
+SWEEPS = "step6_sweeps"
+"""Only where settings ask for it."""
 
 
 def step6_stage(layer: int) -> str:
@@ -31,7 +33,7 @@ def step6_stage(layer: int) -> str:
 
 
 def stage_names(expected_layers: Sequence[int]) -> list[str]:
-    """All stages of a q_id, in the order of the spec, as qid_status.json calls them."""
+    """The stages that every q_id has, in the order of the spec, as qid_status.json calls them."""
     per_layer = [step6_stage(layer) for layer in expected_layers]
     return [*STEP_D, "heatmap", "stepE", "zeroshot", *per_layer, *AFTER_STEP6]
 
@@ -104,6 +106,18 @@ class QidStatus:
                 "stages": {name: vars(record) for name, record in self.stages.items()},
             },
         )
+
+    @property
+    def stage_names(self) -> list[str]:
+        """All stages of this q_id, in order."""
+        return [*stage_names(self.expected_layers), *([SWEEPS] if self.settings.sweeps else [])]
+
+    def ask_for_sweeps_of(self, settings: Settings) -> None:
+        """Add the alphas and k of ``settings`` to what is to be done; what was done of others stays with it."""
+        wanted = self.settings.with_sweeps_of(settings)
+        if (wanted.alpha_sweep, wanted.k_sweep) != (self.settings.alpha_sweep, self.settings.k_sweep):
+            self.settings = wanted
+            self.stages.pop(SWEEPS, None)
 
     def has_results(self) -> bool:
         """True if any stage has left files: what another experiment must not be mixed with."""

@@ -23,7 +23,7 @@ from relfv.models.tokens import fed_text
 from relfv.stages.answers import Injection, decode_vector, score_answers
 from relfv.stages.cie import head_effects, measure_of, rank_heads, score_heads, trial_scores
 from relfv.stages.clean_trials import CleanTrials, run_clean_trials
-from relfv.stages.conclusions import conclusions, judge_candidates
+from relfv.stages.conclusions import conclusions, judge_candidates, numbers_by_layer
 from relfv.stages.controls import CONTROLS, candidate_vectors, inject_candidates
 from relfv.stages.function_vector import build_function_vector, select_heads
 from relfv.stages.injection import InjectionSweep, prompts_to_evaluate, summarize
@@ -36,8 +36,10 @@ from relfv.stages.prompts import (
     prompt_trial,
     zero_shot_prompt,
 )
+from relfv.stages.sweeps import CAUTION, sweep_vectors, tabulate
 from relfv.stages.trials import sample_trials
 from relfv.stats import FDR, top_k_stability
+from relfv.status import SWEEPS
 from relfv.storage import read_json, write_atomic, write_json
 from relfv.types import Effects, HeadId, Relation, ScoredHead, TokenScores
 
@@ -351,17 +353,45 @@ def step_zero_shot(trials_path: Path, out: Path) -> StageResult:
     return StageResult([write_json(out, document)], [trials_path], f"{len(prompts)} prompts")
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """The zero-shot trials that vectors are judged on."""
+
+    n_trials: int
+    """In the snapshot, from which these are chosen."""
+    trials: list[dict[str, Any]]
+
+    @property
+    def prompts(self) -> list[str]:
+        """As they are fed."""
+        return [fed_text(trial["corrupted_prompt_str"]) for trial in self.trials]
+
+    @property
+    def target_ids(self) -> list[int]:
+        """First answer tokens."""
+        return [trial["target_first_token_id"] for trial in self.trials]
+
+    @property
+    def queries(self) -> list[int]:
+        """The query's row of each."""
+        return [trial["query_source_index"] for trial in self.trials]
+
+
+def read_evaluation(trials_path: Path, settings: Settings) -> Evaluation:
+    """The trials of the zero-shot snapshot that ``settings`` choose."""
+    trials = artifacts.read_trials(trials_path).trials
+    chosen = prompts_to_evaluate(trials, settings.n_eval, allow_duplicates=settings.allow_query_duplicates)
+    return Evaluation(len(trials), [trials[index] for index in chosen])
+
+
 class Step6:
     """Injection on the zero-shot prompts, one integer layer a call. The loop over layers is the caller's."""
 
     def __init__(self, model: LanguageModel, settings: Settings, fv_path: Path, trials_path: Path) -> None:
         self._model, self._settings = model, settings
-        snapshot = artifacts.read_trials(trials_path)
-        chosen = prompts_to_evaluate(snapshot.trials, settings.n_eval, allow_duplicates=settings.allow_query_duplicates)
-        self._n_trials = len(snapshot.trials)
-        self._trials = [snapshot.trials[index] for index in chosen]
-        self._prompts = [fed_text(trial["corrupted_prompt_str"]) for trial in self._trials]
-        self._targets = [trial["target_first_token_id"] for trial in self._trials]
+        evaluation = read_evaluation(trials_path, settings)
+        self._n_trials, self._trials = evaluation.n_trials, evaluation.trials
+        self._prompts, self._targets = evaluation.prompts, evaluation.target_ids
         self._vector = artifacts.read_function_vector(fv_path)
         self._inputs = [fv_path, trials_path]
         self._sources = {"fv_global_path": fv_path.name, "sampled_trials_path": trials_path.name}
@@ -516,15 +546,14 @@ def step6_controls(
     model: LanguageModel, clean: CleanTrials, settings: Settings, paths: QidPaths, trials_per_pass: int | None
 ) -> StageResult:
     """The vector, held out and beside its controls, at every layer: step6/controls.json."""
-    snapshot, zero_shot = artifacts.read_trials(paths.trials), artifacts.read_trials(paths.zero_shot_trials)
-    chosen = prompts_to_evaluate(zero_shot.trials, settings.n_eval, allow_duplicates=settings.allow_query_duplicates)
-    prompts = [fed_text(zero_shot.trials[i]["corrupted_prompt_str"]) for i in chosen]
-    targets, queries = [zero_shot.target_ids[i] for i in chosen], [zero_shot.queries[i] for i in chosen]
+    trial_queries = artifacts.read_trials(paths.trials).queries
+    on = read_evaluation(paths.zero_shot_trials, settings)
+    prompts, targets, queries = on.prompts, on.target_ids, on.queries
     heads, deltas = artifacts.read_deltas(paths.metrics, measure_of(settings.score_key))
     candidates = candidate_vectors(
         model.arch,
         clean,
-        snapshot.queries,
+        trial_queries,
         trial_scores(deltas, settings.score_key),
         heads,
         artifacts.read_function_vector(paths.fv),
@@ -533,7 +562,7 @@ def step6_controls(
         seed=f"{settings.seed}:{paths.q_id}",
     )
     effects = inject_candidates(model, prompts, targets, candidates, settings.alpha, trials_per_pass=trials_per_pass)
-    judged = judge_candidates(effects, targets, queries, candidates.names, clean.scores, snapshot.queries)
+    judged = judge_candidates(effects, targets, queries, candidates.names, clean.scores, trial_queries)
     document = {
         "q_id": paths.q_id,
         "meaning": {name: CONTROLS[name] for name in dict.fromkeys(candidates.names)},
@@ -551,12 +580,10 @@ def step6_controls(
 
 def step6_answers(model: LanguageModel, settings: Settings, paths: QidPaths) -> StageResult:
     """Whole answers without and with the vector held on, at the best layer, and what it decodes to: step6/answers.json."""
-    snapshot = artifacts.read_trials(paths.zero_shot_trials)
+    on = read_evaluation(paths.zero_shot_trials, settings)
     layer = read_json(paths.step6_summary)["best_layer"]
     vector = artifacts.read_function_vector(paths.fv)
-    chosen = prompts_to_evaluate(snapshot.trials, settings.n_eval, allow_duplicates=settings.allow_query_duplicates)
-    trials = [snapshot.trials[i] for i in chosen]
-    prompts, answers = [fed_text(trial["corrupted_prompt_str"]) for trial in trials], [t["answer_ids"] for t in trials]
+    prompts, answers = on.prompts, [trial["answer_ids"] for trial in on.trials]
     both = torch.stack([0 * vector, settings.alpha * vector]).repeat_interleave(len(prompts), 0)
     scored = score_answers(model, 2 * prompts, 2 * answers, Injection(layer, both))
     without, with_it = scored[: len(prompts)], scored[len(prompts) :]
@@ -565,7 +592,7 @@ def step6_answers(model: LanguageModel, settings: Settings, paths: QidPaths) -> 
         return [{"token_id": token, "token": model.tokens.text(token), "p": p} for token, p in best]
 
     rows = []
-    for trial, answer, before, after in zip(trials, answers, without, with_it, strict=True):
+    for trial, answer, before, after in zip(on.trials, answers, without, with_it, strict=True):
         row: dict[str, Any] = {"query": trial["query"]["input"], "answer": trial["target_str"], "n_tokens": len(answer)}
         for name, scored in (("base", before), ("with", after)):
             row |= {
@@ -601,6 +628,49 @@ def step6_answers(model: LanguageModel, settings: Settings, paths: QidPaths) -> 
     )
     inputs = [paths.zero_shot_trials, paths.step6_summary, paths.fv]
     return StageResult([write_json(paths.answers, document)], inputs, said)
+
+
+def step6_sweeps(model: LanguageModel, settings: Settings, paths: QidPaths, trials_per_pass: int | None) -> StageResult:
+    """Other alphas and numbers of heads, at every layer: step6/sweeps.json."""
+    on = read_evaluation(paths.zero_shot_trials, settings)
+    ranked = rank_heads(artifacts.read_scores(paths.cie), settings.score_key)
+    alphas, ks = settings.alpha_sweep, settings.k_sweep
+    vectors = sweep_vectors(
+        model.arch,
+        artifacts.read_means(paths.means),
+        ranked,
+        topk=settings.topk,
+        alpha=settings.alpha,
+        alphas=alphas,
+        ks=ks,
+    )
+    ids = [model.tokens.encode(prompt) for prompt in on.prompts]
+    layers = range(model.arch.n_layers)
+    effects = model.engine.inject(ids, on.target_ids, vectors, layers, per_pass=trials_per_pass)
+    names = [*(f"alpha {alpha}" for alpha in alphas), *(f"k {k}" for k in ks)]
+    numbers = numbers_by_layer(effects, on.target_ids, on.queries, names)
+    per_layer, n = numbers.pop("per_layer"), len(alphas)
+    document = {
+        "q_id": paths.q_id,
+        "meaning": "alpha: the function vector added so many times. k: the vector of so many best heads, added as many times "
+        "as the run's own alpha says. norm_added: length of what is added; acc and mean_p are those of the best layer by mean P.",
+        "caution": CAUTION,
+        "own": {"alpha": settings.alpha, "k": settings.topk},
+        "n_eval": len(on.trials),
+        "n_queries": len(set(on.queries)),
+        "precision": model.precision,
+        **numbers,
+        "alpha": tabulate(per_layer, names[:n], alphas, vectors[:n]),
+        "k": tabulate(per_layer, names[n:], ks, vectors[n:]),
+    }
+    said = "; ".join(
+        f"P at the best layer, {name} "
+        + ", ".join(f"{entry['value']:g}: {entry['mean_p']:.2f}" for entry in document[name])
+        for name in ("alpha", "k")
+        if document[name]
+    )
+    inputs = [paths.zero_shot_trials, paths.cie, paths.means]
+    return StageResult([write_json(paths.sweeps, document)], inputs, said, {SWEEPS: effects.per_pass})
 
 
 def write_summary(paths: QidPaths) -> StageResult:

@@ -186,10 +186,15 @@ def temporaries(folder: Path, *, below: bool = True) -> list[Path]:
     return list(folder.rglob(pattern) if below else folder.glob(pattern))
 
 
+def sha256(data: bytes) -> str:
+    """In hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
 def sha256_file(path: Path) -> str | None:
     """sha256 of a file's bytes, or None where there is no readable file."""
     try:
-        return _digest(path.read_bytes())
+        return sha256(path.read_bytes())
     except OSError:
         return None
 
@@ -266,10 +271,6 @@ def holder_is_alive(path: Path) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -17,7 +17,7 @@ from relfv.artifacts import MANIFEST, QidPaths
 from relfv.errors import InputError, RelfvError
 from relfv.manifest import read_manifest
 from relfv.report.table import natural_key
-from relfv.status import STATUS_FILE, QidStatus, read_status_of_results, stage_names
+from relfv.status import STATUS_FILE, QidStatus, read_status_of_results
 from relfv.storage import REPLACED, holder_is_alive, json_bytes, read_json, sha256_file
 
 
@@ -159,7 +159,7 @@ def _check_qid(folder: Path) -> Checked:
 def _unfinished(status: QidStatus) -> Iterator[Problem]:
     if status.status == "skipped":
         return
-    records, names = status.stages, stage_names(status.expected_layers)
+    records, names = status.stages, status.stage_names
     missing = [name for name in names if name not in records or records[name].status != "completed"]
     if status.status == "completed" and status.expected_layers and not missing:
         return

@@ -156,16 +156,16 @@ def test_layers_and_prompts_may_have_their_own_vectors(engine_type: Any, per_pas
     t = truth(LLAMA)
     layers, engine = [0, 2], engine_type(t.backbone)
     own = torch.randn(2, len(t.prompts), 3, t.backbone.arch.resid_dim, generator=torch.Generator().manual_seed(3))
-    found = engine.inject(t.prompts, t.targets, own, layers, per_pass=per_pass)
+    found = engine.inject(t.prompts, t.targets, [own], layers, per_pass=per_pass)
     for i, layer in enumerate(layers):
         for n in range(len(t.prompts)):
             alone = engine.inject(t.prompts[n : n + 1], t.targets[n : n + 1], own[i, n], [layer])
             assert torch.allclose(found.edited.logprob[n, 3 * i : 3 * i + 3], alone.edited.logprob[0], atol=1e-4)
-    for shape in ((1, len(t.prompts)), (2, 1)):
-        part = own[: shape[0], : shape[1]]
-        broadcast = engine.inject(t.prompts, t.targets, part, layers)
-        whole = engine.inject(t.prompts, t.targets, part.expand(2, len(t.prompts), -1, -1), layers)
-        assert torch.equal(broadcast.edited.logprob, whole.edited.logprob)
+    parts = [own[:, :, :1], own[:1, :, 1:2], own[:, :1, 2:], own[:1, :1, :2]]
+    whole = torch.cat([part.expand(2, len(t.prompts), -1, -1) for part in parts], dim=2)
+    one_by_one = engine.inject(t.prompts, t.targets, parts, layers, per_pass=per_pass)
+    together = engine.inject(t.prompts, t.targets, [whole], layers, per_pass=per_pass)
+    assert torch.equal(one_by_one.edited.logprob, together.edited.logprob)
 
 
 def test_prompts_do_not_depend_on_what_shares_their_batch() -> None:

@@ -24,6 +24,9 @@ from relfv.models.families import Architecture, text_config
 from relfv.types import Effects, HeadId
 
 Prompts = Sequence[Sequence[int]]
+Vectors = torch.Tensor | Sequence[torch.Tensor]
+"""What ``Engine.inject`` adds: (n_vectors, resid_dim), or parts whose vectors follow one another, each (layer or 1, prompt
+or 1, n_vectors, resid_dim), as layers or prompts have their own or share theirs."""
 
 
 @dataclass(frozen=True)
@@ -160,16 +163,15 @@ class Engine(Protocol):
         self,
         prompts: Prompts,
         targets: Sequence[int],
-        vectors: torch.Tensor,
+        vectors: Vectors,
         layers: Sequence[int],
         *,
         per_pass: int | None = None,
     ) -> Effects:
         """For each prompt, layer and vector: hidden state after the block += vector.
 
-        ``vectors`` is (n_vectors, resid_dim), or (layer or 1, prompt or 1, n_vectors, resid_dim) where layers of
-        ``layers`` or prompts have their own; ``layers`` ascend; the second axis of the result runs over layers, then
-        vectors: column i * n_vectors + v. ``per_pass`` as in ``sweep_heads``.
+        ``layers`` ascend; the second axis of the result runs over layers, then vectors: column i * n_vectors + v.
+        ``per_pass`` as in ``sweep_heads``.
         """
         ...
 
@@ -178,12 +180,18 @@ class Engine(Protocol):
         ...
 
 
-def of_layer_and_prompts(vectors: torch.Tensor, layer: int, prompts: slice) -> torch.Tensor:
-    """What ``Engine.inject`` adds at the ``layer``-th of its layers: (prompt or 1, n_vectors, resid_dim)."""
-    if vectors.dim() == 2:
-        return vectors[None]
-    own = vectors[layer if len(vectors) > 1 else 0]
-    return own[prompts] if len(own) > 1 else own
+def in_parts(vectors: Vectors, device: torch.device) -> list[torch.Tensor]:
+    """``vectors`` as parts, on ``device``."""
+    parts = [vectors[None, None]] if isinstance(vectors, torch.Tensor) else vectors
+    return [part.to(device) for part in parts]
+
+
+def of_layer_and_prompts(parts: Sequence[torch.Tensor], layer: int, prompts: slice) -> torch.Tensor:
+    """What is added at the ``layer``-th of the layers: (prompt or 1, n_vectors, resid_dim)."""
+    of_layer = [part[layer if len(part) > 1 else 0] for part in parts]
+    own = [part[prompts] if len(part) > 1 else part for part in of_layer]
+    n_prompts = max(len(part) for part in own)
+    return torch.cat([part.expand(n_prompts, -1, -1) for part in own], dim=1)
 
 
 def pad_right(prompts: Prompts, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

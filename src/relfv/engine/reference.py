@@ -15,7 +15,7 @@ from itertools import groupby
 
 import torch
 
-from relfv.engine.base import Backbone, Prompts, of_layer_and_prompts
+from relfv.engine.base import Backbone, Prompts, Vectors, in_parts, of_layer_and_prompts
 from relfv.engine.hooks import editing_inputs, editing_outputs
 from relfv.engine.readout import read_targets
 from relfv.types import Effects, HeadId, TokenScores
@@ -98,16 +98,16 @@ class ReferenceEngine:
         self,
         prompts: Prompts,
         targets: Sequence[int],
-        vectors: torch.Tensor,
+        vectors: Vectors,
         layers: Sequence[int],
         *,
         per_pass: int | None = None,
     ) -> Effects:
-        vectors = vectors.to(self.backbone.device)
-        n_vectors = vectors.shape[-2]
+        parts = in_parts(vectors, self.backbone.device)
+        n_vectors = sum(part.shape[-2] for part in parts)
 
         def adding(index: int, layer: int, prompt: int) -> AbstractContextManager[None]:
-            own = of_layer_and_prompts(vectors, index, slice(prompt, prompt + 1))[0]
+            own = of_layer_and_prompts(parts, index, slice(prompt, prompt + 1))[0]
 
             def add(hidden: torch.Tensor) -> torch.Tensor:
                 hidden = hidden.clone()

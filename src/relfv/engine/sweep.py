@@ -29,7 +29,7 @@ import torch
 from transformers import DynamicCache
 
 from relfv.engine.attention import Prefix, attending_to
-from relfv.engine.base import Backbone, Prompts, of_layer_and_prompts, pad_right, prompt_chunks
+from relfv.engine.base import Backbone, Prompts, Vectors, in_parts, of_layer_and_prompts, pad_right, prompt_chunks
 from relfv.engine.hooks import editing_inputs, editing_outputs
 from relfv.engine.readout import read_targets
 from relfv.engine.reference import ReferenceEngine
@@ -71,21 +71,21 @@ class SharedPrefixEngine:
         self,
         prompts: Prompts,
         targets: Sequence[int],
-        vectors: torch.Tensor,
+        vectors: Vectors,
         layers: Sequence[int],
         *,
         per_pass: int | None = None,
     ) -> Effects:
         if self.backbone.depends_on_company(prompts):
             return ReferenceEngine(self.backbone).inject(prompts, targets, vectors, layers)
-        vectors = vectors.to(self.backbone.device)
+        parts = in_parts(vectors, self.backbone.device)
         # A function vector is no small difference; in a pass this short, more pieces cost next to nothing.
         return self.finer()._in_chunks(
             prompts,
             targets,
-            len(layers) * vectors.shape[-2],
+            len(layers) * sum(part.shape[-2] for part in parts),
             per_pass,
-            lambda part: _residual_additions(self.backbone, layers, vectors, part),
+            lambda some: _residual_additions(self.backbone, layers, parts, some),
         )
 
     def finer(self) -> SharedPrefixEngine:
@@ -229,7 +229,7 @@ def _head_patches(
 
 
 def _residual_additions(
-    backbone: Backbone, layers: Sequence[int], vectors: torch.Tensor, prompts: slice
+    backbone: Backbone, layers: Sequence[int], parts: Sequence[torch.Tensor], prompts: slice
 ) -> AbstractContextManager[None]:
     """After block l: one copy of the untouched token + vector for each vector of that layer and these prompts."""
 
@@ -238,7 +238,7 @@ def _residual_additions(
 
     return editing_outputs(
         [
-            (backbone.arch.blocks[layer], adder(of_layer_and_prompts(vectors, i, prompts)))
+            (backbone.arch.blocks[layer], adder(of_layer_and_prompts(parts, i, prompts)))
             for i, layer in enumerate(layers)
         ]
     )

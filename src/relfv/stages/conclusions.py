@@ -23,48 +23,59 @@ def judge_candidates(
 
     ``queries`` (prompt,) are the prompts' query rows, ``clean`` (trial,) the clean prompts' scores with theirs.
     """
-    n_prompts, n_vectors = len(target_ids), len(names)
-    wanted = np.asarray(target_ids)[:, None, None]
-    base = effects.base.p.numpy()
-    reached = effects.edited.p.numpy().reshape(n_prompts, -1, n_vectors)
-    correct = effects.edited.top_id.numpy().reshape(n_prompts, -1, n_vectors) == wanted
-    columns = {name: [i for i, other in enumerate(names) if other == name] for name in names}
-    layers = range(reached.shape[1])
-    # (prompt, layer, name), over draws
-    mean_p = np.stack([reached[:, :, draws].mean(2) for draws in columns.values()], axis=2)
-    delta = clustered_mean((mean_p - base[:, None, None]).reshape(n_prompts, -1), queries)
     of_query = {query: clean.p.numpy()[np.asarray(clean_queries) == query].mean() for query in set(clean_queries)}
-
-    def numbers(name: str, layer: int) -> dict[str, Any]:
-        draws, column = columns[name], layer * len(columns) + list(columns).index(name)
-        found: dict[str, Any] = {
-            "acc": float(correct[:, layer, draws].mean()),
-            "mean_p": float(reached[:, layer, draws].mean()),
-            "mean_delta_p": float(delta.mean[column]),
-            "ci_low": _finite(delta.low[column]),
-            "ci_high": _finite(delta.high[column]),
-        }
-        if len(draws) > 1:
-            found["mean_p_of_draws"] = reached[:, layer, draws].mean(0).tolist()
-        return found
-
+    by_prompt = {
+        f"p_{name}": {str(layer): values.tolist() for layer, values in enumerate(of_name.T)}
+        for name, of_name in _mean_p(effects, names).items()
+    }
     return {
-        "ci_level": LEVEL,
-        "zero_shot": {
-            "acc": float((effects.base.top_id.numpy() == wanted[:, 0, 0]).mean()),
-            "mean_p": float(base.mean()),
-        },
-        "per_layer": {str(layer): {name: numbers(name, layer) for name in columns} for layer in layers},
+        **numbers_by_layer(effects, target_ids, queries, names),
         "by_prompt": {
             "query_source_index": list(queries),
-            "p_zero_shot": base.tolist(),
+            "p_zero_shot": effects.base.p.tolist(),
             "p_clean": [float(of_query[query]) for query in queries],
-            **{
-                f"p_{name}": {str(layer): mean_p[:, layer, i].tolist() for layer in layers}
-                for i, name in enumerate(columns)
-            },
+            **by_prompt,
         },
     }
+
+
+def numbers_by_layer(
+    effects: Effects, target_ids: Sequence[int], queries: Sequence[int], names: Sequence[str]
+) -> dict[str, Any]:
+    """``effects`` of every vector of ``names`` after every layer -> accuracy, mean P, and the change of P with its interval.
+
+    Vectors of one name are draws of one thing: numbers are means over them.
+    """
+    n_prompts, wanted = len(target_ids), np.asarray(target_ids)
+    base, mean_p = effects.base.p.numpy(), _mean_p(effects, names)
+    correct = effects.edited.top_id.numpy().reshape(n_prompts, -1, len(names)) == wanted[:, None, None]
+    reached = effects.edited.p.numpy().reshape(correct.shape)
+    per_layer: dict[str, dict[str, Any]] = {str(layer): {} for layer in range(correct.shape[1])}
+    for name, of_name in mean_p.items():
+        draws = [i for i, other in enumerate(names) if other == name]
+        delta = clustered_mean(of_name - base[:, None], queries)
+        for layer in range(correct.shape[1]):
+            found = per_layer[str(layer)][name] = {
+                "acc": float(correct[:, layer, draws].mean()),
+                "mean_p": float(of_name[:, layer].mean()),
+                "mean_delta_p": float(delta.mean[layer]),
+                "ci_low": _finite(delta.low[layer]),
+                "ci_high": _finite(delta.high[layer]),
+            }
+            if len(draws) > 1:
+                found["mean_p_of_draws"] = reached[:, layer, draws].mean(0).tolist()
+    return {
+        "ci_level": LEVEL,
+        "zero_shot": {"acc": float((effects.base.top_id.numpy() == wanted).mean()), "mean_p": float(base.mean())},
+        "per_layer": per_layer,
+    }
+
+
+def _mean_p(effects: Effects, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Name -> (prompt, layer): P with the vector, over the draws of that name."""
+    reached = effects.edited.p.numpy()
+    reached = reached.reshape(len(reached), -1, len(names))
+    return {name: reached[:, :, [other == name for other in names]].mean(2) for name in dict.fromkeys(names)}
 
 
 def conclusions(

@@ -35,8 +35,8 @@ class Candidates:
 
     names: tuple[str, ...]
     """One for each vector; several draws share one."""
-    vectors: torch.Tensor
-    """float32 (layer, prompt, vector, resid_dim)."""
+    parts: tuple[torch.Tensor, ...]
+    """The vectors in the order of ``names``, as ``Engine.inject`` takes them, float32."""
 
 
 def candidate_vectors(
@@ -53,31 +53,26 @@ def candidate_vectors(
 ) -> Candidates:
     """All controls for prompts whose queries are the rows ``prompt_queries``.
 
-    ``trial_scores`` (trial, head) are what heads are ranked by, over ``heads``; ``selected`` are the function vector's
-    own. ``held_out`` is left out where all trials have one query.
+    ``trial_scores`` (trial, head) are what heads are ranked by, over ``heads``, which are sorted; ``selected`` are the
+    function vector's own. ``held_out`` is left out where all trials have one query.
     """
     rng = random.Random(f"relfv-controls:{seed}")
-    means = clean.activations.double().mean(0)
     others = [head for head in heads if head not in set(selected)]
     draws = [rng.sample(others, min(len(selected), len(others))) for _ in range(N_DRAWS)] if others else []
     generator = torch.Generator().manual_seed(rng.getrandbits(63))
     directions = torch.randn(N_DRAWS, len(fv), generator=generator, dtype=torch.float64)
     directions *= fv.double().norm() / directions.norm(dim=1, keepdim=True)
-    everywhere = [
-        ("fv", fv.double()),
-        *(("random_heads", _vector(arch, means[None], [draw])[0]) for draw in draws),
-        *(("random_direction", direction) for direction in directions),
-    ]
-    n_prompts, shape = len(prompt_queries), (arch.n_layers, len(prompt_queries), -1, -1)
-    names = [name for name, _ in everywhere]
-    parts = [torch.stack([vector for _, vector in everywhere])[None, None].expand(*shape)]
+    n_trials = len(trial_queries)
+    of_others = _vectors(arch, clean.activations, np.full((len(draws), n_trials), 1 / n_trials), draws)
+    names = ["fv", *["random_heads"] * len(draws), *["random_direction"] * N_DRAWS]
+    parts = [torch.cat([fv.double()[None], of_others, directions])[None, None]]
     if len(set(trial_queries)) > 1:
         held_out = _held_out(arch, clean.activations, trial_queries, trial_scores, heads, len(selected), prompt_queries)
         names.append("held_out")
-        parts.append(held_out[None, :, None].expand(*shape))
+        parts.append(held_out[None, :, None])
     names.append("mean_hidden")
-    parts.append(clean.hidden.double()[:, None, None].expand(-1, n_prompts, -1, -1))
-    return Candidates(tuple(names), torch.cat(parts, dim=2).float())
+    parts.append(clean.hidden[:, None, None])
+    return Candidates(tuple(names), tuple(part.float() for part in parts))
 
 
 def _held_out(
@@ -90,28 +85,25 @@ def _held_out(
     prompt_queries: Sequence[int],
 ) -> torch.Tensor:
     """float64 (prompt, resid_dim): for each prompt the vector of the trials with other queries."""
-    queries = np.asarray(trial_queries)
-    left_out = sorted(set(prompt_queries))
-    means, chosen = [], []
-    for query in left_out:
-        kept = np.flatnonzero(queries != query)
-        means.append(activations[torch.from_numpy(kept)].double().mean(0))
-        scores = trial_scores[kept].mean(0)
-        order = sorted(range(len(heads)), key=lambda i: (-scores[i], heads[i]))
-        chosen.append([heads[i] for i in order[:k]])
-    vectors = _vector(arch, torch.stack(means), chosen)
-    return vectors[[left_out.index(query) for query in prompt_queries]]
+    left_out, prompt = np.unique(np.asarray(prompt_queries), return_inverse=True)
+    kept = (np.asarray(trial_queries)[None] != left_out[:, None]).astype(np.float64)
+    shares = kept / kept.sum(1, keepdims=True)
+    best = np.argsort(-(shares @ trial_scores), axis=1, kind="stable")[:, :k]  # of equal scores the first head
+    return _vectors(arch, activations, shares, [[heads[i] for i in row] for row in best])[torch.from_numpy(prompt)]
 
 
-def _vector(arch: Architecture, means: torch.Tensor, chosen: Sequence[Sequence[HeadId]]) -> torch.Tensor:
-    """``means`` (set, layer, head, head_dim) and each set's heads -> float64 (set, resid_dim): sums of projected means.
-
-    Each head's columns of the output projection are read once for all sets.
-    """
-    total = torch.zeros(len(means), arch.resid_dim, dtype=torch.float64)
-    for head in sorted({head for heads in chosen for head in heads}):
-        users = [i for i, heads in enumerate(chosen) if head in heads]
-        total[users] += arch.project_head(head.layer, head.head, means[users, head.layer, head.head])
+def _vectors(
+    arch: Architecture, activations: torch.Tensor, shares: np.ndarray, chosen: Sequence[Sequence[HeadId]]
+) -> torch.Tensor:
+    """Each set's heads, and its ``shares`` (set, trial) of the mean over ``activations`` (trial, layer, head, head_dim) ->
+    float64 (set, resid_dim): sums of projected means. Each head's columns of the output projection are read once."""
+    heads = sorted({head for own in chosen for head in own})
+    z = activations[:, [head.layer for head in heads], [head.head for head in heads]].double()
+    means = (torch.from_numpy(shares) @ z.flatten(1)).view(len(chosen), *z.shape[1:])
+    total = torch.zeros(len(chosen), arch.resid_dim, dtype=torch.float64)
+    for i, head in enumerate(heads):
+        users = [n for n, own in enumerate(chosen) if head in own]
+        total[users] += arch.project_head(head.layer, head.head, means[users, i])
     return total
 
 
@@ -126,5 +118,5 @@ def inject_candidates(
 ) -> Effects:
     """Every candidate, times ``alpha``, after every block: ``edited`` fields are (prompt, layer * n_vectors)."""
     ids = [model.tokens.encode(prompt) for prompt in prompts]
-    layers = range(model.arch.n_layers)
-    return model.engine.inject(ids, target_ids, alpha * candidates.vectors, layers, per_pass=trials_per_pass)
+    parts = [alpha * part for part in candidates.parts]
+    return model.engine.inject(ids, target_ids, parts, range(model.arch.n_layers), per_pass=trials_per_pass)
