@@ -207,6 +207,10 @@ class TrialSnapshot:
         """The query's row of every trial: trials that share it are no independent observations."""
         return [trial["query_source_index"] for trial in self.trials]
 
+    def only(self, chosen: Iterable[int]) -> TrialSnapshot:
+        """The same with the trials of these indices."""
+        return TrialSnapshot(self.meta, [self.trials[index] for index in chosen])
+
 
 def trials_document(
     prompted: Sequence[PromptedTrial], meta: dict[str, Any], collisions: Sequence[dict[str, Any]]

@@ -345,15 +345,21 @@ def step_zero_shot(trials_path: Path, out: Path) -> StageResult:
     return StageResult([write_json(out, document)], [trials_path], f"{len(prompts)} prompts")
 
 
+def evaluated(zero_shot: artifacts.TrialSnapshot, settings: Settings) -> artifacts.TrialSnapshot:
+    """The trials whose prompts Step6 evaluates."""
+    return zero_shot.only(
+        prompts_to_evaluate(zero_shot.trials, settings.n_eval, allow_duplicates=settings.allow_query_duplicates)
+    )
+
+
 class Step6:
     """Injection on the zero-shot prompts, one integer layer a call. The loop over layers is the caller's."""
 
     def __init__(self, model: LanguageModel, settings: Settings, fv_path: Path, trials_path: Path) -> None:
         self._model, self._settings = model, settings
         snapshot = artifacts.read_trials(trials_path)
-        chosen = prompts_to_evaluate(snapshot.trials, settings.n_eval, allow_duplicates=settings.allow_query_duplicates)
         self._n_trials = len(snapshot.trials)
-        self._trials = [snapshot.trials[index] for index in chosen]
+        self._trials = evaluated(snapshot, settings).trials
         self._prompts = [fed_text(trial["corrupted_prompt_str"]) for trial in self._trials]
         self._targets = [trial["target_first_token_id"] for trial in self._trials]
         self._vector = artifacts.read_function_vector(fv_path)
@@ -510,10 +516,9 @@ def step6_controls(
     model: LanguageModel, settings: Settings, paths: QidPaths, trials_per_pass: int | None
 ) -> StageResult:
     """The vector, held out and beside its controls, at every layer: step6/controls.json."""
-    snapshot, zero_shot = artifacts.read_trials(paths.trials), artifacts.read_trials(paths.zero_shot_trials)
-    chosen = prompts_to_evaluate(zero_shot.trials, settings.n_eval, allow_duplicates=settings.allow_query_duplicates)
-    prompts = [fed_text(zero_shot.trials[i]["corrupted_prompt_str"]) for i in chosen]
-    targets, queries = [zero_shot.target_ids[i] for i in chosen], [zero_shot.queries[i] for i in chosen]
+    snapshot = artifacts.read_trials(paths.trials)
+    zero_shot = evaluated(artifacts.read_trials(paths.zero_shot_trials), settings)
+    prompts, targets, queries = zero_shot.prompts("corrupted_prompt_str"), zero_shot.target_ids, zero_shot.queries
     heads, deltas = artifacts.read_deltas(paths.metrics, measure_of(settings.score_key))
     clean = read_clean_trials(model, snapshot.prompts("clean_prompt_str"), snapshot.target_ids)
     candidates = candidate_vectors(
@@ -546,11 +551,9 @@ def step6_controls(
 
 def step6_answers(model: LanguageModel, settings: Settings, paths: QidPaths) -> StageResult:
     """Whole answers without and with the vector held on, at the best layer, and what it decodes to: step6/answers.json."""
-    snapshot = artifacts.read_trials(paths.zero_shot_trials)
+    trials = evaluated(artifacts.read_trials(paths.zero_shot_trials), settings).trials
     layer = read_json(paths.step6_summary)["best_layer"]
     vector = artifacts.read_function_vector(paths.fv)
-    chosen = prompts_to_evaluate(snapshot.trials, settings.n_eval, allow_duplicates=settings.allow_query_duplicates)
-    trials = [snapshot.trials[i] for i in chosen]
     prompts, answers = [fed_text(trial["corrupted_prompt_str"]) for trial in trials], [t["answer_ids"] for t in trials]
     without = score_answers(model, prompts, answers)
     with_it = score_answers(model, prompts, answers, Injection(layer, settings.alpha * vector))

@@ -161,6 +161,27 @@ def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
+_SEAL = "sha256_of_the_rest"
+
+
+def sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """``content`` with a hash of itself, for a JSON file that no status vouches for."""
+    return {**content, _SEAL: sha256_bytes(json_bytes(content))}
+
+
+def unsealed(found: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The inverse of ``sealed`` for what was read from ``path``; content without a seal is returned as it is. Raises
+    RunError if it is not as it was written."""
+    content = {key: value for key, value in found.items() if key != _SEAL}
+    try:
+        holds = _SEAL not in found or found[_SEAL] == sha256_bytes(json_bytes(content))
+    except ValueError:  # NaN, which parses and is never written
+        holds = False
+    if not holds:
+        raise RunError(f"{path}: has been changed since it was written: it does not match its {_SEAL}")
+    return content
+
+
 def read_json(path: Path) -> Any:
     """Parse a JSON file. Raises RunError that names the file if it is missing or damaged."""
     try:
@@ -189,7 +210,7 @@ def temporaries(folder: Path, *, below: bool = True) -> list[Path]:
 def sha256_file(path: Path) -> str | None:
     """sha256 of a file's bytes, or None where there is no readable file."""
     try:
-        return _digest(path.read_bytes())
+        return sha256_bytes(path.read_bytes())
     except OSError:
         return None
 
@@ -268,7 +289,8 @@ def holder_is_alive(path: Path) -> bool:
     return True
 
 
-def _digest(data: bytes) -> str:
+def sha256_bytes(data: bytes) -> str:
+    """sha256 as hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
 
 

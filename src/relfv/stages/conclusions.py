@@ -6,31 +6,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from relfv.stats import LEVEL, Interval, clustered_mean, layer_chosen_by_others, share_of_gap
 from relfv.types import Effects, TokenScores
 
 
-def judge_candidates(
-    effects: Effects,
-    target_ids: Sequence[int],
-    queries: Sequence[int],
-    names: Sequence[str],
-    clean: TokenScores,
-    clean_queries: Sequence[int],
+def judge_vectors(
+    effects: Effects, target_ids: Sequence[int], queries: Sequence[int], names: Sequence[str]
 ) -> dict[str, Any]:
-    """``effects`` of every vector of ``names`` after every layer -> the numbers of controls.json.
+    """``effects`` of every vector of ``names`` after every layer -> P and accuracy without, and with each name's vectors.
 
-    ``queries`` (prompt,) are the prompts' query rows, ``clean`` (trial,) the clean prompts' scores with theirs.
+    ``queries`` (prompt,) are the prompts' query rows; vectors that share a name are averaged within a prompt.
     """
-    n_prompts, n_vectors = len(target_ids), len(names)
     wanted = np.asarray(target_ids)[:, None, None]
-    base = effects.base.p.numpy()
-    reached = effects.edited.p.numpy().reshape(n_prompts, -1, n_vectors)
-    correct = effects.edited.top_id.numpy().reshape(n_prompts, -1, n_vectors) == wanted
-    columns = {name: [i for i, other in enumerate(names) if other == name] for name in names}
-    layers = range(reached.shape[1])
-    of_query = {query: clean.p.numpy()[np.asarray(clean_queries) == query].mean() for query in set(clean_queries)}
+    base, reached = effects.base.p.numpy(), _by_vector(effects.edited.p, names)
+    correct = _by_vector(effects.edited.top_id, names) == wanted
+    columns = _columns(names)
 
     def numbers(name: str, layer: int) -> dict[str, Any]:
         draws = reached[:, layer, columns[name]]
@@ -52,17 +44,49 @@ def judge_candidates(
             "acc": float((effects.base.top_id.numpy() == wanted[:, 0, 0]).mean()),
             "mean_p": float(base.mean()),
         },
-        "per_layer": {str(layer): {name: numbers(name, layer) for name in columns} for layer in layers},
+        "per_layer": {
+            str(layer): {name: numbers(name, layer) for name in columns} for layer in range(reached.shape[1])
+        },
+    }
+
+
+def judge_candidates(
+    effects: Effects,
+    target_ids: Sequence[int],
+    queries: Sequence[int],
+    names: Sequence[str],
+    clean: TokenScores,
+    clean_queries: Sequence[int],
+) -> dict[str, Any]:
+    """``judge_vectors`` of the candidates, and the numbers prompt by prompt: what controls.json holds.
+
+    ``clean`` (trial,) are the clean prompts' scores, with their query rows.
+    """
+    reached = _by_vector(effects.edited.p, names)
+    of_query = {query: clean.p.numpy()[np.asarray(clean_queries) == query].mean() for query in set(clean_queries)}
+    return {
+        **judge_vectors(effects, target_ids, queries, names),
         "by_prompt": {
             "query_source_index": list(queries),
-            "p_zero_shot": base.tolist(),
+            "p_zero_shot": effects.base.p.tolist(),
             "p_clean": [float(of_query[query]) for query in queries],
             **{
-                f"p_{name}": {str(layer): reached[:, layer, columns[name]].mean(1).tolist() for layer in layers}
-                for name in columns
+                f"p_{name}": {
+                    str(layer): reached[:, layer, columns].mean(1).tolist() for layer in range(reached.shape[1])
+                }
+                for name, columns in _columns(names).items()
             },
         },
     }
+
+
+def _by_vector(edited: torch.Tensor, names: Sequence[str]) -> np.ndarray:
+    """(prompt, layer * n_vectors) as ``Engine.inject`` gives it -> (prompt, layer, vector)."""
+    return edited.numpy().reshape(len(edited), -1, len(names))
+
+
+def _columns(names: Sequence[str]) -> dict[str, list[int]]:
+    return {name: [i for i, other in enumerate(names) if other == name] for name in names}
 
 
 def conclusions(
