@@ -161,24 +161,25 @@ def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-_SEAL = "sha256_of_the_rest"
+SEAL = "sha256_of_the_rest"
+"""The key of a file's hash of itself."""
 
 
 def sealed(content: dict[str, Any]) -> dict[str, Any]:
     """``content`` with a hash of itself, for a JSON file that no status vouches for."""
-    return {**content, _SEAL: sha256_bytes(json_bytes(content))}
+    return {**content, SEAL: sha256_bytes(json_bytes(content))}
 
 
 def unsealed(found: dict[str, Any], path: Path) -> dict[str, Any]:
     """The inverse of ``sealed`` for what was read from ``path``; content without a seal is returned as it is. Raises
     RunError if it is not as it was written."""
-    content = {key: value for key, value in found.items() if key != _SEAL}
+    content = {key: value for key, value in found.items() if key != SEAL}
     try:
-        holds = _SEAL not in found or found[_SEAL] == sha256_bytes(json_bytes(content))
+        holds = SEAL not in found or found[SEAL] == sha256_bytes(json_bytes(content))
     except ValueError:  # NaN, which parses and is never written
         holds = False
     if not holds:
-        raise RunError(f"{path}: has been changed since it was written: it does not match its {_SEAL}")
+        raise RunError(f"{path}: has been changed since it was written: it does not match its {SEAL}")
     return content
 
 
