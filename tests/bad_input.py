@@ -103,6 +103,7 @@ CSV_ROWS = [
             ("a dot at the end", "Q1.", "Windows keeps for itself"),
             ("the report's folder", "Report", "relfv gives to files beside the q_ids' folders"),
             ("a run-wide file", "run_manifest.json.damaged", "relfv gives to files beside the q_ids' folders"),
+            ("another", "cross_fv.json", "relfv gives to files beside the q_ids' folders"),
             ("what --force calls a folder", "Q1.replaced-x", "relfv gives to files beside the q_ids' folders"),
         ]
     ),
@@ -148,6 +149,7 @@ FLAG_ROWS = [
         flags=[(f"--layers={value}",) for value in ("", "0-9", "-1", "0,,1", "nan", "9" * 5000)]),
     Row("status of a folder without results", "$OUT: no qid_status.json here or below; expected the folder that relfv run wrote to", command=("status", "$OUT")),
     Row("report of a folder without results", "$OUT: no q_id here; expected a relation's results folder, e.g. results_fv/relation_qwise/relationA_ex", command=("report", "$OUT")),
+    Row("crossing a folder without results", "$OUT: no q_id here; expected a relation's results folder, e.g. results_fv/relation_qwise/relationA_ex", command=("cross", "$OUT")),
     Row("training with numbers that make no sense", "relfv demo-model: error: argument …: invalid value: …; expected a whole number from … to … (see relfv demo-model --help)",
         command=("demo-model", "train", "--out_dir", "$OUT"), flags=[("--steps=0",), ("--steps=inf",), ("--seed=-1",), ("--seed=nan",)]),
 ]  # fmt: skip

@@ -23,7 +23,18 @@ import torch
 from relfv.errors import InputError, RunError
 from relfv.relations import is_q_id
 from relfv.stats import Stability
-from relfv.storage import json_bytes, read_json, sha256, write_atomic, write_json, write_together
+from relfv.storage import (
+    SEAL,
+    json_bytes,
+    read_json,
+    sealed,
+    sha256_bytes,
+    sha256_file,
+    unsealed,
+    write_atomic,
+    write_json,
+    write_together,
+)
 from relfv.types import (
     MEASURES,
     ArithmeticNoise,
@@ -55,6 +66,11 @@ _HEAD_COLUMNS = [
 
 MANIFEST = "run_manifest.json"
 """Beside the q_ids' folders."""
+CROSS, CROSS_FIGURE = "cross_fv.json", "cross_fv.png"
+"""There as well: they rest on several q_ids."""
+CROSS_SETTINGS = ("model_spec", "dtype", "quant", "precision", "model_identity", "algorithm_version")
+"""Fingerprint fields that q_ids must share for their vectors to be compared."""
+_TARGET_SETTINGS = ("alpha", "n_eval", "allow_query_duplicates", *CROSS_SETTINGS)
 
 
 @dataclass(frozen=True)
@@ -212,6 +228,10 @@ class TrialSnapshot:
         """The query's row of every trial: trials that share it are no independent observations."""
         return [trial["query_source_index"] for trial in self.trials]
 
+    def only(self, chosen: Iterable[int]) -> TrialSnapshot:
+        """The same with the trials of these indices."""
+        return TrialSnapshot(self.meta, [self.trials[index] for index in chosen])
+
 
 def trials_document(
     prompted: Sequence[PromptedTrial], meta: dict[str, Any], collisions: Sequence[dict[str, Any]]
@@ -328,7 +348,7 @@ def write_head_effects(paths: QidPaths, effects: HeadEffects, target_ids: Sequen
             )
     data = "".join(lines).encode()
     _deltas_of.clear()
-    _deltas_of[sha256(data)] = effects.heads, {m: patched[m] - base[m][:, None] for m in MEASURES}
+    _deltas_of[sha256_bytes(data)] = effects.heads, {m: patched[m] - base[m][:, None] for m in MEASURES}
     return write_atomic(paths.metrics, data)
 
 
@@ -336,7 +356,7 @@ def read_deltas(path: Path, measure: str) -> tuple[list[HeadId], np.ndarray]:
     """From trial_metrics.jsonl the heads, sorted, and float64 (trial, head): delta of ``measure``, one of MEASURES."""
     try:
         data = path.read_bytes()
-        kept = _deltas_of.get(digest := sha256(data))
+        kept = _deltas_of.get(digest := sha256_bytes(data))
         if kept is None:
             _deltas_of.clear()
             kept = _deltas_of[digest] = _parse_deltas(data)
@@ -572,6 +592,60 @@ def results_name(model: str, layer: int, n_eval: int) -> str:
 def find_results(folder: Path) -> Path | None:
     """The results file of one layer's folder, if it has one."""
     return next(iter(sorted(folder.glob("step6_results_*.json"))), None)
+
+
+def cross_origin(folder: Path, target: str, sources: Sequence[str], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What the numbers of one ``target`` in cross_fv.json rest on, as it now is: settings, out of the q_id's fingerprint
+    ``fields``, and the sha256 of files by their names in the relation's ``folder``; None where one is missing."""
+    own = QidPaths(folder / target / "artifacts", target)
+    vectors = [QidPaths(folder / source / "artifacts", source).fv for source in sources]
+    return {
+        "settings": {name: fields.get(name) for name in _TARGET_SETTINGS},
+        "files": {
+            path.relative_to(folder).as_posix(): sha256_file(path)
+            for path in (own.zero_shot_trials, own.step6_summary, *vectors)
+        },
+    }
+
+
+def write_cross(folder: Path, document: dict[str, Any], figure: bytes) -> Path:
+    """cross_fv.png, then cross_fv.json with the picture's hash and its own. Call as ``sole_writer``."""
+    content = sealed({**document, "figure": {CROSS_FIGURE: sha256_bytes(figure)}})
+    return write_together({folder / CROSS_FIGURE: figure, folder / CROSS: json_bytes(content)})[-1]
+
+
+def read_cross(folder: Path) -> dict[str, Any]:
+    """What ``write_cross`` wrote, without its own hash. Raises RunError if it is missing or not as it was written."""
+    path = folder / CROSS
+    found = read_json(path)
+    try:
+        sound = {SEAL, "verdict"} <= found.keys() and CROSS_FIGURE in found["figure"]
+        sound &= all(map(is_q_id, found["q_ids"])) and set(found["targets"]) <= set(found["q_ids"])
+        sound &= all({"made_from", "best_layer", "per_layer"} <= entry.keys() for entry in found["targets"].values())
+    except (AttributeError, KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise RunError(f"{path}: is damaged or not a file of relfv cross")
+    return unsealed(found, path)
+
+
+def cross_changes(folder: Path, document: dict[str, Any], fields: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What ``document``, as ``read_cross`` gives it, was made from and is another now, in words. ``fields`` are the
+    fingerprint fields of each q_id, and empty for one that is gone."""
+    changes: dict[str, None] = {}
+    for target, entry in document["targets"].items():
+        then, now = entry["made_from"], cross_origin(folder, target, document["q_ids"], fields[target])
+        changes |= {
+            f"{target}'s {name} was {value}, now {now['settings'][name]}": None
+            for name, value in then["settings"].items()
+            if now["settings"].get(name) != value
+        }
+        changes |= {
+            f"made from another {name}": None
+            for name, digest in then["files"].items()
+            if now["files"].get(name) != digest
+        }
+    return list(changes)
 
 
 def _write_csv(path: Path, rows: list[list[str]]) -> Path:

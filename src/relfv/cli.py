@@ -269,6 +269,20 @@ def _q_list(text: str) -> tuple[str, ...] | None:
     return None if q_ids == ("all",) else q_ids
 
 
+def _cross_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "folder", type=_path, nargs="?", default=DEFAULT_OUT_ROOT / SPEC_CSV.stem, help="a relation's results"
+    )
+    parser.add_argument("--q_list", default="all", help="q_ids, separated by commas, or all that are completed")
+    _model_flags(parser)
+
+
+def _cross(args: argparse.Namespace) -> int:
+    from relfv.cross import cross
+
+    return cross(args.folder, _q_list(args.q_list), lambda base: _settings(args, base))
+
+
 def _step_d_flags(parser: argparse.ArgumentParser) -> None:
     _model_flags(parser)
     _trial_flags(parser, "--relation_n_trials_per_q", "--relation_n_demos")
@@ -419,6 +433,11 @@ def _demo(args: argparse.Namespace) -> int:
 
 _COMMANDS: dict[str, tuple[str, Callable[[Any], None], Command]] = {
     "run": ("Run every stage of every q_id; a restart carries on.", _run_flags, _run),
+    "cross": (
+        "Inject every completed q_id's function vector into every other's prompts (model flags default to the q_ids' own).",
+        _cross_flags,
+        _cross,
+    ),
     "status": ("Say where every q_id stands.", _status_flags, _status),
     "verify": ("Check that results are complete, undamaged and agree; no model is opened.", _verify_flags, _verify),
     "report": ("Make the page of a results folder again.", _report_flags, _report),

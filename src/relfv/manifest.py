@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import platform
@@ -16,14 +15,12 @@ from relfv import ALGORITHM_VERSION, __version__
 from relfv.artifacts import MANIFEST
 from relfv.config import Settings
 from relfv.errors import RunError
-from relfv.storage import json_bytes, move_aside, read_json, sole_writer, write_json
+from relfv.storage import move_aside, read_json, sealed, sole_writer, unsealed, write_json
 
 if TYPE_CHECKING:  # to read a manifest takes no engine
     from relfv.engine.language_model import LanguageModel
 
 log = logging.getLogger(__name__)
-
-_DIGEST = "sha256_of_the_rest"
 
 _LIBRARIES = (
     "torch",
@@ -91,8 +88,7 @@ def write_manifest(folder: Path, run: dict[str, Any]) -> Path:
             earlier = [*previous.pop("earlier_runs", []), previous]
         # Two runs at once take turns: each replaces its own earlier description, wherever the other has put it.
         earlier = [other for other in earlier if _identity(other) != _identity(run)]
-        content = {**run, "earlier_runs": earlier}
-        return write_json(folder / MANIFEST, {**content, _DIGEST: _digest(content)})
+        return write_json(folder / MANIFEST, sealed({**run, "earlier_runs": earlier}))
 
 
 def _identity(run: dict[str, Any]) -> tuple[Any, Any]:
@@ -117,14 +113,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     found = read_json(path)
     if not isinstance(found, dict) or not {"settings", "q_list"} <= found.keys():
         raise RunError(f"{path}: is damaged or not a manifest of relfv")
-    digest = found.pop(_DIGEST, None)  # manifests of relfv 0.1.0 have none
-    if digest is not None and digest != _digest(found):
-        raise RunError(f"{path}: has been changed since it was written: it does not match its {_DIGEST}")
-    return found
-
-
-def _digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json_bytes(content)).hexdigest()
+    return unsealed(found, path)  # manifests of relfv 0.1.0 have no seal
 
 
 def _version(name: str) -> str | None:

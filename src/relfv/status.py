@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath
@@ -211,6 +212,17 @@ def read_status(artifacts_dir: Path) -> QidStatus | None:
     except (RelfvError, ValueError, KeyError, TypeError, AttributeError) as problem:
         raise DamagedStatus(path, f"is damaged or not a status file of relfv ({problem})") from None
     return status
+
+
+def fields_of(folder: Path, q_ids: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """The fingerprint fields of each q_id of a relation's ``folder``, empty where no sound status is."""
+    found: dict[str, dict[str, Any]] = {}
+    for q_id in q_ids:
+        found[q_id] = {}
+        with suppress(RunError):
+            status = read_status(folder / q_id / "artifacts")
+            found[q_id] = status.fingerprint_fields if status else {}
+    return found
 
 
 def read_status_of_results(artifacts_dir: Path) -> QidStatus | None:

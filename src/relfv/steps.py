@@ -23,7 +23,7 @@ from relfv.models.tokens import fed_text
 from relfv.stages.answers import Injection, decode_vector, score_answers
 from relfv.stages.cie import head_effects, measure_of, rank_heads, score_heads, trial_scores
 from relfv.stages.clean_trials import CleanTrials, run_clean_trials
-from relfv.stages.conclusions import conclusions, judge_candidates, numbers_by_layer
+from relfv.stages.conclusions import conclusions, judge_candidates, judge_vectors
 from relfv.stages.controls import CONTROLS, candidate_vectors, inject_candidates
 from relfv.stages.function_vector import build_function_vector, select_heads
 from relfv.stages.injection import InjectionSweep, prompts_to_evaluate, summarize
@@ -353,35 +353,11 @@ def step_zero_shot(trials_path: Path, out: Path) -> StageResult:
     return StageResult([write_json(out, document)], [trials_path], f"{len(prompts)} prompts")
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """The zero-shot trials that vectors are judged on."""
-
-    n_trials: int
-    """In the snapshot, from which these are chosen."""
-    trials: list[dict[str, Any]]
-
-    @property
-    def prompts(self) -> list[str]:
-        """As they are fed."""
-        return [fed_text(trial["corrupted_prompt_str"]) for trial in self.trials]
-
-    @property
-    def target_ids(self) -> list[int]:
-        """First answer tokens."""
-        return [trial["target_first_token_id"] for trial in self.trials]
-
-    @property
-    def queries(self) -> list[int]:
-        """The query's row of each."""
-        return [trial["query_source_index"] for trial in self.trials]
-
-
-def read_evaluation(trials_path: Path, settings: Settings) -> Evaluation:
-    """The trials of the zero-shot snapshot that ``settings`` choose."""
-    trials = artifacts.read_trials(trials_path).trials
-    chosen = prompts_to_evaluate(trials, settings.n_eval, allow_duplicates=settings.allow_query_duplicates)
-    return Evaluation(len(trials), [trials[index] for index in chosen])
+def evaluated(zero_shot: artifacts.TrialSnapshot, settings: Settings) -> artifacts.TrialSnapshot:
+    """The trials whose prompts Step6 evaluates."""
+    return zero_shot.only(
+        prompts_to_evaluate(zero_shot.trials, settings.n_eval, allow_duplicates=settings.allow_query_duplicates)
+    )
 
 
 class Step6:
@@ -389,9 +365,11 @@ class Step6:
 
     def __init__(self, model: LanguageModel, settings: Settings, fv_path: Path, trials_path: Path) -> None:
         self._model, self._settings = model, settings
-        evaluation = read_evaluation(trials_path, settings)
-        self._n_trials, self._trials = evaluation.n_trials, evaluation.trials
-        self._prompts, self._targets = evaluation.prompts, evaluation.target_ids
+        snapshot = artifacts.read_trials(trials_path)
+        self._n_trials = len(snapshot.trials)
+        chosen = evaluated(snapshot, settings)
+        self._trials, self._targets = chosen.trials, chosen.target_ids
+        self._prompts = [fed_text(prompt) for prompt in chosen.prompts("corrupted_prompt_str")]
         self._vector = artifacts.read_function_vector(fv_path)
         self._inputs = [fv_path, trials_path]
         self._sources = {"fv_global_path": fv_path.name, "sampled_trials_path": trials_path.name}
@@ -547,8 +525,8 @@ def step6_controls(
 ) -> StageResult:
     """The vector, held out and beside its controls, at every layer: step6/controls.json."""
     trial_queries = artifacts.read_trials(paths.trials).queries
-    on = read_evaluation(paths.zero_shot_trials, settings)
-    prompts, targets, queries = on.prompts, on.target_ids, on.queries
+    on = evaluated(artifacts.read_trials(paths.zero_shot_trials), settings)
+    prompts, targets, queries = on.prompts("corrupted_prompt_str"), on.target_ids, on.queries
     heads, deltas = artifacts.read_deltas(paths.metrics, measure_of(settings.score_key))
     candidates = candidate_vectors(
         model.arch,
@@ -580,10 +558,10 @@ def step6_controls(
 
 def step6_answers(model: LanguageModel, settings: Settings, paths: QidPaths) -> StageResult:
     """Whole answers without and with the vector held on, at the best layer, and what it decodes to: step6/answers.json."""
-    on = read_evaluation(paths.zero_shot_trials, settings)
+    on = evaluated(artifacts.read_trials(paths.zero_shot_trials), settings)
     layer = read_json(paths.step6_summary)["best_layer"]
     vector = artifacts.read_function_vector(paths.fv)
-    prompts, answers = on.prompts, [trial["answer_ids"] for trial in on.trials]
+    prompts, answers = on.prompts("corrupted_prompt_str"), [trial["answer_ids"] for trial in on.trials]
     both = torch.stack([0 * vector, settings.alpha * vector]).repeat_interleave(len(prompts), 0)
     scored = score_answers(model, 2 * prompts, 2 * answers, Injection(layer, both))
     without, with_it = scored[: len(prompts)], scored[len(prompts) :]
@@ -632,7 +610,7 @@ def step6_answers(model: LanguageModel, settings: Settings, paths: QidPaths) -> 
 
 def step6_sweeps(model: LanguageModel, settings: Settings, paths: QidPaths, trials_per_pass: int | None) -> StageResult:
     """Other alphas and numbers of heads, at every layer: step6/sweeps.json."""
-    on = read_evaluation(paths.zero_shot_trials, settings)
+    on = evaluated(artifacts.read_trials(paths.zero_shot_trials), settings)
     ranked = rank_heads(artifacts.read_scores(paths.cie), settings.score_key)
     alphas, ks = settings.alpha_sweep, settings.k_sweep
     vectors = sweep_vectors(
@@ -644,11 +622,11 @@ def step6_sweeps(model: LanguageModel, settings: Settings, paths: QidPaths, tria
         alphas=alphas,
         ks=ks,
     )
-    ids = [model.tokens.encode(prompt) for prompt in on.prompts]
+    ids = [model.tokens.encode(prompt) for prompt in on.prompts("corrupted_prompt_str")]
     layers = range(model.arch.n_layers)
     effects = model.engine.inject(ids, on.target_ids, vectors, layers, per_pass=trials_per_pass)
     names = [*(f"alpha {alpha}" for alpha in alphas), *(f"k {k}" for k in ks)]
-    numbers = numbers_by_layer(effects, on.target_ids, on.queries, names)
+    numbers = judge_vectors(effects, on.target_ids, on.queries, names)
     per_layer, n = numbers.pop("per_layer"), len(alphas)
     document = {
         "q_id": paths.q_id,

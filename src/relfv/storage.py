@@ -161,6 +161,28 @@ def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
+SEAL = "sha256_of_the_rest"
+"""The key of a file's hash of itself."""
+
+
+def sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """``content`` with a hash of itself, for a JSON file that no status vouches for."""
+    return {**content, SEAL: sha256_bytes(json_bytes(content))}
+
+
+def unsealed(found: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The inverse of ``sealed`` for what was read from ``path``; content without a seal is returned as it is. Raises
+    RunError if it is not as it was written."""
+    content = {key: value for key, value in found.items() if key != SEAL}
+    try:
+        holds = SEAL not in found or found[SEAL] == sha256_bytes(json_bytes(content))
+    except ValueError:  # NaN, which parses and is never written
+        holds = False
+    if not holds:
+        raise RunError(f"{path}: has been changed since it was written: it does not match its {SEAL}")
+    return content
+
+
 def read_json(path: Path) -> Any:
     """Parse a JSON file. Raises RunError that names the file if it is missing or damaged."""
     try:
@@ -186,15 +208,10 @@ def temporaries(folder: Path, *, below: bool = True) -> list[Path]:
     return list(folder.rglob(pattern) if below else folder.glob(pattern))
 
 
-def sha256(data: bytes) -> str:
-    """In hexadecimal."""
-    return hashlib.sha256(data).hexdigest()
-
-
 def sha256_file(path: Path) -> str | None:
     """sha256 of a file's bytes, or None where there is no readable file."""
     try:
-        return sha256(path.read_bytes())
+        return sha256_bytes(path.read_bytes())
     except OSError:
         return None
 
@@ -271,6 +288,11 @@ def holder_is_alive(path: Path) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def sha256_bytes(data: bytes) -> str:
+    """sha256 as hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 A q_id holds if every stage is done, every file is there with its recorded hash, was made from inputs that still have
 theirs, is read by its own reader, and agrees with the others where that is cheap to see; and if no other file is there.
+What lies beside the q_ids, the manifest and cross_fv.json, holds a hash of itself.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from relfv import artifacts
-from relfv.artifacts import MANIFEST, QidPaths
+from relfv.artifacts import CROSS, CROSS_FIGURE, MANIFEST, QidPaths
 from relfv.errors import InputError, RelfvError
 from relfv.manifest import read_manifest
 from relfv.report.table import natural_key
-from relfv.status import STATUS_FILE, QidStatus, read_status_of_results
+from relfv.status import STATUS_FILE, QidStatus, fields_of, read_status_of_results
 from relfv.storage import REPLACED, holder_is_alive, json_bytes, read_json, sha256_file
 
 
@@ -34,13 +35,13 @@ class Problem:
 
 @dataclass(frozen=True)
 class Checked:
-    """What was found in one q_id's folder, or for a relation's manifest."""
+    """What was found in one q_id's folder, or for a relation's manifest or cross_fv.json."""
 
     name: str
-    """``<REL>/<Q>``, or ``<REL>/run_manifest.json``."""
+    """``<REL>/<Q>``, ``<REL>/run_manifest.json`` or ``<REL>/cross_fv.json``."""
     folder: str
     status: str
-    """Of the q_id; empty for a manifest."""
+    """Of the q_id; empty for the others."""
     n_files: int
     problems: list[Problem]
 
@@ -77,7 +78,7 @@ class Verification:
         return json_bytes({"root": str(self.root), "holds": self.holds, "checked": checked}).decode().rstrip()
 
     def to_text(self) -> str:
-        """A line for each q_id and manifest, then the count."""
+        """A line for each q_id and each file beside them, then the count."""
         broken = sum(bool(item.problems) for item in self.checked)
         counted = f"{broken} of {len(self.checked)} do not hold" if broken else f"all {len(self.checked)} hold"
         return "\n".join([*(item.line() for item in self.checked), "", counted])
@@ -103,12 +104,13 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def _check_relation(folder: Path) -> list[Checked]:
-    """Its q_ids, those that the manifest knows and that are gone, and the manifest; nothing if it is no relation."""
+    """Its q_ids, those that the manifest knows and that are gone, cross_fv.json if there, and the manifest; nothing if it
+    is no relation."""
     q_ids = [path for path in _subfolders(folder) if (path / "artifacts").is_dir()]
     manifest = folder / MANIFEST
     # The spec's single commands write no manifest, and no run.log either.
     if not manifest.exists() and not (q_ids and (folder / "run.log").exists()):
-        return [_check_qid(path) for path in q_ids]
+        return [*(_check_qid(path) for path in q_ids), *_check_cross(folder)]
     problems, known = [], []
     try:
         known = [q_id for run in _runs(folder) for q_id in run["q_list"]]
@@ -118,7 +120,29 @@ def _check_relation(folder: Path) -> list[Checked]:
     gone = [folder / q_id for q_id in dict.fromkeys(known) if not (folder / q_id / "artifacts").is_dir()]
     checked = [_check_qid(path) for path in q_ids]
     checked += [Checked(_name(path), str(path), "", 0, [Problem("missing", "artifacts", "")]) for path in gone]
+    checked += _check_cross(folder)
     return [*checked, Checked(f"{folder.resolve().name}/{MANIFEST}", str(folder), "", 1, problems)]
+
+
+def _check_cross(folder: Path) -> list[Checked]:
+    """What relfv cross left in a relation's folder: nothing if it never ran there."""
+    path, figure = folder / CROSS, folder / CROSS_FIGURE
+    if not path.exists() and not figure.exists():
+        return []
+    problems = []
+    try:
+        document = artifacts.read_cross(folder)
+        found, expected = sha256_file(figure), document["figure"][CROSS_FIGURE]
+        if found != expected:
+            problems.append(Problem("damaged" if figure.exists() else "missing", CROSS_FIGURE))
+        changes = artifacts.cross_changes(folder, document, fields_of(folder, document["q_ids"]))
+        problems += [Problem("out of date", CROSS, change) for change in changes]
+        if waiting := [q_id for q_id in document["q_ids"] if q_id not in document["targets"]]:
+            goes_on = f"next: {waiting[0]}; the same 'relfv cross' goes on"
+            problems.append(Problem("unfinished", CROSS, goes_on))
+    except RelfvError as problem:
+        problems.append(Problem("damaged" if path.exists() else "missing", CROSS, _reason(problem, path)))
+    return [Checked(f"{folder.resolve().name}/{CROSS}", str(folder), "", 2, problems)]
 
 
 def _runs(folder: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,5 @@
-"""The two figures of a q_id, as PNG bytes. Numbers come from artifacts; nothing is computed from a model here."""
+"""The two figures of a q_id and the one across q_ids, as PNG bytes. Numbers come from artifacts; nothing is computed from a
+model here."""
 
 from __future__ import annotations
 
@@ -24,6 +25,8 @@ _LABELS = {
 }
 _TITLE_WIDTH = 4.0
 """Inches that a title of usual length needs."""
+_LONGEST_NAME = 16
+"""Letters of a q_id that label a row or column; the JSON file has the rest."""
 
 
 def heatmap_png(scored: Sequence[ScoredHead], metric: str, top: Sequence[ScoredHead], q_id: str) -> bytes:
@@ -98,6 +101,46 @@ def injection_curve_png(
     figure.suptitle(
         f"{q_id}: function vector added at each layer ({n_eval} zero-shot prompts)", fontsize=10, parse_math=False
     )
+    return _png(figure)
+
+
+def cross_png(q_ids: Sequence[str], layers: Mapping[str, int], delta_p: np.ndarray) -> bytes:
+    """``delta_p`` (target, source): mean change in P of each q_id's prompts with each q_id's vector, NaN where there is none
+    yet; ``layers`` has each target's layer. A row's best vector has a dot, the own one is framed.
+
+    Colours are symmetric about zero.
+    """
+    n = len(q_ids)
+    limit = 1.0 if np.isnan(delta_p).all() else float(np.nanmax(np.abs(delta_p))) or 1.0
+    cell = min(0.7, max(0.17, 6.0 / n))  # inches; 2 to 40 q_ids stay legible
+    names = [q_id if len(q_id) <= _LONGEST_NAME else f"{q_id[: _LONGEST_NAME - 1]}…" for q_id in q_ids]
+    rows = [
+        f"{name}, layer {layers[q_id]}" if q_id in layers else name for name, q_id in zip(names, q_ids, strict=True)
+    ]
+    letter = 0.08  # inches, of a tick label
+    below, left = 0.55 + letter * max(map(len, names)), 0.5 + letter * max(map(len, rows))
+    beside = max(0.0, _TITLE_WIDTH + 0.6 - cell * n - left - 1.0)
+    figure, place = _figure(left + cell * n + beside + 1.0, below + cell * n + 0.55)
+    axes = place(left, below, cell * n, cell * n)
+    axes.set_facecolor("0.8")
+    image = axes.imshow(delta_p, cmap="RdBu_r", norm=TwoSlopeNorm(0.0, -limit, limit), aspect="auto")
+    corners = np.array([(-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5)])
+    axes.add_collection(
+        PolyCollection([corners + i for i in range(n)], facecolors="none", edgecolors="black", linewidths=1.2),
+        autolim=False,
+    )
+    known = [i for i in range(n) if not np.isnan(delta_p[i]).all()]
+    axes.plot([int(np.nanargmax(delta_p[i])) for i in known], known, "o", color="black", ms=3.0, mec="white", mew=0.6)
+    axes.set_xticks(range(n), names, rotation=90, fontsize=8, parse_math=False)
+    axes.set_yticks(range(n), rows, fontsize=8, parse_math=False)
+    axes.set_xlabel("function vector of")
+    axes.set_ylabel("prompts of")
+    figure.text(
+        0.5, 1 - 0.12 / figure.get_figheight(), "Function vectors across q_ids (own framed, best dotted)",
+        ha="center", va="top", fontsize=10, parse_math=False,
+    )  # fmt: skip
+    bar = place(left + cell * n + 0.12, below, 0.14, cell * n)
+    figure.colorbar(image, cax=bar, label=_LABELS["mean_delta_p"] if cell * n > 2 else "change in P")
     return _png(figure)
 
 

@@ -9,12 +9,21 @@ from urllib.parse import quote
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from relfv import __version__
-from relfv.artifacts import MANIFEST, QidPaths, read_noise_floor, read_trials
+from relfv.artifacts import (
+    CROSS,
+    CROSS_FIGURE,
+    MANIFEST,
+    QidPaths,
+    cross_changes,
+    read_cross,
+    read_noise_floor,
+    read_trials,
+)
 from relfv.config import Settings
 from relfv.errors import InputError, RelfvError
 from relfv.report.table import find_statuses
-from relfv.status import QidStatus, read_status
-from relfv.storage import read_json, require_no_links, sole_writer, write_atomic
+from relfv.status import QidStatus, fields_of, read_status
+from relfv.storage import read_json, require_no_links, sha256_file, sole_writer, write_atomic
 
 _HEADS_SHOWN = 5
 
@@ -72,6 +81,23 @@ def _content(folder: Path, artifacts_dirs: list[Path]) -> dict[str, Any]:
         "counts": f"{len(states)} q_ids: {counts}",
         "completed": completed,
         "others": others,
+        "cross": _cross(folder),
+    }
+
+
+def _cross(folder: Path) -> dict[str, Any] | None:
+    """What relfv cross found; None where it did not run, or its files are not as it wrote them."""
+    try:
+        document = read_cross(folder)
+    except RelfvError:
+        return None
+    if document["figure"].get(CROSS_FIGURE) != sha256_file(folder / CROSS_FIGURE):
+        return None
+    return {
+        "verdict": document["verdict"],
+        "out_of_date": cross_changes(folder, document, fields_of(folder, document["q_ids"])),
+        "figure": _link(folder, folder / CROSS_FIGURE),
+        "file": _link(folder, folder / CROSS),
     }
 
 

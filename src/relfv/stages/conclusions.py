@@ -29,7 +29,7 @@ def judge_candidates(
         for name, of_name in _mean_p(effects, names).items()
     }
     return {
-        **numbers_by_layer(effects, target_ids, queries, names),
+        **judge_vectors(effects, target_ids, queries, names),
         "by_prompt": {
             "query_source_index": list(queries),
             "p_zero_shot": effects.base.p.tolist(),
@@ -39,7 +39,7 @@ def judge_candidates(
     }
 
 
-def numbers_by_layer(
+def judge_vectors(
     effects: Effects, target_ids: Sequence[int], queries: Sequence[int], names: Sequence[str]
 ) -> dict[str, Any]:
     """``effects`` of every vector of ``names`` after every layer -> accuracy, mean P, and the change of P with its interval.

@@ -1,0 +1,155 @@
+"""Function vectors of other relations: is a q_id's own vector better on its prompts than other q_ids' vectors are?
+
+The control of Todd et al. (2024, section 3.2) that random directions cannot replace: another relation's vector is a vector of the same kind,
+made in the same way. Vectors are added as they are. One that is longer may do more for its length alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from relfv.engine.language_model import LanguageModel
+from relfv.errors import RunError
+from relfv.stages.conclusions import judge_vectors
+from relfv.types import Effects
+
+MEANING = {
+    "sources": "alpha (the target's own) times each q_id's function vector, its own included, added after each layer at the last "
+    "token of the target's Step6 prompts; all sources in one batch",
+    "scale": "vectors are added at their own length, unscaled: see norms before reading a difference as one of direction",
+    "mean_delta_p": "with the vector minus without; ci_low and ci_high at ci_level, clustered by query, for one vector at a time: "
+    "they are not widened for the number of vectors or q_ids",
+    "at_best_layer": "at the layer of step6_all_layers_summary.json, which is the best of all layers for the target's own vector on these "
+    "very prompts, and so favours it; others is the mean over the other q_ids' vectors, taken within a prompt first; "
+    "rank_of_own counts from 1, ties against it",
+    "rank_of_own_each_at_its_best_layer": "the same rank with every vector at the layer of its own largest mean_delta_p",
+    "own": "the target's own vector was made from trials with these very queries, the others were not; controls.json has it held out",
+}
+"""Name -> what it is, for cross_fv.json."""
+
+
+def inject_vectors(
+    model: LanguageModel,
+    prompts: Sequence[str],
+    target_ids: Sequence[int],
+    names: Sequence[str],
+    vectors: torch.Tensor,
+    alpha: float,
+) -> Effects:
+    """``vectors`` float32 (vector, resid_dim), times ``alpha``, after every block: ``edited`` is (prompt, layer * vector).
+
+    Raises RunError, naming the vector, for NaN or infinite logits.
+    """
+    ids = [model.tokens.encode(prompt) for prompt in prompts]
+    effects = model.engine.inject(ids, target_ids, alpha * vectors, range(model.arch.n_layers))
+    broken = (~torch.isfinite(effects.edited.logit)).any(0).nonzero().flatten().tolist()
+    if broken:
+        layer, column = divmod(broken[0], len(names))
+        raise RunError(
+            f"adding the vector of {names[column]} at layer {layer} gives NaN or infinite logits; expected finite numbers (fp16 "
+            "overflows in some models: --dtype bf16, or --precision exact, for relfv run as well)"
+        )
+    return effects
+
+
+def judge_target(
+    effects: Effects,
+    target_ids: Sequence[int],
+    queries: Sequence[int],
+    names: Sequence[str],
+    own: str,
+    best_layer: int,
+) -> dict[str, Any]:
+    """One target's numbers: every vector of ``names`` after every layer, ``own`` against the others at ``best_layer``.
+
+    ``effects`` as ``inject_vectors`` gives them, ``queries`` (prompt,) the prompts' query rows. At least two names.
+    """
+    judged = judge_vectors(effects, target_ids, queries, names)
+    columns = slice(best_layer * len(names), (best_layer + 1) * len(names))
+    at_best = Effects(base=effects.base, edited=effects.edited[:, columns])
+    sides = judge_vectors(at_best, target_ids, queries, ["own" if name == own else "others" for name in names])
+    there = judged["per_layer"][str(best_layer)]
+    highest = {name: max(row[name]["mean_delta_p"] for row in judged["per_layer"].values()) for name in names}
+    mine = there[own]
+    rank = _rank({name: there[name]["mean_delta_p"] for name in names}, own)
+    others = [name for name in names if name != own]
+    best = own if rank == 1 else max(others, key=lambda name: there[name]["mean_delta_p"])
+    mean_of_others = sides["per_layer"]["0"]["others"]
+    mean_of_others.pop("mean_p_of_draws", None)
+    found = {
+        "best_layer": best_layer,
+        "at_best_layer": {
+            "own": mine,
+            "others": mean_of_others,
+            "rank_of_own": rank,
+            "best": best,
+            "not_apart_from_own": [name for name in others if not _apart(there[name], mine)],
+        },
+        "rank_of_own_each_at_its_best_layer": _rank(highest, own),
+    }
+    verdict = _verdict_of_target(found, there[best], len(names))
+    return {"verdict": verdict, **found, "zero_shot": judged["zero_shot"], "per_layer": judged["per_layer"]}
+
+
+def compare_directions(vectors: torch.Tensor) -> tuple[list[float], list[list[float | None]]]:
+    """``vectors`` (vector, resid_dim) -> their lengths, and the cosine of each with each; None with a vector of zeros."""
+    exact = vectors.double().numpy()
+    norms = np.linalg.norm(exact, axis=1)
+    products = exact @ exact.T
+    scale = np.outer(norms, norms)
+    cosine = np.divide(products, scale, out=np.full_like(products, np.nan), where=scale > 0)
+    return norms.tolist(), [[None if np.isnan(value) else value for value in row] for row in cosine.tolist()]
+
+
+def overall_verdict(targets: Mapping[str, Mapping[str, Any]], n_vectors: int) -> str:
+    """One sentence over those entries of ``judge_target`` that are there; they may be fewer than the vectors."""
+    found = [entry["at_best_layer"] for entry in targets.values()]
+    best = [entry for entry in found if entry["rank_of_own"] == 1]
+    n_shown = sum(not entry["not_apart_from_own"] for entry in best)
+    so_far = " done so far" if len(found) < n_vectors else ""
+    words = f"The own vector is the best of {n_vectors} for {len(best)} of {len(found)} q_ids{so_far}"
+    if best:
+        words += f"; that is shown, by an interval above every other vector's, for {n_shown or 'none'} of them"
+    return f"{words} (each at the layer that is best for its own vector on these very prompts, which favours it)."
+
+
+def _verdict_of_target(found: Mapping[str, Any], best: Mapping[str, Any], n_vectors: int) -> str:
+    """One sentence; ``best`` are the numbers of the best vector. What intervals do not show is said not to be shown."""
+    at = found["at_best_layer"]
+    mine, near = at["own"], at["not_apart_from_own"]
+    where = (
+        f"at layer {found['best_layer']} (mean change in P {_signed(mine)}, with the others' {_signed(at['others'])})"
+    )
+    if at["rank_of_own"] == 1:
+        words = f"The own vector is the best of {n_vectors} {where}"
+        if near:
+            other = "vector" if len(near) == 1 else "vectors"
+            words += f"; that it is better than {len(near)} other {other} is not shown, intervals overlap"
+        else:
+            words += ", its interval above every other's"
+    else:
+        shown = (
+            "that this one is better is not shown" if at["best"] in near else "its interval lies above the own one's"
+        )
+        words = f"The own vector ranks {at['rank_of_own']} of {n_vectors} {where}; the best is that of {at['best']} ({_signed(best)}), {shown}"
+    if mine["ci_low"] is None or mine["ci_low"] <= 0:
+        words += "; that the own one raises P at all is not shown"
+    return f"{words}."
+
+
+def _signed(numbers: Mapping[str, Any]) -> str:
+    return f"{numbers['mean_delta_p']:+.3f}"
+
+
+def _rank(values: Mapping[str, float], own: str) -> int:
+    return 1 + sum(values[name] >= values[own] for name in values if name != own)
+
+
+def _apart(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """True if the intervals do not touch; False where one is not known."""
+    ends = [one["ci_low"], one["ci_high"], other["ci_low"], other["ci_high"]]
+    return None not in ends and (one["ci_high"] < other["ci_low"] or other["ci_high"] < one["ci_low"])
