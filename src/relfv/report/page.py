@@ -137,6 +137,7 @@ def _completed(folder: Path, status: QidStatus) -> dict[str, Any]:
         # Folders of earlier versions have none.
         "noise_floor": read_noise_floor(paths.noise_floor) if paths.noise_floor.exists() else None,
         "verdict": read_json(paths.summary)["verdict"] if paths.summary.exists() else None,
+        "sweeps": read_json(paths.sweeps) if paths.sweeps.exists() else None,
         "best_layer": summary["best_layer"],
         "best": read_json(paths.artifacts / layer["eval_summary_path"]),
         "heatmap": _link(folder, paths.heatmap),
