@@ -12,7 +12,8 @@ each answer is plausible (P about 0.3), and the labels say nothing about which r
 Coverage. The truth is a head's mean effect over endless trials of all the relation's rows, patched with the clean mean of
 endless trials; --truth trials stand for endless. Runs patch with ``own`` clean mean, as StepD does, and with the
 ``true`` one, which no real run has: the difference is what the interval does not know of. ``--leave_out`` adds the
-interval that leaves out a query's trials from the clean mean too (a sweep for each query: ten times slower).
+interval that leaves out a query's trials from the clean mean too, as top_heads.json has it of its heads, here of all (ten
+times slower).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from scipy import stats
 from relfv.config import SPEC_CSV
 from relfv.engine.language_model import LanguageModel, open_model
 from relfv.relations import load_relations
-from relfv.stages.cie import head_effects
+from relfv.stages.cie import head_effects, with_error_of_means
 from relfv.stages.clean_trials import run_clean_trials
 from relfv.stages.prompts import prompt_trial
 from relfv.stages.trials import sample_trials
@@ -50,10 +51,9 @@ class Trials:
     z: torch.Tensor
     """float32 (trial, layer, head, head_dim): clean activations."""
 
-    def mean(self, kept: np.ndarray | None = None) -> torch.Tensor:
+    def mean(self) -> torch.Tensor:
         """float32 (layer, head, head_dim)"""
-        z = self.z if kept is None else self.z[torch.from_numpy(kept)]
-        return z.double().mean(0).float()
+        return self.z.double().mean(0).float()
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,16 @@ def coverage_table(model: LanguageModel, relation: Relation, args: argparse.Name
             now = clustered_mean(effects(model, trials, mean)[0], trials.queries)
             found.setdefault(name, []).append(Estimate(now.mean, now.se, now.df))
             if name == "own" and args.leave_out:
-                se = leave_out_se(model, trials, now.mean)
-                found.setdefault("own, left out too", []).append(Estimate(now.mean, se, now.df))
+                arguments = (
+                    trials.prompts,
+                    trials.targets,
+                    trials.z,
+                    all_heads(model),
+                    now.mean.tolist(),
+                    trials.queries,
+                )
+                left_out, _ = with_error_of_means(model, *arguments)
+                found.setdefault("own, left out too", []).append(Estimate(now.mean, left_out.se, now.df))
     lines = [
         f"{relation.q_id}: {args.runs} runs of {args.rows or len(relation.pairs)} of {len(relation.pairs)} rows, "
         f"{np.mean(n_queries):.1f} distinct queries; truth from {args.truth} trials",
@@ -166,17 +174,6 @@ def coverage_table(model: LanguageModel, relation: Relation, args: argparse.Name
                 f"| {called[:, group].sum(1).mean():.1f} | {wrong[:, group].sum() / max(1, called[:, group].sum()):.1%} |"
             )
     return "\n".join(lines)
-
-
-def leave_out_se(model: LanguageModel, trials: Trials, mean: np.ndarray) -> np.ndarray:
-    """sqrt(sum over queries g of (1 - n[g]/n) (m[-g] - m)^2), m[-g] being the mean of the other queries' trials patched
-    with *their* clean mean. Were the clean mean fixed, this would be CR2 to the last digit."""
-    variance = np.zeros_like(mean)
-    for query in np.unique(trials.queries):
-        kept = np.flatnonzero(np.asarray(trials.queries) != query)
-        others = effects(model, trials, trials.mean(kept), kept)[0].mean(0)
-        variance += len(kept) / len(trials.queries) * (others - mean) ** 2
-    return np.sqrt(variance)
 
 
 def scrambled(relations: dict[str, Relation], rows: int, rng: random.Random) -> Relation:
@@ -211,16 +208,17 @@ def read(model: LanguageModel, relation: Relation, *, seed: int, n_trials: int =
     return Trials([item.corrupted_prompt for item in prompted], targets, queries, z)
 
 
-def effects(
-    model: LanguageModel, trials: Trials, mean: torch.Tensor, kept: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def effects(model: LanguageModel, trials: Trials, mean: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """delta_p (trial, head) of patching every head with ``mean``, and P without a patch (trial,)."""
-    which = range(len(trials.prompts)) if kept is None else kept.tolist()
-    heads = [HeadId(layer, head) for layer in range(model.arch.n_layers) for head in range(model.arch.n_heads)]
-    prompts, targets = [trials.prompts[i] for i in which], [trials.targets[i] for i in which]
-    found = head_effects(model, prompts, targets, MeanActivations(mean, len(prompts)), heads).effects
+    means = MeanActivations(mean, len(trials.prompts))
+    found = head_effects(model, trials.prompts, trials.targets, means, all_heads(model)).effects
     base = found.base.p.numpy()
     return found.edited.p.numpy() - base[:, None], base
+
+
+def all_heads(model: LanguageModel) -> list[HeadId]:
+    """By layer, then head."""
+    return [HeadId(layer, head) for layer in range(model.arch.n_layers) for head in range(model.arch.n_heads)]
 
 
 if __name__ == "__main__":

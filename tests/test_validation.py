@@ -73,7 +73,7 @@ def test_the_one_head_that_carries_the_relation_is_found_with_its_true_effect(pl
     model = open_model(str(folder))
     relation = RELATIONS["Q27"]
     paths = run_step_d(model, relation, tmp_path)
-    step_e(model, SPEC, paths, paths.trials, clean_trials(model, paths.trials), paths)
+    step_e(model, SPEC, paths, paths.trials, clean_trials(model, paths.trials), paths, {})
     top = json.loads(paths.top_heads.read_text())["heads"]
 
     first = top[0]
@@ -83,6 +83,7 @@ def test_the_one_head_that_carries_the_relation_is_found_with_its_true_effect(pl
     effect = true_effect(PlainHooks(folder), model.tokens, relation, planted)
     assert effect > 0.3
     assert first["mean_delta_p_ci_low"] < effect < first["mean_delta_p_ci_high"]
+    assert first["leave_query_out"]["ci_low"] < effect < first["leave_query_out"]["ci_high"]
     assert first["mean_delta_p_ci_low"] > 0.1
 
     listed = [head for head in top if HeadId(head["layer"], head["head"]) in dead]

@@ -134,7 +134,7 @@ def run_step_e(stepd_artifacts_dir: Path, sampled_trials_path: Path, out_dir: Pa
     model = _open(settings, status)
 
     def vector() -> StageResult:
-        per_pass = status.trials_per_pass.get("stepE") if status else None
+        per_pass = status.trials_per_pass if status else {}
         clean = clean_trials(model, sampled_trials_path)
         return step_e(model, settings, source, sampled_trials_path, clean, out, per_pass)
 

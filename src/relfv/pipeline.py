@@ -102,7 +102,7 @@ class QidPipeline:
             "stepD_means": lambda: step_d_means(model(), clean(), paths),
             "stepD_cie": lambda: step_d_cie(model(), settings, paths, per_pass.get("stepD_cie")),
             "heatmap": lambda: step_heatmap(paths, settings.score_key, settings.topk),
-            "stepE": lambda: step_e(model(), settings, paths, paths.trials, clean(), paths, per_pass.get("stepE")),
+            "stepE": lambda: step_e(model(), settings, paths, paths.trials, clean(), paths, per_pass),
             "zeroshot": lambda: step_zero_shot(paths.trials, paths.zero_shot_trials),
             **{step6_stage(layer): self._at_layer(layer) for layer in layers},
             **after_step6(self.status, paths, model, clean),

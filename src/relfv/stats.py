@@ -47,16 +47,30 @@ def clustered_mean(values: np.ndarray, clusters: Sequence[int]) -> ClusteredMean
     if n_clusters < 2:
         unknown = np.full(mean.shape, np.inf)
         return ClusteredMean(mean, unknown, mean - unknown, mean + unknown, np.ones(mean.shape), n_clusters, 0.0)
-    share = sizes / n
     residual = member @ (values - mean)
     # A cluster's residuals are too small by its own pull on the mean; CR2 (Bell & McCaffrey 2002) undoes that.
-    se = np.sqrt((residual**2 / (1 - share)[:, None]).sum(0)) / n
+    se = np.sqrt((residual**2 / (1 - sizes / n)[:, None]).sum(0)) / n
+    return _with_interval(mean, se, sizes)
+
+
+def mean_with_left_out(mean: np.ndarray, without: np.ndarray, clusters: Sequence[int]) -> ClusteredMean:
+    """``mean`` (column,) over all trials, with the error that ``without`` (cluster, column) shows: the same estimate from
+    the other clusters alone, everything that it rests on included. Rows in the order of ``np.unique(clusters)``, two or more.
+
+    Where the estimate is nothing but a mean over trials this is ``clustered_mean`` to the last digit.
+    """
+    sizes, _ = _members(clusters)
+    se = np.sqrt(((1 - sizes / sizes.sum())[:, None] * (without - mean) ** 2).sum(0))
+    return _with_interval(mean, se, sizes)
+
+
+def _with_interval(mean: np.ndarray, se: np.ndarray, sizes: np.ndarray) -> ClusteredMean:
     df = min(_satterthwaite(sizes, together) for together in (False, True))
     half = stats.t.ppf(0.5 + LEVEL / 2, df) * se
     with np.errstate(divide="ignore", invalid="ignore"):
         p_value = 2 * stats.t.sf(np.abs(mean / se), df)
     p_value = np.where(se > 0, p_value, np.where(mean == 0, 1.0, 0.0))
-    return ClusteredMean(mean, se, mean - half, mean + half, p_value, n_clusters, df)
+    return ClusteredMean(mean, se, mean - half, mean + half, p_value, len(sizes), df)
 
 
 def _members(clusters: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -7,7 +7,7 @@ their flags, the pipeline with the paths of the layout.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from relfv.engine.language_model import LanguageModel
 from relfv.errors import RunError
 from relfv.models.tokens import fed_text
 from relfv.stages.answers import Injection, decode_vector, score_answers
-from relfv.stages.cie import head_effects, measure_of, rank_heads, score_heads, trial_scores
+from relfv.stages.cie import head_effects, measure_of, rank_heads, score_heads, trial_scores, with_error_of_means
 from relfv.stages.clean_trials import CleanTrials, run_clean_trials
 from relfv.stages.conclusions import conclusions, judge_candidates, judge_vectors
 from relfv.stages.controls import CONTROLS, candidate_vectors, inject_candidates
@@ -206,12 +206,12 @@ def step_e(
     trials_path: Path,
     clean: CleanTrials,
     out: QidPaths,
-    trials_per_pass: int | None = None,
+    trials_per_pass: Mapping[str, int],
 ) -> StageResult:
     """Top heads and function vector from StepD's artifacts in ``source``, and a quick check of it on the trials, whose
     ``clean`` prompts are the reference.
 
-    ``trials_per_pass`` is what the check was made with before, if it was.
+    ``trials_per_pass`` is what its passes were made with before, if they were.
     """
     scored = artifacts.read_scores(source.cie)
     artifacts.require_score(scored, settings.score_key, source.cie)
@@ -237,6 +237,10 @@ def step_e(
         files.append(
             artifacts.write_head_stability(out, stability, shares, k=settings.topk, score_key=settings.score_key)
         )
+    left_out: dict[HeadId, dict[str, float | None]] = {}
+    made_with = {}
+    if shares and "mean_delta_p_fdr" in top[0].scores:
+        left_out, made_with["stepE_heads"] = _left_out(model, snapshot, clean, top, trials_per_pass.get("stepE_heads"))
     fv = build_function_vector(model.arch, means, [head.id for head in top])
     norm = float(fv.total.double().norm())
     shared: dict[str, Any] = {
@@ -255,6 +259,7 @@ def step_e(
             "mean_delta_logprob": head.scores["mean_delta_logprob"],
             "n_trials": head.n_trials,
             **_marks(head, noise, shares.get(head.id)),
+            **({"leave_query_out": left_out[head.id]} if left_out else {}),
         }
         for head in top
     ]
@@ -278,13 +283,38 @@ def step_e(
     sweep = InjectionSweep(
         model, snapshot.prompts("corrupted_prompt_str"), snapshot.target_ids, fv.total, settings.alpha
     )
-    per_pass = sweep.at_layer(0, trials_per_pass).per_pass
+    made_with["stepE"] = sweep.at_layer(0, trials_per_pass.get("stepE")).per_pass
     files.append(write_json(out.step_e_eval, _step_e_eval(model, settings, snapshot.target_ids, sweep, clean)))
     inputs = [source.cie, source.means, trials_path, *judged_by]
     said = f"{len(top)} heads in {len(fv.by_layer)} layers, |FV| {norm:.2f}"
     if called:
         said += f"; {sum(called)} distinguishable from noise"
-    return StageResult(files, inputs, said, {"stepE": per_pass})
+    return StageResult(files, inputs, said, made_with)
+
+
+def _left_out(
+    model: LanguageModel,
+    snapshot: artifacts.TrialSnapshot,
+    clean: CleanTrials,
+    top: Sequence[ScoredHead],
+    trials_per_pass: int | None,
+) -> tuple[dict[HeadId, dict[str, float | None]], int]:
+    """For each head what leaving each query out shows of its mean_delta_p's error, and the trials a pass."""
+    found, per_pass = with_error_of_means(
+        model,
+        snapshot.prompts("corrupted_prompt_str"),
+        snapshot.target_ids,
+        clean.activations,
+        [head.id for head in top],
+        [head.scores["mean_delta_p"] for head in top],
+        snapshot.queries,
+        trials_per_pass=trials_per_pass,
+    )
+    columns = {"se": found.se, "ci_low": found.low, "ci_high": found.high}
+    return {
+        head.id: {name: artifacts.finite(float(values[i])) for name, values in columns.items()}
+        for i, head in enumerate(top)
+    }, per_pass
 
 
 def _marks(head: ScoredHead, noise: float, share_in_top_k: float | None) -> dict[str, Any]:

@@ -150,9 +150,10 @@ class Engine(Protocol):
     ) -> Effects:
         """For each prompt and head: z[layer, head] := replacement[layer, head], one head at a time.
 
-        ``replacement`` is (layer, head, head_dim); ``heads`` are sorted and are the second axis of the result. None
-        replaces each head by its own value in the unpatched copy: a patch that changes nothing, whose effect is
-        whatever the arithmetic makes up (stages/noise_floor.py).
+        ``replacement`` is (layer, head, head_dim), or (len(heads), head_dim), a value for each of ``heads``; these are
+        sorted, may then name a head several times, and are the second axis of the result. None replaces each head by
+        its own value in the unpatched copy: a patch that changes nothing, whose effect is whatever the arithmetic makes
+        up (stages/noise_floor.py).
 
         ``per_pass`` prompts share a forward pass; None leaves the number to the engine. An engine that finds no room
         for so many goes on with fewer; ``Effects.per_pass`` says how many it was.
@@ -178,6 +179,13 @@ class Engine(Protocol):
     def finer(self) -> Engine:
         """The same engine with less rounding, where its arithmetic has a choice: what its rounding is measured with."""
         ...
+
+
+def values_of(replacement: torch.Tensor | None, heads: Sequence[HeadId], device: torch.device) -> torch.Tensor | None:
+    """A value for each of ``heads``, (len(heads), head_dim), on ``device``."""
+    if replacement is not None and replacement.dim() == 3:
+        replacement = replacement[[head.layer for head in heads], [head.head for head in heads]]
+    return None if replacement is None else replacement.to(device)
 
 
 def in_parts(vectors: Vectors, device: torch.device) -> list[torch.Tensor]:

@@ -15,7 +15,7 @@ from itertools import groupby
 
 import torch
 
-from relfv.engine.base import Backbone, Prompts, Vectors, in_parts, of_layer_and_prompts
+from relfv.engine.base import Backbone, Prompts, Vectors, in_parts, of_layer_and_prompts, values_of
 from relfv.engine.hooks import editing_inputs, editing_outputs
 from relfv.engine.readout import read_targets
 from relfv.types import Effects, HeadId, TokenScores
@@ -75,19 +75,19 @@ class ReferenceEngine:
         per_pass: int | None = None,
     ) -> Effects:
         arch = self.backbone.arch
-        values = None if replacement is None else replacement.to(self.backbone.device)
-        groups = [list(group) for _, group in groupby(heads, key=lambda head: head.layer)]
+        values = values_of(replacement, heads, self.backbone.device)
+        groups = [list(group) for _, group in groupby(range(len(heads)), key=lambda column: heads[column].layer)]
         # All batches have one shape, so that the baseline of one is the baseline of all.
         n_rows = 1 + max(len(group) for group in groups)
 
-        def patching(group: list[HeadId], prompt: int) -> AbstractContextManager[None]:
-            layer, index = group[0].layer, [head.head for head in group]
+        def patching(group: list[int], prompt: int) -> AbstractContextManager[None]:
+            layer, index = heads[group[0]].layer, [heads[column].head for column in group]
             rows = list(range(1, 1 + len(group)))
 
             def patch(z: torch.Tensor) -> torch.Tensor:
                 z = z.clone()
                 last = z[:, -1].view(len(z), arch.n_heads, arch.head_dim)
-                last[rows, index] = last[0, index] if values is None else values[layer, index].to(z.dtype)
+                last[rows, index] = last[0, index] if values is None else values[group].to(z.dtype)
                 return z
 
             return editing_inputs([(arch.out_projs[layer], patch)])

@@ -23,13 +23,23 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import torch
 from transformers import DynamicCache
 
 from relfv.engine.attention import Prefix, attending_to
-from relfv.engine.base import Backbone, Prompts, Vectors, in_parts, of_layer_and_prompts, pad_right, prompt_chunks
+from relfv.engine.base import (
+    Backbone,
+    Prompts,
+    Vectors,
+    in_parts,
+    of_layer_and_prompts,
+    pad_right,
+    prompt_chunks,
+    values_of,
+)
 from relfv.engine.hooks import editing_inputs, editing_outputs
 from relfv.engine.readout import read_targets
 from relfv.engine.reference import ReferenceEngine
@@ -59,12 +69,9 @@ class SharedPrefixEngine:
     ) -> Effects:
         if self.backbone.depends_on_company(prompts):
             return ReferenceEngine(self.backbone).sweep_heads(prompts, targets, replacement, heads)
-        by_layer: dict[int, list[int]] = {}
-        for head in heads:
-            by_layer.setdefault(head.layer, []).append(head.head)
-        values = None if replacement is None else replacement.to(self.backbone.device)
+        values = values_of(replacement, heads, self.backbone.device)
         return self._in_chunks(
-            prompts, targets, len(heads), per_pass, lambda _: _head_patches(self.backbone, by_layer, values)
+            prompts, targets, len(heads), per_pass, lambda _: _head_patches(self.backbone, heads, values)
         )
 
     def inject(
@@ -198,33 +205,35 @@ def _run_last_tokens(backbone: Backbone, last: torch.Tensor, prefix: Prefix) -> 
 
 
 def _head_patches(
-    backbone: Backbone, by_layer: dict[int, list[int]], replacement: torch.Tensor | None
+    backbone: Backbone, heads: Sequence[HeadId], values: torch.Tensor | None
 ) -> AbstractContextManager[None]:
-    """Before block l: one copy of the unpatched token for each head of ``by_layer[l]``; then overwrite its slice, by
-    the same head's slice of copy 0 where there is no ``replacement``."""
+    """Before block l: one copy of the unpatched token for each of ``heads`` in layer l; then overwrite its slice by the
+    head's own of ``values``, or by the same head's slice of copy 0 where there are none."""
     arch = backbone.arch
 
     def grower(count: int) -> Callable[[torch.Tensor], torch.Tensor]:
         return lambda hidden: _grown(hidden, hidden[:, :1], count)
 
-    def patcher(layer: int, heads: list[int]) -> Callable[[torch.Tensor], torch.Tensor]:
-        index = torch.tensor(heads, device=backbone.device)
-        given = None if replacement is None else replacement[layer, index]
+    def patcher(own_heads: list[int], given: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
+        index = torch.tensor(own_heads, device=backbone.device)
 
         def patch(z: torch.Tensor) -> torch.Tensor:
             n, copies, _ = z.shape
             z = z.contiguous()  # ours, and edited in place: attention's output is read by this projection alone
             by_head = z.view(n, copies, arch.n_heads, arch.head_dim)
-            own = torch.arange(copies - len(heads), copies, device=z.device)
+            own = torch.arange(copies - len(index), copies, device=z.device)
             by_head[:, own, index] = by_head[:, 0, index] if given is None else given.to(z.dtype)
             return z
 
         return patch
 
     edits: list[tuple[Any, Callable[[torch.Tensor], torch.Tensor | None]]] = []
-    for layer, heads in by_layer.items():
-        edits.append((arch.blocks[layer], grower(len(heads))))
-        edits.append((arch.out_projs[layer], patcher(layer, heads)))
+    start = 0
+    for layer, group in groupby(heads, key=lambda head: head.layer):
+        own_heads = [head.head for head in group]
+        part = slice(start, start := start + len(own_heads))
+        edits.append((arch.blocks[layer], grower(len(own_heads))))
+        edits.append((arch.out_projs[layer], patcher(own_heads, None if values is None else values[part])))
     return editing_inputs(edits)
 
 

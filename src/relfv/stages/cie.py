@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from relfv.engine.language_model import LanguageModel
 from relfv.errors import InputError
-from relfv.stats import clustered_mean, false_discovery
+from relfv.stats import ClusteredMean, clustered_mean, false_discovery, mean_with_left_out
 from relfv.types import MEASURES, HeadEffects, HeadId, MeanActivations, ScoredHead
 
 
@@ -68,6 +69,41 @@ def _uncertainty(delta_p: np.ndarray, queries: Sequence[int]) -> dict[str, np.nd
         "mean_delta_p_p_value": found.p_value,
         "mean_delta_p_fdr": false_discovery(found.p_value),
     }
+
+
+def with_error_of_means(
+    model: LanguageModel,
+    corrupted_prompts: Sequence[str],
+    target_ids: Sequence[int],
+    activations: torch.Tensor,
+    heads: Sequence[HeadId],
+    mean_delta_p: Sequence[float],
+    queries: Sequence[int],
+    *,
+    trials_per_pass: int | None = None,
+) -> tuple[ClusteredMean, int]:
+    """Intervals of the ``heads``' ``mean_delta_p`` that know of the clean means' own error, and the trials a pass.
+
+    A clean mean over 25 trials is an estimate that all trials share; what it adds to the error cannot be seen in their
+    differences. So each query's trials are left out of both, the clean mean and the mean over trials: another patch of
+    each head for each query, ``activations`` (trial, layer, head, head_dim) being the clean ones. With one query nothing
+    is known of the error.
+    """
+    order = sorted(range(len(heads)), key=lambda i: heads[i])
+    mean, n_queries = np.asarray(mean_delta_p), len(set(queries))
+    if n_queries < 2:
+        return clustered_mean(np.broadcast_to(mean, (len(queries), len(heads))), queries), 1
+    kept = np.asarray(queries)[None] != np.unique(queries)[:, None]
+    shares = torch.from_numpy(kept / kept.sum(1, keepdims=True))
+    columns = [heads[i] for i in order for _ in range(n_queries)]
+    values = torch.cat([shares @ activations[:, heads[i].layer, heads[i].head].double() for i in order]).float()
+    ids = [model.tokens.encode(prompt) for prompt in corrupted_prompts]
+    found = model.engine.sweep_heads(ids, target_ids, values, columns, per_pass=trials_per_pass)
+    delta = found.edited.measures()["p"] - found.base.measures()["p"][:, None]
+    delta = delta.reshape(len(ids), len(heads), n_queries)
+    without = np.empty((n_queries, len(heads)))
+    without[:, order] = np.einsum("gt,thg->gh", shares.numpy(), delta)
+    return mean_with_left_out(mean, without, queries), found.per_pass
 
 
 def trial_scores(deltas: np.ndarray, score_key: str) -> np.ndarray:
