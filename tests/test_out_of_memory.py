@@ -88,7 +88,7 @@ def test_the_checks_and_injections_of_later_stages_shrink_on_their_own(
         assert run(llama_path, csv_path, tmp_path) == 0
     artifacts, undisturbed = tmp_path / "pairs/A1/artifacts", finished / "A1/artifacts"
     status = json.loads((artifacts / "qid_status.json").read_text())
-    assert status["trials_per_pass"] == {"stepD_cie": 1, "stepE": 6, "step6": 5, "step6_controls": 1}
+    assert status["trials_per_pass"] == {"stepD_cie": 1, "stepE_heads": 1, "stepE": 6, "step6": 5, "step6_controls": 1}
     for layer in range(3):
         name = f"step6/layer_{layer}/eval_summary.json"
         expected = json.loads((undisturbed / name).read_text())

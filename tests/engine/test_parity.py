@@ -168,6 +168,27 @@ def test_layers_and_prompts_may_have_their_own_vectors(engine_type: Any, per_pas
     assert torch.equal(one_by_one.edited.logprob, together.edited.logprob)
 
 
+def test_coming_back_to_prompts_gives_the_same_bits_without_running_their_prefix_again() -> None:
+    t = truth(LLAMA)
+    heads, engine, other = all_heads(t.backbone), SharedPrefixEngine(t.backbone), list(reversed(t.prompts))
+    seen: list[int] = []
+    count = t.backbone.decoder.register_forward_pre_hook(
+        lambda _, __, kw: seen.append(kw["input_ids"].shape[1]), with_kwargs=True
+    )
+    try:
+        first = engine.sweep_heads(t.prompts, t.targets, t.values, heads)
+        engine.sweep_heads(other, t.targets, t.values, heads)
+        anew = engine.inject(t.prompts, t.targets, t.vectors, [1])
+        kept = engine.inject(t.prompts, t.targets, t.vectors, [1])
+        again = engine.sweep_heads(t.prompts, t.targets, t.values, heads)
+    finally:
+        count.remove()
+    longest = max(len(prompt) for prompt in t.prompts)
+    assert seen == [longest - 1, 1, longest - 1, 1, longest - 1, 1, 1, 1]
+    assert torch.equal(again.edited.logprob, first.edited.logprob)
+    assert torch.equal(kept.edited.logprob, anew.edited.logprob)
+
+
 def test_prompts_do_not_depend_on_what_shares_their_batch() -> None:
     backbone = backbone_of(FAST["Mistral: window"])
     prompts, targets = prompts_of_different_length()

@@ -18,10 +18,9 @@ copy 0 + vector. The model's own modules do all the work, driven by hooks; what 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
 from typing import Any
@@ -41,14 +40,33 @@ from relfv.engine.base import (
     values_of,
 )
 from relfv.engine.hooks import editing_inputs, editing_outputs
+from relfv.engine.memory import shrinking
 from relfv.engine.readout import read_targets
 from relfv.engine.reference import ReferenceEngine
 from relfv.errors import RunError
 from relfv.types import Effects, HeadId, TokenScores
 
-log = logging.getLogger(__name__)
-
 _CPU_BUDGET = 2 << 30
+
+
+class KeptPrefix:
+    """The prefix of the last pass: the stages of a q_id come back to the same prompts again and again."""
+
+    def __init__(self) -> None:
+        self._prompts: tuple[tuple[int, ...], ...] = ()
+        self._prefix: Prefix | None = None
+
+    def of(self, backbone: Backbone, prompts: Prompts) -> Prefix:
+        """That of ``prompts``, kept or made; one that is kept has the bits of one made anew. Call inside ``running``."""
+        wanted = tuple(map(tuple, prompts))
+        if self._prefix is None or self._prompts != wanted:
+            self.forget()  # before there are two
+            self._prefix, self._prompts = prefill(backbone, prompts), wanted
+        return self._prefix
+
+    def forget(self) -> None:
+        """Release its memory."""
+        self._prefix = None
 
 
 @dataclass
@@ -56,6 +74,7 @@ class SharedPrefixEngine:
     """See the module's text."""
 
     backbone: Backbone
+    kept: KeptPrefix = field(default_factory=KeptPrefix, repr=False)
     name = "shared_prefix"
 
     def sweep_heads(
@@ -102,7 +121,7 @@ class SharedPrefixEngine:
     @cached_property
     def _finer(self) -> SharedPrefixEngine:
         pieces = replace(self.backbone.pieces, difference=max(2, self.backbone.pieces.difference))
-        return SharedPrefixEngine(replace(self.backbone, pieces=pieces))
+        return SharedPrefixEngine(replace(self.backbone, pieces=pieces), self.kept)  # prefixes have no differences
 
     def _in_chunks(
         self,
@@ -112,26 +131,14 @@ class SharedPrefixEngine:
         per_pass: int | None,
         edit: Callable[[slice], AbstractContextManager[None]],
     ) -> Effects:
-        """Run ``per_pass`` prompts at a time, or as many as fit; after an out-of-memory error all of them again, half
-        as many at a time, so that one number says how the whole result was made."""
+        """Run ``per_pass`` prompts at a time, or as many as fit."""
+
+        def attempt(size: int) -> list[TokenScores]:
+            parts = prompt_chunks(prompts, size)
+            return [self._pass(prompts[part], targets[part], n_edits, edit(part)) for part in parts]
+
         size = min(len(prompts), per_pass or self._prompts_that_fit(prompts, n_edits))
-        scores: list[TokenScores] | None = None
-        while scores is None:
-            try:
-                scores = [
-                    self._pass(prompts[part], targets[part], n_edits, edit(part))
-                    for part in prompt_chunks(prompts, size)
-                ]
-            except torch.OutOfMemoryError:
-                if size == 1:
-                    raise RunError(
-                        "out of memory with one prompt at a time; free memory on the device, or use "
-                        "--precision fast, --quant 4bit or a larger device"
-                    ) from None
-            if scores is None:  # outside the except clause, whose traceback keeps the failed pass's tensors alive
-                size = max(1, size // 2)
-                torch.cuda.empty_cache()
-                log.warning("out of memory: going on with %d prompts at a time", size)
+        scores, size = shrinking(size, attempt, release=self.kept.forget)
         joined = TokenScores.cat(scores)
         return Effects(base=joined[:, 0], edited=joined[:, 1:], per_pass=size)
 
@@ -146,7 +153,7 @@ class SharedPrefixEngine:
         # Like the edits' tensors it goes to the device first: a copy from the host waits for everything queued before.
         last = torch.tensor([[prompt[-1]] for prompt in prompts], device=self.backbone.device)
         with self.backbone.running():
-            prefix = prefill(self.backbone, prompts)
+            prefix = self.kept.of(self.backbone, prompts)
             with attending_to(prefix, self.backbone), self.backbone.multiplying_differences(), edits:
                 hidden = _run_last_tokens(self.backbone, last, prefix)
             if hidden.shape[1] != 1 + n_edits:

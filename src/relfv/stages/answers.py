@@ -13,13 +13,14 @@ import torch
 from relfv.engine.base import Backbone, Prompts, last_hidden, pad_right
 from relfv.engine.hooks import editing_outputs
 from relfv.engine.language_model import LanguageModel
+from relfv.engine.memory import shrinking
 
 N_TOP = 5
 N_DECODED = 10
 MAX_TOKENS = 16
 """Of an answer that is written out; longer ones count as not matched."""
 
-_PROMPTS_A_PASS, _TOKENS_A_CHUNK = 50, 256
+_PROMPTS_A_PASS, _TOKENS_A_CHUNK = 50, 64
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,14 @@ def score_answers(
 ) -> list[ScoredAnswer]:
     """Score ``answers`` (token ids) after ``prompts``, with ``injection`` from the last prompt token on, if given."""
     ids = [model.tokens.encode(prompt) for prompt in prompts]
-    found: list[ScoredAnswer] = []
+
+    def attempt(size: int) -> list[ScoredAnswer]:
+        parts = model.backbone.passes(ids, size)
+        scored = [_score(model.backbone, ids[p], answers[p], injection and injection.of(p)) for p in parts]
+        return list(itertools.chain.from_iterable(scored))
+
     with model.backbone.running():
-        for part in model.backbone.passes(ids, _PROMPTS_A_PASS):
-            found += _score(model.backbone, ids[part], answers[part], injection and injection.of(part))
-    return found
+        return shrinking(_PROMPTS_A_PASS, attempt)[0]
 
 
 def decode_vector(model: LanguageModel, vector: torch.Tensor) -> list[tuple[int, float]]:

@@ -89,21 +89,26 @@ def with_error_of_means(
     each head for each query, ``activations`` (trial, layer, head, head_dim) being the clean ones. With one query nothing
     is known of the error.
     """
-    order = sorted(range(len(heads)), key=lambda i: heads[i])
     mean, n_queries = np.asarray(mean_delta_p), len(set(queries))
     if n_queries < 2:
         return clustered_mean(np.broadcast_to(mean, (len(queries), len(heads))), queries), 1
     kept = np.asarray(queries)[None] != np.unique(queries)[:, None]
     shares = torch.from_numpy(kept / kept.sum(1, keepdims=True))
-    columns = [heads[i] for i in order for _ in range(n_queries)]
-    values = torch.cat([shares @ activations[:, heads[i].layer, heads[i].head].double() for i in order]).float()
     ids = [model.tokens.encode(prompt) for prompt in corrupted_prompts]
-    found = model.engine.sweep_heads(ids, target_ids, values, columns, per_pass=trials_per_pass)
-    delta = found.edited.measures()["p"] - found.base.measures()["p"][:, None]
-    delta = delta.reshape(len(ids), len(heads), n_queries)
     without = np.empty((n_queries, len(heads)))
-    without[:, order] = np.einsum("gt,thg->gh", shares.numpy(), delta)
-    return mean_with_left_out(mean, without, queries), found.per_pass
+    order = sorted(range(len(heads)), key=lambda i: heads[i])
+    at_once = max(1, model.arch.n_layers * model.arch.n_heads // n_queries)  # no more copies than a sweep of all heads
+    per_pass = trials_per_pass
+    for start in range(0, len(order), at_once):
+        group = order[start : start + at_once]
+        columns = [heads[i] for i in group for _ in range(n_queries)]
+        values = torch.cat([shares @ activations[:, heads[i].layer, heads[i].head].double() for i in group]).float()
+        found = model.engine.sweep_heads(ids, target_ids, values, columns, per_pass=per_pass)
+        per_pass = found.per_pass
+        delta = found.edited.measures()["p"] - found.base.measures()["p"][:, None]
+        by_query = delta.reshape(len(ids), len(group), n_queries)
+        without[:, group] = np.einsum("qt,thq->qh", shares.numpy(), by_query)
+    return mean_with_left_out(mean, without, queries), per_pass or 1
 
 
 def trial_scores(deltas: np.ndarray, score_key: str) -> np.ndarray:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from relfv.engine.base import capture_heads, reading_blocks
+from relfv.engine.base import Backbone, Prompts, capture_heads, reading_blocks
 from relfv.engine.language_model import LanguageModel
+from relfv.engine.memory import shrinking
 from relfv.engine.readout import read_targets
 from relfv.types import MeanActivations, TokenScores
 
@@ -37,14 +38,17 @@ class CleanTrials:
 def run_clean_trials(model: LanguageModel, clean_prompts: Sequence[str], target_ids: Sequence[int]) -> CleanTrials:
     """Run the clean prompts once and keep what later stages need of them."""
     ids = [model.tokens.encode(prompt) for prompt in clean_prompts]
-    activations, hidden, scores = [], [], []
     with model.backbone.running():
-        for part in model.backbone.passes(ids, _PROMPTS_A_PASS):
-            with reading_blocks(model.backbone, ids[part]) as blocks:
-                z, final = capture_heads(model.backbone, ids[part])
-            activations.append(z)
-            hidden.append(torch.stack([blocks[layer] for layer in range(model.arch.n_layers)]).cpu())
-            scores.append(read_targets(model.backbone, final[:, None], target_ids[part])[:, 0])
-    return CleanTrials(
-        torch.cat(activations), torch.cat(hidden, dim=1).double().mean(1).float(), TokenScores.cat(scores)
-    )
+        return shrinking(_PROMPTS_A_PASS, lambda size: _run(model.backbone, ids, target_ids, size))[0]
+
+
+def _run(backbone: Backbone, ids: Prompts, target_ids: Sequence[int], size: int) -> CleanTrials:
+    activations, hidden, scores = [], [], []
+    for part in backbone.passes(ids, size):
+        with reading_blocks(backbone, ids[part]) as blocks:
+            z, final = capture_heads(backbone, ids[part])
+        activations.append(z)
+        hidden.append(torch.stack([blocks[layer] for layer in range(backbone.arch.n_layers)]).cpu())
+        scores.append(read_targets(backbone, final[:, None], target_ids[part])[:, 0])
+    mean_hidden = torch.cat(hidden, dim=1).double().mean(1).float()
+    return CleanTrials(torch.cat(activations), mean_hidden, TokenScores.cat(scores))
