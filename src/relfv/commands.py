@@ -212,9 +212,8 @@ def run_step6(fv_path: Path, trials_path: Path, edit_layer: int, out_dir: Path, 
 def _conclude_when_whole(status: QidStatus, paths: QidPaths, model: LanguageModel) -> None:
     if all(status.intact(step6_stage(layer)) for layer in status.expected_layers):
         bodies = after_step6(status, paths, lambda: model, lambda: clean_trials(model, paths.trials))
-        for name in status.stage_names:
-            if name in bodies:
-                run_recorded(status, Stage(name, bodies[name]))
+        for name, run in bodies.items():
+            run_recorded(status, Stage(name, run))
 
 
 def _settings_within(status: QidStatus | None, overlay: Overlay, *, stage: str) -> Settings:

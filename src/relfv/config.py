@@ -67,7 +67,7 @@ class Settings:
     trust_remote_code: bool = False
     """Run code that comes with the checkpoint."""
     alpha_sweep: tuple[float, ...] = ()
-    """Also add the vector so many times, at every layer; in a file of its own."""
+    """Also add the vector so many times, at every layer; in a file of its own. In a status: what has been swept, or is."""
     k_sweep: tuple[int, ...] = ()
     """Also add the vectors of so many best heads, likewise."""
 
@@ -92,7 +92,7 @@ class Settings:
         return bool(self.alpha_sweep or self.k_sweep)
 
     def with_sweeps_of(self, other: Settings) -> Settings:
-        """With its own sweeps and those of ``other``: what has been asked for once stays."""
+        """With its own sweeps and those of ``other``: what has been swept once stays."""
         return replace(
             self,
             alpha_sweep=tuple(sorted({*self.alpha_sweep, *other.alpha_sweep})),

@@ -82,9 +82,33 @@ class QidPipeline:
         require_frozen_trials(self.status)
         if not self.status.expected_layers:
             self.status.expected_layers = list(range(self._model().arch.n_layers))
-        self.status.set("running")
-        self.run_stages(self.status.stage_names)
+        if not is_complete(self.status):
+            self.status.set("running")
+            self.run_stages(self.status.stage_names)
         self.status.set("completed")
+
+    def run_sweeps(self, asked: Settings) -> None:
+        """Add the alphas and k that ``asked`` has to those of a completed q_id.
+
+        Whatever stops it, the q_id stays completed, with the sweeps that it had.
+        """
+        status = self.status
+        if status.has_sweeps_of(asked):
+            return
+        before, settings = status.stages.get(SWEEPS), status.settings
+        wanted = settings.with_sweeps_of(asked)
+        # Of other values another number of prompts may fit.
+        per_pass = status.trials_per_pass.get(SWEEPS) if wanted == settings else None
+        status.settings = wanted
+        try:
+            run_recorded(status, Stage(SWEEPS, lambda: step6_sweeps(self._model(), wanted, self.paths, per_pass)))
+        except BaseException:
+            if before is None or before.status == "completed":  # else a killed run has left what it was about to do
+                status.settings = settings
+                del status.stages[SWEEPS]
+                status.stages |= {SWEEPS: before} if before else {}
+                status.write()
+            raise
 
     def run_stages(self, names: Sequence[str]) -> None:
         """Of the named stages, run those that are missing, damaged, or made from inputs that have changed since."""
@@ -131,7 +155,6 @@ def after_step6(
         ),
         "step6_answers": lambda: step6_answers(model(), settings, paths),
         "summary": lambda: write_summary(paths),
-        SWEEPS: lambda: step6_sweeps(model(), settings, paths, status.trials_per_pass.get(SWEEPS)),
     }
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,17 +87,16 @@ class Plan:
     def new_status(self, q_id: str) -> QidStatus:
         """A pending status for a q_id that has none."""
         relation, settings = self.relations[q_id], self.request.settings
+        settings = replace(settings, alpha_sweep=(), k_sweep=())  # what has been swept
         fields = fingerprint_fields(settings, rows_sha256=rows_sha256(relation), model_identity=self.model_identity)
         return QidStatus(self.artifacts_dir(q_id), q_id, settings, fields, q_row_count=len(relation.pairs))
 
     def status_on_disk(self, q_id: str) -> QidStatus | None:
-        """The status in the q_id's folder, with the request's sweeps added to what is to be done. Raises DamagedStatus if results lie there that no status vouches for."""
+        """The status in the q_id's folder. Raises DamagedStatus if results lie there that no status vouches for."""
         artifacts_dir = self.artifacts_dir(q_id)
         found = read_status_of_results(artifacts_dir)
         if found and found.q_id != q_id:
             raise DamagedStatus(artifacts_dir / STATUS_FILE, f"is damaged or of another q_id ({found.q_id})")
-        if found:
-            found.ask_for_sweeps_of(self.request.settings)
         return found
 
     def found_status(self, q_id: str) -> QidStatus | None:
@@ -233,7 +232,8 @@ def _run_one(plan: Plan, q_id: str, model: LanguageModel) -> str:
     with ExitStack() as stack:
         holder = stack.enter_context(plan.locked(q_id))
         if holder:
-            log.warning("%s is being run by %s; left to it", q_id, holder)
+            also = "; for its sweeps run the same command again" if plan.request.settings.sweeps else ""
+            log.warning("%s is being run by %s; left to it%s", q_id, holder, also)
             return "left to another run"
         # Read under the lock: since the plan was made another run may have come and gone, with other settings.
         try:
@@ -244,22 +244,26 @@ def _run_one(plan: Plan, q_id: str, model: LanguageModel) -> str:
         if differences := describe_differences(status, plan.new_status(q_id)):
             log.error("%s was meanwhile begun by another run: %s; left alone", q_id, ", ".join(differences))
             return "failed"
-        if status.status == "completed" and is_complete(status):
+        if _is_done(plan, status):
             log.info("%s was meanwhile completed by another run", q_id)
             return status.status
         pipeline = QidPipeline(status, plan.relations[q_id], plan.csv_sha256, lambda: model)
         try:
             stack.enter_context(logging_to(pipeline.paths.log))
             pipeline.run()
-        except RelfvError as problem:
-            log.error("%s failed: %s", q_id, problem)
-            _record(status, "failed", str(problem))
+            pipeline.run_sweeps(plan.request.settings)
         except Exception as problem:  # a q_id's failure, whatever it is, is recorded and does not stop the others
-            log.error("%s failed: %s: %s", q_id, type(problem).__name__, problem)
-            log.debug("traceback", exc_info=True)
-            _record(status, "failed", f"{type(problem).__name__}: {problem}")
+            reason = str(problem) if isinstance(problem, RelfvError) else f"{type(problem).__name__}: {problem}"
+            log.error("%s failed: %s", q_id, reason)
+            log.debug("traceback", exc_info=not isinstance(problem, RelfvError))
+            if status.status == "completed":
+                log.warning("%s: only its sweeps are missing; everything else is complete", q_id)
+            else:
+                _record(status, "failed", reason)
+            return "failed"
         except BaseException:  # SIGINT or SIGTERM: say where it stands, then let it through
-            _record(status, "pending", "interrupted; the same command goes on from here")
+            if status.status != "completed":
+                _record(status, "pending", "interrupted; the same command goes on from here")
             log.warning("%s interrupted; what was finished is on disk, and the same command goes on from there", q_id)
             raise
         return status.status
@@ -312,14 +316,16 @@ def _queue(plan: Plan, unreadable: Collection[str], afresh: Collection[str]) -> 
             continue
         if reason := plan.skip_reason(q_id):
             skipped[q_id] = reason
-        elif plan.request.force or q_id in afresh or not _is_done(plan, q_id):
+        elif plan.request.force or q_id in afresh or not _is_done(plan, plan.status_on_disk(q_id)):
             todo.append(q_id)
     return skipped, todo
 
 
-def _is_done(plan: Plan, q_id: str) -> bool:
-    found = plan.status_on_disk(q_id)
-    return found is not None and found.status == "completed" and is_complete(found)
+def _is_done(plan: Plan, found: QidStatus | None) -> bool:
+    """True if a q_id has all that is asked for."""
+    if found is None or found.status != "completed" or not is_complete(found):
+        return False
+    return found.has_sweeps_of(plan.request.settings)
 
 
 def _write_waiting(plan: Plan, skipped: Mapping[str, str], todo: Sequence[str]) -> None:
@@ -405,6 +411,8 @@ def _what_would_happen(plan: Plan, q_id: str) -> str:
         return "move the earlier results aside, then run"
     if differences := describe_differences(found, plan.new_status(q_id)):
         return f"refuse: {', '.join(differences)}"
-    if found.status == "completed" and is_complete(found):
+    if _is_done(plan, found):
         return "completed, nothing to do"
+    if found.status == "completed" and is_complete(found):
+        return "completed, sweeps to be added"
     return f"run (now {found.status})"

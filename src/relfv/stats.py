@@ -159,31 +159,15 @@ MIN_GAP = 0.05
 """Between probabilities: a share of a smaller gap says nothing."""
 
 
-def share_of_gap(
-    low: np.ndarray,
-    high: np.ndarray,
-    reached: np.ndarray,
-    clusters: Sequence[int],
-    *,
-    seed: str,
-    n_bootstrap: int = 2000,
-) -> Interval | None:
-    """(mean reached - mean low) / (mean high - mean low) over prompts (prompt,), with a percentile bootstrap over
-    clusters. None where the gap is below MIN_GAP, or so near it that one bootstrap sample in forty has none."""
-    sizes, member = _members(clusters)
-    sums = np.stack([member @ values for values in (low, high, reached)], axis=1)
-    rng = np.random.default_rng(np.frombuffer(seed.encode(), dtype=np.uint8).tolist())
-    counts = rng.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), size=n_bootstrap)
-    bottom, top, got = (np.vstack([np.ones(len(sizes)), counts]) @ sums).T / (
-        np.vstack([np.ones(len(sizes)), counts]) @ sizes
-    )
-    gap = top - bottom
-    if gap[0] < MIN_GAP or (gap[1:] <= 0).mean() > (1 - LEVEL) / 2:
+def share_of_gap(low: np.ndarray, high: np.ndarray, reached: np.ndarray, clusters: Sequence[int]) -> Interval | None:
+    """(mean reached - mean low) / (mean high - mean low) over prompts (prompt,), its interval from the linearised ratio
+    with errors clustered as in ``clustered_mean``. None where the gap is below MIN_GAP or not clearly above 0."""
+    gap = clustered_mean((high - low)[:, None], clusters)
+    if gap.mean[0] < MIN_GAP or not gap.low[0] > 0:
         return None
-    usable = gap > 0
-    shares = (got - bottom)[usable] / gap[usable]
-    ends = np.quantile(shares[1:], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(float(shares[0]), float(ends[0]), float(ends[1]))
+    share = float((reached - low).mean() / gap.mean[0])
+    error = clustered_mean(((reached - low - share * (high - low)) / gap.mean[0])[:, None], clusters)
+    return Interval(share, share + float(error.low[0]), share + float(error.high[0]))
 
 
 def layer_chosen_by_others(values: np.ndarray, clusters: Sequence[int]) -> np.ndarray:

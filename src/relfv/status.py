@@ -25,7 +25,7 @@ STEP_D = ("stepD_trials", "stepD_means", "stepD_cie")
 AFTER_STEP6 = ("step6_summary", "injection_curve", "step6_controls", "step6_answers", "summary")
 STEP6_STAGE = "step6_layer_"
 SWEEPS = "step6_sweeps"
-"""Only where settings ask for it."""
+"""On request, and no part of what makes a q_id complete."""
 
 
 def step6_stage(layer: int) -> str:
@@ -72,7 +72,7 @@ class QidStatus:
     stages: dict[str, StageRecord] = field(default_factory=dict)
     q_row_count: int = 0
     trials_per_pass: dict[str, int] = field(default_factory=dict)
-    """stepD_cie, stepE, step6 -> how many prompts shared a forward pass. Batch shapes change low-order bits, so a stage
+    """stepD_cie, stepE_heads, stepE, step6, step6_controls, step6_sweeps -> how many prompts shared a forward pass. Batch shapes change low-order bits, so a stage
     that is made again, on whatever device, uses the number it was first made with."""
 
     @property
@@ -110,15 +110,13 @@ class QidStatus:
 
     @property
     def stage_names(self) -> list[str]:
-        """All stages of this q_id, in order."""
-        return [*stage_names(self.expected_layers), *([SWEEPS] if self.settings.sweeps else [])]
+        """The stages that make this q_id complete, in order."""
+        return stage_names(self.expected_layers)
 
-    def ask_for_sweeps_of(self, settings: Settings) -> None:
-        """Add the alphas and k of ``settings`` to what is to be done; what was done of others stays with it."""
+    def has_sweeps_of(self, settings: Settings) -> bool:
+        """True if the alphas and k of ``settings``, and those that were swept before, are swept and intact."""
         wanted = self.settings.with_sweeps_of(settings)
-        if (wanted.alpha_sweep, wanted.k_sweep) != (self.settings.alpha_sweep, self.settings.k_sweep):
-            self.settings = wanted
-            self.stages.pop(SWEEPS, None)
+        return not wanted.sweeps or (wanted == self.settings and self.intact(SWEEPS))
 
     def has_results(self) -> bool:
         """True if any stage has left files: what another experiment must not be mixed with."""

@@ -578,6 +578,7 @@ def step6_controls(
         "n_eval": len(prompts),
         "n_queries": len(set(queries)),
         "precision": model.precision,
+        "mean_norm_added": {name: settings.alpha * norm for name, norm in candidates.norms().items()},
         **judged,
     }
     inputs = [paths.trials, paths.zero_shot_trials, paths.metrics, paths.fv, paths.top_heads]
@@ -671,20 +672,21 @@ def step6_sweeps(model: LanguageModel, settings: Settings, paths: QidPaths, tria
         "alpha": tabulate(per_layer, names[:n], alphas, vectors[:n]),
         "k": tabulate(per_layer, names[n:], ks, vectors[n:]),
     }
-    said = "; ".join(
-        f"P at the best layer, {name} "
-        + ", ".join(f"{entry['value']:g}: {entry['mean_p']:.2f}" for entry in document[name])
-        for name in ("alpha", "k")
-        if document[name]
-    )
+    said = []
+    for name in ("alpha", "k"):
+        swept = [entry for entry in document[name] if entry["mean_p"] is not None]
+        if swept:
+            best = max(swept, key=lambda entry: entry["mean_p"])
+            where = f"P {best['mean_p']:.2f} at layer {best['best_layer']}"
+            said.append(f"best of {len(document[name])} {name}: {best['value']:g} ({where})")
     inputs = [paths.zero_shot_trials, paths.cie, paths.means]
-    return StageResult([write_json(paths.sweeps, document)], inputs, said, {SWEEPS: effects.per_pass})
+    return StageResult([write_json(paths.sweeps, document)], inputs, "; ".join(said), {SWEEPS: effects.per_pass})
 
 
 def write_summary(paths: QidPaths) -> StageResult:
     """What may be concluded, from the other files alone: summary.json."""
     top, controls = read_json(paths.top_heads), read_json(paths.controls)
     stability = read_json(paths.head_stability) if paths.head_stability.exists() else None
-    document = {"q_id": paths.q_id, **conclusions(top, controls, stability, seed=paths.q_id)}
+    document = {"q_id": paths.q_id, **conclusions(top, controls, stability)}
     inputs = [path for path in (paths.top_heads, paths.controls, paths.head_stability) if path.exists()]
     return StageResult([write_json(paths.summary, document)], inputs, document["verdict"])

@@ -18,7 +18,7 @@ from relfv.artifacts import CROSS, CROSS_FIGURE, MANIFEST, QidPaths
 from relfv.errors import InputError, RelfvError
 from relfv.manifest import read_manifest
 from relfv.report.table import natural_key
-from relfv.status import STATUS_FILE, QidStatus, fields_of, read_status_of_results
+from relfv.status import STATUS_FILE, SWEEPS, QidStatus, fields_of, read_status_of_results
 from relfv.storage import REPLACED, holder_is_alive, json_bytes, read_json, sha256_file
 
 
@@ -184,6 +184,8 @@ def _unfinished(status: QidStatus) -> Iterator[Problem]:
     if status.status == "skipped":
         return
     records, names = status.stages, status.stage_names
+    if SWEEPS in records and records[SWEEPS].status != "completed":
+        yield Problem("unfinished", "step6/sweeps.json", "the same 'relfv run' makes it again")
     missing = [name for name in names if name not in records or records[name].status != "completed"]
     if status.status == "completed" and status.expected_layers and not missing:
         return
@@ -250,6 +252,7 @@ def _inconsistent(status: QidStatus) -> list[Problem]:
     paths = QidPaths(status.artifacts_dir, status.q_id)
     try:
         stories = [*_step_d_story(status, paths), *_vector_story(status, paths), *_step6_story(status, paths)]
+        stories += _sweeps_story(status, paths)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RelfvError) as problem:
         return [Problem("inconsistent", STATUS_FILE, f"the files' contents do not fit each other ({problem!r})")]
     stories.append(
@@ -333,6 +336,13 @@ def _step6_story(status: QidStatus, paths: QidPaths) -> Story:
         kept = [entry[name] for name in ("acc_base", "acc_with", "score_value")]
         own = [summary[name] for name in ("acc_base", "acc_with", overall["score_key"])]
         yield paths.step6_summary, f"the numbers of layer {layer}", kept == own
+
+
+def _sweeps_story(status: QidStatus, paths: QidPaths) -> Story:
+    if SWEEPS in status.stages:
+        found, settings = read_json(paths.sweeps), status.settings
+        swept = tuple(tuple(entry["value"] for entry in found[name]) for name in ("alpha", "k"))
+        yield paths.sweeps, "the alphas and k of qid_status.json", swept == (settings.alpha_sweep, settings.k_sweep)
 
 
 def _is_of_a_run(status: QidStatus) -> bool:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import pytest
 from relfv.stages.conclusions import conclusions
 
 N = 12
+DRAWN = ("random_heads", "random_heads_scaled", "random_direction")
 
 
-def controls(zero: float, clean: float, **reached: float) -> dict[str, Any]:
+def controls(zero: float, clean: float, draws: Sequence[float] = (0.1,), **reached: float) -> dict[str, Any]:
     """controls.json of two layers and twelve prompts: nothing happens at layer 0, ``reached`` at layer 1."""
     wobble = [0.02 * (i % 3 - 1) for i in range(N)]
     return {
@@ -19,7 +21,10 @@ def controls(zero: float, clean: float, **reached: float) -> dict[str, Any]:
         "n_queries": N,
         "meaning": dict.fromkeys(reached, "..."),
         "zero_shot": {"acc": 0.0, "mean_p": zero},
-        "per_layer": {layer: {name: {"acc": 0.5} for name in reached} for layer in ("0", "1")},
+        "per_layer": {
+            layer: {name: {"acc": 0.5, **({"mean_p_of_draws": draws} if name in DRAWN else {})} for name in reached}
+            for layer in ("0", "1")
+        },
         "by_prompt": {
             "query_source_index": list(range(N)),
             "p_zero_shot": [zero + w for w in wobble],
@@ -33,25 +38,44 @@ TOP = {"heads": [{}] * 20, "meta": {"n_distinguishable": 17}}
 
 
 def said(found: dict[str, Any], top: dict[str, Any] = TOP, overlap: float | None = 0.81) -> str:
-    return conclusions(top, found, {"half_overlap": overlap}, seed="s")["verdict"]
+    return conclusions(top, found, {"half_overlap": overlap, "chance_overlap": 0.02})["verdict"]
 
 
 def test_the_verdict_says_what_the_numbers_say() -> None:
     verdict = said(controls(0.1, 0.9, fv=0.7, held_out=0.66, random_heads=0.14, random_direction=0.1, mean_hidden=0.3))
     assert verdict.startswith(
-        "17 of the top 20 heads are distinguishable from noise; two halves of the queries agree on 81%"
+        "17 of the top 20 heads are distinguishable from noise; two halves of the queries agree on 81% of them (by chance 2%)"
     )
     assert "closes 75% (95% CI" in verdict
     assert "at layer 1, the best of all on these very prompts (12 distinct queries)" in verdict
     assert "; 70% (95% CI" in verdict
-    assert "with vector and layer from other queries alone" in verdict
+    assert "with each query's own trials left out of means, ranking and choice of layer" in verdict
     assert "other heads' vectors 5%, random directions of its length 0%, the mean hidden state 25%" in verdict
     assert "is not shown" not in verdict
 
 
 def test_a_control_that_does_as_much_takes_the_claim_back() -> None:
-    verdict = said(controls(0.1, 0.9, fv=0.7, held_out=0.66, random_heads=0.71, random_direction=0.1))
-    assert "a control's overlap: that the effect is the relation's own is not shown" in verdict
+    for rival in DRAWN:
+        verdict = said(controls(0.1, 0.9, fv=0.7, held_out=0.66, **{rival: 0.71}))
+        assert verdict.endswith("reaches the vector's interval: that the effect is the relation's own is not shown.")
+    one_draw = said(controls(0.1, 0.9, draws=[0.1, 0.1, 0.1, 0.1, 0.75], fv=0.7, random_heads_scaled=0.23))
+    assert one_draw.endswith("the relation's own is not shown.")
+
+
+def test_a_share_that_may_be_nothing_is_not_called_one() -> None:
+    found = controls(0.1, 0.9, fv=0.3, held_out=0.12)
+    found["by_prompt"]["p_held_out"]["1"] = [0.02, 0.4] + [0.08] * (N - 2)
+    verdict = said(found)
+    assert verdict.count("so that it closes any of it is not shown") == 1
+    assert verdict.endswith("choice of layer, so that it closes any of it is not shown.")
+
+
+def test_a_control_that_overflows_is_left_out() -> None:
+    found = controls(0.1, 0.9, fv=0.7, random_direction=0.1)
+    found["by_prompt"]["p_random_direction"]["1"][3] = None
+    verdict = said(found)
+    assert "closes 75%" in verdict
+    assert "Controls" not in verdict
 
 
 def test_no_share_is_claimed_where_there_is_no_gap() -> None:

@@ -25,7 +25,7 @@ def judge_candidates(
     """
     of_query = {query: clean.p.numpy()[np.asarray(clean_queries) == query].mean() for query in set(clean_queries)}
     by_prompt = {
-        f"p_{name}": {str(layer): values.tolist() for layer, values in enumerate(of_name.T)}
+        f"p_{name}": {str(layer): _finite_list(values) for layer, values in enumerate(of_name.T)}
         for name, of_name in _mean_p(effects, names).items()
     }
     return {
@@ -57,13 +57,13 @@ def judge_vectors(
         for layer in range(correct.shape[1]):
             found = per_layer[str(layer)][name] = {
                 "acc": float(correct[:, layer, draws].mean()),
-                "mean_p": float(of_name[:, layer].mean()),
-                "mean_delta_p": float(delta.mean[layer]),
+                "mean_p": _finite(of_name[:, layer].mean()),
+                "mean_delta_p": _finite(delta.mean[layer]),
                 "ci_low": _finite(delta.low[layer]),
                 "ci_high": _finite(delta.high[layer]),
             }
             if len(draws) > 1:
-                found["mean_p_of_draws"] = reached[:, layer, draws].mean(0).tolist()
+                found["mean_p_of_draws"] = _finite_list(reached[:, layer, draws].mean(0))
     return {
         "ci_level": LEVEL,
         "zero_shot": {"acc": float((effects.base.top_id.numpy() == wanted).mean()), "mean_p": float(base.mean())},
@@ -79,7 +79,7 @@ def _mean_p(effects: Effects, names: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 def conclusions(
-    top_heads: dict[str, Any], controls: dict[str, Any], stability: dict[str, Any] | None, *, seed: str
+    top_heads: dict[str, Any], controls: dict[str, Any], stability: dict[str, Any] | None
 ) -> dict[str, Any]:
     """From top_heads.json, controls.json and head_stability.json the numbers that the verdict rests on, and the verdict.
 
@@ -94,30 +94,38 @@ def conclusions(
     zero, clean = np.array(prompts["p_zero_shot"]), np.array(prompts["p_clean"])
 
     def share(reached: np.ndarray) -> Interval | None:
-        return None if np.isnan(reached).any() else share_of_gap(zero, clean, reached, queries, seed=seed)
+        return None if np.isnan(reached).any() else share_of_gap(zero, clean, reached, queries)
 
     shares = {name: share(reached[:, best]) for name, reached in by_layer.items()}
     if "held_out" in by_layer:
         shares["held_out, layer_chosen_by_others"] = share(layer_chosen_by_others(by_layer["held_out"], queries))
+    gap = clean.mean() - zero.mean()
+    of_draws = {
+        name: [(p - zero.mean()) / gap for p in numbers["mean_p_of_draws"]]
+        for name, numbers in controls["per_layer"][layers[best]].items()
+        if shares.get(name) and "mean_p_of_draws" in numbers
+    }
     heads = top_heads["heads"]
     document: dict[str, Any] = {
         "verdict": "",
         "n_heads": len(heads),
         "n_heads_distinguishable": top_heads["meta"].get("n_distinguishable"),
         "half_overlap_of_top_heads": stability and stability["half_overlap"],
+        "chance_overlap_of_top_heads": stability and stability["chance_overlap"],
         "n_eval": controls["n_eval"],
         "n_queries": controls["n_queries"],
         "layer": int(layers[best]),
         "p": {
             "zero_shot": float(zero.mean()),
             "clean": float(clean.mean()),
-            **{name: float(reached[:, best].mean()) for name, reached in by_layer.items()},
+            **{name: _finite(reached[:, best].mean()) for name, reached in by_layer.items()},
         },
         "acc": {
             "zero_shot": controls["zero_shot"]["acc"],
             **{name: controls["per_layer"][layers[best]][name]["acc"] for name in by_layer},
         },
         "share_of_gap": {name: found and vars(found) for name, found in shares.items()},
+        "share_of_gap_of_draws": of_draws,
         "ci_level": LEVEL,
     }
     document["verdict"] = _verdict(document)
@@ -126,7 +134,7 @@ def conclusions(
 
 def _by_layer(prompts: dict[str, Any], name: str, layers: Sequence[str]) -> np.ndarray:
     """(prompt, layer)"""
-    return np.array([prompts[f"p_{name}"][layer] for layer in layers]).T
+    return np.array([prompts[f"p_{name}"][layer] for layer in layers], dtype=np.float64).T
 
 
 def _verdict(found: dict[str, Any]) -> str:
@@ -140,7 +148,8 @@ def _of_heads(found: dict[str, Any]) -> str:
         return ""
     words = f"{called} of the top {n} heads are distinguishable from noise"
     if overlap is not None:
-        words += f"; two halves of the queries agree on {overlap:.0%} of them"
+        chance = found["chance_overlap_of_top_heads"]
+        words += f"; two halves of the queries agree on {overlap:.0%} of them (by chance {chance:.0%})"
     return words + "."
 
 
@@ -159,11 +168,17 @@ def _of_vector(found: dict[str, Any]) -> str:
         )
     words = (
         f"The function vector closes {_percent(share['fv'])} of the gap between zero-shot and clean prompts at {where}"
+        f"{_unless_shown(share['fv'])}"
     )
     held_out = share.get("held_out, layer_chosen_by_others")
     if held_out:
-        words += f"; {_percent(held_out)} with vector and layer from other queries alone"
+        left_out = "with each query's own trials left out of means, ranking and choice of layer"
+        words += f"; {_percent(held_out)} {left_out}{_unless_shown(held_out)}"
     return words + "."
+
+
+def _unless_shown(share: dict[str, float]) -> str:
+    return "" if share["low"] > 0 else ", so that it closes any of it is not shown"
 
 
 def _of_controls(found: dict[str, Any]) -> str:
@@ -172,6 +187,7 @@ def _of_controls(found: dict[str, Any]) -> str:
         f"{words} {_rounded(share[name]['value'])}"
         for name, words in (
             ("random_heads", "other heads' vectors"),
+            ("random_heads_scaled", "the same stretched to its length"),
             ("random_direction", "random directions of its length"),
             ("mean_hidden", "the mean hidden state"),
         )
@@ -180,9 +196,10 @@ def _of_controls(found: dict[str, Any]) -> str:
     if not parts:
         return ""
     words = f"Controls at that layer: {', '.join(parts)}."
-    rivals = [share[name] for name in ("random_heads", "random_direction") if share.get(name)]
-    if share["fv"] and any(rival["high"] >= share["fv"]["low"] for rival in rivals):
-        words += " The vector's interval and a control's overlap: that the effect is the relation's own is not shown."
+    rivals = [name for name in ("random_heads", "random_heads_scaled", "random_direction") if share.get(name)]
+    highest = [max(share[name]["high"], *found["share_of_gap_of_draws"].get(name, [])) for name in rivals]
+    if share["fv"] and any(reached >= share["fv"]["low"] for reached in highest):
+        words += " A random control, or one draw of it, reaches the vector's interval: that the effect is the relation's own is not shown."
     return words
 
 
@@ -195,4 +212,9 @@ def _rounded(share: float) -> str:
 
 
 def _finite(value: float) -> float | None:
+    """None, which JSON has, for infinities and NaN, which it has not: an interval of one query, a vector that overflows."""
     return float(value) if np.isfinite(value) else None
+
+
+def _finite_list(values: np.ndarray) -> list[float | None]:
+    return [_finite(value) for value in values]

@@ -19,6 +19,7 @@ CONTROLS = {
     "held_out": "for each prompt the vector in which its own query's trials had no part: mean activations and heads from the "
     "other queries' trials alone (the query's pair may still be a demo in those; with ten rows it always is)",
     "random_heads": "the vector of as many heads, drawn from those that were not selected; mean over draws",
+    "random_heads_scaled": "the same vectors, stretched to the function vector's length; mean over draws",
     "random_direction": "the function vector's length in a random direction; mean over draws",
     "mean_hidden": "the mean hidden state of the clean prompts after the layer that it is added to: a vector of the task and "
     "of everything else (the layer average of Todd et al. 2024)",
@@ -37,6 +38,13 @@ class Candidates:
     """One for each vector; several draws share one."""
     parts: tuple[torch.Tensor, ...]
     """The vectors in the order of ``names``, as ``Engine.inject`` takes them, float32."""
+
+    def norms(self) -> dict[str, float]:
+        """Name -> mean length of its vectors, over draws, prompts and layers."""
+        means = torch.cat([part.double().norm(dim=-1).mean((0, 1)) for part in self.parts]).numpy()
+        return {
+            name: float(means[[other == name for other in self.names]].mean()) for name in dict.fromkeys(self.names)
+        }
 
 
 def candidate_vectors(
@@ -64,8 +72,14 @@ def candidate_vectors(
     directions *= fv.double().norm() / directions.norm(dim=1, keepdim=True)
     n_trials = len(trial_queries)
     of_others = _vectors(arch, clean.activations, np.full((len(draws), n_trials), 1 / n_trials), draws)
-    names = ["fv", *["random_heads"] * len(draws), *["random_direction"] * N_DRAWS]
-    parts = [torch.cat([fv.double()[None], of_others, directions])[None, None]]
+    stretched = fv.double().norm() * torch.nn.functional.normalize(of_others, dim=1)
+    names = [
+        "fv",
+        *["random_heads"] * len(draws),
+        *["random_heads_scaled"] * len(draws),
+        *["random_direction"] * N_DRAWS,
+    ]
+    parts = [torch.cat([fv.double()[None], of_others, stretched, directions])[None, None]]
     if len(set(trial_queries)) > 1:
         held_out = _held_out(arch, clean.activations, trial_queries, trial_scores, heads, len(selected), prompt_queries)
         names.append("held_out")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from relfv.models.families import Architecture
@@ -44,8 +43,7 @@ def tabulate(
     entries = []
     for name, value, vector in zip(names, values, vectors, strict=True):
         own = {layer: numbers[name] for layer, numbers in per_layer.items()}
-        best = int(np.argmax([numbers["mean_p"] for numbers in own.values()]))
-        layer = list(own)[best]
+        layer = max(own, key=lambda layer: own[layer]["mean_p"] or 0.0)  # None: the vector overflows
         entries.append(
             {
                 "value": value,
