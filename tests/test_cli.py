@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -49,3 +51,13 @@ def test_debug_shows_where_an_error_came_from_and_nothing_else_does(capsys: pyte
     assert "Traceback" not in capsys.readouterr().err
     assert main(["run", "--relation_csv_path", "nowhere.csv", "--debug"]) == 2
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_had_enough_is_no_error(finished: Path) -> None:
+    """``relfv verify ... | head -1``"""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "relfv", "verify", str(finished)]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -336,3 +336,18 @@ def test_links_lead_no_write_outside(copied: Path, tmp_path: Path, capsys: pytes
 def test_prompts_are_those_of_step6(tree: Path) -> None:
     trials = read_trials(tree / "A1/artifacts/sampled_trials_zeroshot.json")
     assert document(tree)["targets"]["A1"]["n_eval"] == len(set(trials.queries)) < len(trials.trials)
+
+
+def test_a_q_id_that_is_being_run_again_does_not_narrow_what_is_there(
+    copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (copied / "cross_fv.json").read_bytes()
+    path = copied / "B2/artifacts/qid_status.json"
+    path.write_text(path.read_text().replace('"status": "completed"', '"status": "running"', 1))
+    assert main(["cross", str(copied)]) == 2
+    assert "cross_fv.json has B2, not completed now; let 'relfv run' finish, or name by --q_list" in (
+        capsys.readouterr().err
+    )
+    assert (copied / "cross_fv.json").read_bytes() == before
+    assert main(["cross", str(copied), "--q_list", "A1,D4"]) == 0
+    assert list(document(copied)["targets"]) == ["A1", "D4"]

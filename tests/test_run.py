@@ -436,3 +436,44 @@ def test_sweeps_asked_for_later_leave_every_other_file_and_earlier_sweeps_as_the
     assert "opened" not in capsys.readouterr().err
     (copied / "A1/artifacts/step6/sweeps.json").unlink()
     assert run_with() == second
+
+
+def test_sweeps_that_fail_leave_the_q_id_completed(
+    copied: Path, csv_path: Path, llama_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    in_the_way = copied / "A1/artifacts/step6/sweeps.json"
+    in_the_way.mkdir()
+    command = arguments(llama_path, csv_path, copied.parent, "--q_list", "A1")
+    assert main([*command, "--dry_run", "--k_sweep", "3"]) == 0
+    assert "completed, sweeps to be added" in capsys.readouterr().out
+    assert main([*command, "--k_sweep", "3"]) == 1
+    assert "A1: only its sweeps are missing" in capsys.readouterr().err
+    found = status(copied, "A1")
+    assert (found["status"], found["config"]["k_sweep"]) == ("completed", [])
+    assert "step6_sweeps" not in found["stages"]
+    assert main(command) == 0
+    assert "everything is completed" in capsys.readouterr().err
+    in_the_way.rmdir()
+    assert main([*command, "--k_sweep", "3"]) == 0
+    assert main(["verify", str(copied)]) == 0
+
+
+def test_sweeps_killed_on_the_way_are_made_by_whichever_run_comes_next(
+    copied: Path, csv_path: Path, llama_path: Path
+) -> None:
+    command = arguments(llama_path, csv_path, copied.parent, "--q_list", "A1")
+    assert main([*command, "--alpha_sweep", "0.5"]) == 0
+    path = copied / "A1/artifacts/qid_status.json"
+    killed = json.loads(path.read_text())
+    killed["config"]["alpha_sweep"] = [0.5, 2.0]  # as it is written when the stage begins
+    killed["stages"]["step6_sweeps"] |= {"status": "running", "finished_at": None}
+    path.write_text(json.dumps(killed))
+    assert main(["verify", str(copied)]) == 1
+    assert main(command) == 0
+    swept = json.loads((copied / "A1/artifacts/step6/sweeps.json").read_text())
+    assert [entry["value"] for entry in swept["alpha"]] == [0.5, 2.0]
+    assert main(["verify", str(copied)]) == 0
+    document = json.loads(path.read_text())
+    document["config"]["alpha_sweep"].append(4.0)
+    path.write_text(json.dumps(document))
+    assert main(["verify", str(copied)]) == 1

@@ -89,18 +89,25 @@ def test_a_list_of_real_heads_is_stable_and_one_of_noise_is_not() -> None:
     assert not np.array_equal(found.in_top_k, top_k_stability(noise, clusters, 20, seed="b").in_top_k)
 
 
-def test_the_share_of_a_gap_and_its_interval() -> None:
+@pytest.mark.parametrize("n", [5, 10, 25])
+def test_the_interval_of_a_share_covers_it_with_skewed_probabilities_of_few_queries(n: int) -> None:
     rng = np.random.default_rng(5)
+    low, high = rng.beta(1, 4, 100_000), rng.beta(6, 1.5, 100_000)
+    reached = np.clip(low + (high - low) * 0.9 * rng.beta(3, 1.2, 100_000), 0, 1)
+    truth = (reached - low).mean() / (high - low).mean()
     covered = []
-    for _ in range(200):
-        n = 30
-        low = np.clip(0.2 + 0.05 * rng.standard_normal(n), 0, 1)
-        high = np.clip(0.9 + 0.05 * rng.standard_normal(n), 0, 1)
-        reached = low + 0.6 * (high - low) + 0.1 * rng.standard_normal(n)
-        found = share_of_gap(low, high, reached, range(n))
-        assert found is not None
-        covered.append(found.low <= 0.6 <= found.high)
-    assert 0.88 < np.mean(covered) <= 0.99
+    for _ in range(400):
+        i = rng.integers(0, 100_000, n)
+        found = share_of_gap(low[i], high[i], reached[i], range(n))
+        if found:
+            assert found.value == pytest.approx((reached - low)[i].mean() / (high - low)[i].mean())
+            covered.append(found.low <= truth <= found.high)
+    assert len(covered) > 350
+    assert 0.87 < np.mean(covered) < 0.98
+
+
+def test_a_single_query_gives_no_share() -> None:
+    assert share_of_gap(np.zeros(3), np.ones(3), np.full(3, 0.9), [1, 1, 1]) is None
 
 
 def test_no_share_is_given_of_a_gap_that_is_not_there() -> None:

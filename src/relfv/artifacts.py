@@ -213,6 +213,8 @@ class TrialSnapshot:
     meta: dict[str, Any]
     trials: list[dict[str, Any]]
     """The file's own trial objects, complete."""
+    queries: list[int]
+    """The query of every trial, by the first row that has its input: trials that share it are no independent observations."""
 
     def prompts(self, key: str) -> list[str]:
         """``clean_prompt_str`` or ``corrupted_prompt_str`` of every trial."""
@@ -223,14 +225,10 @@ class TrialSnapshot:
         """First answer token of every trial."""
         return [trial["target_first_token_id"] for trial in self.trials]
 
-    @property
-    def queries(self) -> list[int]:
-        """The query's row of every trial: trials that share it are no independent observations."""
-        return [trial["query_source_index"] for trial in self.trials]
-
     def only(self, chosen: Iterable[int]) -> TrialSnapshot:
         """The same with the trials of these indices."""
-        return TrialSnapshot(self.meta, [self.trials[index] for index in chosen])
+        kept = list(chosen)
+        return TrialSnapshot(self.meta, [self.trials[i] for i in kept], [self.queries[i] for i in kept])
 
 
 def trials_document(
@@ -270,7 +268,7 @@ def read_trials(path: Path) -> TrialSnapshot:
         raise InputError(f"{path}: no such file; expected a trial snapshot, as StepD or 'relfv zeroshot' write it")
     document = read_json(path)
     try:
-        snapshot = TrialSnapshot(document["meta"], document["trials"])
+        snapshot = TrialSnapshot(document["meta"], document["trials"], _queries(document["trials"]))
         _ = snapshot.target_ids, snapshot.prompts("corrupted_prompt_str")
         if not all(is_q_id(trial["q_id"]) for trial in snapshot.trials):  # file names are made of it
             raise KeyError("q_id")
@@ -279,6 +277,16 @@ def read_trials(path: Path) -> TrialSnapshot:
     if not snapshot.trials:
         raise RunError(f"{path}: holds no trials")
     return snapshot
+
+
+def _queries(trials: Sequence[dict[str, Any]]) -> list[int]:
+    """Rows that have the same input count as one query: a pair that stands in the CSV twice is no two observations."""
+    first: dict[tuple[str, str], int] = {}
+    words = [(trial["q_id"], trial["query"]["input"]) for trial in trials]
+    for i, (word, trial) in enumerate(zip(words, trials, strict=True)):
+        row = trial.get("query_source_index", i)  # snapshots of other tools
+        first[word] = min(first.get(word, row), row)
+    return [first[word] for word in words]
 
 
 def _trial(item: PromptedTrial) -> dict[str, Any]:

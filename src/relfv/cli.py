@@ -10,6 +10,7 @@ import argparse
 import logging
 import os
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -78,7 +79,9 @@ def _execute(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int
     before = signal.getsignal(signal.SIGTERM)
     try:
         signal.signal(signal.SIGTERM, _terminate)
-        return args.run_command(args)
+        code = args.run_command(args)
+        sys.stdout.flush()
+        return code
     except RelfvError as problem:
         log.debug("traceback", exc_info=True)
         log.error("%s", problem)
@@ -89,6 +92,9 @@ def _execute(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int
     except _Terminated:
         log.error("terminated")
         return 143
+    except BrokenPipeError:  # whoever read our output, say head, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as problem:
         log.debug("traceback", exc_info=True)
         log.error("%s: %s; %s", problem.filename, problem.strerror, remedy(problem))
@@ -170,7 +176,7 @@ def _eval_flags(group: Any) -> None:
 
 def _sweep_flags(group: Any) -> None:
     for flag, kind, help_text in (
-        ("--alpha_sweep", float, "also add the vector so many times, e.g. 0.5,1,2: step6/sweeps.json"),
+        ("--alpha_sweep", float, "also add the vector so many times, e.g. 0.5,1,2 or =-1,1: step6/sweeps.json"),
         ("--k_sweep", int, "also add the vector of so many best heads, e.g. 1,5,10,20,40: step6/sweeps.json"),
     ):
         group.add_argument(flag, type=_numbers(kind), default=argparse.SUPPRESS, help=help_text)

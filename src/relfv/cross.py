@@ -50,7 +50,7 @@ def cross(folder: Path, q_list: Sequence[str] | None, overlay: Callable[[Setting
     with lock(folder / ".locks" / ".cross.lock") as holder:
         if holder:
             raise InputError(f"{folder / CROSS}: is being written by {holder}; wait for it to end, then run again")
-        _Crossing(folder, statuses).run(lambda: open_for(settings))
+        _Crossing(folder, statuses, named=q_list is not None).run(lambda: open_for(settings))
     log.info("report: %s", write_report(folder))
     print(folder / CROSS)
     return 0
@@ -113,7 +113,7 @@ def _shared_settings(
         said = "; ".join(f"{', '.join(q_ids)} ({what})" for what, q_ids in differing.items())
         raise InputError(
             f"{folder}: made with another model or other arithmetic: {said}; expected what the q_ids were made with, so leave out "
-            "the flags that differ, or narrow --q_list to q_ids that share them"
+            "the flags that differ (or unset DTYPE and QUANT), or narrow --q_list to q_ids that share them"
         )
     return settings
 
@@ -121,7 +121,8 @@ def _shared_settings(
 class _Crossing:
     """One crossing of the q_ids ``statuses``, and the files it goes into."""
 
-    def __init__(self, folder: Path, statuses: Mapping[str, QidStatus]) -> None:
+    def __init__(self, folder: Path, statuses: Mapping[str, QidStatus], *, named: bool) -> None:
+        """``named``: the q_ids were named one by one; else they are all that are completed, and none may have got lost."""
         self._folder, self._statuses, self._q_ids = folder, statuses, list(statuses)
         self._paths = {q_id: QidPaths(status.artifacts_dir, q_id) for q_id, status in statuses.items()}
         self._origins = {
@@ -136,6 +137,11 @@ class _Crossing:
             for q_id in self._q_ids
             if q_id in earlier and earlier[q_id]["made_from"] == self._origins[q_id]
         }
+        if narrowed := [q_id for q_id in earlier if q_id not in statuses and not named]:
+            raise InputError(
+                f"{folder / CROSS} has {', '.join(narrowed)}, not completed now; let 'relfv run' finish, or name by --q_list the q_ids to "
+                "cross without"
+            )
         # What is computed and no longer fits is kept under a dated name.
         self._in_the_way = (folder / CROSS).exists() and not (self._earlier and earlier.keys() <= self._targets.keys())
 

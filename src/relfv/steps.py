@@ -122,7 +122,7 @@ def step_d_trials(
             f"{paths.trials}: already there and not what these settings give; the frozen trials are never overwritten. "
             "Move the folder aside, or use --force, which does that"
         )
-    n_queries = len({trial.query_source_index for trial in trials})
+    n_queries = len({trial.query.input for trial in trials})
     return StageResult(
         [paths.trials], [], f"{len(trials)} trials over {n_queries} queries of {len(relation.pairs)} rows"
     )

@@ -73,7 +73,8 @@ def test_an_own_vector_that_is_clearly_best_is_said_to_be() -> None:
     assert at["others"]["mean_delta_p"] == pytest.approx(0.1, abs=1e-6)
     assert (at["rank_of_own"], at["best"], at["not_apart_from_own"]) == (1, "A", [])
     assert found["verdict"] == (
-        "The own vector is the best of 3 at layer 1 (mean change in P +0.700, with the others' +0.100), its interval above every "
+        "The own vector is the best of 3 at layer 1, which is chosen for it on these very queries (mean change in P +0.700, with "
+        "the others' +0.100), its interval above every "
         "other's."
     )
 

@@ -128,7 +128,7 @@ def _completed(folder: Path, status: QidStatus) -> dict[str, Any]:
         "example_input": query["input"],
         "example_output": query["output"],
         "n_trials": len(trials.trials),
-        "n_queries": len({trial["query_source_index"] for trial in trials.trials}),
+        "n_queries": len(set(trials.queries)),
         "collisions": len(trials.meta["first_token_collisions"]),
         "best_head": heads[0],
         "top_heads": heads[:_HEADS_SHOWN],

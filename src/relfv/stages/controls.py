@@ -16,8 +16,9 @@ from relfv.types import Effects, HeadId
 
 CONTROLS = {
     "fv": "the function vector itself, again, in the same batch as its controls",
-    "held_out": "for each prompt the vector in which its own query's trials had no part: mean activations and heads from the "
-    "other queries' trials alone (the query's pair may still be a demo in those; with ten rows it always is)",
+    "held_out": "for each prompt the vector with its own query's trials left out: mean activations and ranking of heads from the "
+    "other queries' trials alone (the query's pair may still be a demo in those; with ten rows it always is; the effects that "
+    "heads are ranked by were measured with the overall clean mean)",
     "random_heads": "the vector of as many heads, drawn from those that were not selected; mean over draws",
     "random_heads_scaled": "the same vectors, stretched to the function vector's length; mean over draws",
     "random_direction": "the function vector's length in a random direction; mean over draws",

@@ -122,7 +122,8 @@ def _verdict_of_target(found: Mapping[str, Any], best: Mapping[str, Any], n_vect
     at = found["at_best_layer"]
     mine, near = at["own"], at["not_apart_from_own"]
     where = (
-        f"at layer {found['best_layer']} (mean change in P {_signed(mine)}, with the others' {_signed(at['others'])})"
+        f"at layer {found['best_layer']}, which is chosen for it on these very queries (mean change in P {_signed(mine)}, with the "
+        f"others' {_signed(at['others'])})"
     )
     if at["rank_of_own"] == 1:
         words = f"The own vector is the best of {n_vectors} {where}"
