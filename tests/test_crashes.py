@@ -26,7 +26,7 @@ from crashes import (
     require_undisturbed,
 )
 from relfv.cli import main
-from relfv.pipeline import stage_names
+from relfv.status import stage_names
 from relfv.storage import temporaries
 
 HOWS = ("before", "after", "ENOSPC", "EIO")

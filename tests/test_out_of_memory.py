@@ -84,19 +84,27 @@ def distinct_queries(artifacts: Path) -> set[str]:
 def test_the_checks_and_injections_of_later_stages_shrink_on_their_own(
     llama_path: Path, csv_path: Path, tmp_path: Path, finished: Path
 ) -> None:
-    with room_for(42):
+    with room_for(55):  # one prompt with all its controls: 18 vectors at 3 layers
         assert run(llama_path, csv_path, tmp_path) == 0
     artifacts, undisturbed = tmp_path / "pairs/A1/artifacts", finished / "A1/artifacts"
-    status = json.loads((artifacts / "qid_status.json").read_text())
-    assert status["trials_per_pass"] == {"stepD_cie": 1, "stepE_heads": 1, "stepE": 6, "step6": 5, "step6_controls": 1}
+    status, n_eval = json.loads((artifacts / "qid_status.json").read_text()), len(distinct_queries(artifacts))
+    assert status["trials_per_pass"] == {
+        "stepD_cie": 1,
+        "stepE_heads": 1,
+        "stepE": 12,
+        "step6": n_eval,
+        "step6_controls": 1,
+    }
     for layer in range(3):
         name = f"step6/layer_{layer}/eval_summary.json"
         expected = json.loads((undisturbed / name).read_text())
         assert json.loads((artifacts / name).read_text()) == pytest.approx(expected, abs=1e-4)
-    (artifacts / "step6/layer_1/eval_summary.json").unlink()
+    made = (artifacts / "stepE_eval.json").read_bytes()
+    (artifacts / "stepE_eval.json").unlink()
     with room_for(float("inf")) as seen:
         assert run(llama_path, csv_path, tmp_path) == 0
-    assert max(seen[-2:]) == 5 * 4
+    assert (artifacts / "stepE_eval.json").read_bytes() == made
+    assert max(seen) == 12 * 4
 
 
 def test_no_room_for_a_single_trial_fails_the_q_id_and_says_what_helps(

@@ -247,22 +247,24 @@ def _run_one(plan: Plan, q_id: str, model: LanguageModel) -> str:
         if _is_done(plan, status):
             log.info("%s was meanwhile completed by another run", q_id)
             return status.status
+        complete = False
         pipeline = QidPipeline(status, plan.relations[q_id], plan.csv_sha256, lambda: model)
         try:
             stack.enter_context(logging_to(pipeline.paths.log))
             pipeline.run()
+            complete = True
             pipeline.run_sweeps(plan.request.settings)
         except Exception as problem:  # a q_id's failure, whatever it is, is recorded and does not stop the others
             reason = str(problem) if isinstance(problem, RelfvError) else f"{type(problem).__name__}: {problem}"
             log.error("%s failed: %s", q_id, reason)
             log.debug("traceback", exc_info=not isinstance(problem, RelfvError))
-            if status.status == "completed":
+            if complete:
                 log.warning("%s: only its sweeps are missing; everything else is complete", q_id)
             else:
                 _record(status, "failed", reason)
             return "failed"
         except BaseException:  # SIGINT or SIGTERM: say where it stands, then let it through
-            if status.status != "completed":
+            if not complete:
                 _record(status, "pending", "interrupted; the same command goes on from here")
             log.warning("%s interrupted; what was finished is on disk, and the same command goes on from there", q_id)
             raise
