@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from relfv.cli import main
-from relfv.status import read_status
+from relfv.status import SWEEPS, read_status
 
 DIED = 77
 """Exit code of a process that ended itself between two operations."""
@@ -227,7 +227,7 @@ def finished_work(out: Path) -> dict[str, Any]:
     for path in out.glob("*/*/artifacts/qid_status.json"):
         status = read_status(path.parent)
         assert status
-        if status.status == "completed":
+        if status.status == "completed" and status.intact(SWEEPS):  # which are added to a completed q_id
             work[status.q_id] = path.read_bytes(), path.stat().st_ino
         for name, record in status.stages.items():
             if status.intact(name):

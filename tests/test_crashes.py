@@ -26,7 +26,7 @@ from crashes import (
     require_undisturbed,
 )
 from relfv.cli import main
-from relfv.status import stage_names
+from relfv.status import SWEEPS, stage_names
 from relfv.storage import temporaries
 
 HOWS = ("before", "after", "ENOSPC", "EIO")
@@ -43,6 +43,7 @@ def job(save_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactor
     flags = ["run", "--model", str(model), "--relation_csv_path", str(csv_path)]
     for name in ("n_trials_per_q", "n_demos", "n_eval", "topk"):
         flags += [f"--{name}", "2"]
+    flags += ["--alpha_sweep", "0.5,2"]
     undisturbed = folder / "undisturbed"
     assert main([*flags, "--out_root", str(undisturbed)]) == 0
     warm = Job(tuple(flags), undisturbed, 0.0)
@@ -177,7 +178,7 @@ def test_two_runs_at_once_do_every_stage_once_whenever_they_meet(job: Job, tmp_p
         require_undisturbed(out, job)
         for q_id in ("A1", "B2"):
             said = (out / f"pairs/{q_id}/logs/stepD_aie.log").read_text()
-            times = Counter({name: said.count(f" {q_id} {name} ") for name in stage_names([0, 1])})
+            times = Counter({name: said.count(f" {q_id} {name} ") for name in [*stage_names([0, 1]), SWEEPS]})
             assert set(times.values()) == {1}, times
         manifest = json.loads((out / "pairs/run_manifest.json").read_text())
         runs = [manifest, *manifest["earlier_runs"]]

@@ -72,8 +72,8 @@ class QidStatus:
     stages: dict[str, StageRecord] = field(default_factory=dict)
     q_row_count: int = 0
     trials_per_pass: dict[str, int] = field(default_factory=dict)
-    """stepD_cie, stepE_heads, stepE, step6, step6_controls, step6_sweeps -> how many prompts shared a forward pass. Batch shapes change low-order bits, so a stage
-    that is made again, on whatever device, uses the number it was first made with."""
+    """stepD_cie, stepE_heads, stepE, step6, step6_controls, step6_sweeps -> how many prompts shared a forward pass. Batch
+    shapes change low-order bits, so a stage that is made again, on whatever device, uses the number it was first made with."""
 
     @property
     def path(self) -> Path:
