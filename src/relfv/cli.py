@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,6 +18,7 @@ from typing import Any
 from relfv import __version__
 from relfv.config import DEFAULT_OUT_ROOT, MAX_SEED, MOST, SCORE_KEYS, SPEC_CSV, Settings, require_within
 from relfv.errors import InputError, RelfvError
+from relfv.signals import Terminated, as_exceptions
 
 log = logging.getLogger("relfv.cli")
 
@@ -76,12 +76,11 @@ def _execute(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int
     from relfv.storage import remedy
 
     set_up_logging(debug=args.debug)
-    before = signal.getsignal(signal.SIGTERM)
     try:
-        signal.signal(signal.SIGTERM, _terminate)
-        code = args.run_command(args)
-        sys.stdout.flush()
-        return code
+        with as_exceptions():
+            code = args.run_command(args)
+            sys.stdout.flush()
+            return code
     except RelfvError as problem:
         log.debug("traceback", exc_info=True)
         log.error("%s", problem)
@@ -89,7 +88,7 @@ def _execute(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int
     except KeyboardInterrupt:
         log.error("interrupted")
         return 130
-    except _Terminated:
+    except Terminated:
         log.error("terminated")
         return 143
     except BrokenPipeError:  # whoever read our output, say head, has had enough
@@ -103,16 +102,6 @@ def _execute(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int
         log.debug("traceback", exc_info=True)
         log.error("%s: %s (--debug shows where)", type(problem).__name__, problem)
         return 1
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-class _Terminated(BaseException):
-    """SIGTERM arrived."""
-
-
-def _terminate(*_: Any) -> None:
-    raise _Terminated
 
 
 # --- flag groups -----------------------------------------------------------------------------------------------

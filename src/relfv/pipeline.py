@@ -16,6 +16,7 @@ from relfv.artifacts import QidPaths
 from relfv.config import Settings
 from relfv.engine.language_model import LanguageModel, open_model
 from relfv.errors import RunError
+from relfv.signals import raise_received
 from relfv.stages.clean_trials import CleanTrials
 from relfv.status import STEP6_STAGE, SWEEPS, QidStatus, step6_stage
 from relfv.steps import (
@@ -176,6 +177,7 @@ def is_complete(status: QidStatus) -> bool:
 
 def run_recorded(status: QidStatus | None, stage: Stage) -> None:
     """Run one stage between its two marks in the status, if there is one."""
+    raise_received()  # an interrupt that a library kept to itself
     started = time.monotonic()
     # 32 to 80 layers take milliseconds each: a mark when they begin would cost as much as they do.
     is_layer = stage.name.startswith(STEP6_STAGE)
@@ -183,7 +185,11 @@ def run_recorded(status: QidStatus | None, stage: Stage) -> None:
         for folder in status.make_way(stage.name):
             log.warning("%s %s: a folder stood where a file belongs; it is now %s", status.q_id, stage.name, folder)
         status.begin(stage.name, write=not is_layer)
-    result = stage.run()
+    try:
+        result = stage.run()
+    except Exception:
+        raise_received()  # or made an error of
+        raise
     if status:
         status.trials_per_pass |= result.trials_per_pass
         status.finish(stage.name, result.files, result.inputs)

@@ -1,0 +1,47 @@
+"""SIGINT and SIGTERM as exceptions, also where a library makes something else of them.
+
+Python raises them wherever it happens to be: within a callback of Matplotlib's C++, say, which turns any error there into
+a ValueError of its own. So what came is remembered, and ``raise_received`` says it again.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
+_EXCEPTIONS: dict[int, type[BaseException]] = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
+_received: list[int] = []
+
+
+@contextmanager
+def as_exceptions() -> Iterator[None]:
+    """While open, in the main thread: SIGINT raises KeyboardInterrupt, SIGTERM Terminated."""
+    _received.clear()
+    before = {number: signal.getsignal(number) for number in _EXCEPTIONS}
+    # What the caller wants ignored, as a shell does for SIGINT in the background, stays ignored.
+    before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+    try:
+        for number in before:
+            signal.signal(number, _raise)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def raise_received() -> None:
+    """Raise what has come since ``as_exceptions`` was opened, if anything has."""
+    if _received:
+        raise _EXCEPTIONS[_received[-1]]
+
+
+def _raise(number: int, _: Any) -> None:
+    _received.append(number)
+    raise _EXCEPTIONS[number]
