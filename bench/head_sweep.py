@@ -270,8 +270,12 @@ def injections(args: argparse.Namespace, model: LanguageModel, sweep: Sweep, fas
     layers = range(arch.n_layers)
     lines = []
     for name, backbone in (("exact", model.backbone), ("fast", fast)):
-        engine = SharedPrefixEngine(backbone)
-        _, seconds, _ = timed(device, args.repeats, lambda e=engine: e.inject(prompts, sweep.targets, vector, layers))
+
+        def inject(backbone: Backbone = backbone) -> Effects:
+            """By a new engine: one that has just seen these prompts has their prefixes."""
+            return SharedPrefixEngine(backbone).inject(prompts, sweep.targets, vector, layers)
+
+        _, seconds, _ = timed(device, args.repeats, inject)
         lines.append(f"Step6, {arch.n_layers} layers x {len(prompts)} prompts, {name}: {seconds:.3f} s")
     return "\n".join(lines)
 
