@@ -150,7 +150,7 @@ def coverage_table(model: LanguageModel, relation: Relation, args: argparse.Name
                     trials.queries,
                 )
                 left_out, _ = with_error_of_means(model, *arguments)
-                found.setdefault("own, left out too", []).append(Estimate(now.mean, left_out.se, now.df))
+                found.setdefault("own, left out too", []).append(Estimate(now.mean, left_out.se, left_out.df))
     lines = [
         f"{relation.q_id}: {args.runs} runs of {args.rows or len(relation.pairs)} of {len(relation.pairs)} rows, "
         f"{np.mean(n_queries):.1f} distinct queries; truth from {args.truth} trials",

@@ -299,7 +299,7 @@ def _left_out(
     top: Sequence[ScoredHead],
     trials_per_pass: int | None,
 ) -> tuple[dict[HeadId, dict[str, float | None]], int]:
-    """For each head what leaving each query out shows of its mean_delta_p's error, and the trials a pass."""
+    """For each head what leaving queries out shows of its mean_delta_p's error, and the trials a pass."""
     found, per_pass = with_error_of_means(
         model,
         snapshot.prompts("corrupted_prompt_str"),

@@ -85,30 +85,43 @@ def with_error_of_means(
     """Intervals of the ``heads``' ``mean_delta_p`` that know of the clean means' own error, and the trials a pass.
 
     A clean mean over 25 trials is an estimate that all trials share; what it adds to the error cannot be seen in their
-    differences. So each query's trials are left out of both, the clean mean and the mean over trials: another patch of
-    each head for each query, ``activations`` (trial, layer, head, head_dim) being the clean ones. With one query nothing
-    is known of the error.
+    differences. So the trials of some queries are left out of both, the clean mean and the mean over trials, in
+    ``_N_GROUPS`` groups (the delete-a-group jackknife): another patch of each head for each group, ``activations``
+    (trial, layer, head, head_dim) being the clean ones. With one query nothing is known of the error.
     """
-    mean, n_queries = np.asarray(mean_delta_p), len(set(queries))
-    if n_queries < 2:
+    mean, groups = np.asarray(mean_delta_p), _groups(queries)
+    n_groups = len(set(groups))
+    if n_groups < 2:
         return clustered_mean(np.broadcast_to(mean, (len(queries), len(heads))), queries), 1
-    kept = np.asarray(queries)[None] != np.unique(queries)[:, None]
+    kept = np.asarray(groups)[None] != np.unique(groups)[:, None]
     shares = torch.from_numpy(kept / kept.sum(1, keepdims=True))
     ids = [model.tokens.encode(prompt) for prompt in corrupted_prompts]
-    without = np.empty((n_queries, len(heads)))
+    without = np.empty((n_groups, len(heads)))
     order = sorted(range(len(heads)), key=lambda i: heads[i])
-    at_once = max(1, model.arch.n_layers * model.arch.n_heads // n_queries)  # no more copies than a sweep of all heads
+    at_once = max(1, model.arch.n_layers * model.arch.n_heads // n_groups)  # no more copies than a sweep of all heads
     per_pass = trials_per_pass
     for start in range(0, len(order), at_once):
-        group = order[start : start + at_once]
-        columns = [heads[i] for i in group for _ in range(n_queries)]
-        values = torch.cat([shares @ activations[:, heads[i].layer, heads[i].head].double() for i in group]).float()
+        some = order[start : start + at_once]
+        columns = [heads[i] for i in some for _ in range(n_groups)]
+        values = torch.cat([shares @ activations[:, heads[i].layer, heads[i].head].double() for i in some]).float()
         found = model.engine.sweep_heads(ids, target_ids, values, columns, per_pass=per_pass)
         per_pass = found.per_pass
         delta = found.edited.measures()["p"] - found.base.measures()["p"][:, None]
-        by_query = delta.reshape(len(ids), len(group), n_queries)
-        without[:, group] = np.einsum("qt,thq->qh", shares.numpy(), by_query)
-    return mean_with_left_out(mean, without, queries), per_pass or 1
+        by_group = delta.reshape(len(ids), len(some), n_groups)
+        without[:, some] = np.einsum("gt,thg->gh", shares.numpy(), by_group)
+    return mean_with_left_out(mean, without, groups), per_pass or 1
+
+
+_N_GROUPS = 8
+"""Of queries that are left out together: about as good as each query by itself, at half the cost (docs/statistics.md)."""
+
+
+def _groups(queries: Sequence[int]) -> list[int]:
+    """Each trial's group: whole queries, dealt out by their number of trials so that groups are about equally large."""
+    names, counts = np.unique(np.asarray(queries), return_counts=True)
+    by_size = sorted(zip(-counts, names, strict=True))
+    group = {name: i % _N_GROUPS for i, (_, name) in enumerate(by_size)}
+    return [group[query] for query in queries]
 
 
 def trial_scores(deltas: np.ndarray, score_key: str) -> np.ndarray:
