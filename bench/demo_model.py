@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from relfv.config import SPEC_CSV
-from relfv.engine.language_model import LanguageModel, open_model
 from relfv.engine.readout import score_prompts
+from relfv.language_model import LanguageModel, open_model
 from relfv.relations import load_relations
+from relfv.settings import SPEC_CSV
 from relfv.stages.cie import head_effects, rank_heads, score_heads
 from relfv.stages.clean_trials import run_clean_trials
 from relfv.stages.function_vector import build_function_vector

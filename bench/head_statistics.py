@@ -27,9 +27,9 @@ import numpy as np
 import torch
 from scipy import stats
 
-from relfv.config import SPEC_CSV
-from relfv.engine.language_model import LanguageModel, open_model
+from relfv.language_model import LanguageModel, open_model
 from relfv.relations import load_relations
+from relfv.settings import SPEC_CSV
 from relfv.stages.cie import head_effects, with_error_of_means
 from relfv.stages.clean_trials import run_clean_trials
 from relfv.stages.prompts import prompt_trial

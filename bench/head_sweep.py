@@ -31,9 +31,9 @@ import torch
 import transformers
 
 from relfv.engine.base import Backbone, capture_heads, last_hidden
-from relfv.engine.language_model import LanguageModel, open_model
 from relfv.engine.reference import ReferenceEngine, naive_baseline, naive_head_patch
-from relfv.engine.sweep import SharedPrefixEngine
+from relfv.engine.shared_prefix import SharedPrefixEngine
+from relfv.language_model import LanguageModel, open_model
 from relfv.relations import load_relations
 from relfv.stages.prompts import prompt_trial
 from relfv.stages.trials import sample_trials

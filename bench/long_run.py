@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from relfv.cli import main as relfv
-from relfv.config import SPEC_CSV
+from relfv.settings import SPEC_CSV
 
 PARTS = 8
 
@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=200, help="how many q_ids (default: %(default)s)")
     args = parser.parse_args()
     sampler = Sampler()
-    logging.getLogger("relfv.run").addHandler(sampler)
+    logging.getLogger("relfv.runs.run").addHandler(sampler)
     with tempfile.TemporaryDirectory() as temporary:
         csv_path = Path(temporary) / "many.csv"
         many(args.n, csv_path)

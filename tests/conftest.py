@@ -31,7 +31,7 @@ PLACES = [
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """``--write-families`` and ``--write-bad-input`` make their pages in docs/ anew instead of comparing them; ``--kills`` and
-    ``--faults`` make tests/test_crashes.py thorough."""
+    ``--faults`` make tests/runs/test_crashes.py thorough."""
     parser.addoption("--write-bad-input", action="store_true", help="write docs/bad_input.md from the tests' list")
     parser.addoption("--write-families", action="store_true", help="write docs/families.md from what the tests find")
     parser.addoption("--kills", type=int, default=50, help="how many times test_crashes kills a run")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from relfv.cli import main
-from relfv.status import SWEEPS, read_status
+from relfv.store.status import SWEEPS, read_status
 
 DIED = 77
 """Exit code of a process that ended itself between two operations."""

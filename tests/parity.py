@@ -11,7 +11,7 @@ import torch
 from relfv.engine.base import Backbone, Engine, Prompts, capture_heads
 from relfv.engine.reference import ReferenceEngine, naive_baseline, naive_head_patch, naive_injection
 from relfv.engine.selfcheck import SelfCheck, choose_engine
-from relfv.engine.sweep import SharedPrefixEngine
+from relfv.engine.shared_prefix import SharedPrefixEngine
 from relfv.types import Effects, HeadId, TokenScores
 from zoo import ZOO, backbone_of
 

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from relfv.config import Settings, fingerprint, fingerprint_fields, parse_index_list
 from relfv.errors import InputError
+from relfv.settings import Settings, fingerprint, fingerprint_fields, parse_index_list
 
 
 def test_the_defaults_are_the_specs_and_conform() -> None:

@@ -10,13 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from test_run import arguments, contents, status
 
 from conftest import ROOT, llama
 from relfv import ALGORITHM_VERSION
 from relfv.cli import main
-from relfv.config import Settings, fingerprint_fields
-from relfv.storage import move_aside
-from test_run import arguments, contents, status
+from relfv.settings import Settings, fingerprint_fields
+from relfv.store.files import move_aside
 
 OTHER = {
     "model_spec": "auto", "dtype": "bf16", "quant": "8bit", "precision": "fast", "seed": 1, "n_trials_per_q": 24,

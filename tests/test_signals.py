@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from test_run import arguments, contents, status
 from torch import nn
 
 from relfv.cli import main
 from relfv.signals import Terminated, as_exceptions, raise_received
-from test_run import arguments, contents, status
 
 
 @contextmanager

@@ -15,16 +15,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import ROOT
 from head_statistics import mixed, scrambled
-from relfv.artifacts import QidPaths, read_noise_floor, read_scores
-from relfv.config import Settings
-from relfv.engine.language_model import LanguageModel, open_model
-from relfv.models.loading import model_source
+from relfv.language_model import LanguageModel, open_model
+from relfv.models.opening import model_source
 from relfv.models.tokens import Tokens
 from relfv.relations import load_relations
+from relfv.settings import Settings
 from relfv.stages.prompts import prompt_trial
 from relfv.stages.trials import sample_trials
 from relfv.stats import FDR
 from relfv.steps import clean_trials, step_d_cie, step_d_means, step_d_trials, step_e
+from relfv.store.artifacts import QidPaths, read_noise_floor, read_scores
 from relfv.types import HeadId, Relation, ScoredHead
 
 RELATIONS = load_relations(ROOT / "datasets/relation/relationA_ex.csv")

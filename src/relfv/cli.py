@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from relfv import __version__
-from relfv.config import DEFAULT_OUT_ROOT, MAX_SEED, MOST, SCORE_KEYS, SPEC_CSV, Settings, require_within
 from relfv.errors import InputError, RelfvError
+from relfv.settings import DEFAULT_OUT_ROOT, MAX_SEED, MOST, SCORE_KEYS, SPEC_CSV, Settings, require_within
 from relfv.signals import Terminated, as_exceptions
 
 log = logging.getLogger("relfv.cli")
@@ -73,7 +73,7 @@ def _add(parser: argparse.ArgumentParser, add_flags: Callable[[Any], None], comm
 def _execute(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     args = parser.parse_args(argv)
     from relfv.logs import set_up_logging
-    from relfv.storage import remedy
+    from relfv.store.files import remedy
 
     set_up_logging(debug=args.debug)
     try:
@@ -188,7 +188,7 @@ def _numbers(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
 
 def _settings(args: argparse.Namespace, base: Settings = _DEFAULTS) -> Settings:
     """The flags that were given over ``base``. For device, dtype and quant the environment stands between the two."""
-    from relfv.models.loading import dtype_name
+    from relfv.models.opening import dtype_name
 
     given = {name: value for name, value in vars(args).items() if name in base.to_json()}
     for name in ("device", "dtype", "quant"):
@@ -200,7 +200,7 @@ def _settings(args: argparse.Namespace, base: Settings = _DEFAULTS) -> Settings:
 
 def _check_names(settings: Settings) -> None:
     from relfv.models.families import SPEC_NAMES
-    from relfv.models.loading import QUANTS
+    from relfv.models.opening import QUANTS
 
     if settings.quant not in QUANTS:
         raise InputError(f"--quant {settings.quant!r}: expected one of {', '.join(QUANTS)}")
@@ -252,7 +252,7 @@ def _run_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from relfv.run import RunRequest, run
+    from relfv.runs.run import RunRequest, run
 
     return run(RunRequest(_settings(args), _q_list(args.q_list), args.out_root, force=args.force, dry_run=args.dry_run))
 
@@ -273,7 +273,7 @@ def _cross_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _cross(args: argparse.Namespace) -> int:
-    from relfv.cross import cross
+    from relfv.runs.cross import cross
 
     return cross(args.folder, _q_list(args.q_list), lambda base: _settings(args, base))
 
@@ -290,7 +290,7 @@ def _step_d_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _step_d(args: argparse.Namespace) -> int:
-    from relfv.commands import run_step_d
+    from relfv.runs.single import run_step_d
 
     q_ids = _q_list(args.relation_q_list)
     if q_ids is None or len(q_ids) != 1:
@@ -308,7 +308,7 @@ def _heatmap_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _heatmap(args: argparse.Namespace) -> int:
-    from relfv.commands import run_heatmap
+    from relfv.runs.single import run_heatmap
 
     return run_heatmap(args.in_dir, args.metric, args.topk, args.out_name)
 
@@ -324,7 +324,7 @@ def _step_e_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _step_e(args: argparse.Namespace) -> int:
-    from relfv.commands import run_step_e
+    from relfv.runs.single import run_step_e
 
     return run_step_e(
         args.stepd_artifacts_dir, args.sampled_trials_path, args.out_dir, lambda base: _settings(args, base)
@@ -337,7 +337,7 @@ def _zero_shot_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _zero_shot(args: argparse.Namespace) -> int:
-    from relfv.commands import run_zero_shot
+    from relfv.runs.single import run_zero_shot
 
     return run_zero_shot(args.sampled_trials_path, args.out_path)
 
@@ -352,7 +352,7 @@ def _step6_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _step6(args: argparse.Namespace) -> int:
-    from relfv.commands import run_step6
+    from relfv.runs.single import run_step6
 
     return run_step6(
         args.fv_global_path,
@@ -382,7 +382,7 @@ def _verify_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from relfv.verify import verify
+    from relfv.runs.verify import verify
 
     found = verify(args.folder)
     print(found.to_json() if args.json else found.to_text())
@@ -411,7 +411,7 @@ def _demo_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from relfv.models.demo_training import train_demo_model
+    from relfv.demo.training import train_demo_model
 
     train_demo_model(
         args.out_dir,

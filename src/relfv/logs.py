@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from relfv.storage import make_folder, remedy, telling
+from relfv.store.files import make_folder, remedy, telling
 
 _ROOT = logging.getLogger("relfv")
 

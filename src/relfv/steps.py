@@ -14,12 +14,10 @@ from typing import Any
 
 import torch
 
-from relfv import artifacts
-from relfv.artifacts import QidPaths
-from relfv.config import Settings, parse_index_list
-from relfv.engine.language_model import LanguageModel
 from relfv.errors import RunError
+from relfv.language_model import LanguageModel
 from relfv.models.tokens import fed_text
+from relfv.settings import Settings, parse_index_list
 from relfv.stages.answers import Injection, decode_vector, score_answers
 from relfv.stages.cie import head_effects, measure_of, rank_heads, score_heads, trial_scores, with_error_of_means
 from relfv.stages.clean_trials import CleanTrials, run_clean_trials
@@ -39,8 +37,10 @@ from relfv.stages.prompts import (
 from relfv.stages.sweeps import CAUTION, sweep_vectors, tabulate
 from relfv.stages.trials import sample_trials
 from relfv.stats import FDR, top_k_stability
-from relfv.status import SWEEPS
-from relfv.storage import read_json, write_atomic, write_json
+from relfv.store import artifacts
+from relfv.store.artifacts import QidPaths
+from relfv.store.files import read_json, write_atomic, write_json
+from relfv.store.status import SWEEPS
 from relfv.types import Effects, HeadId, Relation, ScoredHead, TokenScores
 
 log = logging.getLogger(__name__)

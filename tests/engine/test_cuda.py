@@ -10,11 +10,11 @@ import torch
 
 from conftest import scale_up
 from parity import all_heads, naive_base, naive_injections, naive_sweep, prompts_of_different_length, replacements
-from relfv.engine import kernels
+from relfv.engine.arithmetic import kernels
+from relfv.engine.arithmetic.products import Pieces
 from relfv.engine.base import Backbone
-from relfv.engine.products import Pieces
 from relfv.engine.selfcheck import choose_engine
-from relfv.engine.sweep import SharedPrefixEngine
+from relfv.engine.shared_prefix import SharedPrefixEngine
 from relfv.models.families import resolve
 from relfv.types import Effects
 from zoo import ZOO

@@ -29,7 +29,7 @@ from relfv.engine.base import Backbone, capture_heads
 from relfv.engine.readout import score_prompts
 from relfv.engine.reference import ReferenceEngine
 from relfv.engine.selfcheck import MIN_EFFECT
-from relfv.engine.sweep import SharedPrefixEngine
+from relfv.engine.shared_prefix import SharedPrefixEngine
 from relfv.models.families import FAMILIES, resolve, text_config
 from zoo import GPT2_LIKE, IDS, ZOO, backbone_of
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from conftest import llama
-from relfv.engine.language_model import open_model
 from relfv.errors import InputError
-from relfv.models.loading import model_identity
+from relfv.language_model import open_model
+from relfv.models.opening import model_identity
 
 IDS = torch.tensor([[1, 2, 3, 4, 5]])
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from relfv.engine.language_model import LanguageModel, open_model
 from relfv.engine.readout import score_prompts
+from relfv.language_model import LanguageModel, open_model
 from relfv.stages.answers import N_TOP, Injection, decode_vector, score_answers
 
 PROMPTS = ["Q: dog\nA: puppy\n\nQ: cat\nA:", "Q: cow\nA:", "Q: a longer one than that\nA:"]

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from relfv.engine.language_model import LanguageModel, open_model
 from relfv.engine.reference import ReferenceEngine
+from relfv.language_model import LanguageModel, open_model
 from relfv.stages.cie import head_effects, with_error_of_means
 from relfv.stages.clean_trials import CleanTrials, run_clean_trials
 from relfv.stats import clustered_mean

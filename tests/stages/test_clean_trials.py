@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from relfv.engine.hooks import editing_inputs, editing_outputs
-from relfv.engine.language_model import open_model
+from relfv.language_model import open_model
 from relfv.stages.clean_trials import run_clean_trials
 
 PROMPTS = ["Q: dog\nA: puppy\n\nQ: cat\nA:", "Q: cow\nA:", "Q: a much longer one than that\nA:"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from relfv.engine.base import of_layer_and_prompts
-from relfv.engine.language_model import LanguageModel, open_model
+from relfv.language_model import LanguageModel, open_model
 from relfv.stages.clean_trials import run_clean_trials
 from relfv.stages.controls import CONTROLS, N_DRAWS, Candidates, candidate_vectors, inject_candidates
 from relfv.stages.function_vector import build_function_vector

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from relfv.engine.language_model import LanguageModel, open_model
 from relfv.engine.reference import naive_baseline, naive_injection
 from relfv.errors import RunError
+from relfv.language_model import LanguageModel, open_model
 from relfv.stages.cross import compare_directions, inject_vectors, judge_target, overall_verdict
 from relfv.types import Effects, TokenScores
 

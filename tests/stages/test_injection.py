@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from relfv.engine.language_model import LanguageModel, open_model
 from relfv.errors import InputError
+from relfv.language_model import LanguageModel, open_model
 from relfv.stages.injection import InjectionSweep, prompts_to_evaluate, summarize
 from relfv.types import Effects, TokenScores
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from relfv.engine.language_model import LanguageModel, open_model
+from relfv.language_model import LanguageModel, open_model
 from relfv.stages.cie import head_effects, rank_heads, score_heads
 from relfv.stages.clean_trials import run_clean_trials
 from relfv.stages.noise_floor import heads_to_probe, measure_noise_floor

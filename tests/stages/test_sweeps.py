@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from relfv.engine.language_model import LanguageModel, open_model
 from relfv.errors import InputError
+from relfv.language_model import LanguageModel, open_model
 from relfv.stages.function_vector import build_function_vector
 from relfv.stages.sweeps import sweep_vectors, tabulate
 from relfv.types import HeadId, MeanActivations, ScoredHead

@@ -26,11 +26,11 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from relfv.engine import kernels
+from relfv.engine.arithmetic import kernels
 from relfv.engine.base import Backbone
-from relfv.engine.own_attention import attending_by
 from relfv.errors import RunError
 from relfv.models.families import text_config
+from relfv.models.own_attention import attending_by
 
 NAME = "relfv_shared_prefix"
 

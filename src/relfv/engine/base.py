@@ -16,10 +16,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from relfv.engine.fusion import Fusions, recognise
+from relfv.engine.arithmetic.fusion import Fusions, recognise
+from relfv.engine.arithmetic.precision import Arithmetic, Precision, arithmetic
+from relfv.engine.arithmetic.products import CAREFUL, Differences, Pieces, Whole, replaced, splittable
 from relfv.engine.hooks import editing_inputs, editing_outputs
-from relfv.engine.precision import Arithmetic, Precision, arithmetic
-from relfv.engine.products import CAREFUL, Differences, Pieces, Whole, replaced, splittable
 from relfv.models.families import Architecture, text_config
 from relfv.types import Effects, HeadId
 

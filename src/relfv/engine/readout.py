@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from relfv.engine import kernels
+from relfv.engine.arithmetic import kernels
+from relfv.engine.arithmetic.products import Differences, product, takes_bf16
 from relfv.engine.base import Backbone, Prompts, last_hidden
-from relfv.engine.products import Differences, product, takes_bf16
 from relfv.types import TokenScores
 
 _LOGIT_BYTES = {"cpu": 128 << 20, "cuda": 2 << 30}

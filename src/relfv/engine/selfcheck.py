@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import torch
 
+from relfv.engine.arithmetic.precision import widened_if_low
 from relfv.engine.base import Backbone, Engine, Prompts, capture_heads
-from relfv.engine.precision import widened_if_low
 from relfv.engine.reference import ReferenceEngine, naive_baseline, naive_head_patch, naive_injection
-from relfv.engine.sweep import SharedPrefixEngine
+from relfv.engine.shared_prefix import SharedPrefixEngine
 from relfv.errors import RunError
 from relfv.types import Effects, HeadId, TokenScores
 

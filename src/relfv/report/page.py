@@ -9,7 +9,10 @@ from urllib.parse import quote
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from relfv import __version__
-from relfv.artifacts import (
+from relfv.errors import InputError, RelfvError
+from relfv.report.table import find_statuses
+from relfv.settings import Settings
+from relfv.store.artifacts import (
     CROSS,
     CROSS_FIGURE,
     MANIFEST,
@@ -19,11 +22,8 @@ from relfv.artifacts import (
     read_noise_floor,
     read_trials,
 )
-from relfv.config import Settings
-from relfv.errors import InputError, RelfvError
-from relfv.report.table import find_statuses
-from relfv.status import QidStatus, fields_of, read_status
-from relfv.storage import read_json, require_no_links, sha256_file, sole_writer, write_atomic
+from relfv.store.files import read_json, require_no_links, sha256_file, sole_writer, write_atomic
+from relfv.store.status import QidStatus, fields_of, read_status
 
 _HEADS_SHOWN = 5
 

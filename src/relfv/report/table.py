@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from relfv.artifacts import QidPaths
 from relfv.errors import InputError, RelfvError
 from relfv.logs import printable
-from relfv.status import STATUS_FILE, QidStatus, read_status
-from relfv.storage import REPLACED, holder_is_alive, read_json
+from relfv.store.artifacts import QidPaths
+from relfv.store.files import REPLACED, holder_is_alive, read_json
+from relfv.store.status import STATUS_FILE, QidStatus, read_status
 
 _HEADER = ("q_id", "status", "rows", "best layer", "score", "accuracy", "updated", "reason")
 

@@ -12,8 +12,8 @@ import torch
 
 from relfv.engine.base import Backbone, Prompts, last_hidden, pad_right
 from relfv.engine.hooks import editing_outputs
-from relfv.engine.language_model import LanguageModel
 from relfv.engine.memory import shrinking
+from relfv.language_model import LanguageModel
 
 N_TOP = 5
 N_DECODED = 10

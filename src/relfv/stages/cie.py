@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from relfv.engine.language_model import LanguageModel
 from relfv.errors import InputError
+from relfv.language_model import LanguageModel
 from relfv.stats import ClusteredMean, clustered_mean, false_discovery, mean_with_left_out
 from relfv.types import MEASURES, HeadEffects, HeadId, MeanActivations, ScoredHead
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from relfv.engine.base import Backbone, Prompts, capture_heads, reading_blocks
-from relfv.engine.language_model import LanguageModel
 from relfv.engine.memory import shrinking
 from relfv.engine.readout import read_targets
+from relfv.language_model import LanguageModel
 from relfv.types import MeanActivations, TokenScores
 
 _PROMPTS_A_PASS = 25

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from relfv.engine.language_model import LanguageModel
+from relfv.language_model import LanguageModel
 from relfv.models.families import Architecture
 from relfv.stages.clean_trials import CleanTrials
 from relfv.types import Effects, HeadId

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from relfv.engine.language_model import LanguageModel
 from relfv.errors import RunError
+from relfv.language_model import LanguageModel
 from relfv.stages.conclusions import judge_vectors
 from relfv.types import Effects
 

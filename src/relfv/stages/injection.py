@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from relfv.engine.language_model import LanguageModel
 from relfv.errors import InputError, RunError
+from relfv.language_model import LanguageModel
 from relfv.types import MEASURES, Effects
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from relfv.engine.language_model import LanguageModel
+from relfv.language_model import LanguageModel
 from relfv.types import MEASURES, ArithmeticNoise, Effects, HeadEffects, HeadId, MeanActivations, NoiseFloor, ScoredHead
 
 N_BEST, N_SPREAD = 3, 5

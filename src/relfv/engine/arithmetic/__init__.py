@@ -1,0 +1,1 @@
+"""In which arithmetic a model computes, and the kernels that do it."""

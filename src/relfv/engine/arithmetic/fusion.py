@@ -1,0 +1,196 @@
+"""Which modules of a model have a fused kernel, and putting the kernels in their place for a while.
+
+A module is recognised by what it computes, not by its class: it is run on random numbers beside the formula that the
+kernel implements, and keeps its own code unless the two agree. So a family nobody has heard of gets what fits it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from relfv.engine.arithmetic import kernels
+from relfv.engine.arithmetic.products import Differences, replaced
+from relfv.models.families import Architecture
+
+_AGREE = 1e-5
+_SIZES = (1e-3, 1.0, 100.0)
+"""Of the random inputs: a norm's epsilon shows on small ones, a clamp on large ones."""
+
+_FORMULAS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": F.gelu,
+}
+
+
+@dataclass(frozen=True)
+class Norm:
+    """x / rms(x) * (weight + offset)."""
+
+    module: Any
+    eps: float
+    offset: float
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """What the module does, in one kernel."""
+        return kernels.rms_norm(x, self.module.weight, self.eps, self.offset)
+
+
+@dataclass(frozen=True)
+class GatedMLP:
+    """down(act(gate(x)) * up(x))."""
+
+    module: Any
+    activation: str
+
+    @property
+    def linears(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+        """gate, up, down."""
+        return self.module.gate_proj, self.module.up_proj, self.module.down_proj
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """What the module does, with the elementwise part in one kernel."""
+        gate, up, down = self.linears
+        return down(kernels.gate(gate(x), up(x), self.activation))
+
+    def difference_forward(self, differences: Differences) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The same on copies, from pieces to pieces."""
+        return lambda x: differences.gated(*self.linears, self.activation, x) if x.dim() == 3 else self.forward(x)
+
+
+@dataclass(frozen=True)
+class Fusions:
+    """What was recognised in one model."""
+
+    norms: tuple[Norm, ...] = ()
+    mlps: tuple[GatedMLP, ...] = ()
+    activations: tuple[tuple[nn.Module, str], ...] = ()
+    """Activations written out in several operations (GPT-J's), and PyTorch's own function of the same formula."""
+    rotaries: tuple[Any, ...] = ()
+    """Python modules whose ``apply_rotary_pos_emb`` rotates halves."""
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """While open, the kernels stand in for what was recognised."""
+        with ExitStack() as stack:
+            stack.enter_context(replaced([(part.module, part.forward) for part in (*self.norms, *self.mlps)]))
+            stack.enter_context(replaced([(module, _FORMULAS[name]) for module, name in self.activations]))
+            for namespace in self.rotaries:
+                stack.enter_context(_rotating_by_kernel(namespace))
+            yield
+
+
+def recognise(model: nn.Module, arch: Architecture) -> Fusions | None:
+    """Look through ``model``, which must be on the device where it will run. None where kernels cannot run."""
+    if not kernels.usable(arch.lm_head.weight):  # type: ignore[arg-type]
+        return None
+    device: Any = arch.lm_head.weight.device
+    with torch.inference_mode(), torch.random.fork_rng(devices=[device]):
+        torch.manual_seed(0)
+        candidates = [module for module in model.modules() if "forward" not in vars(module)]
+        norms = [norm for module in candidates if (norm := as_norm(module))]
+        mlps = [mlp for module in candidates if (mlp := as_gated_mlp(module))]
+        activations = [(module, name) for module in candidates if (name := as_activation(module, device))]
+        namespaces = {sys.modules.get(type(module).__module__) for module in arch.blocks[0].modules()}
+        rotaries = [namespace for namespace in namespaces if rotates_halves(namespace, arch)]
+    return Fusions(tuple(norms), tuple(mlps), tuple(activations), tuple(rotaries))
+
+
+def as_norm(module: Any) -> Norm | None:
+    """The module as an RMS norm, if it is one."""
+    weight = dict(module.named_parameters(recurse=False))
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if list(weight) != ["weight"] or weight["weight"].dim() != 1 or not isinstance(eps, float):
+        return None
+    x = torch.randn(2, 3, len(weight["weight"]), device=weight["weight"].device)
+    for offset in (0.0, 1.0):
+
+        def formula(x: torch.Tensor, offset: float = offset) -> torch.Tensor:
+            return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * (weight["weight"].float() + offset)
+
+        if _same(module, formula, [size * x for size in _SIZES]):
+            return Norm(module, eps, offset)
+    return None
+
+
+def as_gated_mlp(module: Any) -> GatedMLP | None:
+    """The module as a gated MLP of plain linear layers, if it is one."""
+    parts: list[Any] = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    activate: Any = getattr(module, "act_fn", None)
+    if any(type(part) is not nn.Linear for part in parts) or activate is None:
+        return None
+    gate, up, down = parts
+    x = torch.randn(1, 2, gate.in_features, device=gate.weight.device, dtype=gate.weight.dtype)
+    if not _same(module, lambda x: down(activate(gate(x)) * up(x)), [size * x for size in _SIZES]):
+        return None
+    name = _formula_of(activate, gate.weight.device)
+    return GatedMLP(module, name) if name else None
+
+
+def as_activation(module: nn.Module, device: Any) -> str | None:
+    """The formula that one of transformers' activation modules computes."""
+    return _formula_of(module, device) if type(module).__module__ == "transformers.activations" else None
+
+
+def _formula_of(activate: Callable[[torch.Tensor], torch.Tensor], device: Any) -> str | None:
+    spreads = [torch.linspace(-far, far, 257, device=device) for far in (8, 200)]
+    return next((name for name, formula in _FORMULAS.items() if _same(activate, formula, spreads)), None)
+
+
+def rotates_halves(namespace: Any, arch: Architecture) -> bool:
+    """True if the file's rotary function pairs each entry of a head's first half with one of its second."""
+    rotate = getattr(namespace, "apply_rotary_pos_emb", None)
+    if rotate is None or arch.head_dim % 2:
+        return False
+    device: Any = arch.lm_head.weight.device
+    q, k = torch.randn(2, 1, 2, 3, arch.head_dim, device=device)
+    cos, sin = torch.randn(2, 1, 3, arch.head_dim, device=device)
+    return _same(
+        lambda both: torch.stack(rotate(*both, cos, sin)),
+        lambda both: torch.stack([_rotated(x, cos, sin) for x in both]),
+        [torch.stack([q, k])],
+    )
+
+
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
+
+
+@contextmanager
+def _rotating_by_kernel(namespace: Any) -> Iterator[None]:
+    """The rotary function is no module: the family's file is told to call the kernel."""
+    own = namespace.apply_rotary_pos_emb
+
+    def rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *more: Any, **named: Any) -> Any:
+        if more or named or q.dim() != 4 or cos.dim() != 3 or cos.shape[-1] != q.shape[-1]:
+            return own(q, k, cos, sin, *more, **named)
+        return kernels.rotate(q, k, cos, sin)
+
+    namespace.apply_rotary_pos_emb = rotate
+    try:
+        yield
+    finally:
+        namespace.apply_rotary_pos_emb = own
+
+
+def _same(module: Any, formula: Callable[[torch.Tensor], torch.Tensor], inputs: list[torch.Tensor]) -> bool:
+    """Whatever a candidate raises that takes or gives something else than its likeness: it keeps its own code."""
+    try:
+        return all(_agree(module(x), formula(x)) for x in inputs)
+    except Exception:
+        return False
+
+
+def _agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    if not expected.isfinite().all():  # float16, from large inputs
+        return torch.equal(found.nan_to_num(), expected.nan_to_num())
+    return found.shape == expected.shape and bool((found - expected).float().norm() <= _AGREE * expected.float().norm())

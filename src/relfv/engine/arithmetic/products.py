@@ -1,0 +1,209 @@
+"""Products with bf16 weights, exact to float32, on matrix units that multiply bf16.
+
+A bf16 weight is exact as it is stored; only the float32 input x has to be brought to the unit, and a float32 number is
+the sum of three bf16 numbers (8 bits of mantissa each), to 2**-17 of two:
+
+    W x = W x_1 + W x_2 + ...                                                        (whole)
+
+with all pieces as rows of one product that accumulates in float32. Two pieces cost what one TF32 product costs (half
+the rate, twice the pieces) and are 64 times closer to float32; nothing has to be widened in memory.
+
+In the sweep one can do better. Every copy of a prompt's last token is the unpatched token (copy 0) plus what one patch
+has changed, and what is measured is that change. So
+
+    W x_c = W x_0 + W (x_c - x_0)                                                    (differences)
+
+with W x_0 from three pieces, that is in float32, and the difference in one. Its rounding, 2**-9, is relative to the
+effect of the patch and not to the activation, so small effects come out better than in TF32 at bf16's full rate, and
+a patch that changes nothing has a difference of exactly 0. It holds for any x_0, so wherever a model calls a linear
+layer on something else than copies, the result is merely rounded more; the self-check measures how much.
+
+Everything between the products is computed on float32 activations.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeGuard
+
+import torch
+from torch import nn
+
+from relfv.engine.arithmetic import kernels
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """How many bf16 numbers stand for one float32 number."""
+
+    whole: int = 2
+    """Prefill and plain forward passes."""
+    base: int = 3
+    """Copy 0 of each prompt in the sweep."""
+    difference: int = 1
+    """All other copies, as differences from copy 0."""
+
+
+CAREFUL = Pieces(whole=3, base=3, difference=3)
+"""float32 in everything but name, for comparing the same code with plain float32 passes."""
+
+
+def splittable(model: nn.Module) -> list[nn.Linear]:
+    """The linear layers whose products can be done this way: plain ones with bf16 weights on CUDA."""
+    return [module for module in model.modules() if takes_bf16(module) and "forward" not in vars(module)]
+
+
+def takes_bf16(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """True for a plain linear layer whose bf16 products can come out in float32 where it is."""
+    if type(module) is not nn.Linear or not hasattr(torch.ops.aten.mm, "dtype"):  # PyTorch 2.8
+        return False
+    return module.weight.dtype == torch.bfloat16 and module.weight.is_cuda
+
+
+@contextmanager
+def replaced(forwards: Sequence[tuple[nn.Module, Callable[..., torch.Tensor]]]) -> Iterator[None]:
+    """While open, each module's ``forward`` is the given function; hooks on the module stay in force."""
+    before = [(module, vars(module).get("forward")) for module, _ in forwards]
+    try:
+        for module, forward in forwards:
+            module.forward = forward
+        yield
+    finally:
+        for module, forward in before:
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
+
+
+class Whole:
+    """Linear layers on float32 inputs (..., in), each input in a few pieces."""
+
+    def __init__(self, pieces: int) -> None:
+        self._pieces = pieces
+        self._remembered = _Remembering()
+
+    def _split(self, x: torch.Tensor) -> torch.Tensor:
+        return split(x.reshape(-1, x.shape[-1]), self._pieces)
+
+    def forward(self, linear: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The replacement of ``linear.forward``."""
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            parts = product(self._remembered(self._split, x), linear.weight).chunk(self._pieces)
+            out = functools.reduce(torch.Tensor.add_, parts)
+            return (out if linear.bias is None else out.add_(linear.bias)).view(*x.shape[:-1], -1)
+
+        return forward
+
+
+class Differences:
+    """Linear layers on copies of last tokens (N, C, in), by differences from copy 0."""
+
+    def __init__(self, pieces: Pieces) -> None:
+        self._pieces = pieces
+        self._whole = Whole(pieces.whole)
+        self._remembered = _Remembering()
+
+    def forward(self, linear: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The replacement of ``linear.forward``: (N, C, in) -> (N, C, out)."""
+        whole = self._whole.forward(linear)
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            if x.dim() != 3:  # not laid out as copies, e.g. tokens on their way to experts
+                return whole(x)
+            return self.join(product(self._remembered(self.split, x), linear.weight), linear.bias, *x.shape[:2])
+
+        return forward
+
+    def split(self, x: torch.Tensor) -> torch.Tensor:
+        """float32 (N, C, d) -> bf16 rows: pieces of the differences (N * C each), then of the bases (N each)."""
+        if kernels.usable(x):
+            return kernels.split_differences(x, self._pieces.difference, self._pieces.base)
+        base = x[:, 0]
+        return torch.cat(
+            [split((x - base[:, None]).flatten(0, 1), self._pieces.difference), split(base, self._pieces.base)]
+        )
+
+    def join(self, rows: torch.Tensor, bias: torch.Tensor | None, n_prompts: int, n_copies: int) -> torch.Tensor:
+        """Rows of products, float32 -> (N, C, out): base + difference + bias. ``rows`` may be written over."""
+        if kernels.usable(rows):
+            return kernels.join_differences(rows, bias, n_prompts, n_copies, self._pieces.difference, self._pieces.base)
+        n_differences = self._pieces.difference * n_prompts * n_copies
+        base = rows[n_differences:].view(self._pieces.base, n_prompts, 1, -1).sum(0)
+        difference = rows[:n_differences].view(self._pieces.difference, n_prompts, n_copies, -1).sum(0)
+        return difference + (base if bias is None else base + bias)
+
+    def base(self, rows: torch.Tensor, linear: nn.Linear, n_prompts: int) -> torch.Tensor:
+        """From rows of pieces the outputs of the bases alone: (N, out)."""
+        pieces = rows[len(rows) - self._pieces.base * n_prompts :]
+        out = product(pieces, linear.weight).view(self._pieces.base, n_prompts, -1).sum(0)
+        return out if linear.bias is None else out + linear.bias
+
+    def products(
+        self, rows: torch.Tensor, linear: nn.Linear, n_rows: int, parts: Sequence[slice]
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """From rows of pieces the outputs of the differences alone, for some of the ``n_rows`` copies at a time:
+        (start, (R, out))."""
+        for part in parts:
+            starts = [i * n_rows + part.start for i in range(self._pieces.difference)]
+            length = part.stop - part.start
+            yield (
+                part.start,
+                functools.reduce(
+                    torch.Tensor.add_, (product(rows[start : start + length], linear.weight) for start in starts)
+                ),
+            )
+
+    def gated(self, gate: nn.Linear, up: nn.Linear, down: nn.Linear, activation: str, x: torch.Tensor) -> torch.Tensor:
+        """down(act(gate(x)) * up(x)) on copies (N, C, in), without ever writing the joined gate and up (kernels only)."""
+        n_prompts, n_copies = x.shape[:2]
+        self._remembered.forget()
+        rows = self.split(x)
+        gate_rows, up_rows = product(rows, gate.weight), product(rows, up.weight)
+        rows = kernels.gate_differences(
+            gate_rows, up_rows, gate.bias, up.bias, activation, n_prompts, n_copies,
+            self._pieces.difference, self._pieces.base,
+        )  # fmt: skip
+        del gate_rows, up_rows
+        return self.join(product(rows, down.weight), down.bias, n_prompts, n_copies)
+
+
+class _Remembering:
+    """A function of one tensor that knows its last result: query, key and value projections get one and the same
+    tensor, and so do gate and up."""
+
+    def __init__(self) -> None:
+        self._last: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def __call__(self, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        # The function is not kept: a method of the owner would be a cycle, and its tensors would outlive the pass.
+        if self._last is None or self._last[0] is not x:
+            self._last = None  # before the next result is made, not after
+            self._last = (x, function(x))
+        return self._last[1]
+
+    def forget(self) -> None:
+        """Let go of the last input and its result."""
+        self._last = None
+
+
+def split(x: torch.Tensor, pieces: int) -> torch.Tensor:
+    """float32 (R, d) -> bf16 (pieces * R, d), rows of pieces that sum to x, most significant first."""
+    if kernels.usable(x):
+        return kernels.split(x, pieces)
+    parts = []
+    for _ in range(pieces):
+        parts.append(x.bfloat16())
+        x = x - parts[-1].float()
+    return torch.cat(parts)
+
+
+def product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """bf16 (R, in) and (out, in) -> float32 (R, out), accumulated in float32."""
+    if rows.is_cuda:
+        return torch.mm(rows, weight.t(), out_dtype=torch.float32)
+    return rows.float() @ weight.float().t()

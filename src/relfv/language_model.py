@@ -1,0 +1,94 @@
+"""A model that stages can use: a checkpoint, its arithmetic, and the engine that a self-check has chosen for it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+
+import torch
+
+from relfv.engine.arithmetic.precision import Precision
+from relfv.engine.base import Backbone, Engine
+from relfv.engine.selfcheck import SelfCheck, choose_engine
+from relfv.models.families import Architecture
+from relfv.models.opening import load_checkpoint
+from relfv.models.tokens import Tokens
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """An opened model with everything stages need of it."""
+
+    name: str
+    """As the user gave it; what artifacts call ``model``."""
+    spec: str
+    """As the user gave it; what artifacts call ``model_spec``."""
+    backbone: Backbone
+    tokens: Tokens
+    engine: Engine
+    check: SelfCheck
+    dtype: str
+    """dtype of the stored weights, e.g. ``bfloat16``; the arithmetic is ``precision``."""
+    quant: str
+
+    @property
+    def arch(self) -> Architecture:
+        """Blocks, projections and dimensions."""
+        return self.backbone.arch
+
+    @property
+    def device(self) -> str:
+        """``cpu``, ``cuda:0``, ..."""
+        return str(self.backbone.device)
+
+    @property
+    def precision(self) -> str:
+        """``exact`` or ``fast``."""
+        return self.backbone.precision
+
+
+def open_model(
+    name: str,
+    spec: str = "auto",
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    quant: str = "none",
+    precision: Precision = "exact",
+    trust_remote_code: bool = False,
+) -> LanguageModel:
+    """Open ``name`` (``demo``, a folder, a cached or hub model) and check the fast engine on it.
+
+    Raises InputError for a model, spec, device or dtype that does not fit, RunError if its logits cannot be read.
+    """
+    started = time.monotonic()
+    checkpoint = load_checkpoint(
+        name,
+        spec,
+        device=device,
+        dtype=dtype,
+        quant=quant,
+        quant_compute=torch.float32 if precision == "exact" else torch.bfloat16,
+        trust_remote_code=trust_remote_code,
+    )
+    arch, tokens = checkpoint.arch, checkpoint.tokens
+    backbone = Backbone.fastest(checkpoint.model, arch, checkpoint.device, precision)
+    engine, check = choose_engine(backbone, tokens.self_check_prompts())
+    log.info(
+        "opened %s: %s, %d layers x %d heads of %d, residual %d, %s on %s, %s arithmetic, %.1f s",
+        name,
+        type(checkpoint.model).__name__,
+        arch.n_layers,
+        arch.n_heads,
+        arch.head_dim,
+        arch.resid_dim,
+        checkpoint.dtype if quant == "none" else quant,
+        backbone.device,
+        precision,
+        time.monotonic() - started,
+    )
+    log.info("self-check: %s engine; %s", engine.name, check.reason)
+    return LanguageModel(name, spec, engine.backbone, tokens, engine, check, checkpoint.dtype, quant)

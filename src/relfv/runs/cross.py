@@ -1,0 +1,242 @@
+"""``relfv cross``: every q_id's function vector on every q_id's prompts, from a finished tree.
+
+A q_id's folder depends on that q_id alone. What needs several of them lies beside their folders: cross_fv.json and cross_fv.png,
+written anew after each target, so that at every instant they hold all that is done. A target is kept while the vectors,
+prompts and settings that it was made from are what they were; if that is all of them, the model is never opened.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from relfv.errors import InputError, RunError
+from relfv.language_model import LanguageModel
+from relfv.logs import Progress, showing
+from relfv.models.opening import model_identity
+from relfv.report.figures import cross_png
+from relfv.report.page import write_report
+from relfv.report.table import find_statuses
+from relfv.runs.qid import is_complete, open_for
+from relfv.runs.run import describe_differences
+from relfv.settings import Settings, fingerprint_fields
+from relfv.stages.cross import MEANING, compare_directions, inject_vectors, judge_target, overall_verdict
+from relfv.stats import LEVEL
+from relfv.steps import evaluated
+from relfv.store import artifacts
+from relfv.store.artifacts import CROSS, CROSS_FIGURE, CROSS_SETTINGS, QidPaths
+from relfv.store.files import lock, move_aside, read_json, require_no_links, sha256_file, sole_writer
+from relfv.store.status import DamagedStatus, QidStatus, read_status
+
+log = logging.getLogger(__name__)
+
+
+def cross(folder: Path, q_list: Sequence[str] | None, overlay: Callable[[Settings], Settings]) -> int:
+    """Cross the completed q_ids of a relation's ``folder``, or those of ``q_list``; ``overlay`` puts the command's flags over
+    the settings that the q_ids were made with. Returns the exit code.
+
+    Raises InputError for fewer than two q_ids, damaged ones, and another model or arithmetic than theirs.
+    """
+    for ours in (CROSS, CROSS_FIGURE, ".locks", "report"):
+        require_no_links(folder / ours, below=folder)
+    statuses = _completed(folder, q_list)
+    settings = _shared_settings(folder, statuses, overlay)
+    with lock(folder / ".locks" / ".cross.lock") as holder:
+        if holder:
+            raise InputError(f"{folder / CROSS}: is being written by {holder}; wait for it to end, then run again")
+        _Crossing(folder, statuses, named=q_list is not None).run(lambda: open_for(settings))
+    log.info("report: %s", write_report(folder))
+    print(folder / CROSS)
+    return 0
+
+
+def _completed(folder: Path, q_list: Sequence[str] | None) -> dict[str, QidStatus]:
+    """The q_ids to cross, by name in their folders' order. Raises InputError for what cannot be."""
+    there = {path.parent.name: path for path in find_statuses(folder) if path.parent.parent == folder}
+    if not there:
+        raise InputError(
+            f"{folder}: no q_id here; expected a relation's results folder, e.g. results_fv/relation_qwise/relationA_ex"
+        )
+    if unknown := [q_id for q_id in q_list or () if q_id not in there]:
+        raise InputError(f"--q_list: {', '.join(unknown)} not in {folder}, which has {', '.join(there)}")
+    statuses, left_out = {}, {}
+    for q_id, path in there.items():
+        if q_list is not None and q_id not in q_list:
+            continue
+        try:
+            status = read_status(path)
+        except DamagedStatus as problem:
+            raise InputError(str(problem)) from None
+        if status is None or status.q_id != q_id:
+            raise InputError(f"{path}: its qid_status.json is of another q_id; was the folder renamed?")
+        if status.status != "completed":
+            left_out[q_id] = status.status
+        elif not is_complete(status):
+            raise InputError(
+                f"{path}: completed, but not as its status says ('relfv verify {path.parent}' names what); the same 'relfv "
+                "run' mends it, or leave the q_id out by --q_list"
+            )
+        else:
+            statuses[q_id] = status
+    said = ", ".join(f"{q_id} ({state})" for q_id, state in left_out.items())
+    if q_list is not None and left_out:
+        raise InputError(f"--q_list: {said} in {folder}; expected completed q_ids, so run them first")
+    if len(statuses) < 2:
+        raise InputError(
+            f"{folder}: {len(statuses)} completed q_id(s){f' besides {said}' if said else ''}; expected at least two, whose "
+            "vectors can then be compared: run more with 'relfv run'"
+        )
+    if said:
+        log.info("left out: %s", said)
+    return statuses
+
+
+def _shared_settings(
+    folder: Path, statuses: Mapping[str, QidStatus], overlay: Callable[[Settings], Settings]
+) -> Settings:
+    """The settings to open the model with. Raises InputError, naming what differs, if any q_id was made with others."""
+    settings = overlay(next(iter(statuses.values())).settings)
+    here = fingerprint_fields(settings, rows_sha256="", model_identity=model_identity(settings.model))
+    wanted = {name: here[name] for name in CROSS_SETTINGS}
+    differing: dict[str, list[str]] = {}
+    for q_id, status in statuses.items():
+        as_wanted = replace(status, fingerprint_fields={**status.fingerprint_fields, **wanted})
+        if differences := describe_differences(status, as_wanted):
+            differing.setdefault(", ".join(differences), []).append(q_id)
+    if differing:
+        said = "; ".join(f"{', '.join(q_ids)} ({what})" for what, q_ids in differing.items())
+        raise InputError(
+            f"{folder}: made with another model or other arithmetic: {said}; expected what the q_ids were made with, so leave out "
+            "the flags that differ (or unset DTYPE and QUANT), or narrow --q_list to q_ids that share them"
+        )
+    return settings
+
+
+class _Crossing:
+    """One crossing of the q_ids ``statuses``, and the files it goes into."""
+
+    def __init__(self, folder: Path, statuses: Mapping[str, QidStatus], *, named: bool) -> None:
+        """``named``: the q_ids were named one by one; else they are all that are completed, and none may have got lost."""
+        self._folder, self._statuses, self._q_ids = folder, statuses, list(statuses)
+        self._paths = {q_id: QidPaths(status.artifacts_dir, q_id) for q_id, status in statuses.items()}
+        self._origins = {
+            q_id: artifacts.cross_origin(folder, q_id, self._q_ids, status.fingerprint_fields)
+            for q_id, status in statuses.items()
+        }
+        self._vectors = torch.stack([artifacts.read_function_vector(paths.fv) for paths in self._paths.values()])
+        self._earlier = self._found()
+        earlier = self._earlier["targets"] if self._earlier else {}
+        self._targets = {
+            q_id: earlier[q_id]
+            for q_id in self._q_ids
+            if q_id in earlier and earlier[q_id]["made_from"] == self._origins[q_id]
+        }
+        if narrowed := [q_id for q_id in earlier if q_id not in statuses and not named]:
+            raise InputError(
+                f"{folder / CROSS} has {', '.join(narrowed)}, not completed now; let 'relfv run' finish, or name by --q_list the q_ids to "
+                "cross without"
+            )
+        # What is computed and no longer fits is kept under a dated name.
+        self._in_the_way = (folder / CROSS).exists() and not (self._earlier and earlier.keys() <= self._targets.keys())
+
+    def run(self, opened: Callable[[], LanguageModel]) -> None:
+        """Compute the targets that are missing or made from something else, and write after each."""
+        todo = [q_id for q_id in self._q_ids if q_id not in self._targets]
+        log.info("%d q_ids to cross, %d done before", len(todo), len(self._targets))
+        if not todo:
+            self._write_if_changed()
+            return
+        model, progress = opened(), Progress(len(todo))
+        with showing(progress):
+            for q_id in todo:
+                progress.begin()
+                self._targets[q_id] = self._judged(model, q_id)
+                self._write()
+                log.info("%s in %.1f s: %s", q_id, progress.seconds(), self._targets[q_id]["verdict"])
+                progress.end()
+        log.info("%s", self._document()["verdict"])
+
+    def _found(self) -> dict[str, Any] | None:
+        """What is there from before, if it is as it was written."""
+        if not (self._folder / CROSS).exists():
+            return None
+        try:
+            return artifacts.read_cross(self._folder)
+        except RunError as problem:
+            log.warning("%s; it is kept under another name and made anew", problem)
+            return None
+
+    def _judged(self, model: LanguageModel, target: str) -> dict[str, Any]:
+        status, paths = self._statuses[target], self._paths[target]
+        alpha = status.settings.alpha
+        trials = evaluated(artifacts.read_trials(paths.zero_shot_trials), status.settings)
+        prompts, target_ids, queries = trials.prompts("corrupted_prompt_str"), trials.target_ids, trials.queries
+        effects = inject_vectors(model, prompts, target_ids, self._q_ids, self._vectors, alpha)
+        best_layer = read_json(paths.step6_summary)["best_layer"]
+        judged = judge_target(effects, target_ids, queries, self._q_ids, target, best_layer)
+        return {
+            "verdict": judged.pop("verdict"),
+            "alpha": alpha,
+            "n_eval": len(prompts),
+            "n_queries": len(set(queries)),
+            "made_from": self._origins[target],
+            "made_by": {
+                "engine": model.engine.name,
+                "device": model.backbone.device.type,
+                "dtype": model.dtype,
+                "prompts_per_pass": effects.per_pass,
+            },
+            **judged,
+        }
+
+    def _document(self) -> dict[str, Any]:
+        """The content of cross_fv.json but for hashes; targets in the q_ids' order."""
+        first = next(iter(self._statuses.values()))
+        targets = {q_id: self._targets[q_id] for q_id in self._q_ids if q_id in self._targets}
+        norms, cosine = compare_directions(self._vectors)
+        return {
+            "relation": self._folder.resolve().name,
+            "verdict": overall_verdict(targets, len(self._q_ids)),
+            "meaning": MEANING,
+            "model": first.settings.model,
+            **{name: first.fingerprint_fields[name] for name in CROSS_SETTINGS},
+            "layers": first.expected_layers,
+            "ci_level": LEVEL,
+            "q_ids": self._q_ids,
+            "norms": norms,
+            "cosine": cosine,
+            "targets": targets,
+        }
+
+    def _write(self) -> None:
+        document = self._document()
+        figure = _figure(document)
+        # The manifest and the page of a run lie in the same folder: one writer at a time.
+        with sole_writer(self._folder):
+            if self._in_the_way:
+                log.info("earlier results are now %s", move_aside(self._folder / CROSS))
+                self._in_the_way = False
+            artifacts.write_cross(self._folder, document, figure)
+
+    def _write_if_changed(self) -> None:
+        """For a crossing that was killed between its two files, or lost its picture."""
+        as_it_is = {**self._document(), "figure": {CROSS_FIGURE: sha256_file(self._folder / CROSS_FIGURE)}}
+        if as_it_is != self._earlier:
+            self._write()
+
+
+def _figure(document: Mapping[str, Any]) -> bytes:
+    q_ids, targets = document["q_ids"], document["targets"]
+    layers = {q_id: entry["best_layer"] for q_id, entry in targets.items()}
+    delta_p = np.full((len(q_ids), len(q_ids)), np.nan)
+    for i, target in enumerate(q_ids):
+        if target in targets:
+            row = targets[target]["per_layer"][str(layers[target])]
+            delta_p[i] = [row[source]["mean_delta_p"] for source in q_ids]
+    return cross_png(q_ids, layers, delta_p)

@@ -1,0 +1,139 @@
+"""``run_manifest.json``: what ran, with which settings, versions and device."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from relfv import ALGORITHM_VERSION, __version__
+from relfv.errors import RunError
+from relfv.settings import Settings
+from relfv.store.artifacts import MANIFEST
+from relfv.store.files import move_aside, read_json, sealed, sole_writer, unsealed, write_json
+
+if TYPE_CHECKING:  # to read a manifest takes no engine
+    from relfv.language_model import LanguageModel
+
+log = logging.getLogger(__name__)
+
+_LIBRARIES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "matplotlib",
+    "accelerate",
+    "bitsandbytes",
+)
+
+
+def run_description(settings: Settings, q_list: list[str], csv_sha256: str, model_identity: str) -> dict[str, Any]:
+    """What is known before the model is opened."""
+    departures = settings.departures()
+    return {
+        "relfv_version": __version__,
+        "algorithm_version": ALGORITHM_VERSION,
+        "spec_conformant": not departures,
+        "departures": departures,
+        "settings": settings.to_json(),
+        "q_list": q_list,
+        "csv_sha256": csv_sha256,
+        "model_id": settings.model,
+        "model_revision": model_identity.partition("@")[2] or None,
+        "model_identity": model_identity,
+        "git_commit": _git_commit(),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _LIBRARIES}},
+        "platform": platform.platform(),
+        "pid": os.getpid(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+
+
+def model_description(model: LanguageModel) -> dict[str, Any]:
+    """What is known once it is open."""
+    import torch
+
+    device = model.backbone.device
+    return {
+        "class": type(model.backbone.model).__name__,
+        "family": model.arch.spec_name,
+        "n_layers": model.arch.n_layers,
+        "n_heads": model.arch.n_heads,
+        "head_dim": model.arch.head_dim,
+        "resid_dim": model.arch.resid_dim,
+        "dtype": model.dtype,
+        "quant": model.quant,
+        "precision": model.precision,
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "cpu_threads": torch.get_num_threads(),
+        "engine": model.engine.name,
+        "self_check": vars(model.check),
+    }
+
+
+def write_manifest(folder: Path, run: dict[str, Any]) -> Path:
+    """Write this run's description; earlier runs of the folder are kept under ``earlier_runs``."""
+    with sole_writer(folder):
+        earlier: list[Any] = []
+        previous = sound_manifest(folder)
+        if previous:
+            earlier = [*previous.pop("earlier_runs", []), previous]
+        # Two runs at once take turns: each replaces its own earlier description, wherever the other has put it.
+        earlier = [other for other in earlier if _identity(other) != _identity(run)]
+        return write_json(folder / MANIFEST, sealed({**run, "earlier_runs": earlier}))
+
+
+def _identity(run: dict[str, Any]) -> tuple[Any, Any]:
+    return run.get("started_at"), run.get("pid")
+
+
+def sound_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest in ``folder``, or None if there is none, or no more: a damaged one is put aside, with a warning. It is
+    a record, and no reason not to run."""
+    path = folder / MANIFEST
+    if not os.path.lexists(path):
+        return None
+    try:
+        return read_manifest(path)
+    except RunError as problem:
+        log.warning("%s; it is now %s", problem, move_aside(path))
+    return None
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest without its own hash. Raises RunError if it is not as it was written."""
+    found = read_json(path)
+    if not isinstance(found, dict) or not {"settings", "q_list"} <= found.keys():
+        raise RunError(f"{path}: is damaged or not a manifest of relfv")
+    return unsealed(found, path)  # manifests of relfv 0.1.0 have no seal
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """The commit of the folder the run was started in, if it is a git checkout."""
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=False,
+            cwd=os.getcwd(),  # noqa: PTH109
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,263 @@
+"""``qid_status.json``: where a q_id stands, and which files each finished stage has promised.
+
+A stage is done when its files are there and match the sha256 recorded here; the record is written after them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, get_args
+
+from relfv.errors import RelfvError, RunError
+from relfv.relations import is_q_id
+from relfv.settings import Settings, fingerprint
+from relfv.store.files import move_aside, remedy, sha256_file, write_json
+
+State = Literal["pending", "running", "completed", "failed", "skipped"]
+STATUS_FILE = "qid_status.json"
+STEP_D = ("stepD_trials", "stepD_means", "stepD_cie")
+AFTER_STEP6 = ("step6_summary", "injection_curve", "step6_controls", "step6_answers", "summary")
+STEP6_STAGE = "step6_layer_"
+SWEEPS = "step6_sweeps"
+"""On request, and no part of what makes a q_id complete."""
+
+
+def step6_stage(layer: int) -> str:
+    """The name of one layer's stage."""
+    return f"{STEP6_STAGE}{layer}"
+
+
+def stage_names(expected_layers: Sequence[int]) -> list[str]:
+    """The stages that every q_id has, in the order of the spec, as qid_status.json calls them."""
+    per_layer = [step6_stage(layer) for layer in expected_layers]
+    return [*STEP_D, "heatmap", "stepE", "zeroshot", *per_layer, *AFTER_STEP6]
+
+
+def now() -> str:
+    """UTC time to the millisecond, ISO 8601."""
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+
+
+@dataclass
+class StageRecord:
+    """One stage of one q_id."""
+
+    status: str
+    started_at: str
+    finished_at: str | None = None
+    files: dict[str, str] = field(default_factory=dict)
+    """What it wrote: path relative to ``artifacts/`` -> sha256."""
+    inputs: dict[str, str] = field(default_factory=dict)
+    """What it read, likewise. A stage whose inputs have changed since is out of date, whoever changed them."""
+
+
+@dataclass
+class QidStatus:
+    """The content of one qid_status.json, and where it lives."""
+
+    artifacts_dir: Path
+    q_id: str
+    settings: Settings
+    fingerprint_fields: dict[str, Any]
+    status: State = "pending"
+    reason: str | None = None
+    created_at: str = field(default_factory=now)
+    expected_layers: list[int] = field(default_factory=list)
+    stages: dict[str, StageRecord] = field(default_factory=dict)
+    q_row_count: int = 0
+    trials_per_pass: dict[str, int] = field(default_factory=dict)
+    """stepD_cie, stepE_heads, stepE, step6, step6_controls, step6_sweeps -> how many prompts shared a forward pass. Batch
+    shapes change low-order bits, so a stage that is made again, on whatever device, uses the number it was first made with."""
+
+    @property
+    def path(self) -> Path:
+        """``artifacts/qid_status.json``."""
+        return self.artifacts_dir / STATUS_FILE
+
+    def set(self, status: State, reason: str | None = None) -> None:
+        """Change the state and write it."""
+        self.status, self.reason = status, reason
+        self.write()
+
+    def write(self) -> None:
+        """Write atomically."""
+        departures = self.settings.departures()
+        write_json(
+            self.path,
+            {
+                "q_id": self.q_id,
+                "status": self.status,
+                "reason": self.reason,
+                "created_at": self.created_at,
+                "updated_at": now(),
+                "q_row_count": self.q_row_count,
+                "spec_conformant": not departures,
+                "departures": departures,
+                "config": self.settings.to_json(),
+                "fingerprint": fingerprint(self.fingerprint_fields),
+                "fingerprint_fields": self.fingerprint_fields,
+                "expected_layers": self.expected_layers,
+                "trials_per_pass": self.trials_per_pass,
+                "stages": {name: vars(record) for name, record in self.stages.items()},
+            },
+        )
+
+    @property
+    def stage_names(self) -> list[str]:
+        """The stages that make this q_id complete, in order."""
+        return stage_names(self.expected_layers)
+
+    def has_sweeps_of(self, settings: Settings) -> bool:
+        """True if the alphas and k of ``settings``, and those that were swept before, are swept and intact."""
+        wanted = self.settings.with_sweeps_of(settings)
+        return not wanted.sweeps or (wanted == self.settings and self.intact(SWEEPS))
+
+    def has_results(self) -> bool:
+        """True if any stage has left files: what another experiment must not be mixed with."""
+        return any(record.files for record in self.stages.values())
+
+    def begin(self, stage: str, *, write: bool = True) -> None:
+        """Record that ``stage`` runs. What it promised before stays known until the new files are there.
+
+        ``write=False`` leaves the file for ``finish``: nothing but a reader who looks just then depends on this mark,
+        since a record whose files are being replaced does not match them.
+        """
+        previous = self.stages.get(stage)
+        self.stages[stage] = StageRecord("running", now(), files=previous.files if previous else {})
+        if write:
+            self.write()
+
+    def finish(self, stage: str, files: Iterable[Path], inputs: Iterable[Path]) -> None:
+        """Record that ``stage`` is done: what it wrote, and what it read."""
+        started = self.stages[stage].started_at
+        self.stages[stage] = StageRecord("completed", started, now(), self._hashes(files), self._hashes(inputs))
+        self.write()
+
+    def intact(self, stage: str) -> bool:
+        """True if ``stage`` is done, every file it promised is there, and neither those nor its inputs have changed."""
+        record = self.stages.get(stage)
+        if record is None or record.status != "completed" or not record.files:
+            return False
+        return not self._changed(record.files) and not self._changed(record.inputs)
+
+    def make_way(self, stage: str) -> list[Path]:
+        """Move folders that stand where ``stage`` has had files out of its way, beside ``artifacts/``. -> where they are."""
+        record = self.stages.get(stage)
+        paths = [self.artifacts_dir / name for name in record.files] if record else []
+        return [
+            move_aside(path, self.artifacts_dir.parent) for path in paths if path.is_dir() and not path.is_symlink()
+        ]
+
+    def damaged(self, stage: str) -> list[str]:
+        """Files of ``stage`` that are missing or differ from their recorded hash."""
+        return self._changed(self.stages[stage].files) if stage in self.stages else []
+
+    def _changed(self, hashes: dict[str, str]) -> list[str]:
+        return [name for name, expected in hashes.items() if sha256_file(self.artifacts_dir / name) != expected]
+
+    def _hashes(self, paths: Iterable[Path]) -> dict[str, str]:
+        return {str(path.relative_to(self.artifacts_dir)): _require_hash(path) for path in paths}
+
+
+class DamagedStatus(RunError):
+    """The record that a folder's results are trusted by is missing or damaged."""
+
+    def __init__(self, path: Path, what: str) -> None:
+        super().__init__(
+            f"{path}: {what}, so nothing says whether the results beside it are whole and of these settings; put it back, "
+            f"or let 'relfv run --q_list {path.parent.parent.name}' keep them in a folder aside and compute them afresh"
+        )
+
+
+def read_status(artifacts_dir: Path) -> QidStatus | None:
+    """The status in ``artifacts_dir``, or None if there is none.
+
+    Raises DamagedStatus if it is not one as ``write`` writes it, another RunError if the disk will not give it.
+    """
+    path = artifacts_dir / STATUS_FILE
+    try:
+        data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except IsADirectoryError:
+        raise DamagedStatus(path, "is damaged (a folder is in its place)") from None
+    except OSError as problem:
+        raise RunError(f"{path}: cannot be read ({problem.strerror}); {remedy(problem)}") from None
+    try:
+        values = json.loads(data)
+        if not is_q_id(values["q_id"]):  # file names are made of it
+            raise ValueError(f"q_id {values['q_id']!r} is none")
+        status = QidStatus(
+            artifacts_dir=artifacts_dir,
+            q_id=values["q_id"],
+            settings=Settings.from_json(values["config"]),
+            fingerprint_fields=values["fingerprint_fields"],
+            status=values["status"],
+            reason=values["reason"],
+            created_at=values["created_at"],
+            expected_layers=values["expected_layers"],
+            stages={name: StageRecord(**record) for name, record in values["stages"].items()},
+            q_row_count=values["q_row_count"],
+            trials_per_pass=values.get("trials_per_pass", {}),
+        )
+        _require_sound(status, values["fingerprint"])
+    except (RelfvError, ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise DamagedStatus(path, f"is damaged or not a status file of relfv ({problem})") from None
+    return status
+
+
+def fields_of(folder: Path, q_ids: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """The fingerprint fields of each q_id of a relation's ``folder``, empty where no sound status is."""
+    found: dict[str, dict[str, Any]] = {}
+    for q_id in q_ids:
+        found[q_id] = {}
+        with suppress(RunError):
+            status = read_status(folder / q_id / "artifacts")
+            found[q_id] = status.fingerprint_fields if status else {}
+    return found
+
+
+def read_status_of_results(artifacts_dir: Path) -> QidStatus | None:
+    """``read_status``, but files without a status are a DamagedStatus: the status comes first and never goes."""
+    status = read_status(artifacts_dir)
+    # A hidden file is a temporary of a write under way, or none of ours.
+    if status is None and artifacts_dir.is_dir() and any(p.name[0] != "." for p in artifacts_dir.iterdir()):
+        raise DamagedStatus(artifacts_dir / STATUS_FILE, "is missing")
+    return status
+
+
+def _require_sound(status: QidStatus, recorded_fingerprint: str) -> None:
+    """Raise ValueError for what parses and still cannot have been written by ``write``: a flipped bit, a wrong edit."""
+    fields, config = status.fingerprint_fields, status.settings.to_json()
+    records = status.stages.values()
+    hashes = [item for record in records for item in [*record.files.items(), *record.inputs.items()]]
+    found = {
+        f"the status is {status.status!r}": status.status not in get_args(State),
+        "the fingerprint is not that of its fields": recorded_fingerprint != fingerprint(fields),
+        "config and fingerprint differ": any(config.get(name, value) != value for name, value in fields.items()),
+        "the layers are not 0 to L-1": status.expected_layers != list(range(len(status.expected_layers))),
+        "a file's name leads out of the folder": any(_leads_out(name) for name, _ in hashes),
+        "a hash is not a sha256": not all(re.fullmatch("[0-9a-f]{64}", digest) for _, digest in hashes),
+        "trials_per_pass are not counts": any(count < 1 for count in status.trials_per_pass.values()),
+    }
+    wrong = [what for what, is_so in found.items() if is_so]
+    if wrong:
+        raise ValueError("; ".join(wrong))
+
+
+def _leads_out(name: str) -> bool:
+    path = PurePosixPath(name)
+    return path.is_absolute() or ".." in path.parts or not path.parts
+
+
+def _require_hash(path: Path) -> str:
+    found = sha256_file(path)
+    if found is None:
+        raise RunError(f"{path}: was written and is not there any more")
+    return found

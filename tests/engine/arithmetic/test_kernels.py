@@ -1,0 +1,158 @@
+"""The fused kernels against the plain PyTorch that they stand in for.
+
+They run where Triton does: on CUDA, or anywhere with Triton installed and TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from relfv.engine.arithmetic import kernels
+from relfv.engine.arithmetic.products import CAREFUL, Differences, Pieces, split
+from relfv.engine.attention import attend_plainly
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+pytestmark = pytest.mark.skipif(
+    not kernels.AVAILABLE or not (INTERPRETED or torch.cuda.is_available()), reason="needs Triton and a GPU"
+)
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    """On the device, and different for different shapes and seeds."""
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator).to(DEVICE)
+
+
+def plainly(function, *tensors):  # type: ignore[no-untyped-def]
+    """On the CPU, where no kernel runs."""
+    return function(*(tensor.cpu() if isinstance(tensor, torch.Tensor) else tensor for tensor in tensors)).to(DEVICE)
+
+
+def test_split_gives_the_same_pieces() -> None:
+    x = random(7, 300) * torch.logspace(-6, 4, 300, device=DEVICE)
+    pieces = kernels.split(x, 3)
+    torch.testing.assert_close(pieces.view(3, 7, 300).float().sum(0), x, rtol=2**-21, atol=0)
+    assert_same_pieces(pieces, plainly(split, x, 3))
+
+
+def assert_same_pieces(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """To the bit, except under the interpreter, which cuts to bf16 instead of rounding."""
+    if not INTERPRETED:
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("pieces", [Pieces(), CAREFUL])
+@pytest.mark.parametrize("shape", [(3, 37, 300), (1, 1, 16), (2, 16, 256)])
+def test_differences_are_split_and_joined_the_same(pieces: Pieces, shape: tuple[int, int, int]) -> None:
+    x = random(*shape) + 5 * random(shape[0], 1, shape[2], seed=1)
+    plain = Differences(pieces)
+    rows = kernels.split_differences(x, pieces.difference, pieces.base)
+    assert_same_pieces(rows, plainly(plain.split, x))
+    if pieces == CAREFUL:
+        joined = plainly(plain.join, rows.float(), None, shape[0], shape[1])
+        torch.testing.assert_close(joined, x, rtol=1e-6, atol=1e-6)
+    bias = random(shape[2], seed=2).bfloat16()
+    for some in (None, bias):
+        expected = plainly(plain.join, rows.float(), some, shape[0], shape[1])
+        found = kernels.join_differences(rows.float(), some, shape[0], shape[1], pieces.difference, pieces.base)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", kernels.ACTIVATIONS)
+def test_gates_agree(activation: str) -> None:
+    formula = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}[activation]
+    gate, up = 4 * random(3, 5, 300), random(3, 5, 300, seed=1)
+    torch.testing.assert_close(kernels.gate(gate, up, activation), formula(gate) * up, rtol=1e-5, atol=1e-5)
+    half = kernels.gate(gate.bfloat16(), up.bfloat16(), activation)
+    torch.testing.assert_close(half, (formula(gate) * up).bfloat16(), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("activation", kernels.ACTIVATIONS)
+@pytest.mark.parametrize("biased", [False, True])
+def test_gating_pieces_equals_gating_what_they_stand_for(activation: str, biased: bool) -> None:
+    formula = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}[activation]
+    n, c, d = 3, 37, 300
+    pieces = CAREFUL
+    plain = Differences(pieces)
+    gate = 3 * random(n, 1, d) + 0.1 * random(n, c, d)
+    up = random(n, 1, d, seed=1) + 0.1 * random(n, c, d, seed=2)
+    gate_bias, up_bias = (random(d, seed=3), random(d, seed=4)) if biased else (None, None)
+    rows = [plainly(plain.split, x).float() for x in (gate, up)]
+    found = kernels.gate_differences(*rows, gate_bias, up_bias, activation, n, c, pieces.difference, pieces.base)
+    joined = plainly(plain.join, found.float(), None, n, c)
+    expected = formula(gate + (gate_bias if biased else 0)) * (up + (up_bias if biased else 0))
+    torch.testing.assert_close(joined, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_copy_that_is_the_base_stays_the_base_to_the_bit() -> None:
+    n, c, d = 2, 20, 300
+    gate, up = random(n, 1, d).expand(n, c, d).contiguous(), random(n, 1, d, seed=1).expand(n, c, d).contiguous()
+    rows = [kernels.split_differences(x, 1, 3).float() for x in (gate, up)]
+    out = kernels.gate_differences(*rows, None, None, "silu", n, c, 1, 3)
+    joined = kernels.join_differences(out.float(), None, n, c, 1, 3)
+    assert torch.equal(joined, joined[:, :1].expand_as(joined))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_rms_norm(offset: float) -> None:
+    x, weight = random(2, 5, 300), random(300, seed=1)
+    expected = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * (weight + offset)
+    torch.testing.assert_close(kernels.rms_norm(x, weight, 1e-5, offset), expected, rtol=1e-5, atol=1e-5)
+    half = kernels.rms_norm(x.bfloat16(), weight.bfloat16(), 1e-5, offset)
+    torch.testing.assert_close(half.float(), expected, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("copies", [1, 5])
+@pytest.mark.parametrize("heads", [3, 4])
+def test_rotary_embedding(copies: int, heads: int) -> None:
+    q, k = (random(2, 5, n, 20, seed=n).transpose(1, 2) for n in (heads, 2))
+    cos, sin = random(2, copies, 20, seed=1), random(2, copies, 20, seed=2)
+    for x, found in zip((q, k), kernels.rotate(q, k, cos, sin), strict=True):
+        first, second = x.chunk(2, dim=-1)
+        expected = x * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 7, 40])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16])
+def test_attention(window: int | None, softcap: float | None, sinks: bool, dtype: torch.dtype) -> None:
+    n, heads, kv_heads, copies, prefix, head_dim = 3, 6, 2, 70, 45, 20
+    q = random(n, copies, heads, head_dim).to(dtype).transpose(1, 2)
+    k = random(n, copies, kv_heads, head_dim, seed=1).to(dtype).transpose(1, 2)
+    v = random(n, copies, kv_heads, head_dim, seed=2).to(dtype).transpose(1, 2)
+    k_prefix, v_prefix = (random(n, kv_heads, prefix, head_dim, seed=seed).to(dtype) for seed in (3, 4))
+    lengths = torch.tensor([45, 1, 33], device=DEVICE)
+    settings = {"scale": 0.3, "window": window, "softcap": softcap, "sinks": random(heads) if sinks else None}
+    found = kernels.attend(q, k, v, k_prefix, v_prefix, lengths, **settings)  # type: ignore[arg-type]
+    expected = attend_plainly(q, k, v, k_prefix, v_prefix, lengths, **settings)  # type: ignore[arg-type]
+    tolerance = 2e-5 if dtype == torch.float32 else 0.02
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("shared_base", [False, True])
+def test_reading_out(softcap: float | None, shared_base: bool) -> None:
+    n, copies, vocabulary = 3, 4, 9001
+    raw, base = random(n * copies, vocabulary), random(1 if shared_base else n, vocabulary, seed=1)
+    targets = torch.tensor([17, 9000, 0], device=DEVICE)
+    raw[3, 8000] = raw[3, 4000] = 50.0 if softcap is None else 5.0
+    if shared_base or softcap is None:
+        base[:, 8000] = base[:, 4000]
+    start = 2
+    found = kernels.read(raw[start:], base, targets, row_0=start, n_copies=copies, scale=0.5, softcap=softcap)
+    prompt = torch.arange(start, n * copies, device=DEVICE) // copies
+    logits = (raw[start:] + base[0 if shared_base else prompt]) * 0.5
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    picked = logits.gather(1, targets[prompt, None])[:, 0]
+    torch.testing.assert_close(found[0], picked, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[1], picked - logits.logsumexp(1), rtol=1e-5, atol=1e-5)
+    assert torch.equal(logits.gather(1, found[2][:, None])[:, 0], logits.max(1).values)
+    if softcap is None:
+        assert found[2][1] == 4000

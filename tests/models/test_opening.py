@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import transformers as tf
+
+from conftest import make_tokenizer, scale_up
+from relfv.errors import InputError
+from relfv.language_model import open_model
+from relfv.models.opening import model_identity
+from zoo import ZOO
+
+
+def test_a_local_folder_opens_with_its_self_check(llama_path: Path) -> None:
+    model = open_model(str(llama_path), "llama3", device="cpu")
+    assert model.engine.name == "shared_prefix"
+    assert model.dtype == "float32"
+    assert model.arch.n_layers == 3
+
+
+def test_the_demo_model_opens_by_name_through_the_same_path() -> None:
+    model = open_model("demo", "llama3", device="cpu")
+    assert model.engine.name == "shared_prefix"
+    assert type(model.backbone.model).__name__ == "LlamaForCausalLM"
+
+
+def test_the_dtype_asked_for_is_the_dtype_of_the_weights(llama_path: Path) -> None:
+    assert open_model(str(llama_path), "auto", device="cpu", dtype="bf16").dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"name": "someone/some-model-that-is-nowhere"}, "cannot open its config"),
+        ({"quant": "4bit"}, "bitsandbytes"),
+        ({"spec": "gpt2"}, "no module 'transformer.h'"),
+    ],
+)
+def test_what_cannot_be_opened_is_said_in_one_line(llama_path: Path, change: dict[str, str], words: str) -> None:
+    asked = {"name": str(llama_path), "spec": "auto", "device": "cpu", **change}
+    with pytest.raises(InputError) as caught:
+        open_model(**asked)  # type: ignore[arg-type]
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_identity_follows_the_content_and_not_the_path(llama_path: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(llama_path, copy)
+    assert model_identity(str(copy)) == model_identity(str(llama_path))
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(bytes(weights))
+    assert model_identity(str(copy)) != model_identity(str(llama_path))
+
+
+def test_a_model_in_the_hugging_face_cache_opens_by_its_id_without_a_network(llama_path: Path, tmp_path: Path) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repo = tmp_path / "models--someone--tiny"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs/main").write_text(commit)
+    shutil.copytree(llama_path, repo / "snapshots" / commit)
+    program = (
+        "from relfv.models.opening import model_identity\n"
+        "from relfv.language_model import open_model\n"
+        "print(model_identity('someone/tiny'), open_model('someone/tiny', 'llama3', device='cpu').arch.n_layers)"
+    )
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == f"hub:someone/tiny@{commit} 3", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("family", "spec"), [("Gemma 3 with vision", "gemma"), ("LLaVA", "llama3"), ("Qwen2-VL", "qwen2")]
+)
+def test_a_multimodal_checkpoint_opens_for_its_text_model(
+    family: str, spec: str, save_model: Callable[..., Path]
+) -> None:
+    build = next(animal.build for animal in ZOO.values() if animal.family == family)
+    folder = save_model(scale_up(build()), make_tokenizer(vocab_size=290))
+    model = open_model(str(folder), spec, device="cpu")
+    assert model.engine.name == "shared_prefix"
+    assert (model.arch.spec_name, model.arch.n_layers, model.arch.n_heads) == (spec, 3, 4)
+
+
+def test_a_model_that_predicts_no_next_token_is_bad_input(save_model: Callable[..., Path]) -> None:
+    config = tf.T5Config(vocab_size=300, d_model=48, num_layers=1, num_heads=4, d_ff=64, d_kv=12)
+    with pytest.raises(InputError, match=r"its model_type is 't5', which transformers .* does not know as a causal"):
+        open_model(str(save_model(tf.T5ForConditionalGeneration(config))), "auto", device="cpu")
+
+
+def test_a_model_with_soft_capped_scores_attends_by_code_that_knows_the_cap(save_model: Callable[..., Path]) -> None:
+    config = tf.Gemma2Config(
+        vocab_size=420, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=12, attn_logit_softcapping=2.0,
+    )  # fmt: skip
+    folder = save_model(scale_up(tf.Gemma2ForCausalLM(config)))
+    model = open_model(str(folder), device="cpu")
+    assert model.backbone.model.config._attn_implementation == "eager"
+    assert model.check.max_error is not None
+    assert model.check.max_error < 1e-4

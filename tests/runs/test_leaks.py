@@ -1,0 +1,71 @@
+"""Fifty q_ids in one process leave behind what one does."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+from conftest import WORDS
+from relfv.cli import main
+
+N_QIDS, WARM_UP, EVERY = 50, 10, 8
+
+
+class Census(logging.Handler):
+    """Counts what is alive each time a q_id is done."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.done = 0
+        self.counts: list[dict[str, int]] = []
+        self.resident: list[int] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if " completed in " not in record.getMessage():
+            return
+        self.done += 1
+        if self.done >= WARM_UP and (self.done - WARM_UP) % EVERY == 0:
+            gc.collect()
+            kinds = [type(thing) for thing in gc.get_objects()]
+            modules = [thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module)]
+            self.counts.append(
+                {
+                    "tensors": sum(issubclass(kind, torch.Tensor) for kind in kinds),
+                    "figures": sum(issubclass(kind, Figure) for kind in kinds) + len(plt.get_fignums()),
+                    "hooks": sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules),
+                    "log handlers": len(logging.getLogger("relfv").handlers),
+                    "open files": len(os.listdir("/proc/self/fd")),  # noqa: PTH208
+                }
+            )
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            self.resident.append(pages * os.sysconf("SC_PAGE_SIZE"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files and memory through /proc")
+def test_nothing_grows_with_the_number_of_q_ids(llama_path: Path, tmp_path: Path) -> None:
+    rows = [f"Q{q},{a}{q % 7},{b}\n" for q in range(N_QIDS) for a, b in WORDS[:4]]
+    csv_path = tmp_path / "many.csv"
+    csv_path.write_text("id,ex_A,ex_B\n" + "".join(rows))
+    small = ["--n_trials_per_q", "2", "--n_demos", "2", "--n_eval", "2", "--topk", "1"]
+    census = Census()
+    watched = logging.getLogger("relfv.runs.run")
+    watched.addHandler(census)
+    try:
+        run = ["run", "--model", str(llama_path), "--relation_csv_path", str(csv_path), "--out_root", str(tmp_path)]
+        assert main([*run, *small]) == 0
+    finally:
+        watched.removeHandler(census)
+    assert census.done == N_QIDS
+    assert len(census.counts) == 6
+    assert all(count == census.counts[0] for count in census.counts), census.counts
+    assert census.counts[0]["figures"] == census.counts[0]["hooks"] == 0
+    grown = census.resident[-1] - census.resident[0]
+    assert grown < 8 << 20, f"{grown / 2**20:.0f} MiB in {N_QIDS - WARM_UP} q_ids"

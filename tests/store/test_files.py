@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from relfv.errors import RunError
+from relfv.store.files import lock, read_json, remove_temporaries, write_atomic, write_json, write_together
+
+
+def test_a_file_is_replaced_whole_and_leaves_no_temporary(tmp_path: Path) -> None:
+    path = tmp_path / "deep/er/file.txt"
+    write_atomic(path, b"one")
+    write_atomic(path, b"two")
+    assert path.read_bytes() == b"two"
+    assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_the_umask_decides_who_may_read_it(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_atomic(tmp_path / "a", b"")
+        write_atomic(tmp_path / "b", b"", read_only=True)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o640
+    assert stat.S_IMODE((tmp_path / "b").stat().st_mode) == 0o440
+
+
+def test_what_cannot_be_written_is_one_error_and_leaves_the_old_file(tmp_path: Path) -> None:
+    write_atomic(tmp_path / "x", b"old")
+    with pytest.raises(RunError, match="cannot be written"):
+        write_atomic(tmp_path / "x" / "y", b"new")
+    assert (tmp_path / "x").read_bytes() == b"old"
+
+
+def test_files_that_are_written_together_are_each_whole_or_the_old_one(tmp_path: Path) -> None:
+    folder = tmp_path / "new/folder"
+    paths = [folder / name for name in ("a", "b", "c")]
+    assert write_together(dict.fromkeys(paths, b"old")) == paths
+    paths[1].unlink()
+    paths[1].mkdir()
+    (paths[1] / "in the way").touch()
+    with pytest.raises(RunError, match=r"folder/b: cannot be written"):
+        write_together(dict.fromkeys(paths, b"new"))
+    assert paths[0].read_bytes() == b"new"
+    assert paths[2].read_bytes() == b"old"
+    assert sorted(path.name for path in folder.iterdir()) == ["a", "b", "c"]
+
+
+def test_everything_is_synced_before_a_write_returns_and_content_before_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen from outside: which files and folders fsync was called for, and what the folder held then."""
+    seen: list[tuple[str, list[str]]] = []
+    fsync = os.fsync
+
+    def watched(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        folder = path if path.is_dir() else path.parent
+        seen.append((path.name, sorted(item.name for item in folder.iterdir() if not item.name.startswith("."))))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    write_together({tmp_path / "new" / name: b"" for name in ("a", "b")})
+    assert [(name if name == "new" else "file" if ".tmp" in name else "parent", held) for name, held in seen] == [
+        ("parent", ["new"]),
+        ("file", []),
+        ("file", ["a"]),
+        ("new", ["a", "b"]),
+    ]
+
+
+def test_json_refuses_what_json_cannot_say(tmp_path: Path) -> None:
+    with pytest.raises(ValueError):
+        write_json(tmp_path / "x.json", {"a": float("nan")})
+    assert not (tmp_path / "x.json").exists()
+
+
+@pytest.mark.parametrize(("content", "words"), [(None, "no such file"), ("{", "cannot be read as JSON")])
+def test_json_that_is_not_there_or_damaged_is_named(tmp_path: Path, content: str | None, words: str) -> None:
+    path = tmp_path / "x.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(RunError, match=words):
+        read_json(path)
+
+
+def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/.relfv-123-abc.tmp").write_text("half")
+    (tmp_path / "a/.mine.tmp").write_text("the user's own")
+    remove_temporaries(tmp_path)
+    assert [p.name for p in (tmp_path / "a").iterdir()] == [".mine.tmp"]
+
+
+def test_a_lock_is_held_once_and_says_by_whom(tmp_path: Path) -> None:
+    with lock(tmp_path / "locks/q") as first, lock(tmp_path / "locks/q") as second:
+        assert first is None
+        assert f"process {os.getpid()}" in str(second)
+    with lock(tmp_path / "locks/q") as again:
+        assert again is None
+
+
+def test_a_file_system_without_locks_is_named_and_not_taken_for_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with (
+        pytest.raises(RunError, match=r"locks/q: cannot be locked .*choose another --out_root"),
+        lock(tmp_path / "locks/q"),
+    ):
+        pass
