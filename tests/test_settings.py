@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_run import arguments, contents, status
 
 from conftest import ROOT, llama
+from folders import arguments, contents, status
 from relfv import ALGORITHM_VERSION
 from relfv.cli import main
 from relfv.settings import Settings, fingerprint_fields

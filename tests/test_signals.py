@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from test_run import arguments, contents, status
 from torch import nn
 
+from folders import arguments, contents, status
 from relfv.cli import main
 from relfv.signals import Terminated, as_exceptions, raise_received
 

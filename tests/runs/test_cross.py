@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_verify import rewrite
 
 from conftest import PLACES, WORDS, llama
+from folders import rewrite
 from relfv.cli import main
 from relfv.engine.reference import naive_baseline, naive_injection
 from relfv.language_model import open_model

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_run import contents, status
 
 from conftest import WORDS
+from folders import contents, status
 from relfv.cli import main
 
 FILES = [

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
+from folders import arguments, contents, status
 from relfv.cli import main
 
 CONTRACT = [
@@ -25,23 +26,6 @@ CONTRACT = [
     "step6/controls.json", "step6/answers.json", "summary.json",
     *(f"step6/layer_{i}/{name}" for i in range(3) for name in ("eval_summary.json", "eval_trials.jsonl", "eval_meta.json")),
 ]  # fmt: skip
-
-
-def contents(artifacts: Path) -> dict[str, bytes]:
-    """Every file but the status, which holds times."""
-    return {
-        str(path.relative_to(artifacts)): path.read_bytes()
-        for path in sorted(artifacts.rglob("*"))
-        if path.is_file() and path.name != "qid_status.json"
-    }
-
-
-def status(folder: Path, q_id: str) -> dict:  # type: ignore[type-arg]
-    return json.loads((folder / q_id / "artifacts/qid_status.json").read_text())
-
-
-def arguments(llama_path: Path, csv_path: Path, out: Path, *more: str) -> list[str]:
-    return ["run", "--model", str(llama_path), "--relation_csv_path", str(csv_path), "--out_root", str(out), *more]
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_run import contents, status
 
 from conftest import ROOT
+from folders import contents, status
 from relfv.cli import main
 from relfv.store.artifacts import QidPaths
 from relfv.store.status import AFTER_STEP6

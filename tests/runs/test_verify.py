@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -14,24 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from test_run import contents, status
 
+from folders import contents, rewrite, status
 from relfv.cli import main
 
 
 @pytest.fixture
 def copied(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "pairs"))
-
-
-def rewrite(artifacts: Path, name: str, change: Callable[[Path], None]) -> None:
-    """Change a file and every hash of it, as if relfv itself had written it so."""
-    path, status_path = artifacts / name, artifacts / "qid_status.json"
-    old = hashlib.sha256(path.read_bytes()).hexdigest()
-    path.chmod(0o644)
-    change(path)
-    new = hashlib.sha256(path.read_bytes()).hexdigest()
-    status_path.write_text(status_path.read_text().replace(old, new))
 
 
 def in_json(*keys: Any, value: Any) -> Callable[[Path], None]:

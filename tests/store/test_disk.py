@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_run import arguments, contents, status
 
+from folders import arguments, contents, status
 from relfv.cli import main
 from relfv.store.status import read_status
 
