@@ -27,7 +27,7 @@ from relfv.stages.clean_trials import run_clean_trials
 from relfv.stages.function_vector import build_function_vector
 from relfv.stages.prompts import prompt_trial, zero_shot_prompt
 from relfv.stages.trials import ineligible_reason, sample_trials
-from relfv.types import HeadId, MeanActivations, PromptedTrial, Relation
+from relfv.types import HeadId, MeanActivations, PromptedTrial, Prompts, Relation
 
 K, N_DRAWS = 20, 5
 
@@ -107,7 +107,7 @@ def evaluate(
     prompts = [model.tokens.encode(zero_shot_prompt(own.prompted[i].trial.query.input)) for i in distinct]
     wanted = [targets[i] for i in distinct]
     n_layers = model.arch.n_layers
-    edited = model.engine.inject(prompts, wanted, vectors, list(range(n_layers))).edited
+    edited = model.engine.inject(Prompts(prompts, wanted), vectors, list(range(n_layers))).edited
     shape = (n_layers, len(vectors))
     p = edited.p.mean(0).view(shape)
     acc = (edited.top_id == torch.tensor(wanted)[:, None]).double().mean(0).view(shape)

@@ -37,7 +37,7 @@ from relfv.language_model import LanguageModel, open_model
 from relfv.relations import load_relations
 from relfv.stages.prompts import prompt_trial
 from relfv.stages.trials import sample_trials
-from relfv.types import Effects, HeadId
+from relfv.types import Effects, HeadId, Prompts
 from shapes import NAMES, model_folder
 
 DATASET = Path(__file__).parent.parent / "datasets" / "relation" / "relationA_ex.csv"
@@ -133,7 +133,7 @@ def bench(args: argparse.Namespace, model: LanguageModel) -> str:
 
 def run(engine: Any, sweep: Any) -> Effects:
     """The sweep by one engine."""
-    return engine.sweep_heads(sweep.prompts, sweep.targets, sweep.means, sweep.heads)
+    return engine.sweep_heads(Prompts(sweep.prompts, sweep.targets), sweep.means, sweep.heads)
 
 
 def sweep_part(sweep: Sweep, n_trials: int) -> Any:
@@ -273,7 +273,7 @@ def injections(args: argparse.Namespace, model: LanguageModel, sweep: Sweep, fas
 
         def inject(backbone: Backbone = backbone) -> Effects:
             """By a new engine: one that has just seen these prompts has their prefixes."""
-            return SharedPrefixEngine(backbone).inject(prompts, sweep.targets, vector, layers)
+            return SharedPrefixEngine(backbone).inject(Prompts(prompts, sweep.targets), vector, layers)
 
         _, seconds, _ = timed(device, args.repeats, inject)
         lines.append(f"Step6, {arch.n_layers} layers x {len(prompts)} prompts, {name}: {seconds:.3f} s")

@@ -8,11 +8,11 @@ from functools import cache
 
 import torch
 
-from relfv.engine.base import Backbone, Engine, Prompts, capture_heads
+from relfv.engine.base import Backbone, Engine, TokenIds, capture_heads
 from relfv.engine.reference import ReferenceEngine, naive_baseline, naive_head_patch, naive_injection
 from relfv.engine.selfcheck import SelfCheck, choose_engine
 from relfv.engine.shared_prefix import SharedPrefixEngine
-from relfv.types import Effects, HeadId, TokenScores
+from relfv.types import Effects, HeadId, Prompts, TokenScores
 from zoo import ZOO, backbone_of
 
 ENGINES: dict[str, type[SharedPrefixEngine] | type[ReferenceEngine]] = {
@@ -61,20 +61,20 @@ def all_heads(backbone: Backbone) -> list[HeadId]:
     return [HeadId(layer, head) for layer in range(backbone.arch.n_layers) for head in range(backbone.arch.n_heads)]
 
 
-def replacements(backbone: Backbone, prompts: Prompts) -> torch.Tensor:
+def replacements(backbone: Backbone, prompts: TokenIds) -> torch.Tensor:
     """What the heads do on other prompts, enlarged."""
     with backbone.strict().running():
         return 3.0 * capture_heads(backbone, prompts)[0].flip(0).mean(0)
 
 
-def naive_base(backbone: Backbone, prompts: Prompts, targets: Sequence[int]) -> TokenScores:
+def naive_base(backbone: Backbone, prompts: TokenIds, targets: Sequence[int]) -> TokenScores:
     """Fields (N,)."""
     backbone = backbone.strict()
     with backbone.running():
         return TokenScores.cat([naive_baseline(backbone, p, t) for p, t in zip(prompts, targets, strict=True)])
 
 
-def naive_sweep(backbone: Backbone, prompts: Prompts, targets: Sequence[int], values: torch.Tensor) -> Effects:
+def naive_sweep(backbone: Backbone, prompts: TokenIds, targets: Sequence[int], values: torch.Tensor) -> Effects:
     """All heads, one forward pass each."""
     heads, backbone = all_heads(backbone), backbone.strict()
     with backbone.running():
@@ -85,7 +85,7 @@ def naive_sweep(backbone: Backbone, prompts: Prompts, targets: Sequence[int], va
     return Effects(naive_base(backbone, prompts, targets), TokenScores.cat(rows))
 
 
-def naive_injections(backbone: Backbone, prompts: Prompts, targets: Sequence[int], vectors: torch.Tensor) -> Effects:
+def naive_injections(backbone: Backbone, prompts: TokenIds, targets: Sequence[int], vectors: torch.Tensor) -> Effects:
     """All layers, one forward pass for each vector."""
     layers, backbone = range(backbone.arch.n_layers), backbone.strict()
     with backbone.running():
@@ -125,7 +125,7 @@ def chosen_engine(name: str) -> tuple[Engine, SelfCheck]:
 def sweep_gaps(name: str, engine: str) -> Gaps:
     """Of every head of the zoo's model ``name``."""
     t = truth(name)
-    return gaps(_engine(t, engine).sweep_heads(t.prompts, t.targets, t.values, all_heads(t.backbone)), t.sweep)
+    return gaps(_engine(t, engine).sweep_heads(Prompts(t.prompts, t.targets), t.values, all_heads(t.backbone)), t.sweep)
 
 
 @cache
@@ -133,7 +133,7 @@ def injection_gaps(name: str, engine: str) -> Gaps:
     """Of two vectors after every block."""
     t = truth(name)
     layers = range(t.backbone.arch.n_layers)
-    return gaps(_engine(t, engine).inject(t.prompts, t.targets, t.vectors, layers), t.injection)
+    return gaps(_engine(t, engine).inject(Prompts(t.prompts, t.targets), t.vectors, layers), t.injection)
 
 
 def _engine(t: Truth, engine: str) -> Engine:

@@ -41,7 +41,7 @@ from relfv.store import artifacts
 from relfv.store.artifacts import QidPaths
 from relfv.store.files import read_json, write_atomic, write_json
 from relfv.store.status import SWEEPS
-from relfv.types import Effects, HeadId, Relation, ScoredHead, TokenScores
+from relfv.types import Effects, HeadId, Prompts, Relation, ScoredHead, TokenScores
 
 log = logging.getLogger(__name__)
 
@@ -655,7 +655,7 @@ def step6_sweeps(model: LanguageModel, settings: Settings, paths: QidPaths, tria
     )
     ids = [model.tokens.encode(prompt) for prompt in on.prompts("corrupted_prompt_str")]
     layers = range(model.arch.n_layers)
-    effects = model.engine.inject(ids, on.target_ids, vectors, layers, per_pass=trials_per_pass)
+    effects = model.engine.inject(Prompts(ids, on.target_ids), vectors, layers, per_pass=trials_per_pass)
     names = [*(f"alpha {alpha}" for alpha in alphas), *(f"k {k}" for k in ks)]
     numbers = judge_vectors(effects, on.target_ids, on.queries, names)
     per_layer, n = numbers.pop("per_layer"), len(alphas)

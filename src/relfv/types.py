@@ -5,6 +5,7 @@ Axes: ``trial`` T, ``layer`` L, ``head`` H, ``prompt`` N; everything is read at 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +75,25 @@ class PromptedTrial:
     clean_prompt: str
     corrupted_prompt: str
     target: Target
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """N prompts as a model reads them, and the token that each is scored on."""
+
+    ids: Sequence[Sequence[int]]
+    """Token ids of each prompt, BOS included, never padded."""
+    targets: Sequence[int]
+    """(N,): first token of each answer."""
+    clusters: Sequence[int] = ()
+    """(N,): row of each prompt's query word. Prompts that share it are no independent observations (stats.py)."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, some: slice) -> Prompts:
+        """Some of the prompts."""
+        return Prompts(self.ids[some], self.targets[some], self.clusters[some])
 
 
 @dataclass(frozen=True)

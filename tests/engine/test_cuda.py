@@ -16,7 +16,7 @@ from relfv.engine.base import Backbone
 from relfv.engine.selfcheck import choose_engine
 from relfv.engine.shared_prefix import SharedPrefixEngine
 from relfv.models.families import resolve
-from relfv.types import Effects
+from relfv.types import Effects, Prompts
 from zoo import ZOO
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -46,11 +46,13 @@ class Truth:
 
     def sweep_error(self, backbone: Backbone) -> float:
         engine = SharedPrefixEngine(backbone)
-        return error(engine.sweep_heads(PROMPTS, self.targets, self.values, all_heads(backbone)), self.sweep)
+        return error(engine.sweep_heads(Prompts(PROMPTS, self.targets), self.values, all_heads(backbone)), self.sweep)
 
     def injection_error(self, backbone: Backbone) -> float:
         layers = range(backbone.arch.n_layers)
-        return error(SharedPrefixEngine(backbone).inject(PROMPTS, self.targets, self.vectors, layers), self.injection)
+        return error(
+            SharedPrefixEngine(backbone).inject(Prompts(PROMPTS, self.targets), self.vectors, layers), self.injection
+        )
 
 
 truth = cache(Truth)
@@ -105,5 +107,5 @@ def test_more_pieces_come_closer() -> None:
 def test_a_head_given_its_own_value_has_an_effect_of_exactly_zero(family: str, precision: str) -> None:
     backbone = on_gpu(family, precision)
     for variant in (backbone, backbone.plain(), backbone.strict()):
-        found = SharedPrefixEngine(variant).sweep_heads(PROMPTS, [5, 17, 123], None, all_heads(backbone))
+        found = SharedPrefixEngine(variant).sweep_heads(Prompts(PROMPTS, [5, 17, 123]), None, all_heads(backbone))
         assert torch.equal(found.edited.logprob, found.base.logprob[:, None].expand_as(found.edited.logprob))

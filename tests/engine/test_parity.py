@@ -31,6 +31,7 @@ from relfv.engine.reference import ReferenceEngine
 from relfv.engine.selfcheck import MIN_EFFECT
 from relfv.engine.shared_prefix import SharedPrefixEngine
 from relfv.models.families import FAMILIES, resolve, text_config
+from relfv.types import Prompts
 from zoo import GPT2_LIKE, IDS, ZOO, backbone_of
 
 FAST = {name: animal.build for name, animal in ZOO.items() if animal.engine == "shared_prefix"}
@@ -85,8 +86,8 @@ def test_some_heads_of_some_layers_are_the_same_numbers_as_all_heads(engine_type
     values, heads = replacements(backbone, prompts), all_heads(backbone)
     some = [head for head in heads if head.layer != 1 and head.head in (0, 3, 7)]
     engine = engine_type(backbone)
-    whole = engine.sweep_heads(prompts, targets, values, heads)
-    part = engine.sweep_heads(prompts, targets, values, some)
+    whole = engine.sweep_heads(Prompts(prompts, targets), values, heads)
+    part = engine.sweep_heads(Prompts(prompts, targets), values, some)
     columns = [heads.index(head) for head in some]
     assert torch.allclose(part.edited.logprob, whole.edited.logprob[:, columns], atol=1e-5)
 
@@ -126,7 +127,7 @@ def test_a_head_replaced_by_its_own_value_has_an_effect_of_exactly_zero(
     backbone = backbone.strict() if precision == "strict" else replace(backbone, precision=precision)
     prompts, targets = prompts_of_different_length()
     prompts[0] = prompts[0][:17]
-    found = engine_type(backbone).sweep_heads(prompts, targets, None, all_heads(backbone))
+    found = engine_type(backbone).sweep_heads(Prompts(prompts, targets), None, all_heads(backbone))
     for scores, base in ((found.edited.logprob, found.base.logprob), (found.edited.logit, found.base.logit)):
         assert torch.equal(scores, base[:, None].expand_as(scores))
         assert scores.isfinite().all()
@@ -137,7 +138,7 @@ def test_in_every_family_a_heads_own_value_has_an_effect_of_rounding_alone(famil
     backbone = truth(family).backbone
     prompts, targets = prompts_of_different_length()
     for engine_type in (SharedPrefixEngine, ReferenceEngine) if family in FAST else (ReferenceEngine,):
-        found = engine_type(backbone).sweep_heads(prompts, targets, None, all_heads(backbone))
+        found = engine_type(backbone).sweep_heads(Prompts(prompts, targets), None, all_heads(backbone))
         assert (found.edited.logprob - found.base.logprob[:, None]).abs().max() < 2e-5
 
 
@@ -146,7 +147,7 @@ def test_a_heads_own_value_is_what_a_plain_forward_pass_captures() -> None:
     prompts, targets = prompts_of_different_length()
     with backbone.running():
         own = capture_heads(backbone, prompts[:1])[0][0]
-    found = SharedPrefixEngine(backbone).sweep_heads(prompts[:1], targets[:1], own, all_heads(backbone))
+    found = SharedPrefixEngine(backbone).sweep_heads(Prompts(prompts[:1], targets[:1]), own, all_heads(backbone))
     assert (found.edited.logprob - found.base.logprob[:, None]).abs().max() < 2e-5
 
 
@@ -156,15 +157,15 @@ def test_layers_and_prompts_may_have_their_own_vectors(engine_type: Any, per_pas
     t = truth(LLAMA)
     layers, engine = [0, 2], engine_type(t.backbone)
     own = torch.randn(2, len(t.prompts), 3, t.backbone.arch.resid_dim, generator=torch.Generator().manual_seed(3))
-    found = engine.inject(t.prompts, t.targets, [own], layers, per_pass=per_pass)
+    found = engine.inject(Prompts(t.prompts, t.targets), [own], layers, per_pass=per_pass)
     for i, layer in enumerate(layers):
         for n in range(len(t.prompts)):
-            alone = engine.inject(t.prompts[n : n + 1], t.targets[n : n + 1], own[i, n], [layer])
+            alone = engine.inject(Prompts(t.prompts[n : n + 1], t.targets[n : n + 1]), own[i, n], [layer])
             assert torch.allclose(found.edited.logprob[n, 3 * i : 3 * i + 3], alone.edited.logprob[0], atol=1e-4)
     parts = [own[:, :, :1], own[:1, :, 1:2], own[:, :1, 2:], own[:1, :1, :2]]
     whole = torch.cat([part.expand(2, len(t.prompts), -1, -1) for part in parts], dim=2)
-    one_by_one = engine.inject(t.prompts, t.targets, parts, layers, per_pass=per_pass)
-    together = engine.inject(t.prompts, t.targets, [whole], layers, per_pass=per_pass)
+    one_by_one = engine.inject(Prompts(t.prompts, t.targets), parts, layers, per_pass=per_pass)
+    together = engine.inject(Prompts(t.prompts, t.targets), [whole], layers, per_pass=per_pass)
     assert torch.equal(one_by_one.edited.logprob, together.edited.logprob)
 
 
@@ -176,11 +177,11 @@ def test_coming_back_to_prompts_gives_the_same_bits_without_running_their_prefix
         lambda _, __, kw: seen.append(kw["input_ids"].shape[1]), with_kwargs=True
     )
     try:
-        first = engine.sweep_heads(t.prompts, t.targets, t.values, heads)
-        engine.sweep_heads(other, t.targets, t.values, heads)
-        anew = engine.inject(t.prompts, t.targets, t.vectors, [1])
-        kept = engine.inject(t.prompts, t.targets, t.vectors, [1])
-        again = engine.sweep_heads(t.prompts, t.targets, t.values, heads)
+        first = engine.sweep_heads(Prompts(t.prompts, t.targets), t.values, heads)
+        engine.sweep_heads(Prompts(other, t.targets), t.values, heads)
+        anew = engine.inject(Prompts(t.prompts, t.targets), t.vectors, [1])
+        kept = engine.inject(Prompts(t.prompts, t.targets), t.vectors, [1])
+        again = engine.sweep_heads(Prompts(t.prompts, t.targets), t.values, heads)
     finally:
         count.remove()
     longest = max(len(prompt) for prompt in t.prompts)
@@ -194,9 +195,9 @@ def test_prompts_do_not_depend_on_what_shares_their_batch() -> None:
     prompts, targets = prompts_of_different_length()
     values, heads = replacements(backbone, prompts), all_heads(backbone)
     engine = SharedPrefixEngine(backbone)
-    together = engine.sweep_heads(prompts, targets, values, heads)
+    together = engine.sweep_heads(Prompts(prompts, targets), values, heads)
     for i in range(len(prompts)):
-        alone = engine.sweep_heads(prompts[i : i + 1], targets[i : i + 1], values, heads)
+        alone = engine.sweep_heads(Prompts(prompts[i : i + 1], targets[i : i + 1]), values, heads)
         assert torch.allclose(alone.edited.logprob[0], together.edited.logprob[i], atol=2e-5)
 
 
@@ -208,7 +209,7 @@ def test_a_bf16_checkpoint_in_exact_precision_gives_the_float32_numbers_of_its_w
     prompts, targets = prompts_of_different_length()
     values, heads = replacements(wide, prompts), all_heads(wide)
     targets = naive_base(wide, prompts, targets).top_id.tolist()
-    found = SharedPrefixEngine(stored).sweep_heads(prompts, targets, values, heads)
+    found = SharedPrefixEngine(stored).sweep_heads(Prompts(prompts, targets), values, heads)
     assert_same(gaps(found, naive_sweep(wide, prompts, targets, values)))
     assert all(p.dtype == torch.bfloat16 for p in stored.model.parameters())
 
@@ -218,8 +219,8 @@ def test_fast_precision_computes_in_the_checkpoints_dtype() -> None:
     fast = Backbone(exact.model, exact.arch, exact.device, "fast")
     prompts, targets = prompts_of_different_length()
     values, heads = replacements(exact, prompts), all_heads(exact)
-    a = SharedPrefixEngine(exact).sweep_heads(prompts, targets, values, heads).edited.logprob
-    b = SharedPrefixEngine(fast).sweep_heads(prompts, targets, values, heads).edited.logprob
+    a = SharedPrefixEngine(exact).sweep_heads(Prompts(prompts, targets), values, heads).edited.logprob
+    b = SharedPrefixEngine(fast).sweep_heads(Prompts(prompts, targets), values, heads).edited.logprob
     gap = (a - b).abs().max()
     assert 1e-4 < gap < 1.0
 
@@ -250,10 +251,10 @@ def test_rotary_frequencies_that_depend_on_the_length_of_the_call(kind: str, len
     prompts = [[(7 * i + n) % 290 for i in range(n)] for n in lengths]
     targets = naive_base(backbone, prompts, [5, 5]).top_id.tolist()
     values = replacements(backbone, [prompts[0], prompts[0]])
-    found = SharedPrefixEngine(backbone).sweep_heads(prompts, targets, values, all_heads(backbone))
+    found = SharedPrefixEngine(backbone).sweep_heads(Prompts(prompts, targets), values, all_heads(backbone))
     assert gaps(found, naive_sweep(backbone, prompts, targets, values)).delta_logprob < 1e-4
     vector = torch.ones(1, backbone.arch.resid_dim)
     layers = range(backbone.arch.n_layers)
-    found = SharedPrefixEngine(backbone).inject(prompts, targets, vector, layers)
+    found = SharedPrefixEngine(backbone).inject(Prompts(prompts, targets), vector, layers)
     assert gaps(found, naive_injections(backbone, prompts, targets, vector)).delta_logprob < 1e-4
     assert torch.allclose(score_prompts(backbone, prompts, targets).logprob, found.base.logprob, atol=1e-4)

@@ -8,6 +8,7 @@ import torch
 from relfv.engine.readout import score_prompts
 from relfv.language_model import LanguageModel, open_model
 from relfv.stages.answers import N_TOP, Injection, decode_vector, score_answers
+from relfv.types import Prompts
 
 PROMPTS = ["Q: dog\nA: puppy\n\nQ: cat\nA:", "Q: cow\nA:", "Q: a longer one than that\nA:"]
 ANSWERS = [[5, 9, 7], [11], [3, 300]]
@@ -67,7 +68,7 @@ def test_the_vector_acts_from_the_last_prompt_token_on(model: LanguageModel) -> 
         handle.remove()
         expected = sum(float(logprobs[len(prompt) - 1 + i, token]) for i, token in enumerate(answer))
         assert found[n].logprob == pytest.approx(expected, abs=1e-4)
-    first = model.engine.inject(ids, [answer[0] for answer in ANSWERS], v[None], [layer])
+    first = model.engine.inject(Prompts(ids, [answer[0] for answer in ANSWERS]), v[None], [layer])
     single = score_answers(model, PROMPTS, [answer[:1] for answer in ANSWERS], Injection(layer, v))
     assert [s.logprob for s in single] == pytest.approx(first.edited.logprob[:, 0].tolist(), abs=1e-4)
     untouched = score_answers(model, PROMPTS, ANSWERS)

@@ -12,7 +12,7 @@ from relfv.language_model import LanguageModel, open_model
 from relfv.stages.cie import head_effects, with_error_of_means
 from relfv.stages.clean_trials import CleanTrials, run_clean_trials
 from relfv.stats import clustered_mean
-from relfv.types import HeadId, MeanActivations
+from relfv.types import HeadId, MeanActivations, Prompts
 
 WORDS = ("cat", "cow", "sheep", "goat", "horse", "frog", "bear")
 CLEAN = [f"Q: dog\nA: puppy\n\nQ: {word}\nA:" for word in WORDS]
@@ -37,7 +37,7 @@ def deltas(model: LanguageModel, trials: list[int], means: MeanActivations) -> n
     """(trial, head) in the order of HEADS, by the reference engine."""
     ids = [model.tokens.encode(CORRUPTED[i]) for i in trials]
     wanted = [TARGETS[i] for i in trials]
-    found = ReferenceEngine(model.backbone).sweep_heads(ids, wanted, means.values, sorted(HEADS))
+    found = ReferenceEngine(model.backbone).sweep_heads(Prompts(ids, wanted), means.values, sorted(HEADS))
     delta = found.edited.p.numpy() - found.base.p.numpy()[:, None]
     return delta[:, [sorted(HEADS).index(head) for head in HEADS]]
 
@@ -81,7 +81,7 @@ def test_one_query_says_nothing_of_the_error(model: LanguageModel, clean: CleanT
 def test_a_head_named_twice_gets_each_of_its_values(model: LanguageModel) -> None:
     ids, head = [model.tokens.encode(prompt) for prompt in CORRUPTED[:3]], HeadId(1, 2)
     values = torch.randn(2, model.arch.head_dim, generator=torch.Generator().manual_seed(0))
-    together = model.engine.sweep_heads(ids, TARGETS[:3], values, [head, head]).edited.logprob
+    together = model.engine.sweep_heads(Prompts(ids, TARGETS[:3]), values, [head, head]).edited.logprob
     for i in range(2):
         means = torch.zeros(model.arch.n_layers, model.arch.n_heads, model.arch.head_dim)
         means[head.layer, head.head] = values[i]

@@ -11,7 +11,7 @@ from relfv.language_model import LanguageModel, open_model
 from relfv.stages.clean_trials import run_clean_trials
 from relfv.stages.controls import CONTROLS, N_DRAWS, Candidates, candidate_vectors, inject_candidates
 from relfv.stages.function_vector import build_function_vector
-from relfv.types import HeadId, MeanActivations
+from relfv.types import HeadId, MeanActivations, Prompts
 
 WORDS = ("cat", "cow", "sheep", "goat", "horse", "frog", "bear")
 PROMPTS = [f"Q: dog\nA: puppy\n\nQ: {word}\nA:" for word in WORDS]
@@ -84,7 +84,7 @@ def test_each_vector_is_injected_where_it_belongs(model: LanguageModel, made) ->
     ids = [model.tokens.encode(prompt) for prompt in prompts]
     for layer in (0, 2):
         for n in range(3):
-            alone = model.engine.inject(ids[n : n + 1], targets[n : n + 1], 1.5 * vectors[layer, n], [layer])
+            alone = model.engine.inject(Prompts(ids[n : n + 1], targets[n : n + 1]), 1.5 * vectors[layer, n], [layer])
             columns = slice(layer * len(found.names), (layer + 1) * len(found.names))
             assert torch.allclose(effects.edited.logprob[n, columns], alone.edited.logprob[0], atol=1e-4)
 

@@ -21,9 +21,9 @@ from relfv.engine.arithmetic.precision import Arithmetic, Precision, arithmetic
 from relfv.engine.arithmetic.products import CAREFUL, Differences, Pieces, Whole, replaced, splittable
 from relfv.engine.hooks import editing_inputs, editing_outputs
 from relfv.models.families import Architecture, text_config
-from relfv.types import Effects, HeadId
+from relfv.types import Effects, HeadId, Prompts
 
-Prompts = Sequence[Sequence[int]]
+TokenIds = Sequence[Sequence[int]]
 Vectors = torch.Tensor | Sequence[torch.Tensor]
 """What ``Engine.inject`` adds: (n_vectors, resid_dim), or parts whose vectors follow one another, each (layer or 1, prompt
 or 1, n_vectors, resid_dim), as layers or prompts have their own or share theirs."""
@@ -110,15 +110,15 @@ class Backbone:
         """The model without its vocabulary projection; its first output is the final, normed hidden state."""
         return self.arch.decoder
 
-    def depends_on_company(self, prompts: Prompts) -> bool:
+    def depends_on_company(self, prompts: TokenIds) -> bool:
         """True if what a prompt gives depends on the others in its batch, and on being run in one go: see
         ``Architecture.steady_up_to``."""
         limit = self.arch.steady_up_to
         return limit is not None and max(len(prompt) for prompt in prompts) > limit
 
-    def passes(self, prompts: Prompts, size: int) -> Iterator[slice]:
+    def passes(self, prompts: TokenIds, size: int) -> Iterator[slice]:
         """``prompt_chunks`` of at most ``size``, one by one where prompts must not share a batch."""
-        return prompt_chunks(prompts, 1 if self.depends_on_company(prompts) else size)
+        return prompt_chunks(len(prompts), 1 if self.depends_on_company(prompts) else size)
 
     def takes_position_ids(self) -> bool:
         """False for families that number positions themselves (Falcon with ALiBi, Bloom)."""
@@ -142,7 +142,6 @@ class Engine(Protocol):
     def sweep_heads(
         self,
         prompts: Prompts,
-        targets: Sequence[int],
         replacement: torch.Tensor | None,
         heads: Sequence[HeadId],
         *,
@@ -163,7 +162,6 @@ class Engine(Protocol):
     def inject(
         self,
         prompts: Prompts,
-        targets: Sequence[int],
         vectors: Vectors,
         layers: Sequence[int],
         *,
@@ -202,7 +200,7 @@ def of_layer_and_prompts(parts: Sequence[torch.Tensor], layer: int, prompts: sli
     return torch.cat([part.expand(n_prompts, -1, -1) for part in own], dim=1)
 
 
-def pad_right(prompts: Prompts, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def pad_right(prompts: TokenIds, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """-> input_ids (N, P), attention_mask (N, P), lengths (N,). The padding id is never attended to."""
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     width = int(lengths.max())
@@ -211,14 +209,14 @@ def pad_right(prompts: Prompts, device: torch.device) -> tuple[torch.Tensor, tor
     return ids, mask, lengths
 
 
-def last_hidden(backbone: Backbone, prompts: Prompts) -> torch.Tensor:
+def last_hidden(backbone: Backbone, prompts: TokenIds) -> torch.Tensor:
     """Final normed hidden state at each prompt's last token: (N, resid_dim)."""
     ids, mask, lengths = pad_right(prompts, backbone.device)
     hidden = backbone.decoder(input_ids=ids, attention_mask=mask, use_cache=False)[0]
     return hidden[torch.arange(len(prompts), device=hidden.device), lengths - 1]
 
 
-def capture_heads(backbone: Backbone, prompts: Prompts) -> tuple[torch.Tensor, torch.Tensor]:
+def capture_heads(backbone: Backbone, prompts: TokenIds) -> tuple[torch.Tensor, torch.Tensor]:
     """z of every head at the last token, and the final hidden state there.
 
     -> float32 (N, layer, head, head_dim) on the CPU, and (N, resid_dim) on the device. Call inside ``running``.
@@ -241,7 +239,7 @@ def capture_heads(backbone: Backbone, prompts: Prompts) -> tuple[torch.Tensor, t
 
 
 @contextmanager
-def reading_blocks(backbone: Backbone, prompts: Prompts) -> Iterator[dict[int, torch.Tensor]]:
+def reading_blocks(backbone: Backbone, prompts: TokenIds) -> Iterator[dict[int, torch.Tensor]]:
     """While open, forward passes over ``prompts`` note the hidden state after each block at the last token: layer ->
     float32 (N, resid_dim), on the device."""
     rows = torch.arange(len(prompts), device=backbone.device)
@@ -258,7 +256,7 @@ def reading_blocks(backbone: Backbone, prompts: Prompts) -> Iterator[dict[int, t
         yield seen
 
 
-def prompt_chunks(prompts: Prompts, size: int) -> Iterator[slice]:
+def prompt_chunks(n_prompts: int, size: int) -> Iterator[slice]:
     """Slices of at most ``size`` prompts, in order."""
-    for start in range(0, len(prompts), size):
-        yield slice(start, min(start + size, len(prompts)))
+    for start in range(0, n_prompts, size):
+        yield slice(start, min(start + size, n_prompts))

@@ -14,7 +14,7 @@ from torch import nn
 
 from relfv.engine.arithmetic import kernels
 from relfv.engine.arithmetic.products import Differences, product, takes_bf16
-from relfv.engine.base import Backbone, Prompts, last_hidden
+from relfv.engine.base import Backbone, TokenIds, last_hidden
 from relfv.types import TokenScores
 
 _LOGIT_BYTES = {"cpu": 128 << 20, "cuda": 2 << 30}
@@ -76,7 +76,7 @@ def _score_plainly(
     return target_logit, target_logit - logits.logsumexp(dim=1), logits.argmax(dim=1)
 
 
-def score_prompts(backbone: Backbone, prompts: Prompts, targets: Sequence[int]) -> TokenScores:
+def score_prompts(backbone: Backbone, prompts: TokenIds, targets: Sequence[int]) -> TokenScores:
     """Scores of each prompt's target without any intervention; every field is (N,)."""
     with backbone.running():
         return TokenScores.cat(

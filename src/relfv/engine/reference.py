@@ -15,10 +15,10 @@ from itertools import groupby
 
 import torch
 
-from relfv.engine.base import Backbone, Prompts, Vectors, in_parts, of_layer_and_prompts, values_of
+from relfv.engine.base import Backbone, Vectors, in_parts, of_layer_and_prompts, values_of
 from relfv.engine.hooks import editing_inputs, editing_outputs
 from relfv.engine.readout import read_targets
-from relfv.types import Effects, HeadId, TokenScores
+from relfv.types import Effects, HeadId, Prompts, TokenScores
 
 
 def naive_head_patch(
@@ -68,7 +68,6 @@ class ReferenceEngine:
     def sweep_heads(
         self,
         prompts: Prompts,
-        targets: Sequence[int],
         replacement: torch.Tensor | None,
         heads: Sequence[HeadId],
         *,
@@ -92,12 +91,11 @@ class ReferenceEngine:
 
             return editing_inputs([(arch.out_projs[layer], patch)])
 
-        return self._run(prompts, targets, n_rows, [(len(group), partial(patching, group)) for group in groups])
+        return self._run(prompts, n_rows, [(len(group), partial(patching, group)) for group in groups])
 
     def inject(
         self,
         prompts: Prompts,
-        targets: Sequence[int],
         vectors: Vectors,
         layers: Sequence[int],
         *,
@@ -117,7 +115,7 @@ class ReferenceEngine:
             return editing_outputs([(self.backbone.arch.blocks[layer], add)])
 
         edits = [(n_vectors, partial(adding, index, layer)) for index, layer in enumerate(layers)]
-        return self._run(prompts, targets, 1 + n_vectors, edits)
+        return self._run(prompts, 1 + n_vectors, edits)
 
     def finer(self) -> ReferenceEngine:
         """Itself: whole passes have no differences to round."""
@@ -126,7 +124,6 @@ class ReferenceEngine:
     def _run(
         self,
         prompts: Prompts,
-        targets: Sequence[int],
         n_rows: int,
         edits: list[tuple[int, Callable[[int], AbstractContextManager[None]]]],
     ) -> Effects:
@@ -134,7 +131,7 @@ class ReferenceEngine:
         batch."""
         base, edited = [], []
         with self.backbone.running():
-            for index, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
+            for index, (prompt, target) in enumerate(zip(prompts.ids, prompts.targets, strict=True)):
                 batches = []
                 for _, opened in edits:
                     with opened(index):

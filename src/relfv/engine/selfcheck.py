@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 
 from relfv.engine.arithmetic.precision import widened_if_low
-from relfv.engine.base import Backbone, Engine, Prompts, capture_heads
+from relfv.engine.base import Backbone, Engine, TokenIds, capture_heads
 from relfv.engine.reference import ReferenceEngine, naive_baseline, naive_head_patch, naive_injection
 from relfv.engine.shared_prefix import SharedPrefixEngine
 from relfv.errors import RunError
-from relfv.types import Effects, HeadId, TokenScores
+from relfv.types import Effects, HeadId, Prompts, TokenScores
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class SelfCheck:
     """The same difference for the kernels in the arithmetic that is used, where it is not the one compared."""
 
 
-def choose_engine(backbone: Backbone, prompts: Prompts) -> tuple[Engine, SelfCheck]:
+def choose_engine(backbone: Backbone, prompts: TokenIds) -> tuple[Engine, SelfCheck]:
     """Compare the engines on ``prompts`` (at least two, of different lengths) and return the one to use.
 
     The comparison runs in float32 whatever ``backbone.precision`` is: it tests the algorithm, not the rounding. The
@@ -85,8 +85,8 @@ def choose_engine(backbone: Backbone, prompts: Prompts) -> tuple[Engine, SelfChe
 
     def error_of(engine: Engine) -> float:
         return max(
-            _difference(engine.sweep_heads(prompts, targets, replacement, heads), truth, slice(0, len(heads))),
-            _difference(engine.inject(prompts, targets, vector, layers), truth, slice(len(heads), None)),
+            _difference(engine.sweep_heads(Prompts(prompts, targets), replacement, heads), truth, slice(0, len(heads))),
+            _difference(engine.inject(Prompts(prompts, targets), vector, layers), truth, slice(len(heads), None)),
         )
 
     def judged(chosen: Backbone, checked: Backbone) -> tuple[float | None, float | None, str]:
@@ -157,7 +157,7 @@ def _direction(backbone: Backbone, activations: torch.Tensor) -> torch.Tensor:
 
 def _naive(
     backbone: Backbone,
-    prompts: Prompts,
+    prompts: TokenIds,
     targets: Sequence[int],
     replacement: torch.Tensor,
     heads: list[HeadId],
@@ -176,7 +176,7 @@ def _naive(
     return Effects(base=TokenScores.cat(base), edited=TokenScores.cat(edited))
 
 
-def _check_readout(backbone: Backbone, prompts: Prompts, targets: Sequence[int], truth: Effects) -> None:
+def _check_readout(backbone: Backbone, prompts: TokenIds, targets: Sequence[int], truth: Effects) -> None:
     """The model's own logits against relfv's read-out, which both engines share and so cannot judge.
 
     Raises RunError: with an unknown last step no engine would be right.

@@ -31,7 +31,7 @@ from transformers import DynamicCache
 from relfv.engine.attention import Prefix, attending_to
 from relfv.engine.base import (
     Backbone,
-    Prompts,
+    TokenIds,
     Vectors,
     in_parts,
     of_layer_and_prompts,
@@ -44,7 +44,7 @@ from relfv.engine.memory import shrinking
 from relfv.engine.readout import read_targets
 from relfv.engine.reference import ReferenceEngine
 from relfv.errors import RunError
-from relfv.types import Effects, HeadId, TokenScores
+from relfv.types import Effects, HeadId, Prompts, TokenScores
 
 _CPU_BUDGET = 2 << 30
 
@@ -56,7 +56,7 @@ class KeptPrefix:
         self._prompts: tuple[tuple[int, ...], ...] = ()
         self._prefix: Prefix | None = None
 
-    def of(self, backbone: Backbone, prompts: Prompts) -> Prefix:
+    def of(self, backbone: Backbone, prompts: TokenIds) -> Prefix:
         """That of ``prompts``, kept or made; one that is kept has the bits of one made anew. Call inside ``running``."""
         wanted = tuple(map(tuple, prompts))
         if self._prefix is None or self._prompts != wanted:
@@ -80,35 +80,30 @@ class SharedPrefixEngine:
     def sweep_heads(
         self,
         prompts: Prompts,
-        targets: Sequence[int],
         replacement: torch.Tensor | None,
         heads: Sequence[HeadId],
         *,
         per_pass: int | None = None,
     ) -> Effects:
-        if self.backbone.depends_on_company(prompts):
-            return ReferenceEngine(self.backbone).sweep_heads(prompts, targets, replacement, heads)
+        if self.backbone.depends_on_company(prompts.ids):
+            return ReferenceEngine(self.backbone).sweep_heads(prompts, replacement, heads)
         values = values_of(replacement, heads, self.backbone.device)
-        return self._in_chunks(
-            prompts, targets, len(heads), per_pass, lambda _: _head_patches(self.backbone, heads, values)
-        )
+        return self._in_chunks(prompts, len(heads), per_pass, lambda _: _head_patches(self.backbone, heads, values))
 
     def inject(
         self,
         prompts: Prompts,
-        targets: Sequence[int],
         vectors: Vectors,
         layers: Sequence[int],
         *,
         per_pass: int | None = None,
     ) -> Effects:
-        if self.backbone.depends_on_company(prompts):
-            return ReferenceEngine(self.backbone).inject(prompts, targets, vectors, layers)
+        if self.backbone.depends_on_company(prompts.ids):
+            return ReferenceEngine(self.backbone).inject(prompts, vectors, layers)
         parts = in_parts(vectors, self.backbone.device)
         # A function vector is no small difference; in a pass this short, more pieces cost next to nothing.
         return self.finer()._in_chunks(
             prompts,
-            targets,
             len(layers) * sum(part.shape[-2] for part in parts),
             per_pass,
             lambda some: _residual_additions(self.backbone, layers, parts, some),
@@ -126,7 +121,6 @@ class SharedPrefixEngine:
     def _in_chunks(
         self,
         prompts: Prompts,
-        targets: Sequence[int],
         n_edits: int,
         per_pass: int | None,
         edit: Callable[[slice], AbstractContextManager[None]],
@@ -134,10 +128,10 @@ class SharedPrefixEngine:
         """Run ``per_pass`` prompts at a time, or as many as fit."""
 
         def attempt(size: int) -> list[TokenScores]:
-            parts = prompt_chunks(prompts, size)
-            return [self._pass(prompts[part], targets[part], n_edits, edit(part)) for part in parts]
+            parts = prompt_chunks(len(prompts), size)
+            return [self._pass(prompts[part], n_edits, edit(part)) for part in parts]
 
-        size = min(len(prompts), per_pass or self._prompts_that_fit(prompts, n_edits))
+        size = min(len(prompts), per_pass or self._prompts_that_fit(prompts.ids, n_edits))
         scores, size = shrinking(size, attempt, release=self.kept.forget)
         joined = TokenScores.cat(scores)
         return Effects(base=joined[:, 0], edited=joined[:, 1:], per_pass=size)
@@ -145,22 +139,21 @@ class SharedPrefixEngine:
     def _pass(
         self,
         prompts: Prompts,
-        targets: Sequence[int],
         n_edits: int,
         edits: AbstractContextManager[None],
     ) -> TokenScores:
         """Fields (N, 1 + n_edits); column 0 is the baseline."""
         # Like the edits' tensors it goes to the device first: a copy from the host waits for everything queued before.
-        last = torch.tensor([[prompt[-1]] for prompt in prompts], device=self.backbone.device)
+        last = torch.tensor([[prompt[-1]] for prompt in prompts.ids], device=self.backbone.device)
         with self.backbone.running():
-            prefix = self.kept.of(self.backbone, prompts)
+            prefix = self.kept.of(self.backbone, prompts.ids)
             with attending_to(prefix, self.backbone), self.backbone.multiplying_differences(), edits:
                 hidden = _run_last_tokens(self.backbone, last, prefix)
             if hidden.shape[1] != 1 + n_edits:
                 raise RunError(f"the pass ended with {hidden.shape[1]} copies of the last token, not {1 + n_edits}")
-            return read_targets(self.backbone, hidden, targets)
+            return read_targets(self.backbone, hidden, prompts.targets)
 
-    def _prompts_that_fit(self, prompts: Prompts, n_edits: int) -> int:
+    def _prompts_that_fit(self, prompts: TokenIds, n_edits: int) -> int:
         """Prompts a pass, from the memory above the weights; a function of shapes and the device, not of the moment,
         where it can be: batch shapes change low-order bits, and a resumed run must give the same bytes."""
         arch, bytes_each = self.backbone.arch, 4
@@ -181,7 +174,7 @@ class SharedPrefixEngine:
         return max(1 << 30, int(0.9 * total) - weights - 4 * widened - (4 << 30))
 
 
-def prefill(backbone: Backbone, prompts: Prompts) -> Prefix:
+def prefill(backbone: Backbone, prompts: TokenIds) -> Prefix:
     """Run all but the last token of each prompt and keep what later tokens can see of them.
 
     Raises RunError for a prompt of fewer than two tokens, which has no prefix.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from relfv.engine.base import Backbone, Prompts, last_hidden, pad_right
+from relfv.engine.base import Backbone, TokenIds, last_hidden, pad_right
 from relfv.engine.hooks import editing_outputs
 from relfv.engine.memory import shrinking
 from relfv.language_model import LanguageModel
@@ -81,7 +81,7 @@ def decode_vector(model: LanguageModel, vector: torch.Tensor) -> list[tuple[int,
 
 
 def _score(
-    backbone: Backbone, prompts: Prompts, answers: Sequence[Sequence[int]], injection: Injection | None
+    backbone: Backbone, prompts: TokenIds, answers: Sequence[Sequence[int]], injection: Injection | None
 ) -> list[ScoredAnswer]:
     whole = [[*prompt, *answer[:-1]] for prompt, answer in zip(prompts, answers, strict=True)]
     starts = [len(prompt) - 1 for prompt in prompts]
@@ -122,7 +122,7 @@ def _score(
 
 def _written(
     backbone: Backbone,
-    prompts: Prompts,
+    prompts: TokenIds,
     answers: Sequence[Sequence[int]],
     likeliest: Sequence[Sequence[int]],
     injection: Injection | None,
@@ -144,7 +144,7 @@ def _written(
     return written
 
 
-def _hidden(backbone: Backbone, texts: Prompts, starts: Sequence[int], injection: Injection | None) -> torch.Tensor:
+def _hidden(backbone: Backbone, texts: TokenIds, starts: Sequence[int], injection: Injection | None) -> torch.Tensor:
     """Final normed hidden states (N, P, resid_dim), the vector added at every token from ``starts[n]`` on."""
     ids, mask, _ = pad_right(texts, backbone.device)
     with _held_on(backbone, starts, injection):

@@ -10,7 +10,7 @@ import torch
 from relfv.errors import InputError
 from relfv.language_model import LanguageModel
 from relfv.stats import ClusteredMean, clustered_mean, false_discovery, mean_with_left_out
-from relfv.types import MEASURES, HeadEffects, HeadId, MeanActivations, ScoredHead
+from relfv.types import MEASURES, HeadEffects, HeadId, MeanActivations, Prompts, ScoredHead
 
 
 def head_effects(
@@ -32,7 +32,7 @@ def head_effects(
         raise InputError(f"clean means of shape {tuple(means.values.shape)} do not fit {model.name}, which has {shape}")
     ids = [model.tokens.encode(prompt) for prompt in corrupted_prompts]
     ordered = tuple(sorted(heads))
-    found = model.engine.sweep_heads(ids, target_ids, means.values, ordered, per_pass=trials_per_pass)
+    found = model.engine.sweep_heads(Prompts(ids, target_ids), means.values, ordered, per_pass=trials_per_pass)
     return HeadEffects(ordered, found)
 
 
@@ -104,7 +104,7 @@ def with_error_of_means(
         some = order[start : start + at_once]
         columns = [heads[i] for i in some for _ in range(n_groups)]
         values = torch.cat([shares @ activations[:, heads[i].layer, heads[i].head].double() for i in some]).float()
-        found = model.engine.sweep_heads(ids, target_ids, values, columns, per_pass=per_pass)
+        found = model.engine.sweep_heads(Prompts(ids, target_ids), values, columns, per_pass=per_pass)
         per_pass = found.per_pass
         delta = found.edited.measures()["p"] - found.base.measures()["p"][:, None]
         by_group = delta.reshape(len(ids), len(some), n_groups)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from relfv.engine.base import Backbone, Prompts, capture_heads, reading_blocks
+from relfv.engine.base import Backbone, TokenIds, capture_heads, reading_blocks
 from relfv.engine.memory import shrinking
 from relfv.engine.readout import read_targets
 from relfv.language_model import LanguageModel
@@ -42,7 +42,7 @@ def run_clean_trials(model: LanguageModel, clean_prompts: Sequence[str], target_
         return shrinking(_PROMPTS_A_PASS, lambda size: _run(model.backbone, ids, target_ids, size))[0]
 
 
-def _run(backbone: Backbone, ids: Prompts, target_ids: Sequence[int], size: int) -> CleanTrials:
+def _run(backbone: Backbone, ids: TokenIds, target_ids: Sequence[int], size: int) -> CleanTrials:
     activations, hidden, scores = [], [], []
     for part in backbone.passes(ids, size):
         with reading_blocks(backbone, ids[part]) as blocks:

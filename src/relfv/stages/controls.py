@@ -12,7 +12,7 @@ import torch
 from relfv.language_model import LanguageModel
 from relfv.models.families import Architecture
 from relfv.stages.clean_trials import CleanTrials
-from relfv.types import Effects, HeadId
+from relfv.types import Effects, HeadId, Prompts
 
 CONTROLS = {
     "fv": "the function vector itself, again, in the same batch as its controls",
@@ -134,4 +134,4 @@ def inject_candidates(
     """Every candidate, times ``alpha``, after every block: ``edited`` fields are (prompt, layer * n_vectors)."""
     ids = [model.tokens.encode(prompt) for prompt in prompts]
     parts = [alpha * part for part in candidates.parts]
-    return model.engine.inject(ids, target_ids, parts, range(model.arch.n_layers), per_pass=trials_per_pass)
+    return model.engine.inject(Prompts(ids, target_ids), parts, range(model.arch.n_layers), per_pass=trials_per_pass)

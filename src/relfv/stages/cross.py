@@ -15,7 +15,7 @@ import torch
 from relfv.errors import RunError
 from relfv.language_model import LanguageModel
 from relfv.stages.conclusions import judge_vectors
-from relfv.types import Effects
+from relfv.types import Effects, Prompts
 
 MEANING = {
     "sources": "alpha (the target's own) times each q_id's function vector, its own included, added after each layer at the last "
@@ -45,7 +45,7 @@ def inject_vectors(
     Raises RunError, naming the vector, for NaN or infinite logits.
     """
     ids = [model.tokens.encode(prompt) for prompt in prompts]
-    effects = model.engine.inject(ids, target_ids, alpha * vectors, range(model.arch.n_layers))
+    effects = model.engine.inject(Prompts(ids, target_ids), alpha * vectors, range(model.arch.n_layers))
     broken = (~torch.isfinite(effects.edited.logit)).any(0).nonzero().flatten().tolist()
     if broken:
         layer, column = divmod(broken[0], len(names))

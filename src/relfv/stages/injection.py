@@ -10,7 +10,7 @@ import torch
 
 from relfv.errors import InputError, RunError
 from relfv.language_model import LanguageModel
-from relfv.types import MEASURES, Effects
+from relfv.types import MEASURES, Effects, Prompts
 
 
 class InjectionSweep:
@@ -49,7 +49,7 @@ class InjectionSweep:
         if self._all is None:
             layers = list(range(self._model.arch.n_layers))
             vectors = self._vector[None]
-            self._all = self._model.engine.inject(self._ids, self._targets, vectors, layers, per_pass=per_pass)
+            self._all = self._model.engine.inject(Prompts(self._ids, self._targets), vectors, layers, per_pass=per_pass)
         effects = replace(self._all, edited=self._all.edited[:, edit_layer : edit_layer + 1])
         if not torch.isfinite(effects.edited.logit).all():
             raise RunError(

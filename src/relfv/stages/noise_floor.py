@@ -12,7 +12,17 @@ from collections.abc import Sequence
 import numpy as np
 
 from relfv.language_model import LanguageModel
-from relfv.types import MEASURES, ArithmeticNoise, Effects, HeadEffects, HeadId, MeanActivations, NoiseFloor, ScoredHead
+from relfv.types import (
+    MEASURES,
+    ArithmeticNoise,
+    Effects,
+    HeadEffects,
+    HeadId,
+    MeanActivations,
+    NoiseFloor,
+    Prompts,
+    ScoredHead,
+)
 
 N_BEST, N_SPREAD = 3, 5
 N_TRIALS = 3
@@ -45,8 +55,8 @@ def measure_noise_floor(
     ids, targets = [model.tokens.encode(prompt) for prompt in corrupted_prompts[:n]], list(target_ids[:n])
     # Another number of trials a pass than the sweep's, if that can be with so few.
     per_pass = n if n != effects.effects.per_pass else max(1, n - 1)
-    identity = model.engine.sweep_heads(ids, targets, None, heads, per_pass=per_pass)
-    again = model.engine.finer().sweep_heads(ids, targets, means.values, heads, per_pass=per_pass)
+    identity = model.engine.sweep_heads(Prompts(ids, targets), None, heads, per_pass=per_pass)
+    again = model.engine.finer().sweep_heads(Prompts(ids, targets), means.values, heads, per_pass=per_pass)
     columns = [effects.heads.index(head) for head in heads]
     before = _deltas(Effects(effects.effects.base[:n], effects.effects.edited[:n, columns]))
     return NoiseFloor(
