@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from relfv.store.files import make_folder, remedy, telling
+from relfv.store.files import explained, make_folder, remedy
 
 _ROOT = logging.getLogger("relfv")
 
@@ -82,7 +82,7 @@ class _Memory(logging.Handler):
 def logging_to(path: Path, earlier: Sequence[logging.LogRecord] = ()) -> Iterator[None]:
     """While open, every line, details included, is appended to ``path`` as well, after the ``earlier`` ones. Raises
     RunError if it cannot be opened; a disk that is full later costs lines of the log, and is said once."""
-    with telling(path):
+    with explained(path):
         make_folder(path.parent)
         handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(_Formatter("%(asctime)s %(level_word)s%(message)s", "%Y-%m-%d %H:%M:%S"))

@@ -1,21 +1,28 @@
-"""The settings of a run, the spec's hard constraints, and the fingerprint of a result."""
+"""The settings of a run, the spec's fixed values, and the fingerprint of a result.
+
+A setting is one field of ``Settings``: its default, its help text, its bounds, and the commands that have it as a flag.
+The command line, the fingerprint, the list of departures from the spec and the bounds all follow from the fields.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields, replace
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from relfv import ALGORITHM_VERSION
 from relfv.errors import InputError
+from relfv.types import MEASURES
 
 SPEC_CSV = Path("datasets/relation/relationA_ex.csv")
-SCORE_KEYS = tuple(f"mean_{kind}delta_{m}" for kind in ("", "abs_") for m in ("p", "logit", "logprob"))
+SCORE_KEYS = tuple(f"mean_{kind}delta_{m}" for kind in ("", "abs_") for m in MEASURES)
 """What heads may be ranked by."""
 MOST = 100_000
-"""Of trials, demos, heads, prompts: more is a slip, and would be noticed only when the memory is full."""
+"""Of trials, demos, heads, prompts: a larger number is a typing error, and would fill the memory before it is noticed."""
 MAX_SEED = 2**63 - 1
 """What other readers of the JSON files can hold."""
 _MAX_ALPHA = 1e6
@@ -24,67 +31,96 @@ DEFAULT_OUT_ROOT = Path("results_fv/relation_qwise")
 
 
 @dataclass(frozen=True)
+class Flag:
+    """How a setting is given on the command line."""
+
+    help: str
+    group: str
+    """The heading it stands under in ``--help``."""
+    commands: tuple[str, ...]
+    """The commands that have it."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Command -> the flag's name there, where it is not ``--<field>``."""
+    choices: tuple[str, ...] | None = None
+    low: float = -math.inf
+    high: float = math.inf
+    environment: str | None = None
+    """The environment variable that is used where the flag is not given."""
+    identity: bool = True
+    """False for what does not make another experiment: where things lie, and what leaves other files as they are."""
+    fixed: bool = False
+    """True for what the spec fixes (section 2)."""
+
+
+_MODEL = ("model", ("run", "cross", "stepd", "stepe", "step6"))
+_TRIALS = ("trials", ("run", "stepd"))
+
+
+def _setting(default: Any, help_text: str, place: tuple[str, tuple[str, ...]], **options: Any) -> Any:
+    return field(default=default, metadata={"flag": Flag(help_text, *place, **options)})
+
+
+@dataclass(frozen=True)
 class Settings:
     """Everything that the numbers of a q_id depend on, besides its rows. Defaults are the spec's section 2."""
 
-    model: str = "meta-llama/Llama-3.1-8B"
-    """``demo``, a local folder, or a hub id."""
-    model_spec: str = "llama3"
-    """Model family: where blocks and output projections are. ``auto`` reads it from the model's config."""
-    device: str = "auto"
-    """``auto`` (CUDA if there is one), ``cpu``, ``cuda``, ``cuda:<n>`` or ``mps``."""
-    dtype: str = "auto"
-    """dtype the weights are kept in; ``auto`` is the checkpoint's own."""
-    quant: str = "none"
-    """``none``, ``8bit`` or ``4bit`` (bitsandbytes)."""
-    precision: str = "exact"
-    """``exact``: float32 arithmetic (on CUDA with products from bf16 pieces, or TF32). ``fast``: the weights' dtype, float32
-    logits."""
-    seed: int = 0
-    """Seed of the trials."""
-    relation_csv_path: str = str(SPEC_CSV)
-    """The relation CSV."""
-    n_trials_per_q: int = 25
-    """Trials sampled for each q_id."""
-    n_demos: int = 9
-    """Demonstrations in a prompt."""
-    corruption: str = "derange"
-    """``derange``: no demo keeps its right label where possible. ``shuffle``: the paper's plain permutation."""
-    layers: str = "all"
-    """Layers swept in StepD: ``all``, or numbers and ranges like ``0-3,7``."""
-    heads: str = "all"
-    """Heads swept in each of those layers, likewise."""
-    score_key: str = "mean_delta_p"
-    """What heads are ranked by, and layers compared by."""
-    topk: int = 20
-    """Heads in the function vector."""
-    alpha: float = 1.0
-    """The vector is added alpha times."""
-    n_eval: int = 50
-    """Zero-shot prompts evaluated at most."""
-    allow_query_duplicates: bool = False
-    """Evaluate every trial's query, also those drawn more than once."""
-    trust_remote_code: bool = False
-    """Run code that comes with the checkpoint."""
-    alpha_sweep: tuple[float, ...] = ()
-    """Also add the vector so many times, at every layer; in a file of its own. In a status: what has been swept, or is."""
-    k_sweep: tuple[int, ...] = ()
-    """Also add the vectors of so many best heads, likewise."""
+    model: str = _setting("meta-llama/Llama-3.1-8B", "demo, a local folder, or a hub id", _MODEL, identity=False)
+    model_spec: str = _setting("llama3", "family: llama3, gpt2, neox, ...; auto = from the config", _MODEL)
+    device: str = _setting("auto", "auto, cpu, cuda, cuda:<n> or mps", _MODEL, environment="DEVICE", identity=False)
+    dtype: str = _setting("auto", "auto (the checkpoint's), fp32, bf16 or fp16", _MODEL, environment="DTYPE")
+    quant: str = _setting("none", "none, 8bit or 4bit (needs relfv[quant])", _MODEL, environment="QUANT")
+    precision: str = _setting(
+        "exact", "exact: float32 arithmetic; fast: the weights' dtype", _MODEL, choices=("exact", "fast")
+    )
+    seed: int = _setting(0, "seed of the trials", _TRIALS, low=0, high=MAX_SEED)
+    relation_csv_path: str = _setting(str(SPEC_CSV), "columns id,ex_A,ex_B", _TRIALS, identity=False)
+    n_trials_per_q: int = _setting(
+        25, "trials a q_id", _TRIALS, names={"stepd": "--relation_n_trials_per_q"}, low=1, high=MOST, fixed=True
+    )
+    n_demos: int = _setting(
+        9, "demos a prompt", _TRIALS, names={"stepd": "--relation_n_demos"}, low=1, high=MOST, fixed=True
+    )
+    corruption: str = _setting(
+        "derange",
+        "derange: no demo keeps its label; shuffle: plain permutation",
+        _TRIALS,
+        choices=("derange", "shuffle"),
+    )
+    layers: str = _setting("all", "layers swept: all, or e.g. 0-3,7", ("sweep", ("stepd",)), fixed=True)
+    heads: str = _setting("all", "heads swept in each layer: all, or e.g. 0-3,7", ("sweep", ("stepd",)), fixed=True)
+    score_key: str = _setting(
+        "mean_delta_p", "what heads are ranked by", ("heads", ("run", "stepd", "stepe")), choices=SCORE_KEYS
+    )
+    topk: int = _setting(
+        20, "heads in the function vector", ("heads", ("run", "stepe")), names={"stepe": "--k"}, low=1, high=MOST,
+        fixed=True,
+    )  # fmt: skip
+    alpha: float = _setting(
+        1.0,
+        "the vector is added alpha times",
+        ("injection", ("run", "stepe", "step6")),
+        low=-_MAX_ALPHA,
+        high=_MAX_ALPHA,
+    )
+    n_eval: int = _setting(50, "zero-shot prompts at most", ("injection", ("run", "step6")), low=1, high=MOST)
+    allow_query_duplicates: bool = _setting(
+        False, "evaluate every trial's query, also those drawn more than once", ("injection", ("run", "step6"))
+    )
+    trust_remote_code: bool = _setting(False, "run code that comes with the checkpoint", _MODEL, identity=False)
+    alpha_sweep: tuple[float, ...] = _setting(
+        (), "also add the vector with these factors, e.g. 0.5,1,2 or =-1,1: step6/sweeps.json", ("injection", ("run",)),
+        low=-_MAX_ALPHA, high=_MAX_ALPHA, identity=False,
+    )  # fmt: skip
+    k_sweep: tuple[int, ...] = _setting(
+        (), "also add the vectors of these numbers of heads, e.g. 1,5,10,20,40: step6/sweeps.json",
+        ("injection", ("run",)), low=1, high=MOST, identity=False,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
-        for name in ("n_trials_per_q", "n_demos", "topk", "n_eval"):
-            require_within(f"--{name}", getattr(self, name), 1, MOST)
-        require_within("--seed", self.seed, 0, MAX_SEED)
-        if self.score_key not in SCORE_KEYS:
-            raise InputError(f"--score_key {self.score_key!r}: expected one of {', '.join(SCORE_KEYS)}")
-        for k in self.k_sweep:
-            require_within("--k_sweep", k, 1, MOST)
-        for flag, alphas in (("--alpha", (self.alpha,)), ("--alpha_sweep", self.alpha_sweep)):
-            for alpha in alphas:
-                if not abs(alpha) <= _MAX_ALPHA:  # so written that NaN fails too
-                    raise InputError(
-                        f"{flag} {alpha}: expected a finite number between {-_MAX_ALPHA:g} and {_MAX_ALPHA:g}"
-                    )
+        for name, flag in FLAGS.items():
+            value = getattr(self, name)
+            for one in value if isinstance(value, tuple) else (value,):
+                _require_allowed(f"--{name}", one, flag)
 
     @property
     def sweeps(self) -> bool:
@@ -101,15 +137,14 @@ class Settings:
 
     def departures(self) -> list[str]:
         """In what these settings depart from the spec's hard constraints (section 2), in words."""
-        spec = Settings()
-        found = [
-            f"{name} is {getattr(self, name)}, the spec fixes {getattr(spec, name)}"
-            for name in ("topk", "n_trials_per_q", "n_demos", "layers", "heads")
-            if getattr(self, name) != getattr(spec, name)
+        departures = [
+            f"{name} is {getattr(self, name)}, the spec fixes {_DEFAULTS[name]}"
+            for name, flag in FLAGS.items()
+            if flag.fixed and getattr(self, name) != _DEFAULTS[name]
         ]
         if Path(self.relation_csv_path) != SPEC_CSV:
-            found.append(f"relation_csv_path is {self.relation_csv_path}, the spec fixes {SPEC_CSV}")
-        return found
+            departures.append(f"relation_csv_path is {self.relation_csv_path}, the spec fixes {SPEC_CSV}")
+        return departures
 
     def to_json(self) -> dict[str, Any]:
         """As a plain dict, in the order above."""
@@ -117,31 +152,64 @@ class Settings:
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> Settings:
-        """The inverse of ``to_json``; keys of another version of relfv are left out."""
-        known = {field.name for field in fields(Settings)}
-        lists = {name: tuple(values[name]) for name in ("alpha_sweep", "k_sweep") if name in values}
-        return Settings(**{name: value for name, value in {**values, **lists}.items() if name in known})
+        """The inverse of ``to_json``; keys of another version of relfv are left out, missing ones take their defaults."""
+        known = {name: value for name, value in values.items() if name in FLAGS}
+        return Settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in known.items()})
 
 
-_NOT_IN_FINGERPRINT = ("model", "device", "relation_csv_path", "trust_remote_code", "alpha_sweep", "k_sweep")
-"""Where a model or CSV lies and which device ran it do not make another experiment; their contents are hashed. Sweeps
-leave every other file as it is."""
+FLAGS: dict[str, Flag] = {one.name: one.metadata["flag"] for one in fields(Settings)}
+"""The flag of each setting, in the order of the fields."""
+_DEFAULTS: dict[str, Any] = {one.name: one.default for one in fields(Settings)}
+
+IDENTITY = tuple(name for name, flag in FLAGS.items() if flag.identity)
+"""The settings that make an experiment."""
+MODEL_SETTINGS = tuple(name for name in IDENTITY if FLAGS[name].group == "model")
+"""Those of them that every number of the model depends on."""
 
 
 def fingerprint_fields(settings: Settings, *, rows_sha256: str, model_identity: str) -> dict[str, Any]:
     """What two runs must share to continue each other, by name: settings, rows, model, algorithm version."""
-    kept = {name: value for name, value in settings.to_json().items() if name not in _NOT_IN_FINGERPRINT}
     return {
-        **kept,
+        **{name: getattr(settings, name) for name in IDENTITY},
         "rows_sha256": rows_sha256,
         "model_identity": model_identity,
         "algorithm_version": ALGORITHM_VERSION,
     }
 
 
-def fingerprint(values: dict[str, Any]) -> str:
+def fingerprint(values: Mapping[str, Any]) -> str:
     """sha256 of the fields."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+_IN_WORDS = {
+    "rows_sha256": "the rows of {q_id} in the CSV have changed",
+    "model_identity": "the model's files or revision have changed",
+}
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any], q_id: str) -> list[str]:
+    """In what two experiments' fingerprint fields differ, in words. A setting that one side lacks, because an earlier
+    version of relfv wrote it, has its default there."""
+    names = dict.fromkeys([*there, *here])
+    values = {name: tuple(side.get(name, _DEFAULTS.get(name)) for side in (there, here)) for name in names}
+    return [
+        _IN_WORDS.get(name, f"{name} was {was}, now {now}").format(q_id=q_id)
+        for name, (was, now) in values.items()
+        if was != now
+    ]
+
+
+def _require_allowed(flag_name: str, value: Any, flag: Flag) -> None:
+    if flag.choices and value not in flag.choices:
+        raise InputError(f"{flag_name} {value!r}: expected one of {', '.join(flag.choices)}")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    if isinstance(value, float):
+        if not flag.low <= value <= flag.high:  # so written that NaN fails too
+            raise InputError(f"{flag_name} {value}: expected a finite number between {flag.low:g} and {flag.high:g}")
+    elif math.isfinite(flag.high):
+        require_within(flag_name, value, int(flag.low), int(flag.high))
 
 
 def require_within(flag: str, value: int, low: int, high: int) -> None:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
+if TYPE_CHECKING:  # to know what values are takes neither
+    import numpy as np
+    import torch
 
 MEASURES = ("p", "logit", "logprob")
 """How a target token is scored: probability, raw logit, natural-log probability."""
@@ -78,6 +79,46 @@ class PromptedTrial:
 
 
 @dataclass(frozen=True)
+class Question:
+    """What a frozen trial asks, whatever examples precede it."""
+
+    q_id: str
+    trial_id: str
+    trial_idx: int
+    query: WordPair
+    query_source_index: int | None
+    """Row of the query within the q_id; None in snapshots of other tools that do not say it."""
+    answer: str
+    first_token_id: int
+    answer_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A file of frozen trials, with their demos or zero-shot, as later stages use it."""
+
+    meta: dict[str, Any]
+    """The file's own."""
+    questions: tuple[Question, ...]
+    prompts: tuple[str, ...]
+    """What is measured on: the corrupted prompts, or the zero-shot ones."""
+    clean_prompts: tuple[str, ...]
+    """Empty in a zero-shot snapshot."""
+    clusters: tuple[int, ...]
+    """Of each trial the first row that has its query's input: trials that share it are no independent observations."""
+
+    @property
+    def targets(self) -> tuple[int, ...]:
+        """First answer token of every trial."""
+        return tuple(question.first_token_id for question in self.questions)
+
+    def only(self, chosen: Sequence[int]) -> Snapshot:
+        """The trials of these indices."""
+        columns = (self.questions, self.prompts, self.clean_prompts, self.clusters)
+        return Snapshot(self.meta, *(tuple(column[i] for i in chosen) if column else () for column in columns))
+
+
+@dataclass(frozen=True)
 class Prompts:
     """N prompts as a model reads them, and the token that each is scored on."""
 
@@ -112,13 +153,19 @@ class TokenScores:
         """float64 probability of the target token."""
         return self.logprob.double().exp()
 
+    def measure(self, name: str) -> np.ndarray:
+        """One of MEASURES as a float64 array of the fields' shape."""
+        return getattr(self, name).double().numpy()
+
     def measures(self) -> dict[str, np.ndarray]:
-        """The three MEASURES as float64 arrays of the fields' shape."""
-        return {
-            "p": self.p.numpy(),
-            "logit": self.logit.double().numpy(),
-            "logprob": self.logprob.double().numpy(),
-        }
+        """All of them by name."""
+        return {name: self.measure(name) for name in MEASURES}
+
+    def correct(self, targets: Sequence[int]) -> np.ndarray:
+        """float64 (N, ...): 1 where the most probable token is the prompt's target, else 0."""
+        top = self.top_id.numpy()
+        wanted = self.top_id.new_tensor(list(targets)).numpy()
+        return (top == wanted.reshape(-1, *(1,) * (top.ndim - 1))).astype(float)
 
     def __getitem__(self, index: Any) -> TokenScores:
         """The same index taken of every field."""
@@ -145,12 +192,16 @@ class Effects:
     per_pass: int = 1
     """Prompts that shared a forward pass. Batch shapes change low-order bits: the same bytes need the same number."""
 
+    def delta(self, measure: str) -> np.ndarray:
+        """float64 (N, C): the measure, one of MEASURES, with each intervention minus without."""
+        return self.edited.measure(measure) - self.base.measure(measure)[:, None]
+
 
 @dataclass(frozen=True)
 class MeanActivations:
     """Mean clean activation of every head (Todd et al. 2024, eq. 2: the conditioned mean a-bar)."""
 
-    values: torch.Tensor
+    values: np.ndarray
     """float32 (layer, head, head_dim): mean over clean prompts of the output projection's input at the last token."""
     n_prompts: int
 
@@ -204,8 +255,8 @@ class ScoredHead:
 class FunctionVector:
     """The sum of the selected heads' mean outputs in the residual stream (Todd et al. 2024, eq. 5)."""
 
-    total: torch.Tensor
+    total: np.ndarray
     """float32 (resid_dim,)."""
-    by_layer: dict[int, torch.Tensor]
+    by_layer: dict[int, np.ndarray]
     """layer -> float32 (resid_dim,): the part that this layer's selected heads contribute; the parts sum to total."""
     heads: tuple[HeadId, ...]

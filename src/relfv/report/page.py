@@ -12,17 +12,20 @@ from relfv import __version__
 from relfv.errors import InputError, RelfvError
 from relfv.report.table import find_statuses
 from relfv.settings import Settings
-from relfv.store.artifacts import (
-    CROSS,
-    CROSS_FIGURE,
-    MANIFEST,
-    QidPaths,
-    cross_changes,
-    read_cross,
-    read_noise_floor,
-    read_trials,
-)
-from relfv.store.files import read_json, require_no_links, sha256_file, sole_writer, write_atomic
+from relfv.stages.cross import CROSS, CROSS_FIGURE, cross_changes, read_cross
+from relfv.stages.curve import CURVE
+from relfv.stages.function_vector import STEP_E_EVAL, TOP_HEADS
+from relfv.stages.heatmap import HEATMAP
+from relfv.stages.noise_floor import NOISE_FLOOR
+from relfv.stages.step6 import EVAL_SUMMARY
+from relfv.stages.step6_summary import STEP6_SUMMARY
+from relfv.stages.summary import SUMMARY
+from relfv.stages.sweeps import SWEEPS_FILE
+from relfv.stages.trials import TRIALS
+from relfv.store.files import require_no_links, sha256_file, write_atomic
+from relfv.store.folder import File, QidFolder
+from relfv.store.formats import read_json
+from relfv.store.locks import sole_writer
 from relfv.store.status import QidStatus, fields_of, read_status
 
 _HEADS_SHOWN = 5
@@ -68,7 +71,7 @@ def _content(folder: Path, artifacts_dirs: list[Path]) -> dict[str, Any]:
                 completed.append(_completed(folder, status))
             else:
                 others.append({"q_id": status.q_id, "status": status.status, "reason": status.reason or ""})
-        except (RelfvError, KeyError, TypeError) as problem:
+        except (RelfvError, KeyError, TypeError, ValueError, IndexError, AttributeError) as problem:
             others.append({"q_id": artifacts_dir.parent.name, "status": "unreadable", "reason": str(problem)})
     states = ["completed"] * len(completed) + [other["status"] for other in others]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
@@ -104,7 +107,7 @@ def _cross(folder: Path) -> dict[str, Any] | None:
 def _opened_model(folder: Path) -> dict[str, Any]:
     """What the manifest says of the model; empty where there is none."""
     try:
-        return read_json(folder / MANIFEST).get("model", {})
+        return read_json(folder / "run_manifest.json").get("model", {})
     except RelfvError:
         return {}
 
@@ -116,32 +119,33 @@ def _model(name: str, precision: str, opened: dict[str, Any]) -> dict[str, str]:
 
 
 def _completed(folder: Path, status: QidStatus) -> dict[str, Any]:
-    paths = QidPaths(status.artifacts_dir, status.q_id)
-    trials = read_trials(paths.trials)
-    summary = read_json(paths.step6_summary)
-    heads = read_json(paths.top_heads)["heads"]
-    layer = summary["per_layer"][str(summary["best_layer"])]
-    query = trials.trials[0]["query"]
+    qid = QidFolder(status.artifacts_dir, status.q_id)
+
+    def if_there(file: File[Any]) -> Any:
+        """Folders of earlier versions lack some files."""
+        return qid.read(file) if qid.has(file) else None
+
+    trials, heads, best_layer = qid.read(TRIALS), qid.read(TOP_HEADS)["heads"], qid.read(STEP6_SUMMARY)["best_layer"]
+    example, summary = trials.questions[0].query, if_there(SUMMARY)
     return {
         "q_id": status.q_id,
         "rows": status.q_row_count,
-        "example_input": query["input"],
-        "example_output": query["output"],
-        "n_trials": len(trials.trials),
-        "n_queries": len(set(trials.queries)),
+        "example_input": example.input,
+        "example_output": example.output,
+        "n_trials": len(trials.questions),
+        "n_queries": len(set(trials.clusters)),
         "collisions": len(trials.meta["first_token_collisions"]),
         "best_head": heads[0],
         "top_heads": heads[:_HEADS_SHOWN],
         "n_top": len(heads),
-        "clean_p": read_json(paths.step_e_eval)["reference"]["clean"]["mean_p"],
-        # Folders of earlier versions have none.
-        "noise_floor": read_noise_floor(paths.noise_floor) if paths.noise_floor.exists() else None,
-        "verdict": read_json(paths.summary)["verdict"] if paths.summary.exists() else None,
-        "sweeps": read_json(paths.sweeps) if paths.sweeps.exists() else None,
-        "best_layer": summary["best_layer"],
-        "best": read_json(paths.artifacts / layer["eval_summary_path"]),
-        "heatmap": _link(folder, paths.heatmap),
-        "curve": _link(folder, paths.curve),
+        "clean_p": qid.read(STEP_E_EVAL)["reference"]["clean"]["mean_p"],
+        "noise_floor": if_there(NOISE_FLOOR),
+        "verdict": summary and summary["verdict"],
+        "sweeps": if_there(SWEEPS_FILE),
+        "best_layer": best_layer,
+        "best": qid.read(EVAL_SUMMARY, best_layer),
+        "heatmap": _link(folder, qid.path(HEATMAP)),
+        "curve": _link(folder, qid.path(CURVE)),
     }
 
 

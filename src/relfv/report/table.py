@@ -7,8 +7,11 @@ from pathlib import Path
 
 from relfv.errors import InputError, RelfvError
 from relfv.logs import printable
-from relfv.store.artifacts import QidPaths
-from relfv.store.files import REPLACED, holder_is_alive, read_json
+from relfv.stages.step6_summary import STEP6_SUMMARY
+from relfv.store.files import REPLACED
+from relfv.store.folder import QidFolder
+from relfv.store.formats import read_json
+from relfv.store.locks import holder_is_alive
 from relfv.store.status import STATUS_FILE, QidStatus, read_status
 
 _HEADER = ("q_id", "status", "rows", "best layer", "score", "accuracy", "updated", "reason")
@@ -46,21 +49,20 @@ def _row(folder: Path) -> tuple[str, ...]:
         status = read_status(folder)
         assert status is not None
         best = _best(status)
-    except RelfvError as problem:
+    except (RelfvError, KeyError, TypeError, ValueError) as problem:
         return (folder.parent.name, "unreadable", "", "", "", "", "", str(problem))
     updated = read_json(status.path)["updated_at"][:19].replace("T", " ")
     reason = status.reason or ""
     if status.status == "running":
-        alive = holder_is_alive(QidPaths(folder, status.q_id).lock)
+        alive = holder_is_alive(QidFolder(folder, status.q_id).lock)
         reason = "" if alive else "its process is gone; the same command goes on from here"
     return (status.q_id, status.status, str(status.q_row_count), *best, updated, reason)
 
 
 def _best(status: QidStatus) -> tuple[str, str, str]:
-    path = status.artifacts_dir / "step6" / "step6_all_layers_summary.json"
     if status.status != "completed":
         return ("", "", "")
-    summary = read_json(path)
+    summary = QidFolder(status.artifacts_dir, status.q_id).read(STEP6_SUMMARY)
     layer = summary["per_layer"][str(summary["best_layer"])]
     return (
         f"{summary['best_layer']} of {len(summary['expected_layers'])}",

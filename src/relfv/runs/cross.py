@@ -9,30 +9,43 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from relfv.errors import InputError, RunError
-from relfv.language_model import LanguageModel
+from relfv.errors import InputError, RelfvError
 from relfv.logs import Progress, showing
-from relfv.models.opening import model_identity
-from relfv.report.figures import cross_png
+from relfv.models.sources import model_identity
 from relfv.report.page import write_report
 from relfv.report.table import find_statuses
-from relfv.runs.qid import is_complete, open_for
-from relfv.runs.run import describe_differences
-from relfv.settings import Settings, fingerprint_fields
-from relfv.stages.cross import MEANING, compare_directions, inject_vectors, judge_target, overall_verdict
+from relfv.runs.qid import open_for, work_on
+from relfv.settings import Settings, differences, fingerprint_fields
+from relfv.stages.cross import (
+    CROSS,
+    CROSS_FIGURE,
+    CROSS_SETTINGS,
+    MEANING,
+    compare_directions,
+    cross_origin,
+    inject_vectors,
+    judge_target,
+    overall_verdict,
+    read_cross,
+    write_cross,
+)
+from relfv.stages.function_vector import FV
+from relfv.stages.step6_summary import STEP6_SUMMARY
+from relfv.stages.table import is_complete
+from relfv.stages.zeroshot import evaluated_prompts
 from relfv.stats import LEVEL
-from relfv.steps import evaluated
-from relfv.store import artifacts
-from relfv.store.artifacts import CROSS, CROSS_FIGURE, CROSS_SETTINGS, QidPaths
-from relfv.store.files import lock, move_aside, read_json, require_no_links, sha256_file, sole_writer
+from relfv.store.files import move_aside, require_no_links, sha256_file
+from relfv.store.folder import QidFolder
+from relfv.store.locks import lock, sole_writer
 from relfv.store.status import DamagedStatus, QidStatus, read_status
+
+if TYPE_CHECKING:
+    from relfv.language_model import LanguageModel
 
 log = logging.getLogger(__name__)
 
@@ -106,9 +119,9 @@ def _shared_settings(
     wanted = {name: here[name] for name in CROSS_SETTINGS}
     differing: dict[str, list[str]] = {}
     for q_id, status in statuses.items():
-        as_wanted = replace(status, fingerprint_fields={**status.fingerprint_fields, **wanted})
-        if differences := describe_differences(status, as_wanted):
-            differing.setdefault(", ".join(differences), []).append(q_id)
+        there = {name: status.fingerprint_fields.get(name) for name in wanted}
+        if different := differences(there, wanted, q_id):
+            differing.setdefault(", ".join(different), []).append(q_id)
     if differing:
         said = "; ".join(f"{', '.join(q_ids)} ({what})" for what, q_ids in differing.items())
         raise InputError(
@@ -124,12 +137,12 @@ class _Crossing:
     def __init__(self, folder: Path, statuses: Mapping[str, QidStatus], *, named: bool) -> None:
         """``named``: the q_ids were named one by one; else they are all that are completed, and none may have got lost."""
         self._folder, self._statuses, self._q_ids = folder, statuses, list(statuses)
-        self._paths = {q_id: QidPaths(status.artifacts_dir, q_id) for q_id, status in statuses.items()}
+        folders = [QidFolder(status.artifacts_dir, q_id) for q_id, status in statuses.items()]
         self._origins = {
-            q_id: artifacts.cross_origin(folder, q_id, self._q_ids, status.fingerprint_fields)
+            q_id: cross_origin(folder, q_id, self._q_ids, status.fingerprint_fields)
             for q_id, status in statuses.items()
         }
-        self._vectors = torch.stack([artifacts.read_function_vector(paths.fv) for paths in self._paths.values()])
+        self._vectors = np.stack([of_qid.read(FV) for of_qid in folders])
         self._earlier = self._found()
         earlier = self._earlier["targets"] if self._earlier else {}
         self._targets = {
@@ -167,29 +180,24 @@ class _Crossing:
         if not (self._folder / CROSS).exists():
             return None
         try:
-            return artifacts.read_cross(self._folder)
-        except RunError as problem:
+            return read_cross(self._folder)
+        except RelfvError as problem:
             log.warning("%s; it is kept under another name and made anew", problem)
             return None
 
     def _judged(self, model: LanguageModel, target: str) -> dict[str, Any]:
-        status, paths = self._statuses[target], self._paths[target]
-        alpha = status.settings.alpha
-        trials = evaluated(artifacts.read_trials(paths.zero_shot_trials), status.settings)
-        prompts, target_ids, queries = trials.prompts("corrupted_prompt_str"), trials.target_ids, trials.queries
-        effects = inject_vectors(model, prompts, target_ids, self._q_ids, self._vectors, alpha)
-        best_layer = read_json(paths.step6_summary)["best_layer"]
-        judged = judge_target(effects, target_ids, queries, self._q_ids, target, best_layer)
+        work = work_on(self._statuses[target], lambda: model)
+        prompts, alpha, facts = work.once(evaluated_prompts), work.settings.alpha, model.facts()
+        effects = inject_vectors(model, prompts, self._q_ids, self._vectors, alpha)
+        judged = judge_target(effects, prompts, self._q_ids, target, work.read(STEP6_SUMMARY)["best_layer"])
         return {
             "verdict": judged.pop("verdict"),
             "alpha": alpha,
             "n_eval": len(prompts),
-            "n_queries": len(set(queries)),
+            "n_queries": len(set(prompts.clusters)),
             "made_from": self._origins[target],
             "made_by": {
-                "engine": model.engine.name,
-                "device": model.backbone.device.type,
-                "dtype": model.dtype,
+                **{name: facts[name] for name in ("engine", "device", "dtype")},
                 "prompts_per_pass": effects.per_pass,
             },
             **judged,
@@ -222,7 +230,7 @@ class _Crossing:
             if self._in_the_way:
                 log.info("earlier results are now %s", move_aside(self._folder / CROSS))
                 self._in_the_way = False
-            artifacts.write_cross(self._folder, document, figure)
+            write_cross(self._folder, document, figure)
 
     def _write_if_changed(self) -> None:
         """For a crossing that was killed between its two files, or lost its picture."""
@@ -232,6 +240,8 @@ class _Crossing:
 
 
 def _figure(document: Mapping[str, Any]) -> bytes:
+    from relfv.figures import cross_png
+
     q_ids, targets = document["q_ids"], document["targets"]
     layers = {q_id: entry["best_layer"] for q_id, entry in targets.items()}
     delta_p = np.full((len(q_ids), len(q_ids)), np.nan)

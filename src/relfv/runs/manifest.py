@@ -12,15 +12,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from relfv import ALGORITHM_VERSION, __version__
-from relfv.errors import RunError
+from relfv.errors import RelfvError, RunError
 from relfv.settings import Settings
-from relfv.store.artifacts import MANIFEST
-from relfv.store.files import move_aside, read_json, sealed, sole_writer, unsealed, write_json
+from relfv.store.files import move_aside, write_atomic
+from relfv.store.formats import json_bytes, read_json, sealed, unsealed
+from relfv.store.locks import sole_writer
 
 if TYPE_CHECKING:  # to read a manifest takes no engine
     from relfv.language_model import LanguageModel
 
 log = logging.getLogger(__name__)
+
+MANIFEST = "run_manifest.json"
+"""Beside the q_ids' folders."""
 
 _LIBRARIES = (
     "torch",
@@ -60,21 +64,19 @@ def model_description(model: LanguageModel) -> dict[str, Any]:
     """What is known once it is open."""
     import torch
 
-    device = model.backbone.device
+    device, arch, facts = model.backbone.device, model.arch, model.facts()
     return {
         "class": type(model.backbone.model).__name__,
-        "family": model.arch.spec_name,
-        "n_layers": model.arch.n_layers,
-        "n_heads": model.arch.n_heads,
-        "head_dim": model.arch.head_dim,
-        "resid_dim": model.arch.resid_dim,
-        "dtype": model.dtype,
-        "quant": model.quant,
-        "precision": model.precision,
+        "family": arch.spec_name,
+        "n_layers": arch.n_layers,
+        "n_heads": arch.n_heads,
+        "head_dim": arch.head_dim,
+        "resid_dim": arch.resid_dim,
+        **{name: facts[name] for name in ("dtype", "quant", "precision")},
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "cpu_threads": torch.get_num_threads(),
-        "engine": model.engine.name,
+        "engine": facts["engine"],
         "self_check": vars(model.check),
     }
 
@@ -88,7 +90,7 @@ def write_manifest(folder: Path, run: dict[str, Any]) -> Path:
             earlier = [*previous.pop("earlier_runs", []), previous]
         # Two runs at once take turns: each replaces its own earlier description, wherever the other has put it.
         earlier = [other for other in earlier if _identity(other) != _identity(run)]
-        return write_json(folder / MANIFEST, sealed({**run, "earlier_runs": earlier}))
+        return write_atomic(folder / MANIFEST, json_bytes(sealed({**run, "earlier_runs": earlier})))
 
 
 def _identity(run: dict[str, Any]) -> tuple[Any, Any]:
@@ -103,17 +105,17 @@ def sound_manifest(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         return read_manifest(path)
-    except RunError as problem:
+    except RelfvError as problem:
         log.warning("%s; it is now %s", problem, move_aside(path))
     return None
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest without its own hash. Raises RunError if it is not as it was written."""
-    found = read_json(path)
-    if not isinstance(found, dict) or not {"settings", "q_list"} <= found.keys():
+    content = read_json(path)
+    if not isinstance(content, dict) or not {"settings", "q_list"} <= content.keys():
         raise RunError(f"{path}: is damaged or not a manifest of relfv")
-    return unsealed(found, path)  # manifests of relfv 0.1.0 have no seal
+    return unsealed(content, path)  # manifests of relfv 0.1.0 have no seal
 
 
 def _version(name: str) -> str | None:

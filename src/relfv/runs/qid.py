@@ -1,56 +1,39 @@
-"""The stages of one q_id in the order of the spec, each recorded in ``qid_status.json`` once its files are on disk.
+"""The steps of one q_id, each recorded in ``qid_status.json`` once its files are on disk.
 
-A restart skips what is intact: recorded, on disk with the recorded hash, and made from inputs that still have theirs.
-What is missing, damaged or out of date is made again; a stage made again to the same bytes leaves later ones intact.
+A restart skips what is done: recorded, on disk with the recorded hash, and made from inputs that still have theirs.
+What is missing, damaged or out of date is repeated; a step repeated to the same bytes leaves later ones done.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from relfv.errors import RunError
-from relfv.language_model import LanguageModel, open_model
+from relfv.errors import RelfvError, RunError
 from relfv.settings import Settings
 from relfv.signals import raise_received
-from relfv.stages.clean_trials import CleanTrials
-from relfv.steps import (
-    StageResult,
-    Step6,
-    clean_trials,
-    step6_answers,
-    step6_controls,
-    step6_summary,
-    step6_sweeps,
-    step_curve,
-    step_d_cie,
-    step_d_means,
-    step_d_trials,
-    step_e,
-    step_heatmap,
-    step_zero_shot,
-    write_summary,
-)
-from relfv.store.artifacts import QidPaths
-from relfv.store.status import STEP6_STAGE, SWEEPS, QidStatus, step6_stage
+from relfv.stages import sweeps, trials
+from relfv.stages.stage import Stage, Step, Work
+from relfv.stages.table import STAGES, is_complete, is_done, not_done, steps
+from relfv.store.folder import File, QidFolder
+from relfv.store.status import QidStatus
 from relfv.types import Relation
+
+if TYPE_CHECKING:
+    from relfv.language_model import LanguageModel
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One stage: its name in qid_status.json, and what it does."""
-
-    name: str
-    run: Callable[[], StageResult]
-
-
 def open_for(settings: Settings) -> LanguageModel:
     """The model that ``settings`` name."""
+    from relfv.language_model import open_model
+
     return open_model(
         settings.model,
         settings.model_spec,
@@ -62,138 +45,125 @@ def open_for(settings: Settings) -> LanguageModel:
     )
 
 
-class QidPipeline:
-    """All stages of one q_id, resumable. ``model`` is called only when a stage needs it."""
-
-    def __init__(
-        self, status: QidStatus, relation: Relation, csv_sha256: str, model: Callable[[], LanguageModel]
-    ) -> None:
-        self.status = status
-        self.paths = QidPaths(status.artifacts_dir, status.q_id)
-        self._relation, self._csv_sha256 = relation, csv_sha256
+def work_on(
+    status: QidStatus,
+    opened: Callable[[], LanguageModel],
+    *,
+    relation: Relation | None = None,
+    csv_sha256: str = "",
+    elsewhere: Mapping[File[Any], Path] | None = None,
+) -> Work:
+    """The work on the q_id of ``status``; ``opened`` is called only when a step needs the model."""
+    return Work(
+        QidFolder(status.artifacts_dir, status.q_id, elsewhere or {}),
+        status.settings,
         # The model may have been moved since the q_id was begun; its files keep the name they began with.
-        self._model = lambda: replace(model(), name=status.settings.model)
-        self._step6: Step6 | None = None
-
-    def run(self) -> None:
-        """Run what is missing or damaged, and what depends on it, until every stage is done.
-
-        Raises RunError if the frozen trials were changed; whatever a stage raises passes through.
-        """
-        require_frozen_trials(self.status)
-        if not self.status.expected_layers:
-            self.status.expected_layers = list(range(self._model().arch.n_layers))
-        if not is_complete(self.status):
-            self.status.set("running")
-            self.run_stages(self.status.stage_names)
-        self.status.set("completed")
-
-    def run_sweeps(self, asked: Settings) -> None:
-        """Add the alphas and k that ``asked`` has to those of a completed q_id.
-
-        Whatever stops it, the q_id stays completed, with the sweeps that it had.
-        """
-        status = self.status
-        if status.has_sweeps_of(asked):
-            return
-        before, settings = status.stages.get(SWEEPS), status.settings
-        wanted = settings.with_sweeps_of(asked)
-        # Of other values another number of prompts may fit.
-        per_pass = status.trials_per_pass.get(SWEEPS) if wanted == settings else None
-        status.settings = wanted
-        try:
-            run_recorded(status, Stage(SWEEPS, lambda: step6_sweeps(self._model(), wanted, self.paths, per_pass)))
-        except BaseException:
-            if before is None or before.status == "completed":  # else a killed run has left what it was about to do
-                status.settings = settings
-                del status.stages[SWEEPS]
-                status.stages |= {SWEEPS: before} if before else {}
-                status.write()
-            raise
-
-    def run_stages(self, names: Sequence[str]) -> None:
-        """Of the named stages, run those that are missing, damaged, or made from inputs that have changed since."""
-        for stage in self.stages():
-            if stage.name in names and not self.status.intact(stage.name):
-                run_recorded(self.status, stage)
-
-    def stages(self) -> list[Stage]:
-        """In the order of the spec."""
-        paths, settings, model = self.paths, self.status.settings, self._model
-        layers, per_pass = self.status.expected_layers, self.status.trials_per_pass
-        clean = cache(lambda: clean_trials(model(), paths.trials))
-        bodies: dict[str, Callable[[], StageResult]] = {
-            "stepD_trials": lambda: step_d_trials(model(), self._relation, settings, self._csv_sha256, paths),
-            "stepD_means": lambda: step_d_means(model(), clean(), paths),
-            "stepD_cie": lambda: step_d_cie(model(), settings, paths, per_pass.get("stepD_cie")),
-            "heatmap": lambda: step_heatmap(paths, settings.score_key, settings.topk),
-            "stepE": lambda: step_e(model(), settings, paths, paths.trials, clean(), paths, per_pass),
-            "zeroshot": lambda: step_zero_shot(paths.trials, paths.zero_shot_trials),
-            **{step6_stage(layer): self._at_layer(layer) for layer in layers},
-            **after_step6(self.status, paths, model, clean),
-        }
-        return [Stage(name, bodies[name]) for name in self.status.stage_names]
-
-    def _at_layer(self, layer: int) -> Callable[[], StageResult]:
-        def run() -> StageResult:
-            if self._step6 is None:
-                self._step6 = Step6(self._model(), self.status.settings, self.paths.fv, self.paths.zero_shot_trials)
-            return self._step6.run(layer, self.paths.step6_layer(layer), self.status.trials_per_pass.get("step6"))
-
-        return run
+        lambda: replace(opened(), name=status.settings.model),
+        status.expected_layers,
+        status.trials_per_pass,
+        relation,
+        csv_sha256,
+    )
 
 
-def after_step6(
-    status: QidStatus, paths: QidPaths, model: Callable[[], LanguageModel], clean: Callable[[], CleanTrials]
-) -> dict[str, Callable[[], StageResult]]:
-    """What is made once every layer has its results, by stage."""
-    settings, layers = status.settings, status.expected_layers
-    return {
-        "step6_summary": lambda: step6_summary(paths, settings.score_key, layers),
-        "injection_curve": lambda: step_curve(paths),
-        "step6_controls": lambda: step6_controls(
-            model(), clean(), settings, paths, status.trials_per_pass.get("step6_controls")
-        ),
-        "step6_answers": lambda: step6_answers(model(), settings, paths),
-        "summary": lambda: write_summary(paths),
-    }
+def run_qid(status: QidStatus, work: Work) -> None:
+    """Run every step that is not done, until the q_id is complete; what a step raises passes through.
+
+    Raises RunError if the frozen trials were changed.
+    """
+    require_frozen_trials(status)
+    if not status.expected_layers:
+        status.expected_layers = work.layers = list(range(work.model.arch.n_layers))
+    if not is_complete(status):
+        status.set("running")
+        run_steps(status, work)
 
 
-def require_frozen_trials(status: QidStatus) -> None:
-    """Raise RunError if sampled_trials.json is not what StepD froze: everything after it would be of other trials."""
-    record = status.stages.get("stepD_trials")
-    if record and record.status == "completed" and status.damaged("stepD_trials"):
-        raise RunError(
-            f"{status.artifacts_dir / 'sampled_trials.json'}: the frozen trials were changed or removed since StepD; every "
-            f"result here rests on them. Put the file back, or start afresh: 'relfv run --q_list {status.q_id} --force' moves "
-            "this folder aside"
-        )
+def run_steps(status: QidStatus, work: Work, of: Iterable[Stage] = STAGES) -> None:
+    """Run the steps of some stages that are missing, damaged, or made from inputs that have changed since."""
+    for step in steps(status.expected_layers, of=of):
+        if not is_done(status, step):
+            run_step(work, step, status)
 
 
-def is_complete(status: QidStatus) -> bool:
-    """True if every stage is recorded as done and every promised file is there, unchanged."""
-    return bool(status.expected_layers) and all(status.intact(name) for name in status.stage_names)
+def add_sweeps(status: QidStatus, work: Work, asked: Settings) -> None:
+    """Add the alphas and k that ``asked`` has to those of a complete q_id, which stays complete whatever stops this."""
+    if has_sweeps(status, asked):
+        return
+    work.settings = status.settings.with_sweeps_of(asked)
+    if work.settings != status.settings:  # of other values another number of prompts may fit
+        work.trials_per_pass.pop(sweeps.STAGE.name, None)
+    run_step(work, sweeps.STAGE.step(), status)
 
 
-def run_recorded(status: QidStatus | None, stage: Stage) -> None:
-    """Run one stage between its two marks in the status, if there is one."""
+def has_sweeps(status: QidStatus, asked: Settings) -> bool:
+    """Whether the alphas and k of ``asked``, and those that were swept before, are swept and intact."""
+    wanted = status.settings.with_sweeps_of(asked)
+    return not wanted.sweeps or (wanted == status.settings and is_done(status, sweeps.STAGE.step()))
+
+
+def run_step(work: Work, step: Step, status: QidStatus | None = None) -> None:
+    """Run one step between its two marks in the status, if there is one."""
     raise_received()  # an interrupt that a library kept to itself
     started = time.monotonic()
-    # 32 to 80 layers take milliseconds each: a mark when they begin would cost as much as they do.
-    is_layer = stage.name.startswith(STEP6_STAGE)
     if status:
-        for folder in status.make_way(stage.name):
-            log.warning("%s %s: a folder stood where a file belongs; it is now %s", status.q_id, stage.name, folder)
-        status.begin(stage.name, write=not is_layer)
+        for folder in status.make_way(step.name):
+            log.warning("%s %s: a folder stood where a file belongs; it is now %s", status.q_id, step.name, folder)
+        # 32 to 80 layers take milliseconds each: a mark when they begin would cost as much as they do. What is made on
+        # request is not missing before it is there.
+        status.begin(step.name, write=step.layer is None and not step.stage.on_request)
     try:
-        result = stage.run()
+        said = step.run(work)
     except Exception:
         raise_received()  # or made an error of
         raise
     if status:
-        status.trials_per_pass |= result.trials_per_pass
-        status.finish(stage.name, result.files, result.inputs)
+        status.settings = work.settings
+        status.finish(step.name, step.outputs(work.folder, work.layers), step.inputs(work.folder, work.layers))
     q_id = f"{status.q_id} " if status else ""
-    # They make one line on the terminal, too, that of their summary; the log file has them all.
-    level = logging.DEBUG if is_layer else logging.INFO
-    log.log(level, "%s%s %.2f s: %s", q_id, stage.name, time.monotonic() - started, result.said)
+    # Layers make one line on the terminal, too, that of their summary; the log file has them all.
+    level = logging.INFO if step.layer is None else logging.DEBUG
+    log.log(level, "%s%s %.2f s: %s", q_id, step.name, time.monotonic() - started, said)
+
+
+@contextmanager
+def settling(status: QidStatus) -> Iterator[None]:
+    """Afterwards say where the q_id stands: completed if everything is there and intact, else pending with what comes
+    next, or failed with the reason."""
+    try:
+        yield
+    except Exception as problem:
+        _record(status, "failed", in_words(problem))
+        raise
+    except BaseException:  # SIGINT or SIGTERM
+        _record(status, "pending", "interrupted; the same command goes on from here")
+        raise
+    following = next(not_done(status), None)
+    if following is None:
+        status.set("completed")
+    else:
+        status.set("pending", f"next stage: {following.name}")
+
+
+def in_words(problem: Exception) -> str:
+    """What a status and a log say of a failure; what relfv does not explain itself by its kind."""
+    return str(problem) if isinstance(problem, RelfvError) else f"{type(problem).__name__}: {problem}"
+
+
+def _record(status: QidStatus, state: str, reason: str) -> None:
+    """Write a final state; if even that cannot be written, the old file stays, which a restart goes on from as well."""
+    try:
+        status.set(state, reason)  # type: ignore[arg-type]
+    except RelfvError as problem:
+        log.warning("%s; the last status stays", problem)
+
+
+def require_frozen_trials(status: QidStatus) -> None:
+    """Raise RunError if sampled_trials.json is not what StepD froze: everything after it would be of other trials."""
+    record = status.stages.get(trials.STAGE.name)
+    if record and record.status == "completed" and status.damaged(trials.STAGE.name):
+        raise RunError(
+            f"{status.artifacts_dir / trials.TRIALS.name}: the frozen trials were changed or removed since StepD; every "
+            f"result here rests on them. Put the file back, or start afresh: 'relfv run --q_list {status.q_id} --force' "
+            "moves this folder aside"
+        )

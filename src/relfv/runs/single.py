@@ -1,4 +1,4 @@
-"""One stage at a time, as the spec's command lines call it, on the same stage functions as ``relfv run``.
+"""One stage at a time, as the spec's command lines call it: the same stages as ``relfv run``.
 
 Where a command writes into a q_id's folder, it keeps that folder's qid_status.json: it refuses settings that contradict
 what is already there and inputs that are not the folder's own, records what it read and wrote, and, when the last layer
@@ -9,51 +9,38 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from relfv.errors import InputError, RunError
-from relfv.language_model import LanguageModel
 from relfv.logs import logging_to
-from relfv.models.opening import model_identity
+from relfv.models.sources import model_identity
 from relfv.relations import file_sha256, load_relations, require_q_ids, rows_sha256
-from relfv.runs.qid import (
-    QidPipeline,
-    Stage,
-    after_step6,
-    is_complete,
-    open_for,
-    require_frozen_trials,
-    run_recorded,
-)
-from relfv.settings import Settings, fingerprint_fields
+from relfv.runs.qid import open_for, require_frozen_trials, run_step, run_steps, settling, work_on
+from relfv.settings import FLAGS, IDENTITY, Settings, differences, fingerprint_fields
+from relfv.stages import function_vector, heatmap, step6, zeroshot
+from relfv.stages.cie import METRICS, heads_to_sweep
+from relfv.stages.function_vector import FV
+from relfv.stages.heatmap import HEATMAP
 from relfv.stages.injection import require_layer
-from relfv.stages.trials import ineligible_reason
-from relfv.steps import (
-    StageResult,
-    Step6,
-    clean_trials,
-    heads_to_sweep,
-    step_e,
-    step_heatmap,
-    step_zero_shot,
-)
-from relfv.store.artifacts import QidPaths, read_trials
-from relfv.store.files import lock, remove_temporaries, require_folder, require_no_links
-from relfv.store.status import AFTER_STEP6, STEP_D, QidStatus, read_status, read_status_of_results, step6_stage
+from relfv.stages.means import MEANS
+from relfv.stages.noise_floor import NOISE_FLOOR
+from relfv.stages.scores import AIE, CIE
+from relfv.stages.stage import Stage, Work
+from relfv.stages.table import STAGES, STEP_D, file_named, free_settings, is_done, settings_of
+from relfv.stages.trials import TRIALS, ineligible_reason
+from relfv.stages.zeroshot import ZERO_SHOT_TRIALS
+from relfv.store.files import require_folder
+from relfv.store.folder import File, QidFolder
+from relfv.store.status import QidStatus, read_status, read_status_of_results
 
 log = logging.getLogger(__name__)
 
 Overlay = Callable[[Settings], Settings]
-"""The settings of a command: its own flags over a base."""
-
-_WAIT_S = 60.0
-
-_FIRST_USED_BY = {"topk": "heatmap", "alpha": "stepE", "n_eval": "step6", "allow_query_duplicates": "step6"}
-"""Settings that StepD does not depend on, and the first stage that does: until then they may still be chosen."""
+"""The settings of a command: its flags over a base."""
 
 
 def run_step_d(settings: Settings, q_id: str, out_base_dir: Path) -> int:
@@ -62,27 +49,19 @@ def run_step_d(settings: Settings, q_id: str, out_base_dir: Path) -> int:
     relations = load_relations(csv_path)
     require_q_ids([q_id], relations, "--relation_q_list", csv_path)
     require_folder(out_base_dir, "--out_base_dir")
-    relation = relations[q_id]
-    paths = QidPaths(out_base_dir / "artifacts", q_id)
+    relation, folder = relations[q_id], QidFolder(out_base_dir / "artifacts", q_id)
     fields = fingerprint_fields(
         settings, rows_sha256=rows_sha256(relation), model_identity=model_identity(settings.model)
     )
-
-    def begun() -> QidStatus:
-        """The folder's status if it has results, which must be of this experiment; else a new one."""
-        found = read_status_of_results(paths.artifacts)
-        if found is None or not found.has_results():
-            return QidStatus(paths.artifacts, q_id, settings, fields, q_row_count=len(relation.pairs))
-        _require_same(found, {name: value for name, value in fields.items() if name not in _FIRST_USED_BY})
-        return found
-
-    begun()
+    _begun(folder, settings, fields)
     reason = ineligible_reason(relation, settings.n_demos)
     model = None if reason else open_for(settings)
     if model:
         heads_to_sweep(model, settings)
-    with _working_in(paths):
-        status = begun()
+    with folder.locked(), logging_to(folder.log):
+        status = _begun(folder, settings, fields) or QidStatus(
+            folder.artifacts, q_id, settings, fields, q_row_count=len(relation.pairs)
+        )
         if model is None:
             log.info("%s skipped: %s", q_id, reason)
             status.set("skipped", reason)
@@ -90,10 +69,21 @@ def run_step_d(settings: Settings, q_id: str, out_base_dir: Path) -> int:
             return 0
         status.expected_layers = list(range(model.arch.n_layers))
         status.set("running")
+        work = work_on(status, lambda: model, relation=relation, csv_sha256=file_sha256(csv_path))
         with _settling(status):
-            QidPipeline(status, relation, file_sha256(csv_path), lambda: model).run_stages(STEP_D)
-    print(paths.artifacts)
+            run_steps(status, work, STEP_D)
+    print(folder.artifacts)
     return 0
+
+
+def _begun(folder: QidFolder, settings: Settings, fields: Mapping[str, Any]) -> QidStatus | None:
+    """The folder's status if it has results. Raises InputError if they are not of this experiment, as far as StepD goes."""
+    status = read_status_of_results(folder.artifacts)
+    if status is None or not status.has_results():
+        return None
+    later = FLAGS.keys() - frozenset().union(*map(settings_of, STEP_D))
+    _require_same(status, {name: value for name, value in fields.items() if name not in later})
+    return status
 
 
 def run_heatmap(in_dir: Path, metric: str, topk: int, out_name: str | None) -> int:
@@ -103,180 +93,211 @@ def run_heatmap(in_dir: Path, metric: str, topk: int, out_name: str | None) -> i
     status = read_status(in_dir)
     if _said_to_be_skipped(status):
         return 0
-    paths = QidPaths(in_dir, status.q_id if status else in_dir.resolve().parent.name)
-    _require_files(paths.aie)
-    out = in_dir / out_name if out_name else paths.heatmap
+    q_id = status.q_id if status else in_dir.resolve().parent.name
+    at: dict[File[Any], Path] = {HEATMAP: in_dir / out_name} if out_name else {}
+    folder = QidFolder(in_dir, q_id, at)
+    out = folder.path(HEATMAP)
+    _require_files(folder.path(AIE))
+    _require_free("--out_name", out, HEATMAP, status)
 
-    def draw() -> StageResult:
-        return step_heatmap(paths, metric, topk, out)
+    def overlay(base: Settings) -> Settings:
+        return replace(base, score_key=metric, topk=topk)
 
-    # Under another name it is no stage, but what is being written in a q_id's folder is only safe under its lock.
-    with _working_in(paths) if status else nullcontext():
-        if status is None or out != paths.heatmap:
-            run_recorded(None, Stage("heatmap", draw))
-        else:
-            status = _adopted(paths, lambda base: replace(base, score_key=metric, topk=topk), "heatmap", [paths.aie])
-            with _settling(status):
-                run_recorded(status, Stage("heatmap", draw))
+    if status is None:
+        run_step(_loose_work(folder, overlay(Settings())), heatmap.STAGE.step())
+    elif out != QidFolder(in_dir, q_id).path(HEATMAP):
+        # No stage, but what is being written in a q_id's folder can only be read under its lock.
+        with folder.locked():
+            run_step(_loose_work(folder, overlay(status.settings)), heatmap.STAGE.step())
+    else:
+        with _recorded(folder, overlay, [heatmap.STAGE], [AIE]) as status:
+            run_step(work_on(status, _no_model), heatmap.STAGE.step(), status)
     print(out)
     return 0
 
 
 def run_step_e(stepd_artifacts_dir: Path, sampled_trials_path: Path, out_dir: Path, overlay: Overlay) -> int:
     """Top heads, function vector and its quick check, then the zero-shot snapshot, into ``out_dir``."""
-    status = read_status(out_dir) if _same(out_dir, stepd_artifacts_dir) else None
+    status = read_status(out_dir) if out_dir.resolve() == stepd_artifacts_dir.resolve() else None
     if _said_to_be_skipped(status):
         return 0
-    q_id = status.q_id if status else read_trials(sampled_trials_path).trials[0]["q_id"]
-    source, out = QidPaths(stepd_artifacts_dir, q_id), QidPaths(out_dir, q_id)
-    _require_files(source.cie, source.means, sampled_trials_path)
-    settings = _settings_within(status, overlay, stage="stepE")
-    model = _open(settings, status)
-
-    def vector() -> StageResult:
-        per_pass = status.trials_per_pass if status else {}
-        clean = clean_trials(model, sampled_trials_path)
-        return step_e(model, settings, source, sampled_trials_path, clean, out, per_pass)
-
-    def zero_shot() -> StageResult:
-        return step_zero_shot(sampled_trials_path, out.zero_shot_trials)
-
-    stages = [Stage("stepE", vector), Stage("zeroshot", zero_shot)]
+    q_id = status.q_id if status else TRIALS.read(sampled_trials_path).questions[0].q_id
+    source = QidFolder(stepd_artifacts_dir, q_id)
+    at: dict[File[Any], Path] = {file: source.path(file) for file in (CIE, MEANS, NOISE_FLOOR, METRICS)}
+    folder = QidFolder(out_dir, q_id, {**at, TRIALS: sampled_trials_path})
+    _require_files(*map(folder.path, (CIE, MEANS, TRIALS)))
+    stages = [function_vector.STAGE, zeroshot.STAGE]
     if status is None:
+        settings = overlay(Settings())
+        work = _loose_work(folder, settings)
         for stage in stages:
-            run_recorded(None, stage)
+            run_step(work, stage.step())
     else:
-        with _working_in(out):
-            status = _adopted(out, overlay, "stepE", [sampled_trials_path, source.cie, source.means], model)
-            with _settling(status):
-                for stage in stages:
-                    run_recorded(status, stage)
-    print(out.fv)
+        settings = _settings_within(status, overlay, stages)
+        model = _open(settings, status)
+        with _recorded(folder, overlay, stages, [TRIALS, CIE, MEANS]) as status:
+            status.expected_layers = list(range(model.arch.n_layers))
+            work = work_on(status, lambda: model)
+            for stage in stages:
+                run_step(work, stage.step(), status)
+    print(folder.path(FV))
     return 0
 
 
 def run_zero_shot(sampled_trials_path: Path, out_path: Path | None) -> int:
     """The zero-shot snapshot beside the frozen trials, or at ``out_path``."""
     _require_files(sampled_trials_path)
-    out = out_path or sampled_trials_path.with_name("sampled_trials_zeroshot.json")
-    status = read_status(sampled_trials_path.parent)
+    home = sampled_trials_path.parent
+    status = read_status(home)
     if _said_to_be_skipped(status):
         return 0
-    stage = Stage("zeroshot", lambda: step_zero_shot(sampled_trials_path, out))
-    if status:
+    out = out_path or home / ZERO_SHOT_TRIALS.name
+    q_id = status.q_id if status else TRIALS.read(sampled_trials_path).questions[0].q_id
+    folder = QidFolder(home, q_id, {TRIALS: sampled_trials_path, ZERO_SHOT_TRIALS: out})
+    if out.resolve() == sampled_trials_path.resolve():
+        raise InputError(f"--out_path {out}: is the file that is read; choose another name")
+    _require_free("--out_path", out, ZERO_SHOT_TRIALS, read_status(out.parent))
+    if status is None:
+        run_step(_loose_work(folder, Settings()), zeroshot.STAGE.step())
+    elif out.resolve() != (home / ZERO_SHOT_TRIALS.name).resolve():
         require_frozen_trials(status)
-    paths = QidPaths(status.artifacts_dir, status.q_id) if status else None
-    with _working_in(paths) if paths else nullcontext():
-        if paths is None or not _same(out, paths.zero_shot_trials):
-            run_recorded(None, stage)
-        else:
-            status = _adopted(paths, lambda base: base, "zeroshot", [sampled_trials_path])
-            with _settling(status):
-                run_recorded(status, stage)
+        with folder.locked():
+            run_step(_loose_work(folder, status.settings), zeroshot.STAGE.step())
+    else:
+        with _recorded(folder, lambda base: base, [zeroshot.STAGE], [TRIALS]) as status:
+            run_step(work_on(status, _no_model), zeroshot.STAGE.step(), status)
     print(out)
     return 0
 
 
 def run_step6(fv_path: Path, trials_path: Path, edit_layer: int, out_dir: Path, overlay: Overlay) -> int:
-    """Step6 at one layer. After the last missing layer of a q_id's folder: summaries, curve, controls, and ``completed``."""
+    """Step6 at one layer. After the last missing layer of a q_id's folder: what follows Step6, and ``completed``."""
     if re.fullmatch(r"layer_\d+", out_dir.name) and out_dir.name != f"layer_{edit_layer}":
-        raise InputError(f"--out_dir ends in {out_dir.name}, --edit_layer is {edit_layer}; one of them is a slip")
+        raise InputError(f"--out_dir ends in {out_dir.name}, --edit_layer is {edit_layer}; make them the same layer")
     artifacts_dir = out_dir.parent.parent
     inside = out_dir.name == f"layer_{edit_layer}" and out_dir.parent.name == "step6"
     status = read_status(artifacts_dir) if inside else None
     if _said_to_be_skipped(status):
         return 0
     _require_files(fv_path, trials_path)
-    settings = _settings_within(status, overlay, stage=step6_stage(edit_layer))
-    model = _open(settings, status)
-    require_layer(model, edit_layer)
-    step6 = Step6(model, settings, fv_path, trials_path)
-
-    def inject() -> StageResult:
-        return step6.run(edit_layer, out_dir, status.trials_per_pass.get("step6") if status else None)
-
-    stage = Stage(step6_stage(edit_layer), inject)
+    at: dict[File[Any], Path] = {FV: fv_path, ZERO_SHOT_TRIALS: trials_path}
+    step = step6.STAGE.step(edit_layer)
     if status is None:
-        run_recorded(None, stage)
+        at |= {file: out_dir / Path(file.name).name for file in step6.STAGE.writes}
+        trials = ZERO_SHOT_TRIALS.read(trials_path)
+        work = _loose_work(QidFolder(out_dir, trials.questions[0].q_id, at), overlay(Settings()))
+        require_layer(work.model, edit_layer)
+        run_step(work, step)
     else:
-        paths = QidPaths(artifacts_dir, status.q_id)
-        with _working_in(paths):
-            status = _adopted(paths, overlay, stage.name, [fv_path, trials_path], model)
-            with _settling(status):
-                run_recorded(status, stage)
-                _conclude_when_whole(status, paths, model)
+        settings = _settings_within(status, overlay, [step6.STAGE])
+        model = _open(settings, status)
+        require_layer(model, edit_layer)
+        folder = QidFolder(artifacts_dir, status.q_id, at)
+        with _recorded(folder, overlay, [step6.STAGE], [FV, ZERO_SHOT_TRIALS]) as status:
+            status.expected_layers = list(range(model.arch.n_layers))
+            work = work_on(status, lambda: model)
+            run_step(work, step, status)
+            layers = [step6.STAGE.step(layer) for layer in status.expected_layers]
+            if all(is_done(status, one) for one in layers):
+                run_steps(status, work, STAGES[STAGES.index(step6.STAGE) + 1 :])
     print(out_dir)
     return 0
 
 
-def _conclude_when_whole(status: QidStatus, paths: QidPaths, model: LanguageModel) -> None:
-    if all(status.intact(step6_stage(layer)) for layer in status.expected_layers):
-        bodies = after_step6(status, paths, lambda: model, lambda: clean_trials(model, paths.trials))
-        for name, run in bodies.items():
-            run_recorded(status, Stage(name, run))
+def _loose_work(folder: QidFolder, settings: Settings) -> Work:
+    """Work in a folder without a status."""
+    return Work(folder, settings, lambda: open_for(settings))
 
 
-def _settings_within(status: QidStatus | None, overlay: Overlay, *, stage: str) -> Settings:
-    """The command's flags over the folder's own settings. A flag may differ from what the folder says only if no stage
-    that depends on it has been done, besides ``stage`` itself, which is about to be. Raises InputError."""
-    if status is None:
-        return overlay(Settings())
+def _no_model() -> Any:
+    raise AssertionError("this stage needs no model")
+
+
+@contextmanager
+def _recorded(
+    folder: QidFolder, overlay: Overlay, stages: Sequence[Stage], inputs: Sequence[File[Any]]
+) -> Iterator[QidStatus]:
+    """Under the lock of a q_id's folder its status as it is now, with the command's settings taken into it; afterwards
+    it says where the q_id stands.
+
+    Raises InputError if settings or ``inputs`` are not the folder's own, RunError if the frozen trials were changed.
+    """
+    with folder.locked(), logging_to(folder.log):
+        status = read_status(folder.artifacts)
+        if status is None:
+            raise RunError(f"{folder.artifacts}: its qid_status.json is gone; was the folder moved meanwhile?")
+        settings = _settings_within(status, overlay, stages)
+        require_frozen_trials(status)
+        for file in inputs:
+            _require_own(status, folder, file)
+        free = free_settings(status, stages)
+        status.fingerprint_fields |= {name: getattr(settings, name) for name in free}
+        # Where the model lies and what runs it is this command's affair; the files keep the name they began with.
+        kept = {name: getattr(status.settings, name) for name in ("model", "device", "relation_csv_path")}
+        status.settings = replace(settings, **kept)
+        with _settling(status):
+            yield status
+
+
+@contextmanager
+def _settling(status: QidStatus) -> Iterator[None]:
+    with settling(status):
+        yield
+    if status.status == "completed":
+        log.info("%s completed", status.q_id)
+
+
+def _settings_within(status: QidStatus, overlay: Overlay, stages: Sequence[Stage]) -> Settings:
+    """The command's flags over the folder's settings. A flag may differ from what the folder says only if no step that
+    depends on it has been begun, besides those of ``stages``, which are about to run. Raises InputError."""
     settings = overlay(status.settings)
-    free = _free_fields(status, stage)
-    wanted = {name: value for name, value in settings.to_json().items() if name in status.fingerprint_fields}
-    _require_same(status, {name: value for name, value in wanted.items() if name not in free})
+    free = free_settings(status, stages)
+    _require_same(status, {name: getattr(settings, name) for name in IDENTITY if name not in free})
     return settings
 
 
-def _adopted(
-    paths: QidPaths, overlay: Overlay, stage: str, inputs: Sequence[Path], model: LanguageModel | None = None
-) -> QidStatus:
-    """The folder's status as it is now, under the lock, with the command's settings taken into it.
-
-    Raises InputError if settings or inputs are not the folder's own, RunError if the frozen trials were changed.
-    """
-    status = read_status(paths.artifacts)
-    if status is None:
-        raise RunError(f"{paths.artifacts}: its qid_status.json is gone; was the folder moved meanwhile?")
-    settings = _settings_within(status, overlay, stage=stage)
-    require_frozen_trials(status)
-    for path in inputs:
-        _require_own(status, path)
-    # Where the model lies and what runs it is this command's affair; the files keep the name they began with.
-    own = {name: getattr(status.settings, name) for name in ("model", "device", "relation_csv_path")}
-    status.fingerprint_fields |= {name: getattr(settings, name) for name in _free_fields(status, stage)}
-    status.settings = replace(settings, **own)
-    if model:
-        status.expected_layers = list(range(model.arch.n_layers))
-    return status
+def _open(settings: Settings, status: QidStatus) -> Any:
+    """The model of a command. Raises InputError if the folder's other results come from another one."""
+    _require_same(status, {"model_identity": model_identity(settings.model)})
+    return open_for(settings)
 
 
-def _require_own(status: QidStatus, path: Path) -> None:
-    """Raise InputError for an input that is not the folder's own file, or not as its stage wrote it."""
-    folder = status.artifacts_dir.resolve()
-    if not path.resolve().is_relative_to(folder):
+def _require_same(status: QidStatus, wanted: Mapping[str, Any]) -> None:
+    there = {name: status.fingerprint_fields[name] for name in wanted if name in status.fingerprint_fields}
+    if differing := differences(there, wanted, status.q_id):
         raise InputError(
-            f"{path} is not a file of {status.artifacts_dir}, whose results would then rest on something else; "
+            f"{status.artifacts_dir} holds results of another experiment: {', '.join(differing)}; use another output "
+            "folder, or move this one aside"
+        )
+
+
+def _require_own(status: QidStatus, folder: QidFolder, file: File[Any]) -> None:
+    """Raise InputError for an input that is not the q_id's own file, or not as its stage wrote it."""
+    given, name = folder.path(file), file.named(status.q_id)
+    if given.resolve() != (status.artifacts_dir / name).resolve():
+        raise InputError(
+            f"{given} is not {name} of {status.artifacts_dir}, whose results would then rest on something else; "
             "write to another folder to combine them"
         )
-    name = str(path.resolve().relative_to(folder))
-    makers = [stage for stage, record in status.stages.items() if name in record.files]
-    for maker in makers:
+    for maker in [stage for stage, record in status.stages.items() if name in record.files]:
         if name in status.damaged(maker):
-            raise InputError(f"{path} has been changed since {maker} wrote it; run that stage again, or put it back")
+            raise InputError(f"{given} has been changed since {maker} wrote it; run that stage again, or put it back")
 
 
-def _free_fields(status: QidStatus, stage: str) -> set[str]:
-    """Settings that may still be chosen: no stage but ``stage`` itself has used them."""
-    done = [name for name in status.stages if name != stage]
-    return {name for name, first in _FIRST_USED_BY.items() if not any(_from(first, other) for other in done)}
-
-
-def _from(first: str, stage: str) -> bool:
-    """True if ``stage`` is the stage ``first`` or a later one, in the order of the spec."""
-    order = ["heatmap", "stepE", "zeroshot", "step6"]
-    group = "step6" if stage.startswith("step6") or stage in AFTER_STEP6 else stage
-    return group in order and order.index(group) >= order.index(first)
+def _require_free(flag: str, out: Path, file: File[Any], status: QidStatus | None) -> None:
+    """Raise InputError for an output that would take the place of another file of the contract, or of any that relfv did
+    not make by this command: only a file of the same kind is replaced."""
+    other = file_named(out.name, status.q_id) if status else None
+    if other not in (None, file) or (status and out.resolve() == status.path.resolve()):
+        raise InputError(f"{flag} {out.name}: is the name of another result of this q_id; choose another name")
+    if not out.exists():
+        return
+    if not out.is_file() or (file is HEATMAP and not out.read_bytes().startswith(b"\x89PNG")):
+        raise InputError(
+            f"{flag} {out.name}: {out} is there and is no picture; it is not replaced, so choose another name"
+        )
+    if file is not HEATMAP:
+        file.read(out)
 
 
 def _said_to_be_skipped(status: QidStatus | None) -> bool:
@@ -291,69 +312,4 @@ def _require_files(*paths: Path) -> None:
     """Raise InputError for input files that are not there, before a model is opened for nothing."""
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
-        raise InputError(f"no such file: {', '.join(missing)}; run the earlier stages first, or mend the path")
-
-
-def _open(settings: Settings, status: QidStatus | None) -> LanguageModel:
-    """The model of a command. Raises InputError if a folder's other results come from another one."""
-    if status is None:
-        return open_for(settings)
-    _require_same(status, {"model_identity": model_identity(settings.model)})
-    return replace(open_for(settings), name=status.settings.model)
-
-
-def _require_same(status: QidStatus, wanted: dict[str, Any]) -> None:
-    there = status.fingerprint_fields
-    differences = [
-        f"{name} is {there.get(name)!r} there, {value!r} here"
-        for name, value in wanted.items()
-        if there.get(name) != value
-    ]
-    if differences:
-        raise InputError(
-            f"{status.artifacts_dir} holds results of another experiment: {', '.join(differences)}; use another output "
-            "folder, or move this one aside"
-        )
-
-
-@contextmanager
-def _settling(status: QidStatus) -> Iterator[None]:
-    """Afterwards say where the q_id stands: completed if all is there and intact, else pending with what comes next,
-    or failed with the reason."""
-    try:
-        yield
-    except Exception as problem:
-        with suppress(RunError):  # a full disk: the last status stays
-            status.set("failed", str(problem))
-        raise
-    except BaseException:  # SIGINT or SIGTERM
-        status.set("pending", "interrupted; the same command goes on from here")
-        raise
-    if is_complete(status):
-        status.set("completed")
-        log.info("%s completed", status.q_id)
-    else:
-        missing = [name for name in status.stage_names if not status.intact(name)]
-        status.set("pending", f"next stage: {missing[0]}")
-
-
-@contextmanager
-def _working_in(paths: QidPaths) -> Iterator[None]:
-    """For work inside a q_id's folder: hold its lock, the same one as ``relfv run``, and log into it.
-
-    Another command that holds it, say Step6 at another layer, is waited for. Raises InputError after a minute, and for
-    links that lead out of the folder.
-    """
-    for ours in (paths.artifacts, paths.log.parent):
-        require_no_links(ours, below=paths.artifacts.parent)
-    require_no_links(paths.lock, below=paths.lock.parent.parent)
-    with lock(paths.lock, wait_s=_WAIT_S) as holder:
-        if holder:
-            raise InputError(f"{paths.artifacts} is being written by {holder}; wait for it, or use another folder")
-        remove_temporaries(paths.artifacts)
-        with logging_to(paths.log):
-            yield
-
-
-def _same(one: Path, other: Path) -> bool:
-    return one.resolve() == other.resolve()
+        raise InputError(f"no such file: {', '.join(missing)}; run the earlier stages first, or correct the path")

@@ -2,24 +2,30 @@
 
 A q_id holds if every stage is done, every file is there with its recorded hash, was made from inputs that still have
 theirs, is read by its own reader, and agrees with the others where that is cheap to see; and if no other file is there.
-What lies beside the q_ids, the manifest and cross_fv.json, holds a hash of itself.
+Which files those are, and what they must agree on, the stages declare. What lies beside the q_ids, the manifest and
+cross_fv.json, holds a hash of itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from relfv.errors import InputError, RelfvError
+from relfv.logs import printable
 from relfv.report.table import natural_key
-from relfv.runs.manifest import read_manifest
-from relfv.store import artifacts
-from relfv.store.artifacts import CROSS, CROSS_FIGURE, MANIFEST, QidPaths
-from relfv.store.files import REPLACED, holder_is_alive, json_bytes, read_json, sha256_file
-from relfv.store.status import STATUS_FILE, SWEEPS, QidStatus, fields_of, read_status_of_results
+from relfv.runs.manifest import MANIFEST, read_manifest
+from relfv.stages.cross import CROSS, CROSS_FIGURE, cross_changes, read_cross
+from relfv.stages.stage import Finding
+from relfv.stages.table import STAGES, file_named, steps
+from relfv.store.files import REPLACED, sha256_file
+from relfv.store.folder import QidFolder
+from relfv.store.formats import json_bytes
+from relfv.store.locks import holder_is_alive
+from relfv.store.status import STATUS_FILE, QidStatus, fields_of, read_status_of_results
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Checked:
-    """What was found in one q_id's folder, or for a relation's manifest or cross_fv.json."""
+    """The state of one q_id's folder, or of a relation's manifest or cross_fv.json."""
 
     name: str
     """``<REL>/<Q>``, ``<REL>/run_manifest.json`` or ``<REL>/cross_fv.json``."""
@@ -49,15 +55,14 @@ class Checked:
         """For a terminal; of many files of one kind the first five are named."""
         if not self.problems:
             said = "intact" if not self.status else f"{self.status} and intact ({self.n_files} files)"
-            return f"{self.name}  {said}"
+            return printable(f"{self.name}  {said}")
         kinds: dict[str, list[str]] = {}
         for problem in self.problems:
             detail = f" ({problem.detail})" if problem.detail else ""
             kinds.setdefault(problem.kind, []).append(f"{problem.file}{detail}")
         more = {kind: f", and {len(files) - 5} more" if len(files) > 5 else "" for kind, files in kinds.items()}
-        return f"{self.name}  " + "; ".join(
-            f"{kind}: {', '.join(files[:5])}{more[kind]}" for kind, files in kinds.items()
-        )
+        listed = "; ".join(f"{kind}: {', '.join(files[:5])}{more[kind]}" for kind, files in kinds.items())
+        return printable(f"{self.name}  {listed}")
 
 
 @dataclass(frozen=True)
@@ -97,10 +102,10 @@ def verify(root: Path) -> Verification:
 
 def _subfolders(folder: Path) -> list[Path]:
     try:
-        found = [path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."]
+        folders = [path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."]
     except OSError as problem:
         raise InputError(f"{folder}: cannot be read as a folder ({problem.strerror})") from None
-    return sorted((path for path in found if REPLACED not in path.name), key=lambda path: natural_key(path.name))
+    return sorted((path for path in folders if REPLACED not in path.name), key=lambda path: natural_key(path.name))
 
 
 def _check_relation(folder: Path) -> list[Checked]:
@@ -131,11 +136,10 @@ def _check_cross(folder: Path) -> list[Checked]:
         return []
     problems = []
     try:
-        document = artifacts.read_cross(folder)
-        found, expected = sha256_file(figure), document["figure"][CROSS_FIGURE]
-        if found != expected:
+        document = read_cross(folder)
+        if sha256_file(figure) != document["figure"][CROSS_FIGURE]:
             problems.append(Problem("damaged" if figure.exists() else "missing", CROSS_FIGURE))
-        changes = artifacts.cross_changes(folder, document, fields_of(folder, document["q_ids"]))
+        changes = cross_changes(folder, document, fields_of(folder, document["q_ids"]))
         problems += [Problem("out of date", CROSS, change) for change in changes]
         if waiting := [q_id for q_id in document["q_ids"] if q_id not in document["targets"]]:
             goes_on = f"next: {waiting[0]}; the same 'relfv cross' goes on"
@@ -146,7 +150,7 @@ def _check_cross(folder: Path) -> list[Checked]:
 
 
 def _runs(folder: Path) -> list[dict[str, Any]]:
-    """The manifest's last run and the earlier ones. Raises RunError."""
+    """The manifest's last run and the earlier ones. Raises RelfvError."""
     manifest = read_manifest(folder / MANIFEST)
     return [manifest, *manifest.get("earlier_runs", [])]
 
@@ -174,7 +178,7 @@ def _check_qid(folder: Path) -> Checked:
     if status.status in ("completed", "skipped"):
         problems += _unexpected(artifacts_dir, {*promised, STATUS_FILE})
     if not problems:
-        problems = _unparsable(artifacts_dir, promised)
+        problems = _unparsable(status, promised)
     if not problems and status.status == "completed":
         problems = _inconsistent(status)
     return Checked(_name(folder), str(folder), status.status, len(promised) + 1, problems)
@@ -183,30 +187,28 @@ def _check_qid(folder: Path) -> Checked:
 def _unfinished(status: QidStatus) -> Iterator[Problem]:
     if status.status == "skipped":
         return
-    records, names = status.stages, status.stage_names
-    if SWEEPS in records and records[SWEEPS].status != "completed":
-        yield Problem("unfinished", "step6/sweeps.json", "the same 'relfv run' makes it again")
-    missing = [name for name in names if name not in records or records[name].status != "completed"]
+    done = {name for name, record in status.stages.items() if record.status == "completed"}
+    missing = [step.name for step in steps(status.expected_layers) if step.name not in done]
     if status.status == "completed" and status.expected_layers and not missing:
         return
-    running = status.status == "running" and holder_is_alive(QidPaths(status.artifacts_dir, status.q_id).lock)
+    running = status.status == "running" and holder_is_alive(QidFolder(status.artifacts_dir, status.q_id).lock)
     reason = "its process is at work" if running else status.reason or "the same 'relfv run' goes on"
     following = f"next stage: {missing[0]}; " if missing else ""
     yield Problem("unfinished", STATUS_FILE, f"{status.status}; {following}{reason}")
 
 
-def _changed(status: QidStatus, promised: dict[str, str]) -> Iterator[Problem]:
+def _changed(status: QidStatus, promised: Mapping[str, str]) -> Iterator[Problem]:
     for name, expected in promised.items():
         path = status.artifacts_dir / name
-        found = sha256_file(path)
-        if found is None:
+        digest = sha256_file(path)
+        if digest is None:
             yield Problem("damaged", name, "cannot be read") if path.exists() else Problem("missing", name)
-        elif found != expected:
+        elif digest != expected:
             yield Problem("damaged", name)
 
 
-def _out_of_date(status: QidStatus, promised: dict[str, str]) -> Iterator[Problem]:
-    """Stages made from files that their own stage has written anew since. Damaged inputs are reported as such, once."""
+def _out_of_date(status: QidStatus, promised: Mapping[str, str]) -> Iterator[Problem]:
+    """Stages made from files that their own stage has written again since. Damaged inputs are reported as such, once."""
     for stage, record in status.stages.items():
         newer = [name for name, digest in record.inputs.items() if promised.get(name, digest) != digest]
         for name in record.files if newer else ():
@@ -220,28 +222,13 @@ def _unexpected(artifacts_dir: Path, expected: set[str]) -> Iterator[Problem]:
             yield Problem("unexpected", name)
 
 
-_READERS: dict[str, Callable[[Path], Any]] = {
-    "sampled_trials.json": artifacts.read_trials,
-    "sampled_trials_zeroshot.json": artifacts.read_trials,
-    "cie_scores.csv": artifacts.read_scores,
-    "aie_scores.csv": artifacts.read_scores,
-    "noise_floor.json": artifacts.read_noise_floor,
-    "global_clean_mean.pt": artifacts.read_means,
-    "fv_global_resid.pt": artifacts.read_function_vector,
-    "fv_by_layer.pt": artifacts.read_fv_by_layer,
-    ".pt": artifacts.read_means,
-    ".json": read_json,
-    ".jsonl": artifacts.read_rows,
-}
-"""By name, else by ending. Pictures have none: their hash says enough."""
-
-
-def _unparsable(artifacts_dir: Path, promised: dict[str, str]) -> list[Problem]:
+def _unparsable(status: QidStatus, promised: Mapping[str, str]) -> list[Problem]:
     problems = []
     for name in promised:
-        path = artifacts_dir / name
+        path, file = status.artifacts_dir / name, file_named(name, status.q_id)
         try:
-            _READERS.get(path.name, _READERS.get(path.suffix, Path.stat))(path)
+            if file:
+                file.read(path)
         except RelfvError as problem:
             problems.append(Problem("unparsable", name, _reason(problem, path)))
     return problems
@@ -249,100 +236,20 @@ def _unparsable(artifacts_dir: Path, promised: dict[str, str]) -> list[Problem]:
 
 def _inconsistent(status: QidStatus) -> list[Problem]:
     """Of files that are each as they were written: do they tell one story?"""
-    paths = QidPaths(status.artifacts_dir, status.q_id)
+    folder = QidFolder(status.artifacts_dir, status.q_id)
+    checks: list[Callable[[QidFolder, QidStatus], Iterator[Finding]]] = [
+        stage.agrees for stage in STAGES if stage.agrees and (not stage.on_request or stage.name in status.stages)
+    ]
     try:
-        stories = [*_step_d_story(status, paths), *_vector_story(status, paths), *_step6_story(status, paths)]
-        stories += _sweeps_story(status, paths)
+        findings = [finding for check in checks for finding in check(folder, status)]
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RelfvError) as problem:
         return [Problem("inconsistent", STATUS_FILE, f"the files' contents do not fit each other ({problem!r})")]
-    stories.append(
-        (paths.artifacts / STATUS_FILE, "its settings are those of a run in the manifest", _is_of_a_run(status))
-    )
+    findings.append(Finding(status.path, "its settings are those of a run in the manifest", _is_of_a_run(status)))
     return [
-        Problem("inconsistent", path.relative_to(paths.artifacts).as_posix(), f"expected: {expected}")
-        for path, expected, holds in stories
-        if not holds
+        Problem("inconsistent", finding.path.relative_to(folder.artifacts).as_posix(), f"expected: {finding.expected}")
+        for finding in findings
+        if not finding.holds
     ]
-
-
-Story = Iterator[tuple[Path, str, bool]]
-"""The file to name, what is expected of it, whether it is so."""
-
-
-def _step_d_story(status: QidStatus, paths: QidPaths) -> Story:
-    trials, zero_shot = artifacts.read_trials(paths.trials).trials, artifacts.read_trials(paths.zero_shot_trials).trials
-    cie, aie = artifacts.read_scores(paths.cie), artifacts.read_scores(paths.aie)
-    heads = [head.id for head in cie]
-    swept = [(row["trial_idx"], row["layer"], row["head"]) for row in artifacts.read_rows(paths.metrics)]
-    means = artifacts.read_means(paths.means).values
-    n = status.settings.n_trials_per_q
-    yield paths.trials, f"{n} trials of {status.q_id}", [t["q_id"] for t in trials] == [status.q_id] * n
-    same = [[(t["trial_id"], t["query"], t["target_first_token_id"]) for t in made] for made in (trials, zero_shot)]
-    yield paths.zero_shot_trials, "the same queries as sampled_trials.json", same[0] == same[1]
-    every = [(i, head.layer, head.head) for i in range(len(trials)) for head in heads]
-    yield paths.metrics, "one row a trial and head of cie_scores.csv", sorted(swept) == sorted(every)
-    yield paths.cie, "n_trials as in sampled_trials.json", all(head.n_trials == len(trials) for head in cie)
-    scores = [{head.id: head.scores for head in table} for table in (cie, aie)]
-    yield paths.aie, "the heads and scores of cie_scores.csv", scores[0] == scores[1] and len(cie) == len(aie)
-    yield paths.means, "as many layers as qid_status.json", len(means) == len(status.expected_layers)
-    per_pass = read_json(paths.noise_floor)["trials_per_pass"]
-    yield (
-        paths.noise_floor,
-        "trials_per_pass as in qid_status.json",
-        status.trials_per_pass.get("stepD_cie") == per_pass,
-    )
-
-
-def _vector_story(status: QidStatus, paths: QidPaths) -> Story:
-    score_key, topk = status.settings.score_key, status.settings.topk
-    rank = {(head.id.layer, head.id.head): head.scores[score_key] for head in artifacts.read_scores(paths.cie)}
-    top = {(head["layer"], head["head"]): head["rank_score"] for head in read_json(paths.top_heads)["heads"]}
-    yield (
-        paths.top_heads,
-        f"{topk} heads with their {score_key} of cie_scores.csv",
-        (len(top) == topk and top.items() <= rank.items()),
-    )
-    yield (
-        paths.fv_meta,
-        "the heads of top_heads.json",
-        [tuple(head) for head in read_json(paths.fv_meta)["heads"]] == [*top],
-    )
-    fv, parts = artifacts.read_function_vector(paths.fv), artifacts.read_fv_by_layer(paths.fv_by_layer)
-    yield paths.fv_by_layer, "the layers of top_heads.json", set(parts) == {layer for layer, _ in top}
-    # In float64, so that what is left is the rounding of the parts when they were written.
-    rest = sum(part.double() for part in parts.values()) - fv.double()
-    yield paths.fv_by_layer, "parts that sum to fv_global_resid.pt", bool(rest.norm() <= 1e-5 * fv.double().norm())
-
-
-def _step6_story(status: QidStatus, paths: QidPaths) -> Story:
-    overall = read_json(paths.step6_summary)
-    yield paths.step6_summary, "every layer", overall["completed_layers"] == status.expected_layers
-    for layer in status.expected_layers:
-        folder, entry = paths.step6_layer(layer), overall["per_layer"][str(layer)]
-        summary_path, results_path = folder / "eval_summary.json", paths.artifacts / entry["results_path"]
-        summary, results = read_json(summary_path), read_json(results_path)
-        rows = artifacts.read_rows(folder / "eval_trials.jsonl")
-        yield folder / "eval_trials.jsonl", "n_eval rows", len(rows) == summary["n_eval"]
-        yield (
-            results_path,
-            "the layer's own summary and rows",
-            (results["summary"], results["results"]) == (summary, rows),
-        )
-        yield (
-            folder / "eval_meta.json",
-            f"edit_layer {layer}",
-            read_json(folder / "eval_meta.json")["edit_layer"] == layer,
-        )
-        kept = [entry[name] for name in ("acc_base", "acc_with", "score_value")]
-        own = [summary[name] for name in ("acc_base", "acc_with", overall["score_key"])]
-        yield paths.step6_summary, f"the numbers of layer {layer}", kept == own
-
-
-def _sweeps_story(status: QidStatus, paths: QidPaths) -> Story:
-    if SWEEPS in status.stages:
-        found, settings = read_json(paths.sweeps), status.settings
-        swept = tuple(tuple(entry["value"] for entry in found[name]) for name in ("alpha", "k"))
-        yield paths.sweeps, "the alphas and k of qid_status.json", swept == (settings.alpha_sweep, settings.k_sweep)
 
 
 def _is_of_a_run(status: QidStatus) -> bool:

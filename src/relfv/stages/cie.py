@@ -1,22 +1,42 @@
-"""Causal indirect effect of every head (Todd et al. 2024, eq. 3), and its mean over trials."""
+"""StepD, CIE: the causal indirect effect of every head on every trial (Todd et al. 2024, eq. 3), its mean over trials, and
+how much of it arithmetic alone could make."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from relfv.errors import InputError
-from relfv.language_model import LanguageModel
-from relfv.stats import ClusteredMean, clustered_mean, false_discovery, mean_with_left_out
-from relfv.types import MEASURES, HeadEffects, HeadId, MeanActivations, Prompts, ScoredHead
+from relfv.errors import InputError, RunError
+from relfv.settings import MODEL_SETTINGS, Settings, parse_index_list
+from relfv.stages.means import MEANS
+from relfv.stages.noise_floor import NOISE_FLOOR, measure_noise_floor, noise_floor_document
+from relfv.stages.scores import AIE, CIE, aie_bytes, cie_bytes, rank_heads, score_heads
+from relfv.stages.stage import Finding, Stage, Work
+from relfv.stages.trials import TRIALS
+from relfv.store.folder import File, QidFolder
+from relfv.store.formats import json_bytes, read_jsonl
+from relfv.store.status import QidStatus
+from relfv.types import MEASURES, HeadEffects, HeadId, MeanActivations, Prompts
+
+if TYPE_CHECKING:
+    from relfv.language_model import LanguageModel
+
+
+def heads_to_sweep(model: LanguageModel, settings: Settings) -> list[HeadId]:
+    """``--layers`` x ``--heads``. Raises InputError for indices that the model does not have."""
+    layers = parse_index_list(settings.layers, model.arch.n_layers, "--layers")
+    heads = parse_index_list(settings.heads, model.arch.n_heads, "--heads")
+    return [HeadId(layer, head) for layer in layers for head in heads]
 
 
 def head_effects(
     model: LanguageModel,
-    corrupted_prompts: Sequence[str],
-    target_ids: Sequence[int],
+    prompts: Prompts,
     means: MeanActivations,
     heads: Sequence[HeadId],
     *,
@@ -24,116 +44,138 @@ def head_effects(
 ) -> HeadEffects:
     """On each corrupted prompt set each head, one at a time, to its clean mean and score the target.
 
-    ``trials_per_pass`` None: as many as the engine finds room for. Raises InputError if ``means`` is of another shape than the model's heads.
+    ``trials_per_pass`` None: as many as the engine has room for. Raises InputError if ``means`` is of another shape than
+    the model's heads.
     """
     arch = model.arch
     shape = (arch.n_layers, arch.n_heads, arch.head_dim)
-    if tuple(means.values.shape) != shape:
-        raise InputError(f"clean means of shape {tuple(means.values.shape)} do not fit {model.name}, which has {shape}")
-    ids = [model.tokens.encode(prompt) for prompt in corrupted_prompts]
+    if means.values.shape != shape:
+        raise InputError(f"clean means of shape {means.values.shape} do not fit {model.name}, which has {shape}")
     ordered = tuple(sorted(heads))
-    found = model.engine.sweep_heads(Prompts(ids, target_ids), means.values, ordered, per_pass=trials_per_pass)
-    return HeadEffects(ordered, found)
+    return HeadEffects(ordered, model.engine.sweep_heads(prompts, means.values, ordered, per_pass=trials_per_pass))
 
 
-def score_heads(effects: HeadEffects, means: MeanActivations, queries: Sequence[int]) -> list[ScoredHead]:
-    """Per head and measure m: mean, population standard deviation and mean absolute value of delta_m over trials,
-    the means of m without and with the patch, and the norm of the head's clean mean; of mean_delta_p also standard
-    error, interval, p-value and false-discovery rate (stats.py). ``queries`` (trial,) are the rows of the query words."""
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrialDeltas:
+    """What trial_metrics.jsonl says of the effects."""
+
+    heads: tuple[HeadId, ...]
+    """Sorted."""
+    of: dict[str, np.ndarray]
+    """For each of MEASURES float64 (trial, head): with the patch minus without."""
+
+
+def read_deltas(path: Path) -> TrialDeltas:
+    """The effects of a trial_metrics.jsonl. Raises RunError if it is missing or not one."""
+    rows = read_jsonl(path)
+    try:
+        heads = sorted({HeadId(row["layer"], row["head"]) for row in rows})
+        column = {head: i for i, head in enumerate(heads)}
+        n_trials = 1 + max(row["trial_idx"] for row in rows)
+        deltas = {m: np.full((n_trials, len(heads)), np.nan) for m in MEASURES if f"delta_{m}" in rows[0]}
+        for row in rows:
+            at = row["trial_idx"], column[HeadId(row["layer"], row["head"])]
+            for m, values in deltas.items():
+                values[at] = row[f"delta_{m}"]
+    except (ValueError, KeyError, TypeError, IndexError) as problem:
+        raise RunError(f"{path}: is not a file of head effects as StepD writes them ({problem!r})") from None
+    for m, values in deltas.items():
+        _require_finite(values, f"{path.name}, {m}")
+    return TrialDeltas(tuple(heads), deltas)
+
+
+METRICS = File("trial_metrics.jsonl", read_deltas)
+
+
+def _metrics_bytes(q_id: str, effects: HeadEffects, target_ids: Sequence[int]) -> bytes:
+    """A row for every (trial, layer, head), written by hand: 25,600 rows of an 8B model take a second by way of dicts."""
     base, patched = effects.effects.base.measures(), effects.effects.edited.measures()
-    columns: dict[str, np.ndarray] = {}
-    for m in MEASURES:
-        delta = patched[m] - base[m][:, None]
-        columns[f"mean_delta_{m}"] = delta.mean(0)
-        columns[f"std_delta_{m}"] = delta.std(0)
-        columns[f"mean_abs_delta_{m}"] = np.abs(delta).mean(0)
-        columns[f"mean_{m}_base"] = np.full(delta.shape[1], base[m].mean())
-        columns[f"mean_{m}_patch"] = patched[m].mean(0)
-    norms = means.values.double().norm(dim=-1)
-    columns["clean_mean_norm"] = np.array([float(norms[head.layer, head.head]) for head in effects.heads])
-    columns |= _uncertainty(patched["p"] - base["p"][:, None], queries)
-    n_trials = len(base["p"])
-    return [
-        ScoredHead(head, {name: float(values[i]) for name, values in columns.items()}, n_trials)
-        for i, head in enumerate(effects.heads)
-    ]
+    lines = []
+    for trial_idx, target in enumerate(target_ids):
+        row = [
+            f'{{"q_id": {json.dumps(q_id)}, "trial_idx": {trial_idx}, "layer": %s, "head": %s, "target_id": {target}'
+        ]
+        columns: list[list[str]] = []
+        for m in MEASURES:
+            before, after = base[m][trial_idx], patched[m][trial_idx]
+            _require_finite(after, f"{METRICS.name}, trial {trial_idx}, {m}")
+            row.append(f'"{m}_base": {float(before)!r}, "{m}_patch": %s, "delta_{m}": %s')
+            columns += [[repr(value) for value in values.tolist()] for values in (after, after - before)]
+        line = ", ".join(row) + "}\n"
+        lines += [line % (head.layer, head.head, *v) for head, *v in zip(effects.heads, *columns, strict=True)]
+    return "".join(lines).encode()
 
 
-def _uncertainty(delta_p: np.ndarray, queries: Sequence[int]) -> dict[str, np.ndarray]:
-    """(trial, head) -> columns (head,)."""
-    found = clustered_mean(delta_p, queries)
-    return {
-        "mean_delta_p_se": found.se,
-        "mean_delta_p_ci_low": found.low,
-        "mean_delta_p_ci_high": found.high,
-        "mean_delta_p_p_value": found.p_value,
-        "mean_delta_p_fdr": false_discovery(found.p_value),
+def _require_finite(values: np.ndarray, where: str) -> None:
+    if not np.isfinite(values).all():
+        raise RunError(
+            f"{where}: the model gave NaN or infinite scores; expected finite numbers (fp16 overflows in some models: "
+            "use --dtype bf16, or --precision exact)"
+        )
+
+
+# --- the stage -----------------------------------------------------------------------------------------------------
+
+
+def corrupted_prompts(work: Work) -> Prompts:
+    """The frozen trials' corrupted prompts (``work.once(corrupted_prompts)``)."""
+    return work.tokenised(work.read(TRIALS))
+
+
+def _sweep(work: Work) -> str:
+    model, settings, means = work.model, work.settings, work.read(MEANS)
+    prompts = work.once(corrupted_prompts)
+    known = work.trials_per_pass.get("stepD_cie")
+    effects = head_effects(model, prompts, means, heads_to_sweep(model, settings), trials_per_pass=known)
+    scored = score_heads(effects, means, prompts.clusters)
+    ranked = rank_heads(scored, settings.score_key)
+    deltas = TrialDeltas(effects.heads, {m: effects.effects.delta(m) for m in MEASURES})
+    work.write(METRICS, _metrics_bytes(work.q_id, effects, prompts.targets), content=deltas)
+    work.write(CIE, cie_bytes(work.q_id, scored), content=scored)
+    work.write(AIE, aie_bytes(ranked), content=ranked)
+    floor = measure_noise_floor(model, prompts, means, effects, ranked)
+    per_pass = effects.effects.per_pass
+    facts = model.facts()
+    arithmetic = {
+        name: facts[name] for name in ("engine", "precision", "dtype", "quant", "device", "products", "kernels")
     }
+    document = noise_floor_document(
+        floor, work.q_id, trials_per_pass=per_pass, n_heads=len(effects.heads), arithmetic=arithmetic
+    )
+    work.write(NOISE_FLOOR, json_bytes(document))
+    work.trials_per_pass["stepD_cie"] = per_pass
+    best = ranked[0]
+    return (
+        f"{len(effects.heads)} heads; best layer {best.id.layer} head {best.id.head}, "
+        f"{settings.score_key} {best.scores[settings.score_key]:+.4f}; "
+        f"noise floor {floor.other_shape.largest['p']:.1g} in P"
+    )
 
 
-def with_error_of_means(
-    model: LanguageModel,
-    corrupted_prompts: Sequence[str],
-    target_ids: Sequence[int],
-    activations: torch.Tensor,
-    heads: Sequence[HeadId],
-    mean_delta_p: Sequence[float],
-    queries: Sequence[int],
-    *,
-    trials_per_pass: int | None = None,
-) -> tuple[ClusteredMean, int]:
-    """Intervals of the ``heads``' ``mean_delta_p`` that know of the clean means' own error, and the trials a pass.
-
-    A clean mean over 25 trials is an estimate that all trials share; what it adds to the error cannot be seen in their
-    differences. So the trials of some queries are left out of both, the clean mean and the mean over trials, in
-    ``_N_GROUPS`` groups (the delete-a-group jackknife): another patch of each head for each group, ``activations``
-    (trial, layer, head, head_dim) being the clean ones. With one query nothing is known of the error.
-    """
-    mean, groups = np.asarray(mean_delta_p), _groups(queries)
-    n_groups = len(set(groups))
-    if n_groups < 2:
-        return clustered_mean(np.broadcast_to(mean, (len(queries), len(heads))), queries), 1
-    kept = np.asarray(groups)[None] != np.unique(groups)[:, None]
-    shares = torch.from_numpy(kept / kept.sum(1, keepdims=True))
-    ids = [model.tokens.encode(prompt) for prompt in corrupted_prompts]
-    without = np.empty((n_groups, len(heads)))
-    order = sorted(range(len(heads)), key=lambda i: heads[i])
-    at_once = max(1, model.arch.n_layers * model.arch.n_heads // n_groups)  # no more copies than a sweep of all heads
-    per_pass = trials_per_pass
-    for start in range(0, len(order), at_once):
-        some = order[start : start + at_once]
-        columns = [heads[i] for i in some for _ in range(n_groups)]
-        values = torch.cat([shares @ activations[:, heads[i].layer, heads[i].head].double() for i in some]).float()
-        found = model.engine.sweep_heads(Prompts(ids, target_ids), values, columns, per_pass=per_pass)
-        per_pass = found.per_pass
-        delta = found.edited.measures()["p"] - found.base.measures()["p"][:, None]
-        by_group = delta.reshape(len(ids), len(some), n_groups)
-        without[:, some] = np.einsum("gt,thg->gh", shares.numpy(), by_group)
-    return mean_with_left_out(mean, without, groups), per_pass or 1
+def _agrees(folder: QidFolder, status: QidStatus) -> Iterator[Finding]:
+    n_trials, cie, aie = len(folder.read(TRIALS).questions), folder.read(CIE), folder.read(AIE)
+    rows = read_jsonl(folder.path(METRICS))
+    swept = sorted((row["trial_idx"], row["layer"], row["head"]) for row in rows)
+    every = sorted((i, head.id.layer, head.id.head) for i in range(n_trials) for head in cie)
+    yield Finding(folder.path(METRICS), "one row a trial and head of cie_scores.csv", swept == every)
+    counted = all(head.n_trials == n_trials for head in cie)
+    yield Finding(folder.path(CIE), "n_trials as in sampled_trials.json", counted)
+    scores = [{head.id: head.scores for head in table} for table in (cie, aie)]
+    same = scores[0] == scores[1] and len(cie) == len(aie)
+    yield Finding(folder.path(AIE), "the heads and scores of cie_scores.csv", same)
+    same = folder.read(NOISE_FLOOR)["trials_per_pass"] == status.trials_per_pass.get("stepD_cie")
+    yield Finding(folder.path(NOISE_FLOOR), "trials_per_pass as in qid_status.json", same)
 
 
-_N_GROUPS = 8
-"""Of queries that are left out together: about as good as each query by itself, at half the cost (docs/statistics.md)."""
-
-
-def _groups(queries: Sequence[int]) -> list[int]:
-    """Each trial's group: whole queries, dealt out by their number of trials so that groups are about equally large."""
-    names, counts = np.unique(np.asarray(queries), return_counts=True)
-    by_size = sorted(zip(-counts, names, strict=True))
-    group = {name: i % _N_GROUPS for i, (_, name) in enumerate(by_size)}
-    return [group[query] for query in queries]
-
-
-def trial_scores(deltas: np.ndarray, score_key: str) -> np.ndarray:
-    """delta of the score key's measure (trial, head) -> what the score is the mean of over trials."""
-    return np.abs(deltas) if "_abs_" in score_key else deltas
-
-
-def measure_of(score_key: str) -> str:
-    """``mean_abs_delta_logit`` -> ``logit``."""
-    return score_key.rpartition("_")[2]
-
-
-def rank_heads(scored: Sequence[ScoredHead], score_key: str) -> list[ScoredHead]:
-    """Best first; equal scores by layer, then head."""
-    return sorted(scored, key=lambda head: (-head.scores[score_key], head.id))
+STAGE = Stage(
+    "stepD_cie",
+    "Causal indirect effect of every head on every trial, its mean, and the noise floor.",
+    _sweep,
+    reads=(TRIALS, MEANS),
+    writes=(METRICS, CIE, AIE, NOISE_FLOOR),
+    settings=(*MODEL_SETTINGS, "layers", "heads", "score_key"),
+    agrees=_agrees,
+)

@@ -1,34 +1,176 @@
-"""What Step6's result is to be held against: the same vector without its own query, and vectors that carry no relation."""
+"""What Step6's result is to be held against: the same vector without its own query, and vectors that carry no relation.
+
+A control is one entry of ``CONTROLS``: its name, what it is, how to make its vectors, and how the verdict speaks of it.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from relfv.language_model import LanguageModel
-from relfv.models.families import Architecture
-from relfv.stages.clean_trials import CleanTrials
+from relfv.settings import MODEL_SETTINGS
+from relfv.stages.cie import METRICS
+from relfv.stages.function_vector import FV, TOP_HEADS, heads_of
+from relfv.stages.judging import judge_vectors, mean_p
+from relfv.stages.means import clean_run
+from relfv.stages.scores import measure_of, trial_scores
+from relfv.stages.stage import Stage, Work
+from relfv.stages.trials import TRIALS
+from relfv.stages.zeroshot import ZERO_SHOT_TRIALS, evaluated_prompts
+from relfv.store.folder import File
+from relfv.store.formats import finite, json_bytes, read_json
 from relfv.types import Effects, HeadId, Prompts
 
-CONTROLS = {
-    "fv": "the function vector itself, again, in the same batch as its controls",
-    "held_out": "for each prompt the vector with its own query's trials left out: mean activations and ranking of heads from the "
-    "other queries' trials alone (the query's pair may still be a demo in those; with ten rows it always is; the effects that "
-    "heads are ranked by were measured with the overall clean mean)",
-    "random_heads": "the vector of as many heads, drawn from those that were not selected; mean over draws",
-    "random_heads_scaled": "the same vectors, stretched to the function vector's length; mean over draws",
-    "random_direction": "the function vector's length in a random direction; mean over draws",
-    "mean_hidden": "the mean hidden state of the clean prompts after the layer that it is added to: a vector of the task and "
-    "of everything else (the layer average of Todd et al. 2024)",
-}
-"""Name -> what it is."""
+if TYPE_CHECKING:
+    import torch
+
+    from relfv.engine.clean import CleanRun
+    from relfv.models.families import Architecture
 
 N_DRAWS = 5
 """Of random heads, and of random directions."""
+
+
+class Ground:
+    """What control vectors are made from. Random numbers are drawn in a fixed order, whichever controls there are."""
+
+    def __init__(
+        self,
+        arch: Architecture,
+        clean: CleanRun,
+        trial_queries: Sequence[int],
+        scores: np.ndarray,
+        heads: Sequence[HeadId],
+        fv: np.ndarray,
+        selected: Sequence[HeadId],
+        prompt_queries: Sequence[int],
+        *,
+        seed: str,
+    ) -> None:
+        """``scores`` (trial, head) are what ``heads``, sorted, are ranked by; ``selected`` are the function vector's. Prompts
+        and trials are known by the rows of their queries."""
+        import torch
+
+        self.arch, self.clean, self.heads, self.scores = arch, clean, heads, scores
+        self.trial_queries, self.prompt_queries, self.selected = trial_queries, prompt_queries, selected
+        self.fv = torch.from_numpy(fv).double()
+        rng = random.Random(f"relfv-controls:{seed}")
+        others = [head for head in heads if head not in set(selected)]
+        self.draws = [rng.sample(others, min(len(selected), len(others))) for _ in range(N_DRAWS)] if others else []
+        self.generator_seed = rng.getrandbits(63)
+
+    @cached_property
+    def of_others(self) -> torch.Tensor:
+        """float64 (draw, resid_dim): the vectors of heads that were not selected."""
+        n_trials = len(self.trial_queries)
+        shares = np.full((len(self.draws), n_trials), 1 / n_trials)
+        return self.vectors(shares, self.draws)
+
+    def vectors(self, shares: np.ndarray, chosen: Sequence[Sequence[HeadId]]) -> torch.Tensor:
+        """Each set's heads, and its ``shares`` (set, trial) of the mean over the clean activations -> float64
+        (set, resid_dim): sums of projected means. Each head's columns of the output projection are read once."""
+        import torch
+
+        heads = sorted({head for own in chosen for head in own})
+        z = self.clean.activations[:, [head.layer for head in heads], [head.head for head in heads]].double()
+        means = (torch.from_numpy(shares) @ z.flatten(1)).view(len(chosen), *z.shape[1:])
+        total = torch.zeros(len(chosen), self.arch.resid_dim, dtype=torch.float64)
+        for i, head in enumerate(heads):
+            users = [n for n, own in enumerate(chosen) if head in own]
+            total[users] += self.arch.project_head(head.layer, head.head, means[users, i])
+        return total
+
+
+@dataclass(frozen=True)
+class Control:
+    """One kind of vector."""
+
+    meaning: str
+    vectors: Callable[[Ground], torch.Tensor | None]
+    """float64 (layer or 1, prompt or 1, draw, resid_dim): what is added, before alpha; None where there is none."""
+    in_verdict: str = ""
+    """What the verdict calls it; empty if it is not named there."""
+    rival: bool = False
+    """Whether it carries no relation, so that a vector which does no better has shown nothing."""
+
+
+def _random_heads(ground: Ground) -> torch.Tensor | None:
+    return ground.of_others[None, None] if ground.draws else None
+
+
+def _random_heads_scaled(ground: Ground) -> torch.Tensor | None:
+    import torch
+
+    if not ground.draws:
+        return None
+    return (ground.fv.norm() * torch.nn.functional.normalize(ground.of_others, dim=1))[None, None]
+
+
+def _random_direction(ground: Ground) -> torch.Tensor:
+    import torch
+
+    generator = torch.Generator().manual_seed(ground.generator_seed)
+    directions = torch.randn(N_DRAWS, len(ground.fv), generator=generator, dtype=torch.float64)
+    directions *= ground.fv.norm() / directions.norm(dim=1, keepdim=True)
+    return directions[None, None]
+
+
+def _held_out(ground: Ground) -> torch.Tensor | None:
+    """For each prompt the vector of the trials with other queries; None where all trials have one query."""
+    import torch
+
+    if len(set(ground.trial_queries)) < 2:
+        return None
+    left_out, prompt = np.unique(np.asarray(ground.prompt_queries), return_inverse=True)
+    kept = (np.asarray(ground.trial_queries)[None] != left_out[:, None]).astype(np.float64)
+    shares = kept / kept.sum(1, keepdims=True)
+    order = np.argsort(-(shares @ ground.scores), axis=1, kind="stable")  # of equal scores the first head
+    chosen = [[ground.heads[i] for i in row[: len(ground.selected)]] for row in order]
+    return ground.vectors(shares, chosen)[torch.from_numpy(prompt)][None, :, None]
+
+
+CONTROLS = {
+    "fv": Control(
+        "the function vector itself, again, in the same batch as its controls",
+        lambda ground: ground.fv[None, None, None],
+    ),
+    "random_heads": Control(
+        "the vector of as many heads, drawn from those that were not selected; mean over draws",
+        _random_heads,
+        "other heads' vectors",
+        rival=True,
+    ),
+    "random_heads_scaled": Control(
+        "the same vectors, stretched to the function vector's length; mean over draws",
+        _random_heads_scaled,
+        "the same stretched to its length",
+        rival=True,
+    ),
+    "random_direction": Control(
+        "the function vector's length in a random direction; mean over draws",
+        _random_direction,
+        "random directions of its length",
+        rival=True,
+    ),
+    "held_out": Control(
+        "for each prompt the vector with its own query's trials left out: mean activations and ranking of heads from the "
+        "other queries' trials alone (the query's pair may still be a demo in those; with ten rows it always is; the effects "
+        "that heads are ranked by were measured with the overall clean mean)",
+        _held_out,
+    ),
+    "mean_hidden": Control(
+        "the mean hidden state of the clean prompts after the layer that it is added to: a vector of the task and "
+        "of everything else (the layer average of Todd et al. 2024)",
+        lambda ground: ground.clean.hidden[:, None, None],
+        "the mean hidden state",
+    ),
+}
+"""By name; injected in this order. Those with a vector for each prompt or layer come after those with one for all."""
 
 
 @dataclass(frozen=True)
@@ -42,96 +184,93 @@ class Candidates:
 
     def norms(self) -> dict[str, float]:
         """Name -> mean length of its vectors, over draws, prompts and layers."""
-        means = torch.cat([part.double().norm(dim=-1).mean((0, 1)) for part in self.parts]).numpy()
+        lengths = [part.double().norm(dim=-1).mean((0, 1)).numpy() for part in self.parts]
+        by_vector = np.concatenate(lengths)
         return {
-            name: float(means[[other == name for other in self.names]].mean()) for name in dict.fromkeys(self.names)
+            name: float(by_vector[[other == name for other in self.names]].mean()) for name in dict.fromkeys(self.names)
         }
 
 
-def candidate_vectors(
-    arch: Architecture,
-    clean: CleanTrials,
-    trial_queries: Sequence[int],
-    trial_scores: np.ndarray,
-    heads: Sequence[HeadId],
-    fv: torch.Tensor,
-    selected: Sequence[HeadId],
-    prompt_queries: Sequence[int],
-    *,
-    seed: str,
-) -> Candidates:
-    """All controls for prompts whose queries are the rows ``prompt_queries``.
+def candidate_vectors(ground: Ground) -> Candidates:
+    """All controls that there are on this ground."""
+    made = {name: control.vectors(ground) for name, control in CONTROLS.items()}
+    parts = {name: vectors.float() for name, vectors in made.items() if vectors is not None}
+    names = tuple(name for name, part in parts.items() for _ in range(part.shape[2]))
+    return Candidates(names, tuple(parts.values()))
 
-    ``trial_scores`` (trial, head) are what heads are ranked by, over ``heads``, which are sorted; ``selected`` are the
-    function vector's own. ``held_out`` is left out where all trials have one query.
+
+def judge_candidates(
+    effects: Effects, prompts: Prompts, names: Sequence[str], clean: CleanRun, clean_queries: Sequence[int]
+) -> dict[str, Any]:
+    """``effects`` of every vector of ``names`` after every layer -> the numbers of controls.json.
+
+    ``clean`` are the clean prompts' scores with their queries, the reference of each prompt's own query.
     """
-    rng = random.Random(f"relfv-controls:{seed}")
-    others = [head for head in heads if head not in set(selected)]
-    draws = [rng.sample(others, min(len(selected), len(others))) for _ in range(N_DRAWS)] if others else []
-    generator = torch.Generator().manual_seed(rng.getrandbits(63))
-    directions = torch.randn(N_DRAWS, len(fv), generator=generator, dtype=torch.float64)
-    directions *= fv.double().norm() / directions.norm(dim=1, keepdim=True)
-    n_trials = len(trial_queries)
-    of_others = _vectors(arch, clean.activations, np.full((len(draws), n_trials), 1 / n_trials), draws)
-    stretched = fv.double().norm() * torch.nn.functional.normalize(of_others, dim=1)
-    names = [
-        "fv",
-        *["random_heads"] * len(draws),
-        *["random_heads_scaled"] * len(draws),
-        *["random_direction"] * N_DRAWS,
-    ]
-    parts = [torch.cat([fv.double()[None], of_others, stretched, directions])[None, None]]
-    if len(set(trial_queries)) > 1:
-        held_out = _held_out(arch, clean.activations, trial_queries, trial_scores, heads, len(selected), prompt_queries)
-        names.append("held_out")
-        parts.append(held_out[None, :, None])
-    names.append("mean_hidden")
-    parts.append(clean.hidden[:, None, None])
-    return Candidates(tuple(names), tuple(part.float() for part in parts))
+    p_clean, queries_of_clean = clean.scores.measure("p"), np.asarray(clean_queries)
+    of_query = {query: p_clean[queries_of_clean == query].mean() for query in set(clean_queries)}
+    by_prompt = {
+        f"p_{name}": {str(layer): [finite(p) for p in values] for layer, values in enumerate(of_name.T)}
+        for name, of_name in mean_p(effects, names).items()
+    }
+    return {
+        **judge_vectors(effects, prompts, names),
+        "by_prompt": {
+            "query_source_index": list(prompts.clusters),
+            "p_zero_shot": effects.base.measure("p").tolist(),
+            "p_clean": [float(of_query[query]) for query in prompts.clusters],
+            **by_prompt,
+        },
+    }
 
 
-def _held_out(
-    arch: Architecture,
-    activations: torch.Tensor,
-    trial_queries: Sequence[int],
-    trial_scores: np.ndarray,
-    heads: Sequence[HeadId],
-    k: int,
-    prompt_queries: Sequence[int],
-) -> torch.Tensor:
-    """float64 (prompt, resid_dim): for each prompt the vector of the trials with other queries."""
-    left_out, prompt = np.unique(np.asarray(prompt_queries), return_inverse=True)
-    kept = (np.asarray(trial_queries)[None] != left_out[:, None]).astype(np.float64)
-    shares = kept / kept.sum(1, keepdims=True)
-    best = np.argsort(-(shares @ trial_scores), axis=1, kind="stable")[:, :k]  # of equal scores the first head
-    return _vectors(arch, activations, shares, [[heads[i] for i in row] for row in best])[torch.from_numpy(prompt)]
+# --- files ---------------------------------------------------------------------------------------------------------
+
+CONTROLS_FILE = File("step6/controls.json", read_json)
+
+# --- the stage -----------------------------------------------------------------------------------------------------
 
 
-def _vectors(
-    arch: Architecture, activations: torch.Tensor, shares: np.ndarray, chosen: Sequence[Sequence[HeadId]]
-) -> torch.Tensor:
-    """Each set's heads, and its ``shares`` (set, trial) of the mean over ``activations`` (trial, layer, head, head_dim) ->
-    float64 (set, resid_dim): sums of projected means. Each head's columns of the output projection are read once."""
-    heads = sorted({head for own in chosen for head in own})
-    z = activations[:, [head.layer for head in heads], [head.head for head in heads]].double()
-    means = (torch.from_numpy(shares) @ z.flatten(1)).view(len(chosen), *z.shape[1:])
-    total = torch.zeros(len(chosen), arch.resid_dim, dtype=torch.float64)
-    for i, head in enumerate(heads):
-        users = [n for n, own in enumerate(chosen) if head in own]
-        total[users] += arch.project_head(head.layer, head.head, means[users, i])
-    return total
+def _compare(work: Work) -> str:
+    model, settings, prompts = work.model, work.settings, work.once(evaluated_prompts)
+    clean, trial_queries, deltas = work.once(clean_run), work.read(TRIALS).clusters, work.read(METRICS)
+    ground = Ground(
+        model.arch,
+        clean,
+        trial_queries,
+        trial_scores(deltas.of[measure_of(settings.score_key)], settings.score_key),
+        deltas.heads,
+        work.read(FV),
+        heads_of(work.read(TOP_HEADS)),
+        prompts.clusters,
+        seed=f"{settings.seed}:{work.q_id}",
+    )
+    candidates = candidate_vectors(ground)
+    effects = model.engine.inject(
+        prompts,
+        [settings.alpha * part for part in candidates.parts],
+        range(model.arch.n_layers),
+        per_pass=work.trials_per_pass.get("step6_controls"),
+    )
+    document = {
+        "q_id": work.q_id,
+        "meaning": {name: CONTROLS[name].meaning for name in dict.fromkeys(candidates.names)},
+        "alpha": settings.alpha,
+        "n_eval": len(prompts),
+        "n_queries": len(set(prompts.clusters)),
+        "precision": model.precision,
+        "mean_norm_added": {name: settings.alpha * norm for name, norm in candidates.norms().items()},
+        **judge_candidates(effects, prompts, candidates.names, clean, trial_queries),
+    }
+    work.write(CONTROLS_FILE, json_bytes(document), content=document)
+    work.trials_per_pass["step6_controls"] = effects.per_pass
+    return f"{len(candidates.names)} vectors at {model.arch.n_layers} layers"
 
 
-def inject_candidates(
-    model: LanguageModel,
-    prompts: Sequence[str],
-    target_ids: Sequence[int],
-    candidates: Candidates,
-    alpha: float,
-    *,
-    trials_per_pass: int | None = None,
-) -> Effects:
-    """Every candidate, times ``alpha``, after every block: ``edited`` fields are (prompt, layer * n_vectors)."""
-    ids = [model.tokens.encode(prompt) for prompt in prompts]
-    parts = [alpha * part for part in candidates.parts]
-    return model.engine.inject(Prompts(ids, target_ids), parts, range(model.arch.n_layers), per_pass=trials_per_pass)
+STAGE = Stage(
+    "step6_controls",
+    "The vector held out and beside vectors that carry no relation, at every layer.",
+    _compare,
+    reads=(TRIALS, ZERO_SHOT_TRIALS, METRICS, FV, TOP_HEADS),
+    writes=(CONTROLS_FILE,),
+    settings=(*MODEL_SETTINGS, "alpha", "n_eval", "allow_query_duplicates", "seed", "score_key"),
+)

@@ -7,15 +7,24 @@ made in the same way. Vectors are added as they are. One that is longer may do m
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from relfv.errors import RunError
-from relfv.language_model import LanguageModel
-from relfv.stages.conclusions import judge_vectors
+from relfv.relations import is_q_id
+from relfv.stages.function_vector import FV
+from relfv.stages.judging import judge_vectors
+from relfv.stages.step6_summary import STEP6_SUMMARY
+from relfv.stages.zeroshot import ZERO_SHOT_TRIALS
+from relfv.store.files import sha256_bytes, sha256_file, write_together
+from relfv.store.folder import QidFolder
+from relfv.store.formats import SEAL, json_bytes, read_json, sealed, unsealed
 from relfv.types import Effects, Prompts
+
+if TYPE_CHECKING:
+    from relfv.language_model import LanguageModel
 
 MEANING = {
     "sources": "alpha (the target's own) times each q_id's function vector, its own included, added after each layer at the last "
@@ -33,22 +42,16 @@ MEANING = {
 
 
 def inject_vectors(
-    model: LanguageModel,
-    prompts: Sequence[str],
-    target_ids: Sequence[int],
-    names: Sequence[str],
-    vectors: torch.Tensor,
-    alpha: float,
+    model: LanguageModel, prompts: Prompts, names: Sequence[str], vectors: np.ndarray, alpha: float
 ) -> Effects:
     """``vectors`` float32 (vector, resid_dim), times ``alpha``, after every block: ``edited`` is (prompt, layer * vector).
 
     Raises RunError, naming the vector, for NaN or infinite logits.
     """
-    ids = [model.tokens.encode(prompt) for prompt in prompts]
-    effects = model.engine.inject(Prompts(ids, target_ids), alpha * vectors, range(model.arch.n_layers))
-    broken = (~torch.isfinite(effects.edited.logit)).any(0).nonzero().flatten().tolist()
-    if broken:
-        layer, column = divmod(broken[0], len(names))
+    effects = model.engine.inject(prompts, np.float32(alpha) * vectors, range(model.arch.n_layers))
+    broken = (~np.isfinite(effects.edited.measure("logit"))).any(0).nonzero()[0]
+    if len(broken):
+        layer, column = divmod(int(broken[0]), len(names))
         raise RunError(
             f"adding the vector of {names[column]} at layer {layer} gives NaN or infinite logits; expected finite numbers (fp16 "
             "overflows in some models: --dtype bf16, or --precision exact, for relfv run as well)"
@@ -56,22 +59,15 @@ def inject_vectors(
     return effects
 
 
-def judge_target(
-    effects: Effects,
-    target_ids: Sequence[int],
-    queries: Sequence[int],
-    names: Sequence[str],
-    own: str,
-    best_layer: int,
-) -> dict[str, Any]:
+def judge_target(effects: Effects, prompts: Prompts, names: Sequence[str], own: str, best_layer: int) -> dict[str, Any]:
     """One target's numbers: every vector of ``names`` after every layer, ``own`` against the others at ``best_layer``.
 
-    ``effects`` as ``inject_vectors`` gives them, ``queries`` (prompt,) the prompts' query rows. At least two names.
+    ``effects`` as ``inject_vectors`` gives them. At least two names.
     """
-    judged = judge_vectors(effects, target_ids, queries, names)
+    judged = judge_vectors(effects, prompts, names)
     columns = slice(best_layer * len(names), (best_layer + 1) * len(names))
     at_best = Effects(base=effects.base, edited=effects.edited[:, columns])
-    sides = judge_vectors(at_best, target_ids, queries, ["own" if name == own else "others" for name in names])
+    sides = judge_vectors(at_best, prompts, ["own" if name == own else "others" for name in names])
     there = judged["per_layer"][str(best_layer)]
     highest = {name: max(row[name]["mean_delta_p"] for row in judged["per_layer"].values()) for name in names}
     mine = there[own]
@@ -95,9 +91,9 @@ def judge_target(
     return {"verdict": verdict, **found, "zero_shot": judged["zero_shot"], "per_layer": judged["per_layer"]}
 
 
-def compare_directions(vectors: torch.Tensor) -> tuple[list[float], list[list[float | None]]]:
+def compare_directions(vectors: np.ndarray) -> tuple[list[float], list[list[float | None]]]:
     """``vectors`` (vector, resid_dim) -> their lengths, and the cosine of each with each; None with a vector of zeros."""
-    exact = vectors.double().numpy()
+    exact = vectors.astype(np.float64)
     norms = np.linalg.norm(exact, axis=1)
     products = exact @ exact.T
     scale = np.outer(norms, norms)
@@ -154,3 +150,65 @@ def _apart(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """True if the intervals do not touch; False where one is not known."""
     ends = [one["ci_low"], one["ci_high"], other["ci_low"], other["ci_high"]]
     return None not in ends and (one["ci_high"] < other["ci_low"] or other["ci_high"] < one["ci_low"])
+
+
+# --- files, beside the q_ids' folders --------------------------------------------------------------------------------
+
+CROSS, CROSS_FIGURE = "cross_fv.json", "cross_fv.png"
+CROSS_SETTINGS = ("model_spec", "dtype", "quant", "precision", "model_identity", "algorithm_version")
+"""Fingerprint fields that q_ids must share for their vectors to be compared."""
+_TARGET_SETTINGS = ("alpha", "n_eval", "allow_query_duplicates", *CROSS_SETTINGS)
+
+
+def cross_origin(folder: Path, target: str, sources: Sequence[str], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What the numbers of one ``target`` in cross_fv.json rest on, as it now is: settings, out of the q_id's fingerprint
+    ``fields``, and the sha256 of files by their names in the relation's ``folder``; None where one is missing."""
+    own = QidFolder(folder / target / "artifacts", target)
+    vectors = [QidFolder(folder / source / "artifacts", source).path(FV) for source in sources]
+    return {
+        "settings": {name: fields.get(name) for name in _TARGET_SETTINGS},
+        "files": {
+            path.relative_to(folder).as_posix(): sha256_file(path)
+            for path in (own.path(ZERO_SHOT_TRIALS), own.path(STEP6_SUMMARY), *vectors)
+        },
+    }
+
+
+def write_cross(folder: Path, document: dict[str, Any], figure: bytes) -> Path:
+    """cross_fv.png, then cross_fv.json with the picture's hash and its own. Call as ``sole_writer``."""
+    content = sealed({**document, "figure": {CROSS_FIGURE: sha256_bytes(figure)}})
+    return write_together({folder / CROSS_FIGURE: figure, folder / CROSS: json_bytes(content)})[-1]
+
+
+def read_cross(folder: Path) -> dict[str, Any]:
+    """What ``write_cross`` wrote, without its own hash. Raises RunError if it is missing or not as it was written."""
+    path = folder / CROSS
+    content = read_json(path)
+    try:
+        sound = {SEAL, "verdict"} <= content.keys() and CROSS_FIGURE in content["figure"]
+        sound &= all(map(is_q_id, content["q_ids"])) and set(content["targets"]) <= set(content["q_ids"])
+        sound &= all({"made_from", "best_layer", "per_layer"} <= entry.keys() for entry in content["targets"].values())
+    except (AttributeError, KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise RunError(f"{path}: is damaged or not a file of relfv cross")
+    return unsealed(content, path)
+
+
+def cross_changes(folder: Path, document: dict[str, Any], fields: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What ``document``, as ``read_cross`` gives it, was made from and is another now, in words. ``fields`` are the
+    fingerprint fields of each q_id, and empty for one that is gone."""
+    changes: dict[str, None] = {}
+    for target, entry in document["targets"].items():
+        then, now = entry["made_from"], cross_origin(folder, target, document["q_ids"], fields[target])
+        changes |= {
+            f"{target}'s {name} was {value}, now {now['settings'][name]}": None
+            for name, value in then["settings"].items()
+            if now["settings"].get(name) != value
+        }
+        changes |= {
+            f"made from another {name}": None
+            for name, digest in then["files"].items()
+            if now["files"].get(name) != digest
+        }
+    return list(changes)

@@ -1,21 +1,24 @@
 """How large an effect arithmetic alone can make: what stands below it in trial_metrics.jsonl is not a finding.
 
 Two ways to see it, on a few heads and trials: a patch that changes nothing (each head is given its own value back),
-and the sweep's own effects once more from batches of another shape, which sums in another order, and by less rounding
+and the sweep's effects once more from batches of another shape, which sums in another order, and with less rounding
 where the engine has a choice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from relfv.language_model import LanguageModel
+from relfv.errors import RunError
+from relfv.store.folder import File
+from relfv.store.formats import read_json
 from relfv.types import (
     MEASURES,
     ArithmeticNoise,
-    Effects,
     HeadEffects,
     HeadId,
     MeanActivations,
@@ -23,6 +26,9 @@ from relfv.types import (
     Prompts,
     ScoredHead,
 )
+
+if TYPE_CHECKING:
+    from relfv.language_model import LanguageModel
 
 N_BEST, N_SPREAD = 3, 5
 N_TRIALS = 3
@@ -39,43 +45,78 @@ def heads_to_probe(ranked: Sequence[ScoredHead]) -> list[HeadId]:
 
 
 def measure_noise_floor(
-    model: LanguageModel,
-    corrupted_prompts: Sequence[str],
-    target_ids: Sequence[int],
-    means: MeanActivations,
-    effects: HeadEffects,
-    ranked: Sequence[ScoredHead],
+    model: LanguageModel, prompts: Prompts, means: MeanActivations, effects: HeadEffects, ranked: Sequence[ScoredHead]
 ) -> NoiseFloor:
-    """Both ways on the first ``N_TRIALS`` trials: two passes of few prompts and heads beside a sweep of all.
+    """Both ways on the first ``N_TRIALS`` of the corrupted prompts: two passes of few prompts and heads beside a sweep of all.
 
     ``effects`` are the sweep's, on the same prompts; ``ranked`` are its heads.
     """
     heads = heads_to_probe(ranked)
-    n = min(N_TRIALS, len(corrupted_prompts))
-    ids, targets = [model.tokens.encode(prompt) for prompt in corrupted_prompts[:n]], list(target_ids[:n])
+    n = min(N_TRIALS, len(prompts))
     # Another number of trials a pass than the sweep's, if that can be with so few.
     per_pass = n if n != effects.effects.per_pass else max(1, n - 1)
-    identity = model.engine.sweep_heads(Prompts(ids, targets), None, heads, per_pass=per_pass)
-    again = model.engine.finer().sweep_heads(Prompts(ids, targets), means.values, heads, per_pass=per_pass)
+    identity = model.engine.sweep_heads(prompts[:n], None, heads, per_pass=per_pass)
+    again = model.engine.finer().sweep_heads(prompts[:n], means.values, heads, per_pass=per_pass)
     columns = [effects.heads.index(head) for head in heads]
-    before = _deltas(Effects(effects.effects.base[:n], effects.effects.edited[:n, columns]))
+    differences = {m: again.delta(m) - effects.effects.delta(m)[:n, columns] for m in MEASURES}
     return NoiseFloor(
         heads=tuple(heads),
         n_trials=n,
-        identity=_noise(_deltas(identity), identity.per_pass),
-        other_shape=_noise({m: delta - before[m] for m, delta in _deltas(again).items()}, again.per_pass),
+        identity=_noise({m: identity.delta(m) for m in MEASURES}, identity.per_pass),
+        other_shape=_noise(differences, again.per_pass),
     )
 
 
-def _deltas(effects: Effects) -> dict[str, np.ndarray]:
-    """MEASURES -> float64 (trial, head): with the patch minus without."""
-    base, edited = effects.base.measures(), effects.edited.measures()
-    return {m: edited[m] - base[m][:, None] for m in MEASURES}
-
-
-def _noise(differences: dict[str, np.ndarray], per_pass: int) -> ArithmeticNoise:
+def _noise(differences: Mapping[str, np.ndarray], per_pass: int) -> ArithmeticNoise:
     return ArithmeticNoise(
         per_pass,
-        largest={m: float(np.abs(found).max()) for m, found in differences.items()},
-        median={m: float(np.median(np.abs(found))) for m, found in differences.items()},
+        largest={m: float(np.abs(values).max()) for m, values in differences.items()},
+        median={m: float(np.median(np.abs(values))) for m, values in differences.items()},
     )
+
+
+# --- its file, which is one of stepD_cie's ---------------------------------------------------------------------------
+
+
+def read_noise_floor(path: Path) -> dict[str, Any]:
+    """The file as it is. Raises RunError if it is missing or not one."""
+    content = read_json(path)
+    try:
+        _ = [float(content[way][m]["max"]) for way in ("identity", "other_shape") for m in MEASURES]
+    except (KeyError, TypeError, ValueError):
+        raise RunError(f"{path}: is not a noise floor as StepD writes it") from None
+    return content
+
+
+NOISE_FLOOR = File("stepD_cie/noise_floor.json", read_noise_floor)
+
+
+def noise_floor_document(
+    floor: NoiseFloor, q_id: str, *, trials_per_pass: int, n_heads: int, arithmetic: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The noise beside the sweep's own batch shape, ``n_heads`` a trial, and the ``arithmetic`` both ran in."""
+    noise = floor.other_shape.largest
+    in_words = (
+        f"On a single trial an effect below {noise['p']:.1g} in p, {noise['logit']:.1g} in logit or "
+        f"{noise['logprob']:.1g} in logprob cannot be told from arithmetic; means over trials are steadier than that."
+        if any(noise.values())
+        else "On this device and model the batch's shape made no difference at all to the effects measured."
+    )
+    return {
+        "q_id": q_id,
+        "meaning": "Both numbers would be 0 if sums were exact. identity: a head is given its own value back, by the "
+        "sweep's own kernels. other_shape: the same effect from a batch of another shape, and from finer pieces where "
+        f"products are put together from pieces. {in_words}",
+        **arithmetic,
+        "trials_per_pass": trials_per_pass,
+        "heads_per_trial": n_heads,
+        "heads": [vars(head) for head in floor.heads],
+        "n_trials": floor.n_trials,
+        "identity": _in_json(floor.identity),
+        "other_shape": {**_in_json(floor.other_shape), "heads_per_trial": len(floor.heads)},
+    }
+
+
+def _in_json(noise: ArithmeticNoise) -> dict[str, Any]:
+    differences = {m: {"max": noise.largest[m], "median": noise.median[m]} for m in MEASURES}
+    return {**differences, "trials_per_pass": noise.per_pass}

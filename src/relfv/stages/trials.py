@@ -1,4 +1,4 @@
-"""Freezing the trials of a q_id: random query, demonstrations that exclude it, corrupted labels.
+"""StepD, trials: random query, demonstrations that exclude it, corrupted labels; frozen in sampled_trials.json.
 
 Every q_id has a random generator of its own, seeded by (seed, q_id), so its trials do not depend on which other
 relations are in the file or in the run.
@@ -6,11 +6,25 @@ relations are in the file or in the run.
 
 from __future__ import annotations
 
+import logging
 import random
-from collections.abc import Collection, Sequence
-from typing import Literal
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from relfv.types import Relation, Trial, WordPair
+from relfv.errors import RunError
+from relfv.stages.prompts import PREFIXES, SEPARATORS, first_token_collisions, prompt_trial
+from relfv.stages.snapshot import read_snapshot
+from relfv.stages.stage import Finding, Stage, Work
+from relfv.store.folder import File, QidFolder
+from relfv.store.formats import json_bytes, read_json
+from relfv.store.status import QidStatus
+from relfv.types import PromptedTrial, Relation, Snapshot, Trial, WordPair
+
+if TYPE_CHECKING:
+    from relfv.language_model import LanguageModel
+
+log = logging.getLogger(__name__)
 
 Corruption = Literal["derange", "shuffle"]
 
@@ -109,3 +123,133 @@ def _fewest_in_place(labels: list[str], right: Sequence[Collection[str]]) -> lis
             demo_of[i] = unplaced.pop()
     label_of = {demo: labels[i] for i, demo in demo_of.items()}
     return [label_of[demo] for demo in range(len(labels))]
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+def read_trials(path: Path) -> Snapshot:
+    """sampled_trials.json. Raises InputError if it is missing, RunError, naming key and trial, if it is not one."""
+    return read_snapshot(path, with_demos=True)
+
+
+TRIALS = File("sampled_trials.json", read_trials)
+
+
+def _document(prompted: Sequence[PromptedTrial], meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of sampled_trials.json."""
+    return {"meta": dict(meta), "trials": [_trial(item) for item in prompted]}
+
+
+def _meta(work: Work, prompted: Sequence[PromptedTrial], collisions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    settings, model = work.settings, work.model
+    return {
+        "csv_path": settings.relation_csv_path,
+        "csv_sha256": work.csv_sha256,
+        "q_list": [work.q_id],
+        "n_trials_per_q": settings.n_trials_per_q,
+        "n_demos": settings.n_demos,
+        "seed": settings.seed,
+        "corruption": settings.corruption,
+        "prefixes": PREFIXES,
+        "separators": SEPARATORS,
+        "model": model.name,
+        "model_spec": model.spec,
+        "tok_add_special": True,
+        "n_labels_left_in_place": sum(item.trial.n_labels_in_place for item in prompted),
+        "n_answers_tokenised_alone": sum(not item.target.joint for item in prompted),
+        "first_token_collisions": list(collisions),
+    }
+
+
+def _trial(item: PromptedTrial) -> dict[str, Any]:
+    trial, target = item.trial, item.target
+    return {
+        "q_id": trial.q_id,
+        "trial_id": trial.trial_id,
+        "trial_idx": trial.trial_idx,
+        "query_source_index": trial.query_source_index,
+        "demo_source_indices": list(trial.demo_source_indices),
+        "demos_clean": [vars(pair) for pair in trial.demos_clean],
+        "demos_corrupted": [vars(pair) for pair in trial.demos_corrupted],
+        "query": vars(trial.query),
+        "clean_prompt_str": item.clean_prompt,
+        "corrupted_prompt_str": item.corrupted_prompt,
+        "target_str": trial.query.output,
+        "target_first_token_id": target.first_token_id,
+        "answer_ids": list(target.answer_ids),
+        "answer_tokenised_with_prompt": target.joint,
+        "n_labels_in_place": trial.n_labels_in_place,
+    }
+
+
+# --- the stage -----------------------------------------------------------------------------------------------------
+
+
+def _freeze(work: Work) -> str:
+    """Sample the trials and write the snapshot, read-only from here on."""
+    relation, settings = work.relation, work.settings
+    assert relation is not None  # given wherever StepD runs
+    trials = sample_trials(
+        relation,
+        seed=settings.seed,
+        n_trials=settings.n_trials_per_q,
+        n_demos=settings.n_demos,
+        corruption=settings.corruption,  # type: ignore[arg-type]
+    )
+    prompted = [prompt_trial(trial, work.model.tokens) for trial in trials]
+    collisions = _collisions(relation, work.model)
+    _warn(work.q_id, prompted, collisions)
+    document = _document(prompted, _meta(work, prompted, collisions))
+    path = work.folder.path(TRIALS)
+    if not path.exists():
+        work.folder.write(TRIALS, json_bytes(document), read_only=True)
+    elif read_json(path).get("trials") != document["trials"]:
+        raise RunError(
+            f"{path}: already there and not what these settings give; the frozen trials are never overwritten. "
+            "Move the folder aside, or use --force, which does that"
+        )
+    n_queries = len({trial.query.input for trial in trials})
+    return f"{len(trials)} trials over {n_queries} queries of {len(relation.pairs)} rows"
+
+
+def _collisions(relation: Relation, model: LanguageModel) -> list[dict[str, Any]]:
+    return [
+        {"token_id": token, "token": model.tokens.text(token), "answers": answers}
+        for token, answers in first_token_collisions(relation, model.tokens)
+    ]
+
+
+def _warn(q_id: str, prompted: Sequence[PromptedTrial], collisions: Sequence[Mapping[str, Any]]) -> None:
+    for collision in collisions:
+        answers = collision["answers"]
+        log.info(
+            "%s: %d answers begin with the token %r (%s); first-token scores cannot tell them apart",
+            q_id,
+            len(answers),
+            collision["token"],
+            ", ".join(answers[:4]) + (", ..." if len(answers) > 4 else ""),
+        )
+    apart = sum(not item.target.joint for item in prompted)
+    if apart:
+        log.warning(
+            "%s: in %d trials the tokenizer merges prompt and answer; there the answer was tokenised on its own",
+            q_id,
+            apart,
+        )
+
+
+def _agrees(folder: QidFolder, status: QidStatus) -> Iterator[Finding]:
+    questions, n = folder.read(TRIALS).questions, status.settings.n_trials_per_q
+    same = [question.q_id for question in questions] == [folder.q_id] * n
+    yield Finding(folder.path(TRIALS), f"{n} trials of {folder.q_id}", same)
+
+
+STAGE = Stage(
+    "stepD_trials",
+    "Freeze the trials: random query, demos that exclude it, clean and corrupted prompts.",
+    _freeze,
+    writes=(TRIALS,),
+    settings=("seed", "n_trials_per_q", "n_demos", "corruption", "model_spec"),
+    agrees=_agrees,
+)

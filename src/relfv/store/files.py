@@ -1,21 +1,17 @@
-"""Files that appear whole or not at all, and locks that die with their process."""
+"""Files that appear whole or not at all."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import itertools
-import json
 import os
 import secrets
-import socket
-import time
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import IO, Any
 
 from relfv.errors import InputError, RunError
 
@@ -23,7 +19,8 @@ _TEMP_PREFIX, _TEMP_SUFFIX = ".relfv-", ".tmp"
 REPLACED = ".replaced-"
 """In the names of what was moved aside."""
 
-_SHARED_WAIT_S = 60.0
+_MOST_BYTES = 4 << 30
+"""No artifact is larger; what is comes from somebody else and would fill the memory."""
 
 
 def write_atomic(path: Path, data: bytes, *, read_only: bool = False) -> Path:
@@ -42,12 +39,12 @@ def write_together(contents: Mapping[Path, bytes], *, read_only: bool = False) -
     earlier may outlast some of the later ones.
     """
     (folder,) = {path.parent for path in contents}
-    with telling(folder):
+    with explained(folder):
         make_folder(folder)
     for path, data in contents.items():
-        with telling(path):
+        with explained(path):
             _replace(path, data, read_only=read_only)
-    with telling(folder):
+    with explained(folder):
         _sync_folder(folder)
     return list(contents)
 
@@ -67,7 +64,7 @@ _REMEDIES = {
 
 
 @contextmanager
-def telling(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
     """A failed write of ``path`` as a RunError that says what to do."""
     try:
         yield
@@ -87,7 +84,7 @@ def move_aside(path: Path, folder: Path | None = None) -> Path:
     name = f"{path.name}{REPLACED}{stamp}"
     names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
     aside = next(free for free in ((folder or path.parent) / name for name in names) if not os.path.lexists(free))
-    with telling(aside):
+    with explained(aside):
         path.rename(aside)
         _sync_folder(aside.parent)
         _sync_folder(path.parent)
@@ -132,7 +129,7 @@ def require_folder(folder: Path, flag: str) -> None:
         raise InputError(f"{flag}: {there} is a file; expected a folder for the results, there or yet to be made")
     if not os.access(there, os.W_OK | os.X_OK):
         code = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
-        with telling(there):
+        with explained(there):
             raise OSError(code, os.strerror(code))
 
 
@@ -151,48 +148,6 @@ def require_no_links(path: Path, below: Path) -> None:
             )
 
 
-def write_json(path: Path, value: Any, *, read_only: bool = False) -> Path:
-    """``json_bytes`` of ``value``, atomically."""
-    return write_atomic(path, json_bytes(value), read_only=read_only)
-
-
-def json_bytes(value: Any) -> bytes:
-    """Indented UTF-8 JSON in reading order; NaN and infinities are refused, since JSON has none."""
-    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
-
-
-SEAL = "sha256_of_the_rest"
-"""The key of a file's hash of itself."""
-
-
-def sealed(content: dict[str, Any]) -> dict[str, Any]:
-    """``content`` with a hash of itself, for a JSON file that no status vouches for."""
-    return {**content, SEAL: sha256_bytes(json_bytes(content))}
-
-
-def unsealed(found: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The inverse of ``sealed`` for what was read from ``path``; content without a seal is returned as it is. Raises
-    RunError if it is not as it was written."""
-    content = {key: value for key, value in found.items() if key != SEAL}
-    try:
-        holds = SEAL not in found or found[SEAL] == sha256_bytes(json_bytes(content))
-    except ValueError:  # NaN, which parses and is never written
-        holds = False
-    if not holds:
-        raise RunError(f"{path}: has been changed since it was written: it does not match its {SEAL}")
-    return content
-
-
-def read_json(path: Path) -> Any:
-    """Parse a JSON file. Raises RunError that names the file if it is missing or damaged."""
-    try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise RunError(f"{path}: no such file; an earlier stage has not run, or was removed") from None
-    except (OSError, ValueError) as problem:
-        raise RunError(f"{path}: cannot be read as JSON ({problem})") from None
-
-
 def remove_temporaries(folder: Path, *, below: bool = True) -> None:
     """Delete what a killed process was writing in ``folder`` and, unless ``below`` is False, in the folders in it.
 
@@ -208,86 +163,25 @@ def temporaries(folder: Path, *, below: bool = True) -> list[Path]:
     return list(folder.rglob(pattern) if below else folder.glob(pattern))
 
 
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a regular file. Raises OSError for one that cannot be read, is a pipe or a device, which might never
+    end, or is larger than any artifact."""
+    status = path.stat()
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    if status.st_size > _MOST_BYTES:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
+    return path.read_bytes()
+
+
 def sha256_file(path: Path) -> str | None:
     """sha256 of a file's bytes, or None where there is no readable file."""
     try:
-        return sha256_bytes(path.read_bytes())
+        return sha256_bytes(read_bytes(path))
     except OSError:
         return None
-
-
-@contextmanager
-def lock(path: Path, *, wait_s: float = 0.0) -> Iterator[str | None]:
-    """Hold an exclusive lock while open. Yields None if held, or who else holds it after ``wait_s`` seconds of trying.
-
-    The kernel drops the lock when the process ends, however it ends, so a killed run blocks nobody. Raises RunError
-    where the file system has no locks.
-    """
-    with telling(path):
-        make_folder(path.parent)
-        opened = path.open("a+")
-    with opened as file:
-        give_up = time.monotonic() + wait_s
-        while not _locked(file):
-            if time.monotonic() >= give_up:
-                yield _holder(file) or "another process"
-                return
-            time.sleep(0.1)
-        with suppress(OSError):  # a full disk: the lock holds all the same, and is nameless
-            os.ftruncate(file.fileno(), 0)
-            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
-        yield None
-
-
-@contextmanager
-def sole_writer(folder: Path) -> Iterator[None]:
-    """For the files right in ``folder`` that all runs share (manifest, page): one process writes at a time, what a
-    killed one left half-written is removed first, and others wait. Raises RunError after a minute."""
-    # No q_id begins with a dot, so no q_id's lock has this name.
-    with lock(folder / ".locks" / ".shared.lock", wait_s=_SHARED_WAIT_S) as holder:
-        if holder:
-            raise RunError(f"{folder}: is being written by {holder} for over a minute; run again when that has ended")
-        remove_temporaries(folder, below=False)
-        yield
-
-
-def _locked(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as problem:
-        if problem.errno in (errno.EWOULDBLOCK, errno.EACCES):  # fcntl's word for it, which NFS and SMB pass on
-            return False
-        raise RunError(
-            f"{file.name}: cannot be locked ({problem.strerror}); relfv needs a file system with locks, so that two "
-            "runs cannot write one q_id: mount it with them, or choose another --out_root"
-        ) from problem
-    return True
-
-
-def _holder(file: IO[str]) -> str:
-    """Who wrote their name into a lock's file; empty if it cannot be read (on SMB a locked file cannot)."""
-    try:
-        file.seek(0)
-        return file.read().strip()
-    except OSError:
-        return ""
-
-
-def holder_is_alive(path: Path) -> bool:
-    """Whether the process that last held this lock still runs; True where that cannot be known (another host)."""
-    try:
-        _, pid, _, host = path.read_text().split()
-    except (OSError, ValueError):
-        return False
-    if host != socket.gethostname():
-        return True
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def sha256_bytes(data: bytes) -> str:

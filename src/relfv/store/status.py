@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -17,26 +17,11 @@ from typing import Any, Literal, get_args
 from relfv.errors import RelfvError, RunError
 from relfv.relations import is_q_id
 from relfv.settings import Settings, fingerprint
-from relfv.store.files import move_aside, remedy, sha256_file, write_json
+from relfv.store.files import move_aside, read_bytes, remedy, sha256_file, write_atomic
+from relfv.store.formats import json_bytes
 
 State = Literal["pending", "running", "completed", "failed", "skipped"]
 STATUS_FILE = "qid_status.json"
-STEP_D = ("stepD_trials", "stepD_means", "stepD_cie")
-AFTER_STEP6 = ("step6_summary", "injection_curve", "step6_controls", "step6_answers", "summary")
-STEP6_STAGE = "step6_layer_"
-SWEEPS = "step6_sweeps"
-"""On request, and no part of what makes a q_id complete."""
-
-
-def step6_stage(layer: int) -> str:
-    """The name of one layer's stage."""
-    return f"{STEP6_STAGE}{layer}"
-
-
-def stage_names(expected_layers: Sequence[int]) -> list[str]:
-    """The stages that every q_id has, in the order of the spec, as qid_status.json calls them."""
-    per_layer = [step6_stage(layer) for layer in expected_layers]
-    return [*STEP_D, "heatmap", "stepE", "zeroshot", *per_layer, *AFTER_STEP6]
 
 
 def now() -> str:
@@ -72,8 +57,8 @@ class QidStatus:
     stages: dict[str, StageRecord] = field(default_factory=dict)
     q_row_count: int = 0
     trials_per_pass: dict[str, int] = field(default_factory=dict)
-    """stepD_cie, stepE_heads, stepE, step6, step6_controls, step6_sweeps -> how many prompts shared a forward pass. Batch
-    shapes change low-order bits, so a stage that is made again, on whatever device, uses the number it was first made with."""
+    """By the kind of pass (stepD_cie, stepE_heads, stepE, step6, ...) how many prompts shared a forward pass. Batch shapes
+    change low-order bits, so a stage that is repeated, on whatever device, uses the number it was first made with."""
 
     @property
     def path(self) -> Path:
@@ -88,35 +73,27 @@ class QidStatus:
     def write(self) -> None:
         """Write atomically."""
         departures = self.settings.departures()
-        write_json(
+        write_atomic(
             self.path,
-            {
-                "q_id": self.q_id,
-                "status": self.status,
-                "reason": self.reason,
-                "created_at": self.created_at,
-                "updated_at": now(),
-                "q_row_count": self.q_row_count,
-                "spec_conformant": not departures,
-                "departures": departures,
-                "config": self.settings.to_json(),
-                "fingerprint": fingerprint(self.fingerprint_fields),
-                "fingerprint_fields": self.fingerprint_fields,
-                "expected_layers": self.expected_layers,
-                "trials_per_pass": self.trials_per_pass,
-                "stages": {name: vars(record) for name, record in self.stages.items()},
-            },
+            json_bytes(
+                {
+                    "q_id": self.q_id,
+                    "status": self.status,
+                    "reason": self.reason,
+                    "created_at": self.created_at,
+                    "updated_at": now(),
+                    "q_row_count": self.q_row_count,
+                    "spec_conformant": not departures,
+                    "departures": departures,
+                    "config": self.settings.to_json(),
+                    "fingerprint": fingerprint(self.fingerprint_fields),
+                    "fingerprint_fields": self.fingerprint_fields,
+                    "expected_layers": self.expected_layers,
+                    "trials_per_pass": self.trials_per_pass,
+                    "stages": {name: vars(record) for name, record in self.stages.items()},
+                }
+            ),
         )
-
-    @property
-    def stage_names(self) -> list[str]:
-        """The stages that make this q_id complete, in order."""
-        return stage_names(self.expected_layers)
-
-    def has_sweeps_of(self, settings: Settings) -> bool:
-        """True if the alphas and k of ``settings``, and those that were swept before, are swept and intact."""
-        wanted = self.settings.with_sweeps_of(settings)
-        return not wanted.sweeps or (wanted == self.settings and self.intact(SWEEPS))
 
     def has_results(self) -> bool:
         """True if any stage has left files: what another experiment must not be mixed with."""
@@ -134,9 +111,11 @@ class QidStatus:
             self.write()
 
     def finish(self, stage: str, files: Iterable[Path], inputs: Iterable[Path]) -> None:
-        """Record that ``stage`` is done: what it wrote, and what it read."""
-        started = self.stages[stage].started_at
-        self.stages[stage] = StageRecord("completed", started, now(), self._hashes(files), self._hashes(inputs))
+        """Record that ``stage`` is done: what it wrote, and what it read. Files it wrote before under other names go."""
+        previous, hashes = self.stages[stage], self._hashes(files)
+        for name in previous.files.keys() - hashes.keys():
+            (self.artifacts_dir / name).unlink(missing_ok=True)
+        self.stages[stage] = StageRecord("completed", previous.started_at, now(), hashes, self._hashes(inputs))
         self.write()
 
     def intact(self, stage: str) -> bool:
@@ -182,7 +161,7 @@ def read_status(artifacts_dir: Path) -> QidStatus | None:
     """
     path = artifacts_dir / STATUS_FILE
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except IsADirectoryError:
@@ -207,7 +186,7 @@ def read_status(artifacts_dir: Path) -> QidStatus | None:
             trials_per_pass=values.get("trials_per_pass", {}),
         )
         _require_sound(status, values["fingerprint"])
-    except (RelfvError, ValueError, KeyError, TypeError, AttributeError) as problem:
+    except (RelfvError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
         raise DamagedStatus(path, f"is damaged or not a status file of relfv ({problem})") from None
     return status
 

@@ -5,7 +5,7 @@ import io
 import matplotlib.image
 import numpy as np
 
-from relfv.report.figures import cross_png, heatmap_png, injection_curve_png
+from relfv.figures import cross_png, heatmap_png, injection_curve_png
 from relfv.types import HeadId, ScoredHead
 
 

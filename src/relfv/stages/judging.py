@@ -1,0 +1,49 @@
+"""From the effects of several vectors at every layer to numbers: accuracy, mean P, and the change of P with its interval."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from relfv.stats import LEVEL, clustered_mean
+from relfv.store.formats import finite
+from relfv.types import Effects, Prompts
+
+
+def judge_vectors(effects: Effects, prompts: Prompts, names: Sequence[str]) -> dict[str, Any]:
+    """``effects`` of every vector of ``names`` after every layer -> ``ci_level``, ``zero_shot`` and ``per_layer``.
+
+    Vectors of one name are draws of one thing: numbers are means over them. None stands for what is not finite.
+    """
+    base = effects.base.measure("p")
+    correct = by_layer(effects.edited.correct(prompts.targets), names)
+    reached = by_layer(effects.edited.measure("p"), names)
+    per_layer: dict[str, dict[str, Any]] = {str(layer): {} for layer in range(correct.shape[1])}
+    for name, of_name in mean_p(effects, names).items():
+        draws = [i for i, other in enumerate(names) if other == name]
+        delta = clustered_mean(of_name - base[:, None], prompts.clusters)
+        for layer in range(correct.shape[1]):
+            numbers = per_layer[str(layer)][name] = {
+                "acc": float(correct[:, layer, draws].mean()),
+                "mean_p": finite(of_name[:, layer].mean()),
+                "mean_delta_p": finite(delta.mean[layer]),
+                "ci_low": finite(delta.low[layer]),
+                "ci_high": finite(delta.high[layer]),
+            }
+            if len(draws) > 1:
+                numbers["mean_p_of_draws"] = [finite(p) for p in reached[:, layer, draws].mean(0)]
+    zero_shot = {"acc": float(effects.base.correct(prompts.targets).mean()), "mean_p": float(base.mean())}
+    return {"ci_level": LEVEL, "zero_shot": zero_shot, "per_layer": per_layer}
+
+
+def mean_p(effects: Effects, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Name -> (prompt, layer): P with the vector, over the draws of that name."""
+    reached = by_layer(effects.edited.measure("p"), names)
+    return {name: reached[:, :, [other == name for other in names]].mean(2) for name in dict.fromkeys(names)}
+
+
+def by_layer(values: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """(prompt, layer * vector) -> (prompt, layer, vector)"""
+    return values.reshape(len(values), -1, len(names))

@@ -1,0 +1,133 @@
+"""The score of every head over trials, as cie_scores.csv and aie_scores.csv have it, and the ranking by it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from relfv.errors import InputError, RunError
+from relfv.stats import clustered_mean, false_discovery
+from relfv.store.folder import File
+from relfv.store.formats import csv_bytes, read_csv
+from relfv.types import MEASURES, HeadEffects, HeadId, MeanActivations, ScoredHead
+
+_COLUMNS = [
+    *(
+        name
+        for m in MEASURES
+        for name in (f"mean_delta_{m}", f"std_delta_{m}", f"mean_abs_delta_{m}", f"mean_{m}_base", f"mean_{m}_patch")
+    ),
+    "clean_mean_norm",
+    *(f"mean_delta_p_{name}" for name in ("se", "ci_low", "ci_high", "p_value", "fdr")),
+]
+
+
+def score_heads(effects: HeadEffects, means: MeanActivations, queries: Sequence[int]) -> list[ScoredHead]:
+    """Per head and measure m: mean, population standard deviation and mean absolute value of delta_m over trials,
+    the means of m without and with the patch, and the norm of the head's clean mean; of mean_delta_p also standard
+    error, interval, p-value and false-discovery rate (stats.py). ``queries`` (trial,) are the rows of the query words."""
+    columns: dict[str, np.ndarray] = {}
+    for m in MEASURES:
+        delta, base = effects.effects.delta(m), effects.effects.base.measure(m)
+        columns[f"mean_delta_{m}"] = delta.mean(0)
+        columns[f"std_delta_{m}"] = delta.std(0)
+        columns[f"mean_abs_delta_{m}"] = np.abs(delta).mean(0)
+        columns[f"mean_{m}_base"] = np.full(delta.shape[1], base.mean())
+        columns[f"mean_{m}_patch"] = effects.effects.edited.measure(m).mean(0)
+    columns["clean_mean_norm"] = _norms(means, effects.heads)
+    columns |= _uncertainty(effects.effects.delta("p"), queries)
+    n_trials = len(effects.effects.base.logit)
+    return [
+        ScoredHead(head, {name: float(values[i]) for name, values in columns.items()}, n_trials)
+        for i, head in enumerate(effects.heads)
+    ]
+
+
+def _norms(means: MeanActivations, heads: Sequence[HeadId]) -> np.ndarray:
+    import torch
+
+    norms = torch.from_numpy(means.values).double().norm(dim=-1)
+    return np.array([float(norms[head.layer, head.head]) for head in heads])
+
+
+def _uncertainty(delta_p: np.ndarray, queries: Sequence[int]) -> dict[str, np.ndarray]:
+    """(trial, head) -> columns (head,)."""
+    mean = clustered_mean(delta_p, queries)
+    return {
+        "mean_delta_p_se": mean.se,
+        "mean_delta_p_ci_low": mean.low,
+        "mean_delta_p_ci_high": mean.high,
+        "mean_delta_p_p_value": mean.p_value,
+        "mean_delta_p_fdr": false_discovery(mean.p_value),
+    }
+
+
+def rank_heads(scored: Iterable[ScoredHead], score_key: str) -> list[ScoredHead]:
+    """Best first; equal scores by layer, then head."""
+    return sorted(scored, key=lambda head: (-head.scores[score_key], head.id))
+
+
+def select_heads(ranked: Sequence[ScoredHead], k: int) -> list[ScoredHead]:
+    """The first ``k`` of ranked heads. Raises InputError if there are fewer."""
+    if not 1 <= k <= len(ranked):
+        raise InputError(f"--k/--topk {k}: only {len(ranked)} heads were scored; expected 1 to {len(ranked)}")
+    return list(ranked[:k])
+
+
+def measure_of(score_key: str) -> str:
+    """``mean_abs_delta_logit`` -> ``logit``."""
+    return score_key.rpartition("_")[2]
+
+
+def trial_scores(deltas: np.ndarray, score_key: str) -> np.ndarray:
+    """delta of the score key's measure (trial, head) -> what the score is the mean of over trials."""
+    return np.abs(deltas) if "_abs_" in score_key else deltas
+
+
+# --- its two files, written by stepD_cie -----------------------------------------------------------------------------
+
+
+def read_scores(path: Path) -> list[ScoredHead]:
+    """Rows of cie_scores.csv or aie_scores.csv, in file order; ``n_trials`` is 0 where the file has none."""
+    scored: list[ScoredHead] = []
+    try:
+        for row in read_csv(path):
+            head = HeadId(int(row["layer"]), int(row["head"]))
+            if min(head.layer, head.head) < 0:
+                raise ValueError("a negative layer or head")
+            scores = {name: float(value) for name, value in row.items() if name in _COLUMNS}
+            scored.append(ScoredHead(head, scores, int(row.get("n_trials") or 0)))
+    except (KeyError, TypeError, ValueError) as problem:
+        raise RunError(f"{path}: line {len(scored) + 2} is not the score of a head ({problem!r})") from None
+    if not scored:
+        raise RunError(f"{path}: holds no heads")
+    return scored
+
+
+def require_score(scored: Sequence[ScoredHead], score_key: str, path: Path) -> None:
+    """Raise InputError if ``score_key`` is not a column of ``path``."""
+    if score_key not in scored[0].scores:
+        raise InputError(f"{score_key!r} is not a column of {path}; expected one of {', '.join(scored[0].scores)}")
+
+
+CIE = File("cie_scores.csv", read_scores)
+AIE = File("aie_scores.csv", read_scores)
+"""Over the q_ids of the run, here one, best first."""
+
+
+def cie_bytes(q_id: str, scored: Sequence[ScoredHead]) -> bytes:
+    """cie_scores.csv: a row a head, in layer, head order."""
+    rows = [[q_id, str(head.id.layer), str(head.id.head), str(head.n_trials), *_numbers(head)] for head in scored]
+    return csv_bytes([["q_id", "layer", "head", "n_trials", *_COLUMNS], *rows])
+
+
+def aie_bytes(ranked: Sequence[ScoredHead]) -> bytes:
+    """aie_scores.csv: the same heads, in the order of ``ranked``."""
+    rows = [[str(head.id.layer), str(head.id.head), "1", *_numbers(head)] for head in ranked]
+    return csv_bytes([["layer", "head", "n_qid", *_COLUMNS], *rows])
+
+
+def _numbers(head: ScoredHead) -> list[str]:
+    return [repr(head.scores[name]) for name in _COLUMNS]

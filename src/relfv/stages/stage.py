@@ -1,0 +1,147 @@
+"""What a stage is, and what it works on.
+
+Order, resume, which settings may still be chosen, what ``relfv verify`` checks and what the documentation lists all follow
+from the declarations: a ``Stage`` names the files it reads and writes, the settings it uses, and how to run it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from relfv.settings import Settings
+from relfv.store.folder import File, QidFolder
+from relfv.store.status import QidStatus
+from relfv.types import Prompts, Relation, Snapshot
+
+if TYPE_CHECKING:
+    from relfv.language_model import LanguageModel
+
+T = TypeVar("T")
+
+
+@dataclass
+class Work:
+    """One q_id while its stages run."""
+
+    folder: QidFolder
+    settings: Settings
+    opened: Callable[[], LanguageModel]
+    """Gives the model, which is not opened before a stage asks for it."""
+    layers: Sequence[int] = ()
+    """All layers of the model."""
+    trials_per_pass: MutableMapping[str, int] = field(default_factory=dict)
+    """How many prompts shared a forward pass, by the kind of pass. Batch shapes change low-order bits, so a pass that is
+    repeated takes the number that it was first made with; stages write theirs here."""
+    relation: Relation | None = None
+    """The rows that trials are drawn from; only the stage that freezes the trials needs them."""
+    csv_sha256: str = ""
+    _made: dict[Callable[..., Any], Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def model(self) -> LanguageModel:
+        """The model, opened when first asked for."""
+        return self.once(_opened)
+
+    @property
+    def q_id(self) -> str:
+        """Its q_id."""
+        return self.folder.q_id
+
+    def once(self, make: Callable[[Work], T]) -> T:
+        """``make(self)``, made the first time it is asked for: what several stages share."""
+        if make not in self._made:
+            self._made[make] = make(self)
+        return self._made[make]
+
+    def read(self, file: File[T], layer: int | None = None) -> T:
+        """The content of one of the q_id's files."""
+        return self.folder.read(file, layer)
+
+    def write(self, file: File[T], data: bytes, *, content: T | None = None) -> None:
+        """Write one of the q_id's files; ``content`` is what its reader makes of ``data``, where that is at hand."""
+        self.folder.write(file, data, content=content)
+
+    def tokenised(self, snapshot: Snapshot, *, clean: bool = False) -> Prompts:
+        """A snapshot's prompts, or its clean ones, as token ids with their targets and queries."""
+        texts = snapshot.clean_prompts if clean else snapshot.prompts
+        return Prompts([self.model.tokens.encode(text) for text in texts], snapshot.targets, snapshot.clusters)
+
+
+def _opened(work: Work) -> LanguageModel:
+    return work.opened()
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that two files of a finished q_id should agree on."""
+
+    path: Path
+    """The file to name where they do not."""
+    expected: str
+    holds: bool
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of every q_id, or of every layer of every q_id."""
+
+    name: str
+    """As in qid_status.json; of a stage with a step for each layer without the layer's number."""
+    about: str
+    """What it does, in one line."""
+    run: Callable[..., str]
+    """Called with a Work, and the layer where each layer has a step; reads, computes, writes, and returns its result in
+    a few words for the log."""
+    reads: tuple[File[Any], ...] = ()
+    writes: tuple[File[Any], ...] = ()
+    settings: tuple[str, ...] = ()
+    """The fields of Settings that it uses itself. Those of the stages whose files it reads count as its own, too."""
+    agrees: Callable[[QidFolder, QidStatus], Iterator[Finding]] | None = None
+    """For ``relfv verify``: what its files must agree on, with others and with the q_id's status."""
+    per_layer: bool = False
+    """Whether each layer has a step of its own."""
+    on_request: bool = False
+    """Whether a q_id is complete without it."""
+
+    def step(self, layer: int | None = None) -> Step:
+        """The stage for one q_id: at ``layer``, if it has a step for each."""
+        return Step(self, layer)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One entry of qid_status.json: a stage, at one layer where it has a step for each."""
+
+    stage: Stage
+    layer: int | None = None
+
+    @property
+    def name(self) -> str:
+        """As in qid_status.json."""
+        return self.stage.name if self.layer is None else f"{self.stage.name}{self.layer}"
+
+    def run(self, work: Work) -> str:
+        """Do it. -> the result in a few words."""
+        return self.stage.run(work) if self.layer is None else self.stage.run(work, self.layer)
+
+    def inputs(self, folder: QidFolder, layers: Sequence[int]) -> list[Path]:
+        """What it reads of what is there, in the order of its declaration; of files that each layer has, all."""
+        return [path for path in self._paths(self.stage.reads, folder, layers) if path.exists()]
+
+    def outputs(self, folder: QidFolder, layers: Sequence[int]) -> list[Path]:
+        """What it has written, likewise."""
+        at = layers if self.layer is None else [self.layer]
+        return [path for path in self._paths(self.stage.writes, folder, at) if path.exists()]
+
+    def has_all(self, names: Sequence[str], q_id: str) -> bool:
+        """Whether ``names``, relative to ``artifacts/``, hold every file that the stage writes today: one that a later
+        version adds is missing in the record of an earlier one."""
+        return all(any(file.is_named(name, q_id) for name in names) for file in self.stage.writes)
+
+    @staticmethod
+    def _paths(files: Sequence[File[Any]], folder: QidFolder, layers: Sequence[int]) -> list[Path]:
+        paths = [folder.path(file) for file in files if not file.per_layer]
+        return paths + [folder.path(file, layer) for layer in layers for file in files if file.per_layer]

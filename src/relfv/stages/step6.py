@@ -1,0 +1,171 @@
+"""Step6 at one layer: alpha times the function vector added to the zero-shot prompts' residual stream after that block.
+
+The spec's loop over layers is outside. The layers of one process share one pass (injection.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from relfv.models.tokens import fed_text
+from relfv.settings import MODEL_SETTINGS
+from relfv.stages.function_vector import FV
+from relfv.stages.injection import TOKEN_RULE, Injections, inject_at_every_layer, length, summarize
+from relfv.stages.stage import Finding, Stage, Work
+from relfv.stages.zeroshot import ZERO_SHOT_TRIALS, evaluated, evaluated_prompts
+from relfv.store.files import write_together
+from relfv.store.folder import File, QidFolder
+from relfv.store.formats import json_bytes, jsonl_bytes, read_json, read_jsonl
+from relfv.store.status import QidStatus
+from relfv.types import Effects
+
+PREFIX = "step6_layer_"
+"""Of the stage's name at each layer."""
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+EVAL_SUMMARY = File("step6/layer_{layer}/eval_summary.json", read_json)
+EVAL_TRIALS = File("step6/layer_{layer}/eval_trials.jsonl", read_jsonl)
+EVAL_META = File("step6/layer_{layer}/eval_meta.json", read_json)
+RESULTS = File("step6/layer_{layer}/step6_results_*.json", read_json)
+
+
+def locate_results(folder: QidFolder, model: str, layer: int, n_eval: int) -> Path:
+    """``step6_results_<model>_layer<l>_n<N>.json``; of a long path the end is kept, which tells models apart."""
+    safe = re.sub(r"[^A-Za-z0-9.-]", "_", model)[-150:]
+    return folder.locate(RESULTS, layer, f"step6_results_{safe}_layer{layer}_n{n_eval}.json")
+
+
+def _write(work: Work, layer: int, *, results: Any, summary: Any, rows: Sequence[Any], meta: Any) -> None:
+    """The four files of one layer; the results file, which the summary looks for, last."""
+    folder = work.folder
+    write_together(
+        {
+            folder.path(EVAL_SUMMARY, layer): json_bytes(summary),
+            folder.path(EVAL_TRIALS, layer): jsonl_bytes(rows),
+            folder.path(EVAL_META, layer): json_bytes(meta),
+            locate_results(folder, work.model.name, layer, len(rows)): json_bytes(results),
+        }
+    )
+
+
+# --- the stage -----------------------------------------------------------------------------------------------------
+
+
+def injections(work: Work) -> Injections:
+    """The vector at every layer of the evaluated prompts (``work.once(injections)``)."""
+    known = work.trials_per_pass.get("step6")
+    prompts = work.once(evaluated_prompts)
+    return inject_at_every_layer(work.model, prompts, work.read(FV), work.settings.alpha, trials_per_pass=known)
+
+
+def _inject(work: Work, layer: int) -> str:
+    effects, prompts = work.once(injections).at_layer(layer), work.once(evaluated_prompts)
+    numbers = summarize(effects, prompts.targets)
+    rows = _rows(work, effects)
+    summary = {
+        "n_eval": len(rows),
+        "requested_n_eval": work.settings.n_eval,
+        "n_trials": len(work.read(ZERO_SHOT_TRIALS).questions),
+        **numbers,
+    }
+    meta, fv = _meta(work, layer), work.read(FV)
+    results = {
+        "config": meta,
+        "fv": {"shape": list(fv.shape), "norm": meta["fv_norm"]},
+        "summary": summary,
+        "per_qid": _per_qid(work, effects),
+        "metadata": {
+            "trials": [question.trial_id for question in work.once(evaluated).questions],
+            "fv_global_path": work.folder.path(FV).name,
+            "sampled_trials_path": work.folder.path(ZERO_SHOT_TRIALS).name,
+        },
+        "results": rows,
+    }
+    _write(work, layer, results=results, summary=summary, rows=rows, meta=meta)
+    work.trials_per_pass["step6"] = effects.per_pass
+    return f"layer {layer}: P {numbers['mean_p_base']:.3f} -> {numbers['mean_p_with']:.3f}"
+
+
+def _per_qid(work: Work, effects: Effects) -> dict[str, dict[str, Any]]:
+    """The summary of each q_id's prompts: of one q_id here, of more in snapshots of other tools."""
+    targets, q_ids = work.once(evaluated_prompts).targets, [q.q_id for q in work.once(evaluated).questions]
+    parts = {}
+    for q_id in dict.fromkeys(q_ids):
+        rows = [i for i, other in enumerate(q_ids) if other == q_id]
+        part = Effects(base=effects.base[rows], edited=effects.edited[rows])
+        parts[q_id] = {"n_eval": len(rows), **summarize(part, [targets[i] for i in rows])}
+    return parts
+
+
+def _meta(work: Work, layer: int) -> dict[str, Any]:
+    settings, facts = work.settings, work.model.facts()
+    return {
+        "model": facts["model"],
+        "model_spec": facts["model_spec"],
+        "edit_layer": layer,
+        "alpha": settings.alpha,
+        "seed": settings.seed,
+        "token_position_rule": TOKEN_RULE,
+        "fv_norm": length(work.read(FV)),
+        **{name: facts[name] for name in ("dtype", "quant", "precision", "engine", "device")},
+        "n_eval": len(work.once(evaluated).questions),
+        "requested_n_eval": settings.n_eval,
+        "sampling": "all trials" if settings.allow_query_duplicates else "unique queries",
+    }
+
+
+def _rows(work: Work, effects: Effects) -> list[dict[str, Any]]:
+    trials, text = work.once(evaluated), work.model.tokens.text
+    base, edited = effects.base, effects.edited[:, 0]
+    before, after = base.measures(), edited.measures()
+    rows = []
+    for i, (question, prompt) in enumerate(zip(trials.questions, trials.prompts, strict=True)):
+        target, top_base, top_with = question.first_token_id, int(base.top_id[i]), int(edited.top_id[i])
+        row = {
+            "idx": i,
+            "q_id": question.q_id,
+            "trial_idx": question.trial_idx,
+            "prompt": fed_text(prompt),
+            "answer": question.answer,
+            "target_id": target,
+            "target_token": text(target),
+            "pred_id_base": top_base,
+            "pred_id_with": top_with,
+            "pred_token_base": text(top_base),
+            "pred_token_with": text(top_with),
+            "accuracy_base": int(top_base == target),
+            "accuracy_with": int(top_with == target),
+        }
+        for m in ("logit", "logprob", "p"):
+            row |= {f"{m}_base": float(before[m][i]), f"{m}_with": float(after[m][i])}
+            row[f"delta_{m}"] = row[f"{m}_with"] - row[f"{m}_base"]
+        rows.append(row)
+    return rows
+
+
+def _agrees(folder: QidFolder, status: QidStatus) -> Iterator[Finding]:
+    for layer in status.expected_layers:
+        summary, rows = folder.read(EVAL_SUMMARY, layer), folder.read(EVAL_TRIALS, layer)
+        yield Finding(folder.path(EVAL_TRIALS, layer), "n_eval rows", len(rows) == summary["n_eval"])
+        path = locate_results(folder, status.settings.model, layer, summary["n_eval"])
+        results = folder.read(RESULTS, layer)
+        same = (results["summary"], results["results"]) == (summary, rows)
+        yield Finding(path, "the layer's own summary and rows", same)
+        same = folder.read(EVAL_META, layer)["edit_layer"] == layer
+        yield Finding(folder.path(EVAL_META, layer), f"edit_layer {layer}", same)
+
+
+STAGE = Stage(
+    PREFIX,
+    "Add the vector after this layer to the zero-shot prompts.",
+    _inject,
+    reads=(FV, ZERO_SHOT_TRIALS),
+    writes=(EVAL_SUMMARY, EVAL_TRIALS, EVAL_META, RESULTS),
+    settings=(*MODEL_SETTINGS, "alpha", "n_eval", "allow_query_duplicates", "seed"),
+    agrees=_agrees,
+    per_layer=True,
+)

@@ -1,0 +1,102 @@
+"""The stages of every q_id, once, in the spec's order. What follows from this list: the order they run in, what a restart
+runs, which settings may still be chosen, what completes a q_id, what ``relfv verify`` reads and checks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from typing import Any
+
+from relfv.settings import IDENTITY
+from relfv.stages import (
+    answers,
+    cie,
+    controls,
+    curve,
+    function_vector,
+    heatmap,
+    means,
+    step6,
+    step6_summary,
+    summary,
+    sweeps,
+    trials,
+    zeroshot,
+)
+from relfv.stages.stage import Stage, Step
+from relfv.store.folder import File
+from relfv.store.status import QidStatus
+
+STAGES: tuple[Stage, ...] = (
+    trials.STAGE,
+    means.STAGE,
+    cie.STAGE,
+    heatmap.STAGE,
+    function_vector.STAGE,
+    zeroshot.STAGE,
+    step6.STAGE,
+    step6_summary.STAGE,
+    curve.STAGE,
+    controls.STAGE,
+    answers.STAGE,
+    summary.STAGE,
+    sweeps.STAGE,
+)
+STEP_D = (trials.STAGE, means.STAGE, cie.STAGE)
+"""What the spec calls StepD."""
+
+
+def steps(layers: Sequence[int], *, of: Iterable[Stage] = STAGES) -> list[Step]:
+    """The entries of qid_status.json that make a q_id complete, in order."""
+    required = [stage for stage in of if not stage.on_request]
+    return [step for stage in required for step in (map(stage.step, layers) if stage.per_layer else [stage.step()])]
+
+
+def step_named(name: str) -> Step | None:
+    """The step that qid_status.json calls ``name``; None for one of another version of relfv."""
+    for stage in STAGES:
+        if name == stage.name:
+            return stage.step()
+        if stage.per_layer and name.startswith(stage.name) and name.removeprefix(stage.name).isdecimal():
+            return stage.step(int(name.removeprefix(stage.name)))
+    return None
+
+
+def is_done(status: QidStatus, step: Step) -> bool:
+    """Whether a step is recorded, with every file that it writes today, and neither those nor what it read have changed."""
+    record = status.stages.get(step.name)
+    return record is not None and step.has_all([*record.files], status.q_id) and status.intact(step.name)
+
+
+def not_done(status: QidStatus) -> Iterator[Step]:
+    """The steps that are missing, damaged or out of date, in order."""
+    return (step for step in steps(status.expected_layers) if not is_done(status, step))
+
+
+def is_complete(status: QidStatus) -> bool:
+    """Whether every step is done: nothing is missing, damaged or out of date."""
+    return bool(status.expected_layers) and next(not_done(status), None) is None
+
+
+@cache
+def makers() -> dict[File[Any], Stage]:
+    """The stage that writes each file."""
+    return {file: stage for stage in STAGES for file in stage.writes}
+
+
+@cache
+def settings_of(stage: Stage) -> frozenset[str]:
+    """The settings that what a stage writes depends on: its own, and those of the stages whose files it reads."""
+    return frozenset(stage.settings).union(*(settings_of(makers()[file]) for file in stage.reads))
+
+
+def free_settings(status: QidStatus, chosen_by: Iterable[Stage]) -> set[str]:
+    """The settings that may still be chosen: no step that was begun depends on them, besides those of the stages that are
+    about to run."""
+    begun = {step.stage for name in status.stages if (step := step_named(name))} - set(chosen_by)
+    return set(IDENTITY).difference(*map(settings_of, begun))
+
+
+def file_named(name: str, q_id: str) -> File[Any] | None:
+    """The file of the contract that ``name``, relative to ``artifacts/``, is."""
+    return next((file for file in makers() if file.is_named(name, q_id)), None)

@@ -1,0 +1,124 @@
+"""One q_id's folder: where each file of the artifact contract is, and reading and writing it under the folder's lock."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from relfv.errors import InputError
+from relfv.store.files import (
+    read_bytes,
+    remove_temporaries,
+    require_no_links,
+    sha256_bytes,
+    write_atomic,
+)
+from relfv.store.locks import lock
+
+T = TypeVar("T")
+_WAIT_S = 60.0
+
+
+@dataclass(frozen=True)
+class File(Generic[T]):
+    """One file of the artifact contract."""
+
+    name: str
+    """Its path in ``artifacts/``, with ``{q_id}`` and ``{layer}`` where it has them and ``*`` for what differs from run to run."""
+    read: Callable[[Path], T]
+    """Its reader. Raises RelfvError for a file that is not what it should be."""
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether each layer has one."""
+        return "{layer}" in self.name
+
+    def named(self, q_id: str, layer: int | None = None) -> str:
+        """Its path for one q_id and, if each layer has one, layer."""
+        return self.name.format(q_id=q_id, layer=layer)
+
+    def is_named(self, name: str, q_id: str) -> bool:
+        """Whether ``name``, relative to ``artifacts/``, is this file of some layer."""
+        pattern = re.escape(self.name).replace(r"\{q_id\}", re.escape(q_id)).replace(r"\{layer\}", r"\d+")
+        return re.fullmatch(pattern.replace(r"\*", "[^/]*"), name) is not None
+
+
+@dataclass(frozen=True)
+class QidFolder:
+    """``<out_root>/<REL>/<Q>`` by its ``artifacts`` folder, or any folder that gets the files of one q_id."""
+
+    artifacts: Path
+    q_id: str
+    elsewhere: Mapping[File[Any], Path] = field(default_factory=dict)
+    """Where the files are that a single command reads from, or writes to, another place."""
+    _parsed: dict[Path, tuple[str, Any]] = field(default_factory=dict, repr=False, compare=False)
+    """By path the hash and the content of what was read or written last: several stages read the same files."""
+    _located: dict[tuple[File[Any], int | None], Path] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def log(self) -> Path:
+        """The run's log for this q_id."""
+        return self.artifacts.parent / "logs" / "stepD_aie.log"
+
+    @property
+    def lock(self) -> Path:
+        """Held by whoever writes into this q_id's folder."""
+        folder = self.artifacts.resolve().parent
+        return folder.parent / ".locks" / f"{folder.name}.lock"
+
+    def path(self, file: File[Any], layer: int | None = None) -> Path:
+        """Where ``file`` is; of a name with ``*`` that is not ``located`` yet the file that is there, if one is."""
+        if (file, layer) in self._located:
+            return self._located[file, layer]
+        if file in self.elsewhere:
+            return self.elsewhere[file]
+        path = self.artifacts / file.named(self.q_id, layer)
+        return next(iter(sorted(path.parent.glob(path.name))), path) if "*" in file.name else path
+
+    def locate(self, file: File[Any], layer: int | None, name: str) -> Path:
+        """Say which name the ``*`` of a file stands for. -> its path."""
+        path = self._located[file, layer] = self.path(file, layer).with_name(name)
+        return path
+
+    def has(self, file: File[Any], layer: int | None = None) -> bool:
+        """Whether ``file`` is there."""
+        return self.path(file, layer).is_file()
+
+    def read(self, file: File[T], layer: int | None = None) -> T:
+        """The content of ``file``, parsed once for as long as its bytes are the same; not to be changed by the caller."""
+        path = self.path(file, layer)
+        try:
+            digest = sha256_bytes(read_bytes(path))
+        except OSError:
+            return file.read(path)  # which says what is wrong
+        known = self._parsed.get(path)
+        if known is None or known[0] != digest:
+            known = self._parsed[path] = digest, file.read(path)
+        return known[1]
+
+    def write(self, file: File[T], data: bytes, *, read_only: bool = False, content: T | None = None) -> None:
+        """Write ``file`` whole or not at all; ``content`` is what its reader would make of ``data``, where that is at hand."""
+        path = self.path(file)
+        write_atomic(path, data, read_only=read_only)
+        if content is not None:
+            self._parsed[path] = sha256_bytes(data), content
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the lock, the same one as ``relfv run``, with leftovers of a killed process removed.
+
+        Another command that holds it, such as Step6 at another layer, is waited for. Raises InputError after a minute, and
+        for links that lead out of the folder.
+        """
+        for inside in (self.artifacts, self.log.parent):
+            require_no_links(inside, below=self.artifacts.parent)
+        require_no_links(self.lock, below=self.lock.parent.parent)
+        with lock(self.lock, wait_s=_WAIT_S) as holder:
+            if holder:
+                raise InputError(f"{self.artifacts} is being written by {holder}; wait for it, or use another folder")
+            remove_temporaries(self.artifacts)
+            yield

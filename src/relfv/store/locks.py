@@ -1,0 +1,92 @@
+"""Locks that die with their process."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from relfv.errors import RunError
+from relfv.store.files import explained, make_folder, remove_temporaries
+
+_SHARED_WAIT_S = 60.0
+
+
+@contextmanager
+def lock(path: Path, *, wait_s: float = 0.0) -> Iterator[str | None]:
+    """Hold an exclusive lock while open. Yields None if held, or who else holds it after ``wait_s`` seconds of trying.
+
+    The kernel drops the lock when the process ends, however it ends, so a killed run blocks nobody. Raises RunError
+    where the file system has no locks.
+    """
+    with explained(path):
+        make_folder(path.parent)
+        opened = path.open("a+")
+    with opened as file:
+        give_up = time.monotonic() + wait_s
+        while not _locked(file):
+            if time.monotonic() >= give_up:
+                yield _holder(file) or "another process"
+                return
+            time.sleep(0.1)
+        with suppress(OSError):  # a full disk: the lock holds all the same, and is nameless
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
+        yield None
+
+
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """For the files right in ``folder`` that all runs share (manifest, page): one process writes at a time, what a
+    killed one left half-written is removed first, and others wait. Raises RunError after a minute."""
+    # No q_id begins with a dot, so no q_id's lock has this name.
+    with lock(folder / ".locks" / ".shared.lock", wait_s=_SHARED_WAIT_S) as holder:
+        if holder:
+            raise RunError(f"{folder}: is being written by {holder} for over a minute; run again when that has ended")
+        remove_temporaries(folder, below=False)
+        yield
+
+
+def _locked(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as problem:
+        if problem.errno in (errno.EWOULDBLOCK, errno.EACCES):  # fcntl's word for it, which NFS and SMB pass on
+            return False
+        raise RunError(
+            f"{file.name}: cannot be locked ({problem.strerror}); relfv needs a file system with locks, so that two "
+            "runs cannot write one q_id: mount it with them, or choose another --out_root"
+        ) from problem
+    return True
+
+
+def _holder(file: IO[str]) -> str:
+    """Who wrote their name into a lock's file; empty if it cannot be read (on SMB a locked file cannot)."""
+    try:
+        file.seek(0)
+        return file.read().strip()
+    except OSError:
+        return ""
+
+
+def holder_is_alive(path: Path) -> bool:
+    """Whether the process that last held this lock still runs; True where that cannot be known (another host)."""
+    try:
+        _, pid, _, host = path.read_text().split()
+    except (OSError, ValueError):
+        return False
+    if host != socket.gethostname():
+        return True
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
