@@ -188,7 +188,7 @@ def _numbers(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
 
 def _settings(args: argparse.Namespace, base: Settings = _DEFAULTS) -> Settings:
     """The flags that were given over ``base``. For device, dtype and quant the environment stands between the two."""
-    from relfv.models.opening import dtype_name
+    from relfv.models.sources import dtype_name
 
     given = {name: value for name, value in vars(args).items() if name in base.to_json()}
     for name in ("device", "dtype", "quant"):
@@ -200,7 +200,7 @@ def _settings(args: argparse.Namespace, base: Settings = _DEFAULTS) -> Settings:
 
 def _check_names(settings: Settings) -> None:
     from relfv.models.families import SPEC_NAMES
-    from relfv.models.opening import QUANTS
+    from relfv.models.sources import QUANTS
 
     if settings.quant not in QUANTS:
         raise InputError(f"--quant {settings.quant!r}: expected one of {', '.join(QUANTS)}")

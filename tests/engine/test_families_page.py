@@ -8,7 +8,8 @@ import pytest
 
 from conftest import ROOT
 from parity import chosen_engine, injection_gaps, sweep_gaps, truth
-from relfv.models.families import FAMILIES, text_config
+from relfv.models.architecture import text_config
+from relfv.models.families import FAMILIES
 from zoo import ZOO, Animal
 
 PAGE = ROOT / "docs" / "families.md"

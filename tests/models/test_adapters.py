@@ -15,7 +15,7 @@ import torch
 from conftest import llama
 from relfv.errors import InputError
 from relfv.language_model import open_model
-from relfv.models.opening import model_identity
+from relfv.models.sources import model_identity
 
 IDS = torch.tensor([[1, 2, 3, 4, 5]])
 

@@ -19,7 +19,7 @@ import torch
 from relfv.errors import InputError, RunError
 from relfv.language_model import LanguageModel
 from relfv.logs import Progress, showing
-from relfv.models.opening import model_identity
+from relfv.models.sources import model_identity
 from relfv.report.figures import cross_png
 from relfv.report.page import write_report
 from relfv.report.table import find_statuses

@@ -17,7 +17,7 @@ from typing import Any
 from relfv.errors import InputError, RelfvError
 from relfv.language_model import LanguageModel
 from relfv.logs import Progress, logging_to, printable, remembering, showing
-from relfv.models.opening import model_identity
+from relfv.models.sources import model_identity
 from relfv.relations import file_sha256, load_relations, relation_name, require_q_ids, rows_sha256
 from relfv.report.page import page_path, write_report
 from relfv.report.table import find_statuses

@@ -18,7 +18,7 @@ from typing import Any
 from relfv.errors import InputError, RunError
 from relfv.language_model import LanguageModel
 from relfv.logs import logging_to
-from relfv.models.opening import model_identity
+from relfv.models.sources import model_identity
 from relfv.relations import file_sha256, load_relations, require_q_ids, rows_sha256
 from relfv.runs.qid import (
     QidPipeline,

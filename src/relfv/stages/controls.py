@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from relfv.language_model import LanguageModel
-from relfv.models.families import Architecture
+from relfv.models.architecture import Architecture
 from relfv.stages.clean_trials import CleanTrials
 from relfv.types import Effects, HeadId
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from relfv.errors import InputError
-from relfv.models.families import Architecture
+from relfv.models.architecture import Architecture
 from relfv.types import FunctionVector, HeadId, MeanActivations, ScoredHead
 
 

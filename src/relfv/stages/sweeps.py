@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from relfv.models.families import Architecture
+from relfv.models.architecture import Architecture
 from relfv.stages.function_vector import build_function_vector, select_heads
 from relfv.types import MeanActivations, ScoredHead
 
