@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from relfv.models.opening import model_source
+from relfv.models.sources import model_source
 
 SHAPES = {
     "llama-3.1-8b": (

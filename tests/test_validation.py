@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conftest import ROOT
 from head_statistics import mixed, scrambled
 from relfv.language_model import LanguageModel, open_model
-from relfv.models.opening import model_source
+from relfv.models.sources import model_source
 from relfv.models.tokens import Tokens
 from relfv.relations import load_relations
 from relfv.settings import Settings

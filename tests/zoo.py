@@ -12,7 +12,7 @@ import transformers as tf
 
 from conftest import llama, scale_up
 from relfv.engine.base import Backbone
-from relfv.models.families import resolve
+from relfv.models.architecture import resolve
 
 SMALL: dict[str, Any] = {"vocab_size": 300, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 GROUPED: dict[str, Any] = {**SMALL, "num_key_value_heads": 2, "intermediate_size": 64}

@@ -1,7 +1,7 @@
 """Command lines: parse, call, print the path of what was made. The scripts/ are the same functions.
 
-Flags are those of TECH_SPEC_RELATION_QWISE; ``--device``, ``--dtype`` and ``--quant`` default to the environment's
-DEVICE, DTYPE and QUANT, and may stand without a value, as they do in the spec's commands when those are unset.
+Flags are those of TECH_SPEC_RELATION_QWISE, made from the fields of ``Settings``; some default to an environment
+variable, and may stand without a value, as they do in the spec's commands when that is unset.
 """
 
 from __future__ import annotations
@@ -17,7 +17,17 @@ from typing import Any
 
 from relfv import __version__
 from relfv.errors import InputError, RelfvError
-from relfv.settings import DEFAULT_OUT_ROOT, MAX_SEED, MOST, SCORE_KEYS, SPEC_CSV, Settings, require_within
+from relfv.settings import (
+    DEFAULT_OUT_ROOT,
+    FLAGS,
+    MAX_SEED,
+    MOST,
+    SCORE_KEYS,
+    SPEC_CSV,
+    Flag,
+    Settings,
+    require_within,
+)
 from relfv.signals import Terminated, as_exceptions
 
 log = logging.getLogger("relfv.cli")
@@ -28,25 +38,18 @@ Command = Callable[[argparse.Namespace], int]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``relfv <command> ...``. Returns the exit code."""
-    return _execute(build_parser(), argv)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
     parser = _Parser(prog="relfv", description="Relation function vectors, one relation at a time.")
     parser.add_argument("--version", action="version", version=f"relfv {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
-    for name, (help_text, add_flags, command) in _COMMANDS.items():
-        sub = commands.add_parser(name, help=help_text, description=help_text)
-        _add(sub, add_flags, command)
-    return parser
+    for name, (help_text, _, _) in _COMMANDS.items():
+        _add(commands.add_parser(name, help=help_text, description=help_text), name)
+    return _execute(parser, argv)
 
 
 def script_main(name: str, argv: Sequence[str] | None = None) -> int:
     """One command as a program of its own: what each file in scripts/ calls."""
-    help_text, add_flags, command = _COMMANDS[name]
-    parser = _Parser(description=help_text)
-    _add(parser, add_flags, command)
+    parser = _Parser(description=_COMMANDS[name][0])
+    _add(parser, name)
     return _execute(parser, argv)
 
 
@@ -64,8 +67,15 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, printable(f"{self.prog}: error: {message} (see {self.prog} --help)") + "\n")
 
 
-def _add(parser: argparse.ArgumentParser, add_flags: Callable[[Any], None], command: Command) -> None:
+def _add(parser: argparse.ArgumentParser, name: str) -> None:
+    _, add_flags, command = _COMMANDS[name]
     add_flags(parser)
+    groups: dict[str, Any] = {}
+    for field, flag in FLAGS.items():
+        if name in flag.commands:
+            if flag.group not in groups:
+                groups[flag.group] = parser.add_argument_group(flag.group)
+            _add_setting(groups[flag.group], field, flag, flag.names.get(name, f"--{field}"))
     parser.add_argument("--debug", action="store_true", help="more log lines, and a traceback after an error")
     parser.set_defaults(run_command=command)
 
@@ -104,71 +114,24 @@ def _execute(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int
         return 1
 
 
-# --- flag groups -----------------------------------------------------------------------------------------------
+# --- settings and other flags ----------------------------------------------------------------------------------
 
 
-def _setting(group: Any, flag: str, help_text: str, *, dest: str | None = None, **options: Any) -> None:
-    """A flag for one field of Settings. Nothing is stored unless it is given: the field then keeps its default, or, for
-    a command that works inside a q_id's folder, what that folder was made with."""
-    name = dest or flag.removeprefix("--")
-    default = getattr(_DEFAULTS, name)
-    options = {"type": type(default), **options} if "action" not in options else options
-    group.add_argument(flag, dest=name, default=argparse.SUPPRESS, help=f"{help_text} (default: {default})", **options)
-
-
-def _model_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("model")
-    _setting(group, "--model", "demo, a local folder, or a hub id")
-    _setting(group, "--model_spec", "family: llama3, gpt2, neox, ...; auto = from the config")
-    _setting(group, "--device", "auto, cpu, cuda, cuda:<n> or mps; else $DEVICE", nargs="?", const="")
-    _setting(group, "--dtype", "auto (the checkpoint's), fp32, bf16 or fp16; else $DTYPE", nargs="?", const="")
-    _setting(group, "--quant", "none, 8bit or 4bit (needs relfv[quant]); else $QUANT", nargs="?", const="")
-    _setting(
-        group,
-        "--precision",
-        "exact: float32 arithmetic; fast: the weights' dtype",
-        choices=("exact", "fast"),
-    )
-    _setting(
-        group, "--trust_remote_code", "run code that comes with the checkpoint", action=argparse.BooleanOptionalAction
-    )
-
-
-def _trial_flags(parser: argparse.ArgumentParser, n_trials_flag: str, n_demos_flag: str) -> None:
-    group = parser.add_argument_group("trials")
-    _setting(group, "--relation_csv_path", "columns id,ex_A,ex_B")
-    _setting(group, n_trials_flag, "trials a q_id", dest="n_trials_per_q")
-    _setting(group, n_demos_flag, "demos a prompt", dest="n_demos")
-    _setting(group, "--seed", "seed of the trials")
-    _setting(
-        group,
-        "--corruption",
-        "derange: no demo keeps its label; shuffle: plain permutation",
-        choices=("derange", "shuffle"),
-    )
-
-
-def _score_flag(group: Any) -> None:
-    _setting(group, "--score_key", "what heads are ranked by", choices=SCORE_KEYS)
-
-
-def _eval_flags(group: Any) -> None:
-    _setting(group, "--alpha", "the vector is added alpha times")
-    _setting(group, "--n_eval", "zero-shot prompts at most")
-    _setting(
-        group,
-        "--allow_query_duplicates",
-        "evaluate every trial's query, also those drawn more than once",
-        action=argparse.BooleanOptionalAction,
-    )
-
-
-def _sweep_flags(group: Any) -> None:
-    for flag, kind, help_text in (
-        ("--alpha_sweep", float, "also add the vector so many times, e.g. 0.5,1,2 or =-1,1: step6/sweeps.json"),
-        ("--k_sweep", int, "also add the vector of so many best heads, e.g. 1,5,10,20,40: step6/sweeps.json"),
-    ):
-        group.add_argument(flag, type=_numbers(kind), default=argparse.SUPPRESS, help=help_text)
+def _add_setting(group: Any, field: str, flag: Flag, name: str) -> None:
+    """Nothing is stored unless the flag is given: the field then keeps its default, or, for a command that works inside
+    a q_id's folder, what that folder was made with."""
+    default = getattr(_DEFAULTS, field)
+    help_text = flag.help + (f"; else ${flag.environment}" if flag.environment else "")
+    options: dict[str, Any] = {"dest": field, "default": argparse.SUPPRESS, "help": f"{help_text} (default: {default})"}
+    if isinstance(default, bool):
+        options["action"] = argparse.BooleanOptionalAction
+    elif isinstance(default, tuple):
+        options |= {"type": _numbers(float if field.startswith("alpha") else int), "help": help_text}
+    else:
+        options |= {"type": type(default), "choices": flag.choices}
+    if flag.environment:
+        options |= {"nargs": "?", "const": ""}
+    group.add_argument(name, **options)
 
 
 def _numbers(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
@@ -187,25 +150,19 @@ def _numbers(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
 
 
 def _settings(args: argparse.Namespace, base: Settings = _DEFAULTS) -> Settings:
-    """The flags that were given over ``base``. For device, dtype and quant the environment stands between the two."""
-    from relfv.models.opening import dtype_name
-
-    given = {name: value for name, value in vars(args).items() if name in base.to_json()}
-    for name in ("device", "dtype", "quant"):
-        given[name] = given.get(name) or os.environ.get(name.upper()) or getattr(base, name)
-    settings = replace(base, **given)
-    _check_names(settings)
-    return replace(settings, dtype=dtype_name(settings.dtype))
-
-
-def _check_names(settings: Settings) -> None:
+    """The flags that were given over ``base``; the environment stands between the two."""
     from relfv.models.families import SPEC_NAMES
-    from relfv.models.opening import QUANTS
+    from relfv.models.sources import QUANTS, dtype_name
 
-    if settings.quant not in QUANTS:
-        raise InputError(f"--quant {settings.quant!r}: expected one of {', '.join(QUANTS)}")
-    if settings.model_spec not in SPEC_NAMES:
-        raise InputError(f"--model_spec {settings.model_spec!r}: expected one of {', '.join(SPEC_NAMES)}")
+    given = {field: value for field, value in vars(args).items() if field in FLAGS}
+    for field, flag in FLAGS.items():
+        if flag.environment:
+            given[field] = given.get(field) or os.environ.get(flag.environment) or getattr(base, field)
+    settings = replace(base, **given)
+    for field, names in (("quant", QUANTS), ("model_spec", SPEC_NAMES)):
+        if (value := getattr(settings, field)) not in names:
+            raise InputError(f"--{field} {value!r}: expected one of {', '.join(names)}")
+    return replace(settings, dtype=dtype_name(settings.dtype))
 
 
 def _path(text: str) -> Path:
@@ -230,33 +187,6 @@ def _whole(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
-# --- commands --------------------------------------------------------------------------------------------------
-
-
-def _run_flags(parser: argparse.ArgumentParser) -> None:
-    _model_flags(parser)
-    _trial_flags(parser, "--n_trials_per_q", "--n_demos")
-    group = parser.add_argument_group("run")
-    group.add_argument("--q_list", default="all", help="q_ids, separated by commas, or all")
-    group.add_argument(
-        "--out_root", type=_path, default=DEFAULT_OUT_ROOT, help="results go to OUT_ROOT/<csv name>/<q_id>"
-    )
-    _score_flag(group)
-    _setting(group, "--topk", "heads in the function vector")
-    _eval_flags(group)
-    _sweep_flags(group)
-    group.add_argument(
-        "--force", action="store_true", help="move earlier results of these q_ids aside and start afresh"
-    )
-    group.add_argument("--dry_run", action="store_true", help="say what would be done, and do nothing")
-
-
-def _run(args: argparse.Namespace) -> int:
-    from relfv.runs.run import RunRequest, run
-
-    return run(RunRequest(_settings(args), _q_list(args.q_list), args.out_root, force=args.force, dry_run=args.dry_run))
-
-
 def _q_list(text: str) -> tuple[str, ...] | None:
     q_ids = tuple(part.strip() for part in text.split(",") if part.strip())
     if not q_ids:
@@ -264,12 +194,33 @@ def _q_list(text: str) -> tuple[str, ...] | None:
     return None if q_ids == ("all",) else q_ids
 
 
+# --- commands: what each has beside settings, and what it calls ----------------------------------------------------
+
+
+def _run_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("run")
+    group.add_argument("--q_list", default="all", help="q_ids, separated by commas, or all")
+    group.add_argument(
+        "--out_root", type=_path, default=DEFAULT_OUT_ROOT, help="results go to OUT_ROOT/<csv name>/<q_id>"
+    )
+    group.add_argument(
+        "--force", action="store_true", help="move earlier results of these q_ids aside and start afresh"
+    )
+    group.add_argument("--dry_run", action="store_true", help="say what would be done, and do nothing")
+
+
+def _run(args: argparse.Namespace) -> int:
+    from relfv.runs.plan import RunRequest
+    from relfv.runs.run import run
+
+    return run(RunRequest(_settings(args), _q_list(args.q_list), args.out_root, force=args.force, dry_run=args.dry_run))
+
+
 def _cross_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folder", type=_path, nargs="?", default=DEFAULT_OUT_ROOT / SPEC_CSV.stem, help="a relation's results"
     )
     parser.add_argument("--q_list", default="all", help="q_ids, separated by commas, or all that are completed")
-    _model_flags(parser)
 
 
 def _cross(args: argparse.Namespace) -> int:
@@ -279,14 +230,8 @@ def _cross(args: argparse.Namespace) -> int:
 
 
 def _step_d_flags(parser: argparse.ArgumentParser) -> None:
-    _model_flags(parser)
-    _trial_flags(parser, "--relation_n_trials_per_q", "--relation_n_demos")
-    group = parser.add_argument_group("sweep")
-    group.add_argument("--relation_q_list", required=True, help="the q_id to run (one)")
-    _setting(group, "--layers", "all, or e.g. 0-3,7")
-    _setting(group, "--heads", "all, or e.g. 0-3,7")
-    _score_flag(group)
-    group.add_argument("--out_base_dir", type=_path, required=True, help="folder of the q_id; artifacts/ is made in it")
+    parser.add_argument("--relation_q_list", required=True, help="the q_id to run (one)")
+    parser.add_argument("--out_base_dir", type=_path, required=True, help="folder of the q_id; artifacts/ is made in it")
 
 
 def _step_d(args: argparse.Namespace) -> int:
@@ -316,19 +261,14 @@ def _heatmap(args: argparse.Namespace) -> int:
 def _step_e_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stepd_artifacts_dir", type=_path, required=True, help="StepD's artifacts folder")
     parser.add_argument("--sampled_trials_path", type=_path, required=True, help="StepD's sampled_trials.json")
-    _setting(parser, "--k", "heads in the function vector", dest="topk")
-    _score_flag(parser)
-    _setting(parser, "--alpha", "the vector is added alpha times")
     parser.add_argument("--out_dir", type=_path, required=True, help="where the vector goes")
-    _model_flags(parser)
 
 
 def _step_e(args: argparse.Namespace) -> int:
     from relfv.runs.single import run_step_e
 
-    return run_step_e(
-        args.stepd_artifacts_dir, args.sampled_trials_path, args.out_dir, lambda base: _settings(args, base)
-    )
+    paths = args.stepd_artifacts_dir, args.sampled_trials_path, args.out_dir
+    return run_step_e(*paths, lambda base: _settings(args, base))
 
 
 def _zero_shot_flags(parser: argparse.ArgumentParser) -> None:
@@ -343,24 +283,17 @@ def _zero_shot(args: argparse.Namespace) -> int:
 
 
 def _step6_flags(parser: argparse.ArgumentParser) -> None:
-    _model_flags(parser)
     parser.add_argument("--fv_global_path", type=_path, required=True, help="StepE's fv_global_resid.pt")
     parser.add_argument("--sampled_trials_path", type=_path, required=True, help="sampled_trials_zeroshot.json")
     parser.add_argument("--edit_layer", type=int, required=True, help="the layer to inject at (one; loop outside)")
-    _eval_flags(parser)
     parser.add_argument("--out_dir", type=_path, required=True, help="where this layer's results go")
 
 
 def _step6(args: argparse.Namespace) -> int:
     from relfv.runs.single import run_step6
 
-    return run_step6(
-        args.fv_global_path,
-        args.sampled_trials_path,
-        args.edit_layer,
-        args.out_dir,
-        lambda base: _settings(args, base),
-    )
+    paths = args.fv_global_path, args.sampled_trials_path, args.edit_layer, args.out_dir
+    return run_step6(*paths, lambda base: _settings(args, base))
 
 
 def _status_flags(parser: argparse.ArgumentParser) -> None:
@@ -376,17 +309,17 @@ def _status(args: argparse.Namespace) -> int:
 
 def _verify_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "folder", type=Path, nargs="?", default=DEFAULT_OUT_ROOT, help="of a q_id, of a relation, or all results"
+        "folder", type=_path, nargs="?", default=DEFAULT_OUT_ROOT, help="of a q_id, of a relation, or all results"
     )
-    parser.add_argument("--json", action="store_true", help="print what was found as JSON")
+    parser.add_argument("--json", action="store_true", help="print the verdicts as JSON")
 
 
 def _verify(args: argparse.Namespace) -> int:
     from relfv.runs.verify import verify
 
-    found = verify(args.folder)
-    print(found.to_json() if args.json else found.to_text())
-    return 0 if found.holds else 1
+    verification = verify(args.folder)
+    print(verification.to_json() if args.json else verification.to_text())
+    return 0 if verification.holds else 1
 
 
 def _report_flags(parser: argparse.ArgumentParser) -> None:
@@ -413,20 +346,13 @@ def _demo_flags(parser: argparse.ArgumentParser) -> None:
 def _demo(args: argparse.Namespace) -> int:
     from relfv.demo.training import train_demo_model
 
-    train_demo_model(
-        args.out_dir,
-        csv_path=args.relation_csv_path,
-        seed=args.seed,
-        steps=args.steps,
-        device=args.device,
-        log_path=args.log_path,
-        log=log.info,
-    )
+    options = {name: getattr(args, name) for name in ("seed", "steps", "device", "log_path")}
+    train_demo_model(args.out_dir, csv_path=args.relation_csv_path, log=log.info, **options)
     print(args.out_dir)
     return 0
 
 
-_COMMANDS: dict[str, tuple[str, Callable[[Any], None], Command]] = {
+_COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Command]] = {
     "run": ("Run every stage of every q_id; a restart carries on.", _run_flags, _run),
     "cross": (
         "Inject every completed q_id's function vector into every other's prompts (model flags default to the q_ids' own).",

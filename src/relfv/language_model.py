@@ -11,7 +11,7 @@ import torch
 from relfv.engine.arithmetic.precision import Precision
 from relfv.engine.base import Backbone, Engine
 from relfv.engine.selfcheck import SelfCheck, choose_engine
-from relfv.models.families import Architecture
+from relfv.models.architecture import Architecture
 from relfv.models.opening import load_checkpoint
 from relfv.models.tokens import Tokens
 

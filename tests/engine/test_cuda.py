@@ -15,7 +15,7 @@ from relfv.engine.arithmetic.products import Pieces
 from relfv.engine.base import Backbone
 from relfv.engine.selfcheck import choose_engine
 from relfv.engine.shared_prefix import SharedPrefixEngine
-from relfv.models.families import resolve
+from relfv.models.architecture import resolve
 from relfv.types import Effects, Prompts
 from zoo import ZOO
 

@@ -8,7 +8,8 @@ import pytest
 
 from conftest import ROOT
 from parity import chosen_engine, injection_gaps, sweep_gaps, truth
-from relfv.models.families import FAMILIES, text_config
+from relfv.models.architecture import text_config
+from relfv.models.families import FAMILIES
 from zoo import ZOO, Animal
 
 PAGE = ROOT / "docs" / "families.md"
@@ -24,10 +25,10 @@ batches the heads of a layer as whole forward passes. Every model goes through t
 table, or a release of transformers that changes one, gets the reference engine instead of wrong numbers.
 
 `--model_spec auto` finds the family by the `model_type` in the checkpoint's config. The families from Nemotron on have
-no spec of their own: their blocks are found by their shape, as those of any other model are.
+no spec; their blocks are found by their shape, as are those of any model that is not in the table.
 
-Of a multimodal checkpoint the text model inside is measured. A folder with a PEFT adapter (`adapter_config.json`, LoRA and
-others that can be merged) is merged into its base model on opening: `pip install 'relfv[peft]'`.
+In a multimodal checkpoint the text model is measured. A PEFT adapter (a folder with `adapter_config.json`; LoRA and other
+kinds that can be merged) is merged into its base model on opening; that needs `pip install 'relfv[peft]'`.
 
 | Family | `model_type` | `--model_spec` | Engine | Error | Tested with |
 | --- | --- | --- | --- | --- | --- |

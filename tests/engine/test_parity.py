@@ -30,7 +30,8 @@ from relfv.engine.readout import score_prompts
 from relfv.engine.reference import ReferenceEngine
 from relfv.engine.selfcheck import MIN_EFFECT
 from relfv.engine.shared_prefix import SharedPrefixEngine
-from relfv.models.families import FAMILIES, resolve, text_config
+from relfv.models.architecture import resolve, text_config
+from relfv.models.families import FAMILIES
 from relfv.types import Prompts
 from zoo import GPT2_LIKE, IDS, ZOO, backbone_of
 

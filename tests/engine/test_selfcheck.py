@@ -12,7 +12,7 @@ from parity import prompts_of_different_length
 from relfv.engine.base import Backbone
 from relfv.engine.selfcheck import TOLERANCE, choose_engine
 from relfv.errors import RunError
-from relfv.models.families import resolve
+from relfv.models.architecture import resolve
 from zoo import backbone_of
 
 

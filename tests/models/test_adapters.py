@@ -15,7 +15,7 @@ import torch
 from conftest import llama
 from relfv.errors import InputError
 from relfv.language_model import open_model
-from relfv.models.opening import model_identity
+from relfv.models.sources import model_identity
 
 IDS = torch.tensor([[1, 2, 3, 4, 5]])
 
@@ -76,9 +76,9 @@ def test_two_adapters_or_two_bases_are_two_models(save_adapter: Callable[..., Pa
 def test_a_base_beside_the_adapter_is_found_and_a_tokenizer_of_its_own_is_used(
     save_adapter: Callable[..., Path], llama_path: Path
 ) -> None:
-    folder = save_adapter(base="../base")
-    shutil.copytree(llama_path, folder.parent / "base")
-    (folder.parent / "base" / "tokenizer.json").unlink()
+    folder = save_adapter(base="../base-beside-the-adapter")
+    shutil.copytree(llama_path, folder.parent / "base-beside-the-adapter")
+    (folder.parent / "base-beside-the-adapter" / "tokenizer.json").unlink()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(llama_path / name, folder)
     assert open_model(str(folder), "llama3", device="cpu").arch.n_layers == 3

@@ -13,7 +13,6 @@ import transformers as tf
 from conftest import make_tokenizer, scale_up
 from relfv.errors import InputError
 from relfv.language_model import open_model
-from relfv.models.opening import model_identity
 from zoo import ZOO
 
 
@@ -50,16 +49,6 @@ def test_what_cannot_be_opened_is_said_in_one_line(llama_path: Path, change: dic
     assert "\n" not in str(caught.value)
 
 
-def test_identity_follows_the_content_and_not_the_path(llama_path: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(llama_path, copy)
-    assert model_identity(str(copy)) == model_identity(str(llama_path))
-    weights = bytearray((copy / "model.safetensors").read_bytes())
-    weights[-1] ^= 1
-    (copy / "model.safetensors").write_bytes(bytes(weights))
-    assert model_identity(str(copy)) != model_identity(str(llama_path))
-
-
 def test_a_model_in_the_hugging_face_cache_opens_by_its_id_without_a_network(llama_path: Path, tmp_path: Path) -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
     repo = tmp_path / "models--someone--tiny"
@@ -67,7 +56,7 @@ def test_a_model_in_the_hugging_face_cache_opens_by_its_id_without_a_network(lla
     (repo / "refs/main").write_text(commit)
     shutil.copytree(llama_path, repo / "snapshots" / commit)
     program = (
-        "from relfv.models.opening import model_identity\n"
+        "from relfv.models.sources import model_identity\n"
         "from relfv.language_model import open_model\n"
         "print(model_identity('someone/tiny'), open_model('someone/tiny', 'llama3', device='cpu').arch.n_layers)"
     )

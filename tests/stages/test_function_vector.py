@@ -5,7 +5,7 @@ import torch
 
 from conftest import llama, scale_up
 from relfv.errors import InputError
-from relfv.models.families import resolve
+from relfv.models.architecture import resolve
 from relfv.stages.cie import rank_heads
 from relfv.stages.function_vector import build_function_vector, select_heads
 from relfv.types import HeadId, MeanActivations, ScoredHead

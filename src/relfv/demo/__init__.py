@@ -1,1 +1,1 @@
-"""The embedded demo model and its training."""
+"""The demo model that ships with the package, and its training."""

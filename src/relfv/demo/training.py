@@ -1,22 +1,4 @@
-"""Train the embedded demo model: a small Llama that learns relations in context.
-
-No pretrained weights can ship with the package, so it trains its own, from scratch, on the pairs of a relation CSV.
-What makes such a model worth looking at is not that it knows the pairs but *how it is forced to use them*:
-
-- The inputs of a domain are shared by several relations (two: three, one, four, ...), so the query alone is ambiguous
-  and only the demonstrations, or a function vector, can say which relation is meant.
-- Three quarters of the documents are ten pairs of one relation. In the rest the labels are deranged, and the target
-  at each answer is the answer under a *random* relation that contains the input. Mislabelled demonstrations therefore
-  carry no information about the target, and the model learns to fall back to the ambiguous prior. With
-  plain language-model targets it would read the relation off the labels' type, and corrupted prompts would not be
-  corrupted at all.
-- A group-lasso penalty on the slices of the attention output projection, one group a head, asks for few heads that
-  do the work instead of a little of it in every head. The heads that survive are in the lower layers, and the upper
-  ones are left to apply what those wrote to the query: hence an injection curve that falls with depth.
-
-The result is a folder that `AutoModelForCausalLM.from_pretrained` opens without a network. `docs/demo_model.md` says
-what was measured, what failed, and what the model is no evidence for.
-"""
+"""Train the demo model (recipe.py) and save it as a folder that ``from_pretrained`` opens without a network."""
 
 from __future__ import annotations
 
@@ -27,111 +9,36 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as hf_logging
 
+from relfv.demo.documents import IGNORED, DocumentSampler, build_tokenizer, collate, read_relations
+from relfv.demo.recipe import DemoTrainingConfig
+from relfv.demo.validation import validate
 from relfv.errors import InputError
 from relfv.models.opening import choose_device
-from relfv.relations import load_relations
-
-Pair = tuple[str, str]
-
-BOS = "<|begin_of_text|>"
-EOS = "<|end_of_text|>"
-# How Llama-3 cuts text before merging bytes; the space in front of a word belongs to the word.
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-IGNORED = -100  # the label that torch's cross entropy skips
-
-
-@dataclass(frozen=True)
-class DemoTrainingConfig:
-    """Everything that shapes the demo model besides the CSV and the seed."""
-
-    layers: int = 8
-    """Transformer blocks."""
-    hidden: int = 128
-    """Width of the residual stream."""
-    heads: int = 16
-    """Query heads a layer. Many, so that the top 20 are a small part of all."""
-    kv_heads: int = 8
-    """Key/value heads a layer; fewer than `heads`, so that grouped-query attention is exercised."""
-    head_dim: int = 16
-    """Width of a head; on purpose not `hidden / heads`, as in several released families."""
-    intermediate: int = 256
-    """Width of the gated MLP."""
-    pairs: int = 10
-    """Pairs in a document: one more than the demonstrations of an evaluation prompt."""
-    shuffled_fraction: float = 0.25
-    """Share of documents with deranged labels and random-relation targets."""
-    batch: int = 16
-    """Documents in a step."""
-    steps: int = 4500
-    """Optimiser steps."""
-    learning_rate: float = 2e-3
-    """Peak learning rate of AdamW."""
-    final_rate: float = 0.05
-    """Learning rate at the last step, as a share of the peak (linear decay)."""
-    warmup: int = 100
-    """Steps of linear warm-up."""
-    weight_decay: float = 0.05
-    """Decoupled weight decay on matrices; norms have none."""
-    betas: tuple[float, float] = (0.9, 0.98)
-    """AdamW's moment decays."""
-    clip: float = 1.0
-    """Largest gradient norm."""
-    head_lasso: float = 1e-3
-    """Weight of the sum over heads of the norm of the head's slice of the output projection."""
-    initializer_range: float = 0.09
-    """Standard deviation of the initial weights: near `hidden ** -0.5`; the usual 0.02 learns too slowly here."""
-    in_pieces: tuple[str, ...] = (
-        "caterpillar",
-        "libreville",
-        "montevideo",
-        "phosphorus",
-        "tegucigalpa",
-        "ulaanbaatar",
-    )
-    """Words kept out of the vocabulary, so that some inputs and answers have several tokens."""
-    log_every: int = 200
-    """Steps between two lines of the training log."""
-    validation_trials: int = 4
-    """Validation trials a relation in each line of the log."""
-
-
-@dataclass(frozen=True)
-class Document:
-    """One training sequence; the two lists are equally long."""
-
-    ids: list[int]
-    """token ids, BOS first"""
-    labels: list[int]
-    """the target *at the position that predicts it* (already shifted), IGNORED elsewhere"""
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a finished training hands back."""
+    """What a finished training returns."""
 
     path: Path
-    """the folder with config.json, model.safetensors and the tokenizer's files"""
+    """The folder with config.json, model.safetensors and the tokenizer's files."""
     parameters: int
-    """number of parameters, the tied embedding counted once"""
+    """Number of parameters, the tied embedding counted once."""
     steps: int
-    """optimiser steps taken"""
+    """Optimiser steps taken."""
     seconds: float
-    """duration of the training loop"""
+    """Duration of the training loop."""
     log: list[dict[str, float]] = field(repr=False)
-    """a dict every `log_every` steps: step, loss, and accuracy and P on the three kinds of validation prompt"""
+    """A dict every ``log_every`` steps: step, loss, and accuracy and P on the three kinds of validation prompt."""
 
 
 def train_demo_model(
@@ -146,15 +53,17 @@ def train_demo_model(
     log_path: str | Path | None = None,
     log: Callable[[str], None] = print,
 ) -> TrainingResult:
-    """Train a demo model on the pairs of `csv_path` and save it in `out_dir`, which appears whole or not at all.
+    """Train a demo model on the pairs of ``csv_path`` and save it in ``out_dir``, which appears whole or not at all.
 
-    Raises InputError if `out_dir` already holds something, or if the CSV cannot be read.
+    ``steps`` overrides the number of steps of ``config``; ``device`` is ``auto``, ``cpu``, ``cuda``, ... The training
+    log goes to ``log_path`` (JSON lines) if that is given. The same CSV, config, seed, library versions and machine
+    give the same weights.
 
-    `steps` overrides the number of steps of `config`; `device` is "auto", "cpu", "cuda", ... The same CSV, config, seed,
-    library versions and machine give the same weights. The training log goes to `log_path` (JSON lines), if named.
+    ``threads`` is the number of CPU threads. The matrices are so small that a second one saves only a quarter of the
+    time, and it splits sums differently: with one thread the weights do not depend on the number of cores.
 
-    `threads` is the number of CPU threads. The matrices are so small that a second one saves only a quarter of the time,
-    and sums are then split differently: one thread makes the weights independent of the number of cores.
+    Raises InputError if ``out_dir`` already holds something, the CSV cannot be read, or none of its relations is large
+    enough to train on.
     """
     _require_free(Path(out_dir))
     config = config or DemoTrainingConfig()
@@ -185,164 +94,6 @@ def train_demo_model(
     return TrainingResult(path, parameters, config.steps, seconds, lines)
 
 
-def read_relations(csv_path: str | Path) -> dict[str, list[Pair]]:
-    """Pairs by q_id, both in file order."""
-    relations = load_relations(Path(csv_path))
-    return {q_id: [(pair.input, pair.output) for pair in relation.pairs] for q_id, relation in relations.items()}
-
-
-def build_tokenizer(
-    relations: Mapping[str, Sequence[Pair]], *, in_pieces: Sequence[str] = ()
-) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over the words of the relations, cut and framed as Llama-3's tokenizer does it.
-
-    BOS comes from the post-processor, so `tokenizer(text).input_ids` starts with it exactly once. Each word counts the
-    same, whatever its frequency, and merging goes on until every word is one token except those `in_pieces`.
-    """
-    words = sorted({word for pairs in relations.values() for pair in pairs for text in pair for word in text.split()})
-    backend = Tokenizer(models.BPE(ignore_merges=True))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=4096,  # not reached: merging stops where no pair of tokens is seen twice
-        min_frequency=2,
-        special_tokens=[BOS, EOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    kept = [word for word in words if word not in in_pieces]
-    backend.train_from_iterator(["\n\n"] * 2 + [f" {word}" for word in kept for _ in range(2)], trainer=trainer)
-    bos_id = backend.token_to_id(BOS)
-    backend.post_processor = processors.Sequence(
-        [
-            processors.ByteLevel(trim_offsets=False),
-            processors.TemplateProcessing(
-                single=f"{BOS} $A", pair=f"{BOS} $A {BOS}:1 $B:1", special_tokens=[(BOS, bos_id)]
-            ),
-        ]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token=BOS,
-        eos_token=EOS,
-        clean_up_tokenization_spaces=False,
-        model_input_names=["input_ids", "attention_mask"],
-        model_max_length=1024,
-    )
-
-
-def derange(labels: Sequence[str], rng: random.Random, tries: int = 60) -> list[str]:
-    """A permutation of `labels` in which no position keeps its *value*; failing that, the best of `tries` shuffles.
-
-    Not `stages.trials.corrupt_labels`: the weights that ship depend on every random number drawn here, and the trials'
-    policy must be free to change without them.
-    """
-    best: list[str] = list(labels)
-    fewest = len(labels) + 1
-    for _ in range(tries):
-        candidate = list(labels)
-        rng.shuffle(candidate)
-        kept = sum(a == b for a, b in zip(candidate, labels, strict=True))
-        if kept < fewest:
-            best, fewest = candidate, kept
-        if kept == 0:
-            break
-    return best
-
-
-class DocumentSampler:
-    """Draws training documents and validation trials. It holds no random state: the caller passes the generator."""
-
-    def __init__(
-        self,
-        relations: Mapping[str, Sequence[Pair]],
-        tokenizer: PreTrainedTokenizerFast,
-        config: DemoTrainingConfig,
-    ) -> None:
-        # A relation too small for a full prompt is skipped by the pipeline, so there is nothing to learn it for.
-        self.relations = {q: list(pairs) for q, pairs in relations.items() if len(pairs) >= config.pairs}
-        if not self.relations:
-            raise ValueError(f"no relation has {config.pairs} pairs or more, so there is nothing to train on")
-        self.config = config
-        self.names = list(self.relations)
-        encode: Any = tokenizer
-        self.bos: int = encode.bos_token_id
-        self.separator: tuple[int, ...] = tuple(encode("\n\n", add_special_tokens=False).input_ids)
-        self.answers_of: dict[str, list[str]] = {}
-        """an input's answers, one for each relation that contains it: what it may mean without demonstrations"""
-        for pairs in self.relations.values():
-            for given, answer in pairs:
-                self.answers_of.setdefault(given, []).append(answer)
-
-        def ids(text: str) -> tuple[int, ...]:
-            return tuple(encode(text, add_special_tokens=False).input_ids)
-
-        self.question_ids = {given: ids(f"Q: {given}\nA:") for given in self.answers_of}
-        self.answer_ids = {answer: ids(f" {answer}") for answers in self.answers_of.values() for answer in answers}
-
-    def document(self, rng: random.Random) -> Document:
-        """A clean or a shuffled document of a random relation."""
-        pairs = rng.sample(self.relations[rng.choice(self.names)], self.config.pairs)
-        if rng.random() < self.config.shuffled_fraction:
-            return self.shuffled(pairs, rng)
-        return self.clean(pairs)
-
-    def clean(self, pairs: Sequence[Pair]) -> Document:
-        """Right labels; every token of every answer is a target."""
-        return self._assemble(pairs, [self.answer_ids[answer] for _, answer in pairs])
-
-    def shuffled(self, pairs: Sequence[Pair], rng: random.Random) -> Document:
-        """Deranged labels; the target is the first token of the input's answer under a random relation that has it.
-
-        Only the first token: the tokens that follow in the text are those of another word.
-        """
-        labels = derange([answer for _, answer in pairs], rng)
-        targets = [self.answer_ids[rng.choice(self.answers_of[given])][:1] for given, _ in pairs]
-        mislabelled = [(given, label) for (given, _), label in zip(pairs, labels, strict=True)]
-        return self._assemble(mislabelled, targets)
-
-    def trial(self, rng: random.Random, q_id: str) -> tuple[list[Pair], list[Pair]]:
-        """Clean and corrupted pairs of a validation trial; the query comes last and keeps its right answer."""
-        pairs = rng.sample(self.relations[q_id], self.config.pairs)
-        labels = derange([answer for _, answer in pairs[:-1]], rng)
-        corrupted = [(given, label) for (given, _), label in zip(pairs[:-1], labels, strict=True)]
-        return pairs, [*corrupted, pairs[-1]]
-
-    def prompt_ids(self, pairs: Sequence[Pair]) -> list[int]:
-        """ids of a prompt that ends in front of the last pair's answer."""
-        document = self.clean(pairs)
-        return document.ids[: len(document.ids) - len(self.answer_ids[pairs[-1][1]])]
-
-    def _assemble(self, pairs: Sequence[Pair], targets: Sequence[Sequence[int]]) -> Document:
-        ids, labels = [self.bos], [IGNORED]
-        for number, ((given, answer), target) in enumerate(zip(pairs, targets, strict=True)):
-            before = self.separator if number else ()
-            question, answered = self.question_ids[given], self.answer_ids[answer]
-            ids += [*before, *question, *answered]
-            # The label of a position is the *next* token: the question's last token predicts the answer's first.
-            labels += [IGNORED] * (len(before) + len(question) - 1)
-            labels += [*target, *[IGNORED] * (len(answered) + 1 - len(target))]
-        return Document(ids, labels)
-
-
-def collate(documents: Sequence[Document], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """ids and labels, each (document, token), padded on the right.
-
-    Padding needs no mask: attention is causal and the padded positions have no label.
-    """
-    length = max(len(document.ids) for document in documents)
-
-    def padded(rows: Sequence[list[int]], value: int) -> torch.Tensor:
-        return torch.tensor([row + [value] * (length - len(row)) for row in rows], device=device)
-
-    return padded([d.ids for d in documents], 0), padded([d.labels for d in documents], IGNORED)
-
-
 def build_model(tokenizer: PreTrainedTokenizerFast, config: DemoTrainingConfig, *, seed: int) -> LlamaForCausalLM:
     """An untrained Llama with tied embeddings; the seed fixes its weights."""
     special: Any = tokenizer
@@ -361,7 +112,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, config: DemoTrainingConfig, 
         eos_token_id=special.eos_token_id,
         pad_token_id=None,
     )
-    with torch.random.fork_rng(devices=[]):  # the caller's random state is not ours to move
+    with torch.random.fork_rng(devices=[]):  # leaves the caller's random state as it was
         torch.manual_seed(seed)
         return LlamaForCausalLM(shape).float()
 
@@ -382,7 +133,7 @@ def _optimise(
     seed: int,
     log: Callable[[str], None],
 ) -> list[dict[str, float]]:
-    """The training loop; returns the lines of the log."""
+    """Train ``model`` in place; returns the lines of the log."""
     device = model.device
     rng = random.Random(f"demo-training:{seed}")
     matrices = [p for p in model.parameters() if p.dim() > 1]
@@ -399,7 +150,7 @@ def _optimise(
     model.train()
     for step in range(1, config.steps + 1):
         for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * _rate(step, config)
+            group["lr"] = config.learning_rate * _rate_share(step, config)
         documents = [sampler.document(rng) for _ in range(config.batch)]
         ids, labels = collate(documents, device)
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
@@ -430,7 +181,7 @@ def _optimise(
 
 @contextlib.contextmanager
 def _cpu_threads(threads: int) -> Iterator[None]:
-    """Within the context torch computes with so many CPU threads."""
+    """While open, torch computes with this number of CPU threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -439,61 +190,28 @@ def _cpu_threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _rate(step: int, config: DemoTrainingConfig) -> float:
-    """Linear warm-up, then linear decay to `final_rate`, as a share of the peak."""
+def _rate_share(step: int, config: DemoTrainingConfig) -> float:
+    """Learning rate as a share of its peak: linear warm-up, then linear decay to ``final_rate``."""
     if step <= config.warmup:
         return step / config.warmup
     done = (step - config.warmup) / max(1, config.steps - config.warmup)
     return 1.0 - (1.0 - config.final_rate) * done
 
 
-@torch.no_grad()
-def validate(model: LlamaForCausalLM, sampler: DocumentSampler, *, seed: int = 0) -> dict[str, float]:
-    """Accuracy and P of the answer's first token on validation trials: clean, shuffled-label and zero-shot prompts.
-
-    Means over relations. The trials are the same at every call; their generator is not the one that the pipeline
-    draws its trials from.
-    """
-    rng = random.Random(f"demo-validation:{seed}")
-    prompts: dict[str, list[list[int]]] = {"clean": [], "shuffled": [], "zeroshot": []}
-    targets: list[int] = []
-    for q_id in sampler.names:
-        for _ in range(sampler.config.validation_trials):
-            clean, corrupted = sampler.trial(rng, q_id)
-            prompts["clean"].append(sampler.prompt_ids(clean))
-            prompts["shuffled"].append(sampler.prompt_ids(corrupted))
-            prompts["zeroshot"].append(sampler.prompt_ids(clean[-1:]))
-            targets.append(sampler.answer_ids[clean[-1][1]][0])
-    measures: dict[str, float] = {}
-    training = model.training
-    model.eval()
-    target = torch.tensor(targets, device=model.device)
-    for name, rows in prompts.items():
-        length = max(map(len, rows))
-        ids = torch.tensor([row + [0] * (length - len(row)) for row in rows], device=model.device)
-        last = torch.tensor([len(row) - 1 for row in rows], device=model.device)
-        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-        logits = model.lm_head(hidden[torch.arange(len(rows), device=model.device), last]).float()
-        measures[f"{name}_acc"] = (logits.argmax(-1) == target).float().mean().item()
-        measures[f"{name}_p"] = logits.softmax(-1).gather(1, target[:, None]).mean().item()
-    model.train(training)
-    return measures
-
-
 def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out_dir: Path) -> Path:
-    """Write model and tokenizer beside `out_dir`, then put the folder in place by renaming."""
+    """Write model and tokenizer into a folder beside ``out_dir``, then rename it."""
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     partial = out_dir.with_name(f".{out_dir.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
-    hf_logging.disable_progress_bar()  # the training's own lines say how far it is
+    hf_logging.disable_progress_bar()
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     for file in partial.iterdir():
-        file.chmod(0o644)  # safetensors writes 0600, which other users of an installation could not read
+        file.chmod(0o644)  # safetensors writes 0600, which only the user who installed the package could read
     return partial.rename(out_dir)
 
 
 def _require_free(out_dir: Path) -> None:
-    """Raise InputError, before any training, for a place that holds something."""
+    """Raise InputError for a place that holds something."""
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise InputError(f"{out_dir}: already there and not empty; expected a new folder for the model")

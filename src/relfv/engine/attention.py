@@ -29,7 +29,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from relfv.engine.arithmetic import kernels
 from relfv.engine.base import Backbone
 from relfv.errors import RunError
-from relfv.models.families import text_config
+from relfv.models.architecture import text_config
 from relfv.models.own_attention import attending_by
 
 NAME = "relfv_shared_prefix"

@@ -20,8 +20,13 @@ from relfv.engine.arithmetic.fusion import Fusions, recognise
 from relfv.engine.arithmetic.precision import Arithmetic, Precision, arithmetic
 from relfv.engine.arithmetic.products import CAREFUL, Differences, Pieces, Whole, replaced, splittable
 from relfv.engine.hooks import editing_inputs, editing_outputs
+<<<<<<< HEAD
 from relfv.models.families import Architecture, text_config
 from relfv.types import Effects, HeadId, Prompts
+=======
+from relfv.models.architecture import Architecture
+from relfv.types import Effects, HeadId
+>>>>>>> models
 
 TokenIds = Sequence[Sequence[int]]
 Vectors = torch.Tensor | Sequence[torch.Tensor]
@@ -126,11 +131,7 @@ class Backbone:
 
     def intermediate_size(self) -> int:
         """Width of the MLP, for memory estimates alone."""
-        config = text_config(self.model.config)
-        for name in ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"):
-            if isinstance(getattr(config, name, None), int):
-                return getattr(config, name)
-        return 4 * self.arch.resid_dim
+        return self.arch.intermediate_size
 
 
 class Engine(Protocol):

@@ -1,1 +1,1 @@
-"""Opening a model and knowing where its parts are. Everything that depends on a model family lives in this package."""
+"""Opening a model and finding its parts. Whatever depends on a model's family is in this package alone."""

@@ -1,7 +1,7 @@
-"""Adapters (PEFT): a folder that holds changes to a base model's weights instead of weights.
+"""Adapters (PEFT): a folder that holds changes to a base model's weights instead of whole weights.
 
-They are merged into the base model on opening, so that the heads which are measured are those of the adapted model
-and everything else sees an ordinary model. Needs the optional package ``peft``.
+An adapter is merged into its base model on opening, so that all other code sees an ordinary model, whose heads are
+those of the adapted model. Merging needs the optional package ``peft``; reading what a folder is needs not even torch.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from relfv.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 _CONFIG = "adapter_config.json"
 
@@ -32,7 +33,7 @@ class Adapter:
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether the adapter brings a tokenizer of its own; else the base model's is meant."""
+        """Whether the folder holds a tokenizer; without one, the base model's is used."""
         return (self.folder / "tokenizer_config.json").is_file()
 
     @property
@@ -42,7 +43,7 @@ class Adapter:
 
 
 def adapter_in(source: str) -> Adapter | None:
-    """The adapter in the folder ``source``; None for a folder with a whole model, and for a hub id.
+    """The adapter in the folder ``source``; None for a folder with a whole model or a hub id.
 
     Raises InputError if its config cannot be read or names no base model.
     """
@@ -57,12 +58,12 @@ def adapter_in(source: str) -> Adapter | None:
         raise InputError(f"{path}: not the config of an adapter ({type(problem).__name__}: {problem})") from problem
     if not base:
         raise InputError(f"{path}: names no base model; write the base model's folder into base_model_name_or_path")
-    beside = folder / str(base)
+    beside = folder / str(base)  # a relative path counts from the working directory first, then from the adapter
     return Adapter(folder, str(kind), str(beside if not Path(base).exists() and beside.is_dir() else base), revision)
 
 
 def require_peft(adapter: Adapter) -> None:
-    """Raises InputError with the install command where ``peft`` is absent."""
+    """Raise InputError, with the install command, where ``peft`` is not installed."""
     try:
         import peft  # type: ignore[import-not-found]  # noqa: F401
     except ImportError:
@@ -73,21 +74,23 @@ def require_peft(adapter: Adapter) -> None:
 
 
 def merged(model: Any, adapter: Adapter, place: torch.device) -> Any:
-    """The base model with the adapter in its weights.
+    """``model``, the base model on ``place``, with the adapter merged into its weights.
 
-    Raises InputError for an adapter that does not fit the model or is not a change of weights (prompt tuning).
+    Raises InputError for an adapter that does not fit the model, or that does not change weights (prompt tuning).
     """
     from peft import PeftModel  # type: ignore[import-not-found]
 
     folder = str(adapter.folder)
     try:
         adapted = PeftModel.from_pretrained(model, folder, torch_device=str(place))
-        # from_pretrained leaves out in silence what has no place in the base model; loading again says what that was.
+        # from_pretrained silently ignores tensors that have no place in the base model; load_adapter reports them.
         loaded = adapted.load_adapter(folder, "default", torch_device=str(place))
         if odd := [*loaded.missing_keys, *loaded.unexpected_keys]:
-            raise ValueError(f"{len(odd)} of its tensors, such as {odd[0]}, are in one of the two only")
+            raise ValueError(
+                f"{len(odd)} tensor(s) in the adapter but not in the model or the reverse, such as {odd[0]}"
+            )
         return adapted.merge_and_unload()  # type: ignore[operator]
-    except Exception as problem:  # many kinds: damaged, another base, an adapter that has nothing to merge
+    except Exception as problem:  # of many kinds: damaged, for another base, nothing to merge
         first_line = str(problem).strip().split("\n")[0] or type(problem).__name__
         raise InputError(
             f"--model {folder!r}: its {adapter.kind} adapter cannot be merged into {adapter.base!r}: "

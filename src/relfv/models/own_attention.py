@@ -1,9 +1,9 @@
-"""Families whose attention modules do the attending themselves instead of asking ``AttentionInterface``.
+"""Families whose attention modules compute softmax over keys in their own code, not through ``AttentionInterface``.
 
-Each ``_drive_*`` gives one attention module a function in place of one of its methods, with everything the family
-does around the scores (projections, rotary embedding, output projection) done by the module's own parts. What is
-replaced is only ever softmax over keys, by the function that ``attention.py`` hands in. Families are known by the spec
-that fitted the model; the self-check on opening judges the result, as it does for every model.
+Each ``_drive_*`` returns a replacement for one method of such a module. Everything the family does around the scores
+(projections, rotary embedding, output projection) still runs in the module's parts; only softmax over keys is replaced,
+by a function that the engine passes in. Families are told apart by the spec that fits the model, and the self-check on
+opening judges the result, as it does for every model.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ from typing import Any
 
 import torch
 
-from relfv.models.families import Architecture
+from relfv.models.architecture import Architecture
 
 Attend = Callable[..., tuple[torch.Tensor, None]]
-"""``shared_prefix_attention``: query, key, value as (N, heads, C, head_dim) -> (N, C, heads, head_dim)."""
+"""``shared_prefix_attention`` in engine/attention.py: query (N, heads, C, head_dim), key and value (N, kv_heads, C,
+head_dim) -> (N, C, heads, head_dim)."""
 
 Replacement = tuple[str, Callable[..., Any]]
-"""Name of a method of the attention module, and what takes its place."""
+"""Name of a method of the attention module, and the function that replaces it."""
 
 
 @contextmanager
 def attending_by(arch: Architecture, attend: Attend, width: int) -> Iterator[None]:
-    """While open, the attention modules of such a family call ``attend``; every other family is left alone.
+    """While open, the attention modules of these families call ``attend``; models of other families are unchanged.
 
-    ``width`` is the number of key positions, the last token's own among them: ALiBi needs to know where keys are.
+    ``width`` is the number of key positions, that of the last token included: ALiBi depends on the keys' positions.
     """
     with ExitStack() as stack:
         if drive := _DRIVERS.get(arch.spec_name):
@@ -39,7 +40,7 @@ def attending_by(arch: Architecture, attend: Attend, width: int) -> Iterator[Non
 
 @contextmanager
 def _replaced(module: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    """The instance's attribute hides its class's method, and goes away again."""
+    """While open, an attribute of the instance hides the method of its class."""
     setattr(module, name, function)
     try:
         yield
@@ -53,7 +54,7 @@ def _drive_gptj(module: Any, layer: int, attend: Attend, width: int) -> Replacem
 
 
 def _drive_gpt_neo(module: Any, layer: int, attend: Attend, width: int) -> Replacement:
-    """GPT-Neo does not scale its scores, and in some layers sees a window only."""
+    """GPT-Neo does not scale its scores, and some of its layers attend within a window."""
     local = module.config.attention_layers[layer] == "local"
     return _drive_attn(module, layer, attend, scaling=1.0, window=module.config.window_size if local else None)
 
@@ -84,7 +85,7 @@ def _drive_falcon(module: Any, layer: int, attend: Attend, width: int) -> Replac
         if alibi is None:
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)  # type: ignore[misc]
         else:
-            # Falcon scales the sum of score and ALiBi, whose numbers are rounded to bf16 by its own function.
+            # Falcon scales the sum of score and ALiBi; its build_alibi_tensor rounds ALiBi to bf16.
             bias = scaling * _alibi(build_alibi_tensor, module, width, query)
         out = attend(module, query, key, value, None, layer=layer, scaling=scaling, key_bias=bias)[0]
         return module.dense(out.flatten(2)), None
@@ -106,7 +107,7 @@ def _drive_bloom(module: Any, layer: int, attend: Attend, width: int) -> Replace
 
 
 def _alibi(build: Callable[..., torch.Tensor], module: Any, width: int, query: torch.Tensor) -> torch.Tensor:
-    """The family's own ALiBi for keys at positions 0..width-1: (heads, width). Prompts are padded on the right only."""
+    """The family's ALiBi for keys at positions 0..width-1: (heads, width). Padding is on the right only."""
     return build(torch.ones(1, width, dtype=torch.long, device=query.device), module.num_heads, query.dtype)[:, 0]
 
 

@@ -1,7 +1,7 @@
-"""Words to token ids, and the one question first-token scoring depends on: which token comes first in the answer?
+"""Prompts to token ids, and what first-token scoring depends on: which token is the first of an answer.
 
-BOS is exactly what the tokenizer adds by default: once, or not at all. The space before an answer belongs to the
-answer's token (" egg"), so prompts are tokenised without a trailing space.
+BOS is what the tokenizer adds by default: once, or not at all. The space before an answer belongs to the answer's
+first token (" egg"), so prompts are tokenised without a trailing space.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from relfv.types import Target
 
 
 class Tokens:
-    """A tokenizer with relfv's conventions."""
+    """A tokenizer, used as relfv needs it."""
 
     def __init__(self, tokenizer: Any, n_embeddings: int | None = None) -> None:
-        """``n_embeddings``: how many token ids the model knows, where that is to be checked."""
+        """``n_embeddings``: the number of token ids that the model knows; None to leave ids unchecked."""
         self.tokenizer = tokenizer
         self._n_embeddings = n_embeddings
         others = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token]
         unknown = None if tokenizer.unk_token in others else tokenizer.unk_token
         self._special = [text for text in tokenizer.all_special_tokens if text.strip() and text != unknown]
-        # Some tokenizers close every text with a token of their own (EOS). The model must read the prompt's last
-        # token, not that one, so whatever is added after the text is cut off.
+        # Some tokenizers add a token (EOS) after every text. The last token that the model reads must be the prompt's,
+        # so whatever is added after the text is cut off.
         plain = self._ids("a", special=False)
         decorated = self._ids("a", special=True)
         self._n_suffix = 0
@@ -34,7 +34,7 @@ class Tokens:
                 self._n_suffix = len(decorated) - start - len(plain)
 
     def encode(self, prompt: str) -> list[int]:
-        """Token ids of a prompt, with the tokenizer's own BOS if it has one.
+        """Token ids of a prompt, with BOS if the tokenizer adds it.
 
         A trailing space is dropped: ``Q: x\\nA: `` is fed as ``Q: x\\nA:``.
         """
@@ -42,13 +42,13 @@ class Tokens:
         return ids[: len(ids) - self._n_suffix] if self._n_suffix else ids
 
     def require_plain(self, word: str) -> None:
-        """Raise InputError for a word with the text of a special token, which would become a second BOS or the like."""
+        """Raise InputError for a word that contains a special token's text: it would become a second BOS, say."""
         for text in self._special:
             if text in word:
                 raise InputError(f"the word {word!r} contains {text!r}, a special token of this tokenizer")
 
     def target(self, prompt: str, answer: str) -> Target:
-        """First token and all tokens of ``answer`` after ``prompt``, from tokenising the two together.
+        """First token and all tokens of ``answer`` after ``prompt``, from tokenising both as one text.
 
         The prompt's ids must be a prefix of the joint ids, element by element; where the tokenizer merges across the
         boundary the answer is tokenised alone and ``Target.joint`` is False. Raises InputError for an answer that
@@ -63,30 +63,30 @@ class Tokens:
         return Target(first_token_id=answer_ids[0], answer_ids=tuple(answer_ids), joint=joint)
 
     def text(self, token_id: int) -> str:
-        """The text of one token; none for an id that only the model knows (vocabularies are padded)."""
+        """The text of one token; empty for an id that only the model knows (vocabularies are padded)."""
         return self.joined([token_id])
 
     def joined(self, token_ids: Sequence[int]) -> str:
-        """The text of several tokens, without those that only the model knows."""
+        """The text of several tokens; ids that only the model knows are skipped."""
         return self.tokenizer.decode([token_id for token_id in token_ids if token_id < len(self.tokenizer)])
 
     def self_check_prompts(self) -> list[list[int]]:
-        """Two prompts of different length, alike to real ones, for the engine's self-check."""
+        """Two prompts of different length, in the format of real ones, for the engine's self-check."""
         words = ["up", "down", "hot", "cold", "day", "night", "old", "new", "left", "right", "big", "small"]
         pairs = [f"Q: {a}\nA: {b}\n\n" for a, b in pairwise(words)]
         return [self.encode("".join(pairs) + "Q: in\nA:"), self.encode(pairs[0] + "Q: high\nA:")]
 
     def _ids(self, text: str, *, special: bool) -> list[int]:
         ids = list(self.tokenizer(text, add_special_tokens=special).input_ids)
-        # Looked up on a GPU, an id too large would take the whole process down.
+        # On a GPU, the look-up of an id that is too large would end the whole process.
         if self._n_embeddings is not None and max(ids, default=0) >= self._n_embeddings:
             raise InputError(
-                f"the tokenizer gives {text[-40:]!r} the token id {max(ids)}, and the model has only {self._n_embeddings} "
-                "embeddings; expected the tokenizer that the model was made with"
+                f"the tokenizer gives {text[-40:]!r} the token id {max(ids)}, and the model has only "
+                f"{self._n_embeddings} embeddings; expected the tokenizer that the model was made with"
             )
         return ids
 
 
 def fed_text(prompt: str) -> str:
-    """The text that is really fed to the model: the prompt without the space that belongs to the answer."""
+    """The text that the model reads: the prompt without the space that belongs to the answer."""
     return prompt.removesuffix(" ")

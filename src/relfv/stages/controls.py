@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from relfv.engine.clean import CleanRun
-    from relfv.models.families import Architecture
+    from relfv.models.architecture import Architecture
 
 N_DRAWS = 5
 """Of random heads, and of random directions."""

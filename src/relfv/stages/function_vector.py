@@ -27,7 +27,7 @@ from relfv.store.status import QidStatus
 from relfv.types import MEASURES, FunctionVector, HeadId, MeanActivations, ScoredHead, TokenScores
 
 if TYPE_CHECKING:
-    from relfv.models.families import Architecture
+    from relfv.models.architecture import Architecture
 
 
 def build_function_vector(arch: Architecture, means: MeanActivations, heads: Sequence[HeadId]) -> FunctionVector:

@@ -21,7 +21,7 @@ from relfv.store.status import QidStatus
 from relfv.types import MeanActivations, ScoredHead
 
 if TYPE_CHECKING:
-    from relfv.models.families import Architecture
+    from relfv.models.architecture import Architecture
 
 CAUTION = (
     "The best of several alphas, k and layers on the same prompts is better than it would be on new ones; a choice made "

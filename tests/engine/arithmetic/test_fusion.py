@@ -14,7 +14,7 @@ from transformers.models.gpt_neox import modeling_gpt_neox
 from transformers.models.llama import modeling_llama
 
 from relfv.engine.arithmetic.fusion import as_activation, as_gated_mlp, as_norm, recognise, rotates_halves
-from relfv.models.families import resolve
+from relfv.models.architecture import resolve
 
 LLAMA = tf.LlamaConfig(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=1, vocab_size=50)
 GEMMA = tf.GemmaConfig(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=1, vocab_size=50)

@@ -5,7 +5,7 @@ import torch
 
 from conftest import llama
 from relfv.engine.arithmetic.precision import arithmetic
-from relfv.models.families import resolve
+from relfv.models.architecture import resolve
 
 
 def test_a_bf16_model_computes_in_float32_and_keeps_its_own_weights() -> None:

@@ -18,7 +18,7 @@ from torch import nn
 
 from relfv.engine.arithmetic import kernels
 from relfv.engine.arithmetic.products import Differences, replaced
-from relfv.models.families import Architecture
+from relfv.models.architecture import Architecture
 
 _AGREE = 1e-5
 _SIZES = (1e-3, 1.0, 100.0)

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from relfv.models.families import Architecture
+from relfv.models.architecture import Architecture
 
 Precision = Literal["exact", "fast"]
 

@@ -1,0 +1,173 @@
+"""Where a model is, what it is known by, and the names of dtypes and quantisations: all without opening it.
+
+Neither torch nor transformers is imported, so that what a user asks for can be checked in milliseconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+from relfv.errors import InputError
+from relfv.models.adapters import Adapter, adapter_in
+
+DEMO = "demo"
+"""The name of the model inside this package."""
+DTYPE_NAMES = ("float32", "bfloat16", "float16")
+"""As torch names them."""
+DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+QUANTS = ("none", "8bit", "4bit")
+
+_HASHED_SUFFIXES = (".safetensors", ".bin", ".json", ".model", ".txt", ".tiktoken", ".jinja")
+_HASHED_WHOLE_UP_TO = 16 << 20
+_BLOCK_BYTES = 64 << 10
+_N_BLOCKS = 64
+
+
+def dtype_name(dtype: str) -> str:
+    """``auto`` or torch's name of a dtype, from that name or its short form. Raises InputError."""
+    name = DTYPE_ALIASES.get(dtype, dtype)
+    if name != "auto" and name not in DTYPE_NAMES:
+        raise InputError(f"--dtype {dtype!r}: expected one of auto, {', '.join([*DTYPE_NAMES, *DTYPE_ALIASES])}")
+    return name
+
+
+def model_source(name: str) -> str:
+    """Where ``from_pretrained`` finds the model: a folder or a hub id. Raises InputError for a path that is missing."""
+    if name == DEMO:
+        return str(Path(__file__).parents[1] / "demo" / "weights")
+    path = Path(name).expanduser()
+    try:
+        path.stat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as problem:  # a name that is too long or holds a NUL, a folder that may not be read
+        why = problem.strerror if isinstance(problem, OSError) else problem
+        raise InputError(
+            f"--model {name[:200]!r}: cannot be opened ({why}); expected a model folder, a hub id or 'demo'"
+        ) from None
+    if not name:
+        raise InputError("--model '': is empty; expected a model folder, a hub id or 'demo'")
+    if path.is_dir():
+        if not any((path / known).is_file() for known in ("config.json", "adapter_config.json")):
+            raise InputError(f"--model {name!r}: the folder has no config.json; expected a Hugging Face model folder")
+        return str(path)
+    if path.exists():
+        raise InputError(f"--model {name!r}: is a file; expected a Hugging Face model folder or a hub id")
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    in_a_folder_here = path.parent != Path() and path.parent.is_dir()
+    if looks_like_path or not _is_hub_id(name) or (in_a_folder_here and _cached_commit(name) is None):
+        raise InputError(f"--model {name!r}: no such folder; expected a model folder, a hub id or 'demo'")
+    return name
+
+
+def base_source(adapter: Adapter) -> str:
+    """Where the base model of an adapter is. Raises InputError if it is not there."""
+    try:
+        source = model_source(adapter.base)
+        if not Path(source).is_dir():
+            hub_commit(source, adapter.revision)
+    except InputError as problem:
+        raise InputError(
+            f"--model {str(adapter.folder)!r}: is an adapter for {adapter.base!r}, which cannot be opened "
+            f"({problem}); write the base model's folder into base_model_name_or_path of its adapter_config.json"
+        ) from None
+    return source
+
+
+def model_identity(name: str) -> str:
+    """What the fingerprint knows the model by: a content hash of its folder, or hub id and commit.
+
+    Raises InputError if the model is neither a folder nor in the cache nor, where there is a network, on the hub.
+    """
+    source = model_source(name)
+    adapter = adapter_in(source)
+    if adapter:
+        return f"{_identity(source)}+{_identity(base_source(adapter), adapter.revision)}"
+    return _identity(source)
+
+
+def _identity(source: str, revision: str | None = None) -> str:
+    if Path(source).is_dir():
+        return f"folder-sha256:{_folder_hash(Path(source))}"
+    return f"hub:{source}@{hub_commit(source, revision)}"
+
+
+def _folder_hash(folder: Path) -> str:
+    """sha256 over the names and sampled contents of the files that make up a model; its path does not count.
+
+    Small files (config, tokenizer, a demo model) are hashed whole, of a large weight file its size and blocks spread
+    evenly from its start to its end. That takes milliseconds for 16 GB and tells checkpoints, fine-tunes and truncated
+    copies apart; an edit of a few megabytes within a large file may be missed.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.suffix in _HASHED_SUFFIXES:
+            digest.update(path.name.encode() + b"\0" + _sampled_hash(path) + b"\0")
+    return digest.hexdigest()
+
+
+def _sampled_hash(path: Path) -> bytes:
+    size = path.stat().st_size
+    if size <= _HASHED_WHOLE_UP_TO:
+        return hashlib.sha256(path.read_bytes()).digest()
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for i in range(_N_BLOCKS):
+            file.seek((size - _BLOCK_BYTES) * i // (_N_BLOCKS - 1))
+            digest.update(file.read(_BLOCK_BYTES))
+    return digest.digest()
+
+
+def hub_commit(repo_id: str, revision: str | None = None) -> str:
+    """The commit of a hub model that is used: the one in the local cache, else the newest, which is then cached.
+
+    Tokenizer and weights are loaded at this commit, so that a later push to the hub does not change a run half-way.
+    Raises InputError if its config is not in the cache and cannot be fetched.
+    """
+    from huggingface_hub import hf_hub_download
+
+    cached = _cached_commit(repo_id, revision)
+    if cached is None:
+        try:
+            hf_hub_download(repo_id, "config.json", revision=revision)
+        except Exception as problem:  # no network, no such repo, no access: many kinds, all mean it cannot be had
+            raise unreadable(repo_id, "config", problem) from problem
+        cached = _cached_commit(repo_id, revision)
+    if cached is None:
+        raise InputError(f"--model {repo_id!r}: its config was fetched but is not in the Hugging Face cache")
+    return cached
+
+
+def _is_hub_id(name: str) -> bool:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _cached_commit(repo_id: str, revision: str | None = None) -> str | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(repo_id, "config.json", revision=revision)
+    return Path(cached).parent.name if isinstance(cached, str) else None
+
+
+def unreadable(name: str, what: str, problem: Exception) -> InputError:
+    """The error for a model whose ``what`` (config, tokenizer, model) cannot be opened, with the first line of why."""
+    first_line = str(problem).strip().split("\n")[0] or type(problem).__name__
+    if "Weights only load failed" in first_line:  # PyTorch goes on to recommend what must not be done
+        return InputError(
+            f"--model {name!r}: its weights are a damaged pickle, or one that holds more than tensors, and no code in "
+            "weights is ever run; expected safetensors, or a .bin file of tensors"
+        )
+    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") and not Path(name).is_dir() else ""
+    return InputError(
+        f"--model {name!r}: cannot open its {what}{offline}: {first_line}; "
+        "expected a Hugging Face model folder, a model in the local cache or on the hub, or 'demo'"
+    )
