@@ -231,7 +231,9 @@ def _cross(args: argparse.Namespace) -> int:
 
 def _step_d_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--relation_q_list", required=True, help="the q_id to run (one)")
-    parser.add_argument("--out_base_dir", type=_path, required=True, help="folder of the q_id; artifacts/ is made in it")
+    parser.add_argument(
+        "--out_base_dir", type=_path, required=True, help="folder of the q_id; artifacts/ is made in it"
+    )
 
 
 def _step_d(args: argparse.Namespace) -> int:

@@ -153,8 +153,8 @@ class Settings:
     @staticmethod
     def from_json(values: dict[str, Any]) -> Settings:
         """The inverse of ``to_json``; keys of another version of relfv are left out, missing ones take their defaults."""
-        known = {name: value for name, value in values.items() if name in FLAGS}
-        return Settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in known.items()})
+        known: dict[str, Any] = {name: value for name, value in values.items() if name in FLAGS}
+        return Settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
 
 
 FLAGS: dict[str, Flag] = {one.name: one.metadata["flag"] for one in fields(Settings)}

@@ -114,8 +114,13 @@ class Snapshot:
 
     def only(self, chosen: Sequence[int]) -> Snapshot:
         """The trials of these indices."""
-        columns = (self.questions, self.prompts, self.clean_prompts, self.clusters)
-        return Snapshot(self.meta, *(tuple(column[i] for i in chosen) if column else () for column in columns))
+        return Snapshot(
+            self.meta,
+            tuple(self.questions[i] for i in chosen),
+            tuple(self.prompts[i] for i in chosen),
+            tuple(self.clean_prompts[i] for i in chosen) if self.clean_prompts else (),
+            tuple(self.clusters[i] for i in chosen),
+        )
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,8 @@ from relfv.engine.arithmetic.fusion import Fusions, recognise
 from relfv.engine.arithmetic.precision import Arithmetic, Precision, arithmetic
 from relfv.engine.arithmetic.products import CAREFUL, Differences, Pieces, Whole, replaced, splittable
 from relfv.engine.hooks import editing_inputs, editing_outputs
-<<<<<<< HEAD
-from relfv.models.families import Architecture, text_config
-from relfv.types import Effects, HeadId, Prompts
-=======
 from relfv.models.architecture import Architecture
-from relfv.types import Effects, HeadId
->>>>>>> models
+from relfv.types import Effects, HeadId, Prompts
 
 TokenIds = Sequence[Sequence[int]]
 Vectors = torch.Tensor | Sequence[torch.Tensor]

@@ -17,10 +17,6 @@ import numpy as np
 from relfv.errors import InputError, RelfvError
 from relfv.logs import Progress, showing
 from relfv.models.sources import model_identity
-<<<<<<< HEAD
-=======
-from relfv.report.figures import cross_png
->>>>>>> models
 from relfv.report.page import write_report
 from relfv.report.table import find_statuses
 from relfv.runs.qid import open_for, work_on

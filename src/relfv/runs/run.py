@@ -13,14 +13,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from relfv.errors import InputError, RelfvError
-<<<<<<< HEAD
 from relfv.logs import Progress, logging_to, remembering, showing
-=======
-from relfv.language_model import LanguageModel
-from relfv.logs import Progress, logging_to, printable, remembering, showing
-from relfv.models.sources import model_identity
-from relfv.relations import file_sha256, load_relations, relation_name, require_q_ids, rows_sha256
->>>>>>> models
 from relfv.report.page import page_path, write_report
 from relfv.report.table import find_statuses
 from relfv.runs.manifest import model_description, run_description, sound_manifest, write_manifest
