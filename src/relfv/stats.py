@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 LEVEL = 0.95
 """Of every interval."""
@@ -65,6 +64,8 @@ def mean_with_left_out(mean: np.ndarray, without: np.ndarray, clusters: Sequence
 
 
 def _with_interval(mean: np.ndarray, se: np.ndarray, sizes: np.ndarray) -> ClusteredMean:
+    from scipy import stats  # takes a second to import, which commands that compute nothing should not cost
+
     df = min(_satterthwaite(sizes, together) for together in (False, True))
     half = stats.t.ppf(0.5 + LEVEL / 2, df) * se
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -96,6 +97,8 @@ def _satterthwaite(sizes: np.ndarray, together: bool) -> float:
 
 def false_discovery(p_values: np.ndarray) -> np.ndarray:
     """Benjamini-Hochberg adjusted p-values: those at most FDR are called, and about that share of them wrongly."""
+    from scipy import stats
+
     return stats.false_discovery_control(p_values, method="bh")
 
 

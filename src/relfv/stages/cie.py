@@ -135,7 +135,7 @@ def _sweep(work: Work) -> str:
     deltas = TrialDeltas(effects.heads, {m: effects.effects.delta(m) for m in MEASURES})
     work.write(METRICS, _metrics_bytes(work.q_id, effects, prompts.targets), content=deltas)
     work.write(CIE, cie_bytes(work.q_id, scored), content=scored)
-    work.write(AIE, aie_bytes(ranked), content=ranked)
+    work.write(AIE, aie_bytes(ranked))
     floor = measure_noise_floor(model, prompts, means, effects, ranked)
     per_pass = effects.effects.per_pass
     facts = model.facts()
