@@ -170,7 +170,7 @@ def step_d_cie(
         "dtype": model.dtype,
         "quant": model.quant,
         "device": model.backbone.device.type,
-        **model.backbone.products(),
+        **model.backbone.arithmetic.facts(),
     }
     files.append(
         artifacts.write_noise_floor(

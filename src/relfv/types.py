@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 MEASURES = ("p", "logit", "logprob")
 """How a target token is scored: probability, raw logit, natural-log probability."""
@@ -124,15 +126,6 @@ class TokenScores:
         """The same index taken of every field."""
         return TokenScores(self.logit[index], self.logprob[index], self.top_id[index])
 
-    @staticmethod
-    def cat(parts: list[TokenScores]) -> TokenScores:
-        """Join parts along the first axis."""
-        return TokenScores(
-            logit=torch.cat([part.logit for part in parts]),
-            logprob=torch.cat([part.logprob for part in parts]),
-            top_id=torch.cat([part.top_id for part in parts]),
-        )
-
 
 @dataclass(frozen=True)
 class Effects:
@@ -144,6 +137,10 @@ class Effects:
     """shape (N, C)."""
     per_pass: int = 1
     """Prompts that shared a forward pass. Batch shapes change low-order bits: the same bytes need the same number."""
+
+    def delta(self, measure: str) -> np.ndarray:
+        """float64 (N, C): ``measure``, one of MEASURES, with each intervention minus without."""
+        return self.edited.measures()[measure] - self.base.measures()[measure][..., None]
 
 
 @dataclass(frozen=True)
