@@ -18,12 +18,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from relfv.engine.readout import score_prompts
+from relfv.engine.clean import run_clean
 from relfv.language_model import LanguageModel, open_model
 from relfv.relations import load_relations
 from relfv.settings import SPEC_CSV
 from relfv.stages.cie import head_effects, rank_heads, score_heads
-from relfv.stages.clean_trials import run_clean_trials
 from relfv.stages.function_vector import build_function_vector
 from relfv.stages.prompts import prompt_trial, zero_shot_prompt
 from relfv.stages.trials import ineligible_reason, sample_trials
@@ -66,7 +65,8 @@ def measure(model: LanguageModel, relation: Relation, seed: int) -> Measured:
     trials = sample_trials(relation, seed=seed, n_trials=25, n_demos=9)
     prompted = [prompt_trial(trial, model.tokens) for trial in trials]
     targets = [item.target.first_token_id for item in prompted]
-    means = run_clean_trials(model, [item.clean_prompt for item in prompted], targets).means()
+    clean = Prompts([model.tokens.encode(item.clean_prompt) for item in prompted], targets)
+    means = run_clean(model.backbone, clean).means()
     effects = head_effects(model, [item.corrupted_prompt for item in prompted], targets, means, all_heads(model))
     ranked = rank_heads(score_heads(effects, means, [t.query_source_index for t in trials]), "mean_delta_p")
     scores = [head.scores["mean_delta_p"] for head in ranked]
@@ -87,7 +87,8 @@ def evaluate(
         ("shuffled", [item.corrupted_prompt for item in own.prompted]),
         ("zero-shot", [zero_shot_prompt(item.trial.query.input) for item in own.prompted]),
     ):
-        scores = score_prompts(model.backbone, [model.tokens.encode(prompt) for prompt in prompts], targets)
+        ids = [model.tokens.encode(prompt) for prompt in prompts]
+        scores = run_clean(model.backbone, Prompts(ids, targets)).scores
         row[f"{name} acc"] = float((scores.top_id == torch.tensor(targets)).double().mean())
         row[f"{name} P"] = float(scores.p.mean())
     row |= {"best head": own.best_head, "top 5": own.top5_share}

@@ -27,15 +27,15 @@ import numpy as np
 import torch
 from scipy import stats
 
+from relfv.engine.clean import run_clean
 from relfv.language_model import LanguageModel, open_model
 from relfv.relations import load_relations
 from relfv.settings import SPEC_CSV
 from relfv.stages.cie import head_effects, with_error_of_means
-from relfv.stages.clean_trials import run_clean_trials
 from relfv.stages.prompts import prompt_trial
 from relfv.stages.trials import sample_trials
 from relfv.stats import FDR, LEVEL, clustered_mean, false_discovery
-from relfv.types import HeadId, MeanActivations, Relation, WordPair
+from relfv.types import HeadId, MeanActivations, Prompts, Relation, WordPair
 
 LARGE = 0.01
 """Mean delta_p from which a head counts as one with an effect."""
@@ -203,7 +203,8 @@ def read(model: LanguageModel, relation: Relation, *, seed: int, n_trials: int =
     trials = sample_trials(relation, seed=seed, n_trials=n_trials, n_demos=9)
     prompted = [prompt_trial(trial, model.tokens) for trial in trials]
     targets = [item.target.first_token_id for item in prompted]
-    z = run_clean_trials(model, [item.clean_prompt for item in prompted], targets).activations
+    clean = Prompts([model.tokens.encode(item.clean_prompt) for item in prompted], targets)
+    z = run_clean(model.backbone, clean).activations
     queries = [trial.query_source_index for trial in trials]
     return Trials([item.corrupted_prompt for item in prompted], targets, queries, z)
 

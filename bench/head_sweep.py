@@ -1,4 +1,4 @@
-"""The head sweep against the ways it is done elsewhere: time, memory, and error against strict float32, in one run.
+"""The head sweep against the ways it is done elsewhere: time, memory, and error against plain float32, in one run.
 
     python bench/head_sweep.py --shape llama-3.1-8b     # on a GPU with 40 GB or more
     python bench/head_sweep.py --shape demo             # on any machine
@@ -10,8 +10,8 @@ Ways compared, all on the same model, trials and clean means:
 - by layer: the heads of a layer are the rows of one batch of whole forward passes (the usual improvement).
 - relfv exact, relfv fast: the shared-prefix engine in its two precisions.
 
-The truth is the shared-prefix engine without kernels in strict float32 (no TF32), itself compared here with plain
-hooks in strict float32 on some heads. Where a way would take too long, a stated number of its forward passes is timed
+The truth is the shared-prefix engine without kernels in float32 (no TF32), itself compared here with hooks in the same
+arithmetic on some heads. Where a way would take too long, a stated number of its forward passes is timed
 and multiplied; its errors are those of the passes that were run.
 """
 
@@ -30,7 +30,9 @@ from typing import Any
 import torch
 import transformers
 
-from relfv.engine.base import Backbone, capture_heads, last_hidden
+from relfv.engine.arithmetic import Arithmetic
+from relfv.engine.base import Backbone
+from relfv.engine.passes import capture_heads, last_hidden
 from relfv.engine.reference import ReferenceEngine, naive_baseline, naive_head_patch
 from relfv.engine.shared_prefix import SharedPrefixEngine
 from relfv.language_model import LanguageModel, open_model
@@ -77,14 +79,14 @@ class Sweep:
             clean = [[rng.randrange(vocabulary) for _ in range(rng.randint(65, 85))] for _ in range(25)]
             self.prompts = [[*rng.sample(ids[:-3], len(ids) - 3), *ids[-3:]] for ids in clean]
             self.targets = []
-        strict = model.backbone.strict()
-        with strict.running():
+        float32 = model.backbone.plain().in_float32()
+        with float32.running():
             if (
                 not self.targets
             ):  # what the model says to the corrupted prompt: its probability is one that a patch can move
-                hidden = torch.cat([last_hidden(strict, [ids]) for ids in self.prompts])
-                self.targets = strict.arch.lm_head(hidden.float()).argmax(-1).tolist()
-            z = torch.cat([capture_heads(strict, [ids])[0] for ids in clean])
+                hidden = torch.cat([last_hidden(float32, [ids]) for ids in self.prompts])
+                self.targets = float32.arch.lm_head(hidden.float()).argmax(-1).tolist()
+            z = torch.cat([capture_heads(float32, [ids])[0] for ids in clean])
         self.means = z.double().mean(0).float()
         arch = model.arch
         self.heads = [HeadId(layer, head) for layer in range(arch.n_layers) for head in range(arch.n_heads)]
@@ -95,13 +97,16 @@ def bench(args: argparse.Namespace, model: LanguageModel) -> str:
     sweep = Sweep(model, args.shape)
     arch, device = model.arch, model.backbone.device
     exact = model.backbone
-    fast = Backbone.fastest(exact.model, arch, device, "fast")
+    fast = Backbone(exact.model, arch, device, Arithmetic.with_kernels(exact.model, arch, "fast"))
+    float32 = exact.plain().in_float32()
     n_patches = len(sweep.prompts) * len(sweep.heads)
     rows: list[list[str]] = []
 
-    truth, truth_s, truth_gib = timed(device, 1, lambda: run(SharedPrefixEngine(exact.strict()), sweep), warm=False)
-    checked = truth_error(exact.strict(), sweep, truth, args.truth)
-    rows.append(["strict float32 (truth)", f"{truth_s:.2f}", "", f"{truth_gib:.1f}", f"hooks: {checked:.1e}", "", ""])
+    truth, truth_s, truth_gib = timed(device, 1, lambda: run(SharedPrefixEngine(float32), sweep), warm=False)
+    checked = truth_error(float32, sweep, truth, args.truth)
+    rows.append(
+        ["float32 without TF32 (truth)", f"{truth_s:.2f}", "", f"{truth_gib:.1f}", f"hooks: {checked:.1e}", "", ""]
+    )
 
     plain_s, naive_errors = naive(fast.plain(), sweep, truth, args.naive)
     naive_s = plain_s * (n_patches + len(sweep.prompts))
@@ -193,17 +198,17 @@ def naive(backbone: Backbone, sweep: Sweep, truth: Effects, n_passes: int) -> tu
     return (time.perf_counter() - started) / n_passes, [f"{statistics.median(gaps):.1e}, {max(gaps):.1e}", ""]
 
 
-def truth_error(strict: Backbone, sweep: Sweep, truth: Effects, n_heads: int) -> float:
+def truth_error(float32: Backbone, sweep: Sweep, truth: Effects, n_heads: int) -> float:
     """Largest difference in delta_p between the truth and plain hooks, on some heads of two trials."""
     rng = random.Random(2)
     worst = 0.0
-    with strict.running():
+    with float32.running():
         for trial in (0, 1):
-            base = float(naive_baseline(strict, sweep.prompts[trial], sweep.targets[trial]).p)
+            base = float(naive_baseline(float32, sweep.prompts[trial], sweep.targets[trial]).p)
             for index in rng.sample(range(len(sweep.heads)), n_heads // 2):
                 head = sweep.heads[index]
                 p = naive_head_patch(
-                    strict, sweep.prompts[trial], sweep.targets[trial], head, sweep.means[head.layer, head.head]
+                    float32, sweep.prompts[trial], sweep.targets[trial], head, sweep.means[head.layer, head.head]
                 ).p
                 worst = max(worst, abs(float(p) - base - true_delta_p(truth)[trial, index].item()))
     return worst
@@ -211,7 +216,7 @@ def truth_error(strict: Backbone, sweep: Sweep, truth: Effects, n_heads: int) ->
 
 def true_delta_p(effects: Effects) -> torch.Tensor:
     """float64 (trial, head)."""
-    return effects.edited.p.double() - effects.base.p.double()[:, None]
+    return torch.from_numpy(effects.delta("p"))
 
 
 def errors(found: Effects, truth: Effects, sweep: Sweep) -> list[str]:

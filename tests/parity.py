@@ -8,7 +8,9 @@ from functools import cache
 
 import torch
 
-from relfv.engine.base import Backbone, Engine, TokenIds, capture_heads
+from relfv.engine.base import Backbone, Engine, TokenIds
+from relfv.engine.passes import capture_heads
+from relfv.engine.readout import joined
 from relfv.engine.reference import ReferenceEngine, naive_baseline, naive_head_patch, naive_injection
 from relfv.engine.selfcheck import SelfCheck, choose_engine
 from relfv.engine.shared_prefix import SharedPrefixEngine
@@ -63,37 +65,37 @@ def all_heads(backbone: Backbone) -> list[HeadId]:
 
 def replacements(backbone: Backbone, prompts: TokenIds) -> torch.Tensor:
     """What the heads do on other prompts, enlarged."""
-    with backbone.strict().running():
+    with backbone.plain().in_float32().running():
         return 3.0 * capture_heads(backbone, prompts)[0].flip(0).mean(0)
 
 
 def naive_base(backbone: Backbone, prompts: TokenIds, targets: Sequence[int]) -> TokenScores:
     """Fields (N,)."""
-    backbone = backbone.strict()
+    backbone = backbone.plain().in_float32()
     with backbone.running():
-        return TokenScores.cat([naive_baseline(backbone, p, t) for p, t in zip(prompts, targets, strict=True)])
+        return joined([naive_baseline(backbone, p, t) for p, t in zip(prompts, targets, strict=True)])
 
 
 def naive_sweep(backbone: Backbone, prompts: TokenIds, targets: Sequence[int], values: torch.Tensor) -> Effects:
     """All heads, one forward pass each."""
-    heads, backbone = all_heads(backbone), backbone.strict()
+    heads, backbone = all_heads(backbone), backbone.plain().in_float32()
     with backbone.running():
         rows = [
-            TokenScores.cat([naive_head_patch(backbone, p, t, h, values[h.layer, h.head]) for h in heads])[None]
+            joined([naive_head_patch(backbone, p, t, h, values[h.layer, h.head]) for h in heads])[None]
             for p, t in zip(prompts, targets, strict=True)
         ]
-    return Effects(naive_base(backbone, prompts, targets), TokenScores.cat(rows))
+    return Effects(naive_base(backbone, prompts, targets), joined(rows))
 
 
 def naive_injections(backbone: Backbone, prompts: TokenIds, targets: Sequence[int], vectors: torch.Tensor) -> Effects:
     """All layers, one forward pass for each vector."""
-    layers, backbone = range(backbone.arch.n_layers), backbone.strict()
+    layers, backbone = range(backbone.arch.n_layers), backbone.plain().in_float32()
     with backbone.running():
         rows = [
-            TokenScores.cat([naive_injection(backbone, p, t, layer, v) for layer in layers for v in vectors])[None]
+            joined([naive_injection(backbone, p, t, layer, v) for layer in layers for v in vectors])[None]
             for p, t in zip(prompts, targets, strict=True)
         ]
-    return Effects(naive_base(backbone, prompts, targets), TokenScores.cat(rows))
+    return Effects(naive_base(backbone, prompts, targets), joined(rows))
 
 
 @cache

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from relfv.steps import clean_trials, step_d_cie, step_d_means, step_d_trials, step_e
+from relfv.store.artifacts import QidPaths, read_noise_floor, read_scores
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import ROOT
@@ -23,8 +25,6 @@ from relfv.settings import Settings
 from relfv.stages.prompts import prompt_trial
 from relfv.stages.trials import sample_trials
 from relfv.stats import FDR
-from relfv.steps import clean_trials, step_d_cie, step_d_means, step_d_trials, step_e
-from relfv.store.artifacts import QidPaths, read_noise_floor, read_scores
 from relfv.types import HeadId, Relation, ScoredHead
 
 RELATIONS = load_relations(ROOT / "datasets/relation/relationA_ex.csv")

@@ -11,6 +11,7 @@ import torch
 import transformers as tf
 
 from conftest import llama, scale_up
+from relfv.engine.arithmetic import Arithmetic, Precision
 from relfv.engine.base import Backbone
 from relfv.models.architecture import resolve
 
@@ -336,5 +337,10 @@ ZOO: dict[str, Animal] = {animal.name: animal for animal in _ANIMALS}
 
 def backbone_of(build: Callable[[], Any], dtype: torch.dtype = torch.float32) -> Backbone:
     """The model with enlarged random weights, ready to run."""
-    model = scale_up(build()).to(dtype)
-    return Backbone(model, resolve(model, "auto"), torch.device("cpu"), "exact")
+    return plain_backbone(scale_up(build()).to(dtype))
+
+
+def plain_backbone(model: Any, precision: Precision = "exact") -> Backbone:
+    """``model`` on the CPU, by PyTorch alone."""
+    arch = resolve(model, "auto")
+    return Backbone(model, arch, torch.device("cpu"), Arithmetic(model, arch, precision))

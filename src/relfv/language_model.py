@@ -1,4 +1,4 @@
-"""A model that stages can use: a checkpoint, its arithmetic, and the engine that a self-check has chosen for it."""
+"""A model that stages can use: a checkpoint, its arithmetic, and the engine that the self-check chose for it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from relfv.engine.arithmetic.precision import Precision
+from relfv.engine.arithmetic import Arithmetic, Precision
 from relfv.engine.base import Backbone, Engine
 from relfv.engine.selfcheck import SelfCheck, choose_engine
 from relfv.models.architecture import Architecture
@@ -40,14 +40,24 @@ class LanguageModel:
         return self.backbone.arch
 
     @property
-    def device(self) -> str:
-        """``cpu``, ``cuda:0``, ..."""
-        return str(self.backbone.device)
-
-    @property
     def precision(self) -> str:
         """``exact`` or ``fast``."""
-        return self.backbone.precision
+        return self.backbone.arithmetic.precision
+
+    def facts(self) -> dict[str, str | bool]:
+        """What records say of an opened model: ``model``, ``model_spec``, ``engine``, ``precision``, ``dtype``, ``quant``,
+        ``device`` (its type: ``cpu``, ``cuda``), ``products`` (what linear layers multiply in) and ``kernels`` (whether
+        fused kernels run), in this order."""
+        return {
+            "model": self.name,
+            "model_spec": self.spec,
+            "engine": self.engine.name,
+            "precision": self.precision,
+            "dtype": self.dtype,
+            "quant": self.quant,
+            "device": self.backbone.device.type,
+            **self.backbone.arithmetic.facts(),
+        }
 
 
 def open_model(
@@ -60,9 +70,9 @@ def open_model(
     precision: Precision = "exact",
     trust_remote_code: bool = False,
 ) -> LanguageModel:
-    """Open ``name`` (``demo``, a folder, a cached or hub model) and check the fast engine on it.
+    """Open ``name`` (``demo``, a folder, a cached or hub model) and choose its engine.
 
-    Raises InputError for a model, spec, device or dtype that does not fit, RunError if its logits cannot be read.
+    Raises InputError for a model, spec, device or dtype that does not fit, RunError if relfv would misread its logits.
     """
     started = time.monotonic()
     checkpoint = load_checkpoint(
@@ -75,7 +85,8 @@ def open_model(
         trust_remote_code=trust_remote_code,
     )
     arch, tokens = checkpoint.arch, checkpoint.tokens
-    backbone = Backbone.fastest(checkpoint.model, arch, checkpoint.device, precision)
+    arithmetic = Arithmetic.with_kernels(checkpoint.model, arch, precision)
+    backbone = Backbone(checkpoint.model, arch, checkpoint.device, arithmetic)
     engine, check = choose_engine(backbone, tokens.self_check_prompts())
     log.info(
         "opened %s: %s, %d layers x %d heads of %d, residual %d, %s on %s, %s arithmetic, %.1f s",

@@ -153,8 +153,10 @@ class Settings:
     @staticmethod
     def from_json(values: dict[str, Any]) -> Settings:
         """The inverse of ``to_json``; keys of another version of relfv are left out, missing ones take their defaults."""
-        known: dict[str, Any] = {name: value for name, value in values.items() if name in FLAGS}
-        return Settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
+        known: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if name in FLAGS
+        }
+        return Settings(**known)
 
 
 FLAGS: dict[str, Flag] = {one.name: one.metadata["flag"] for one in fields(Settings)}

@@ -176,15 +176,6 @@ class TokenScores:
         """The same index taken of every field."""
         return TokenScores(self.logit[index], self.logprob[index], self.top_id[index])
 
-    @staticmethod
-    def cat(parts: list[TokenScores]) -> TokenScores:
-        """Join parts along the first axis."""
-        return TokenScores(
-            logit=torch.cat([part.logit for part in parts]),
-            logprob=torch.cat([part.logprob for part in parts]),
-            top_id=torch.cat([part.top_id for part in parts]),
-        )
-
 
 @dataclass(frozen=True)
 class Effects:

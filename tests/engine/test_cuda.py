@@ -1,4 +1,4 @@
-"""Kernels and pieces at work in whole models on a GPU, against plain hooks in strict float32."""
+"""Kernels and pieces at work in whole models on a GPU, against hooks in plain float32."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from conftest import scale_up
 from parity import all_heads, naive_base, naive_injections, naive_sweep, prompts_of_different_length, replacements
-from relfv.engine.arithmetic import kernels
+from relfv.engine.arithmetic import Arithmetic, kernels
 from relfv.engine.arithmetic.products import Pieces
 from relfv.engine.base import Backbone
 from relfv.engine.selfcheck import choose_engine
@@ -29,11 +29,12 @@ PROMPTS, _ = prompts_of_different_length()
 def on_gpu(name: str, precision: str = "exact") -> Backbone:
     """The zoo's model, stored in bf16."""
     model = scale_up(ZOO[name].build()).to("cuda", torch.bfloat16)
-    return Backbone.fastest(model, resolve(model, "auto"), torch.device("cuda"), precision)  # type: ignore[arg-type]
+    arch = resolve(model, "auto")
+    return Backbone(model, arch, torch.device("cuda"), Arithmetic.with_kernels(model, arch, precision))  # type: ignore[arg-type]
 
 
 class Truth:
-    """Sweep and injections by plain hooks in strict float32."""
+    """Head sweep and injections by hooks in plain float32."""
 
     def __init__(self, name: str) -> None:
         self.backbone = on_gpu(name)
@@ -60,16 +61,16 @@ truth = cache(Truth)
 
 def error(found: Effects, true: Effects) -> float:
     """Root mean square error of delta_logprob, as a share of its root mean square."""
-    effects = [of.edited.logprob.double() - of.base.logprob.double()[:, None] for of in (found, true)]
-    assert effects[1].abs().max() > 0.2
-    return float((effects[0] - effects[1]).norm() / effects[1].norm())
+    deltas = [torch.from_numpy(of.delta("logprob")) for of in (found, true)]
+    assert deltas[1].abs().max() > 0.2
+    return float((deltas[0] - deltas[1]).norm() / deltas[1].norm())
 
 
 @pytest.mark.parametrize("family", FAST)
-def test_kernels_with_careful_pieces_equal_plain_hooks(family: str) -> None:
+def test_kernels_with_three_pieces_equal_plain_hooks(family: str) -> None:
     t = truth(family)
-    assert t.sweep_error(t.backbone.careful()) < 1e-4
-    assert t.injection_error(t.backbone.careful()) < 1e-4
+    assert t.sweep_error(t.backbone.in_float32()) < 1e-4
+    assert t.injection_error(t.backbone.in_float32()) < 1e-4
 
 
 @pytest.mark.parametrize("family", FAST)
@@ -83,7 +84,7 @@ def test_exact_is_closer_to_float32_than_the_checkpoints_own_dtype(family: str) 
 def test_the_self_check_accepts_the_kernels(family: str) -> None:
     engine, check = choose_engine(truth(family).backbone, PROMPTS)
     assert engine.name == "shared_prefix"
-    assert engine.backbone.fusions is not None, check.reason
+    assert engine.backbone.arithmetic.fusions is not None, check.reason
 
 
 def test_a_kernel_that_is_wrong_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,12 +92,13 @@ def test_a_kernel_that_is_wrong_is_left_out(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(kernels, "rms_norm", lambda x, *rest: right(x, *rest) * 1.01)
     engine, _ = choose_engine(on_gpu(LLAMA), PROMPTS)
     assert engine.name == "shared_prefix"
-    assert engine.backbone.fusions is None
+    assert engine.backbone.arithmetic.fusions is None
 
 
 def test_more_pieces_come_closer() -> None:
     t = truth(LLAMA)
-    one, two = (t.sweep_error(replace(t.backbone, pieces=Pieces(3, 3, n))) for n in (1, 2))
+    made = [replace(t.backbone.arithmetic, pieces=Pieces(3, 3, n)) for n in (1, 2)]
+    one, two = (t.sweep_error(replace(t.backbone, arithmetic=arithmetic)) for arithmetic in made)
     assert two < one / 10
 
 
@@ -106,6 +108,6 @@ def test_more_pieces_come_closer() -> None:
 )
 def test_a_head_given_its_own_value_has_an_effect_of_exactly_zero(family: str, precision: str) -> None:
     backbone = on_gpu(family, precision)
-    for variant in (backbone, backbone.plain(), backbone.strict()):
+    for variant in (backbone, backbone.plain(), backbone.plain().in_float32()):
         found = SharedPrefixEngine(variant).sweep_heads(Prompts(PROMPTS, [5, 17, 123]), None, all_heads(backbone))
         assert torch.equal(found.edited.logprob, found.base.logprob[:, None].expand_as(found.edited.logprob))

@@ -25,15 +25,15 @@ from parity import (
     sweep_gaps,
     truth,
 )
-from relfv.engine.base import Backbone, capture_heads
-from relfv.engine.readout import score_prompts
+from relfv.engine.passes import capture_heads, last_hidden
+from relfv.engine.readout import read_targets
 from relfv.engine.reference import ReferenceEngine
 from relfv.engine.selfcheck import MIN_EFFECT
 from relfv.engine.shared_prefix import SharedPrefixEngine
-from relfv.models.architecture import resolve, text_config
+from relfv.models.architecture import text_config
 from relfv.models.families import FAMILIES
 from relfv.types import Prompts
-from zoo import GPT2_LIKE, IDS, ZOO, backbone_of
+from zoo import GPT2_LIKE, IDS, ZOO, backbone_of, plain_backbone
 
 FAST = {name: animal.build for name, animal in ZOO.items() if animal.engine == "shared_prefix"}
 SLOW = {name: animal.build for name, animal in ZOO.items() if animal.engine == "reference"}
@@ -113,7 +113,7 @@ ARITHMETICS = {
     "fast bf16": (torch.bfloat16, "fast"),
     "exact, stored as bf16": (torch.bfloat16, "exact"),
     "exact": (torch.float32, "exact"),
-    "strict float32": (torch.float32, "strict"),
+    "float32 without TF32": (torch.float32, "float32"),
 }
 
 
@@ -125,7 +125,10 @@ def test_a_head_replaced_by_its_own_value_has_an_effect_of_exactly_zero(
 ) -> None:
     dtype, precision = ARITHMETICS[how]
     backbone = backbone_of(IDENTITY[family], dtype)
-    backbone = backbone.strict() if precision == "strict" else replace(backbone, precision=precision)
+    if precision == "float32":
+        backbone = backbone.in_float32()
+    else:
+        backbone = replace(backbone, arithmetic=replace(backbone.arithmetic, precision=precision))
     prompts, targets = prompts_of_different_length()
     prompts[0] = prompts[0][:17]
     found = engine_type(backbone).sweep_heads(Prompts(prompts, targets), None, all_heads(backbone))
@@ -206,7 +209,7 @@ def test_prompts_do_not_depend_on_what_shares_their_batch() -> None:
 def test_a_bf16_checkpoint_in_exact_precision_gives_the_float32_numbers_of_its_weights(family: str) -> None:
     stored = backbone_of(FAST[family], torch.bfloat16)
     wide_model = scale_up(FAST[family]()).to(torch.bfloat16).float()
-    wide = Backbone(wide_model, resolve(wide_model, "auto"), torch.device("cpu"), "exact")
+    wide = plain_backbone(wide_model)
     prompts, targets = prompts_of_different_length()
     values, heads = replacements(wide, prompts), all_heads(wide)
     targets = naive_base(wide, prompts, targets).top_id.tolist()
@@ -217,7 +220,7 @@ def test_a_bf16_checkpoint_in_exact_precision_gives_the_float32_numbers_of_its_w
 
 def test_fast_precision_computes_in_the_checkpoints_dtype() -> None:
     exact = backbone_of(FAST[LLAMA], torch.bfloat16)
-    fast = Backbone(exact.model, exact.arch, exact.device, "fast")
+    fast = plain_backbone(exact.model, "fast")
     prompts, targets = prompts_of_different_length()
     values, heads = replacements(exact, prompts), all_heads(exact)
     a = SharedPrefixEngine(exact).sweep_heads(Prompts(prompts, targets), values, heads).edited.logprob
@@ -258,4 +261,7 @@ def test_rotary_frequencies_that_depend_on_the_length_of_the_call(kind: str, len
     layers = range(backbone.arch.n_layers)
     found = SharedPrefixEngine(backbone).inject(Prompts(prompts, targets), vector, layers)
     assert gaps(found, naive_injections(backbone, prompts, targets, vector)).delta_logprob < 1e-4
-    assert torch.allclose(score_prompts(backbone, prompts, targets).logprob, found.base.logprob, atol=1e-4)
+    with backbone.running():
+        alone = [read_targets(backbone, last_hidden(backbone, prompts[p])[:, None], targets[p]).logprob[:, 0]
+                 for p in backbone.passes(prompts, 32)]  # fmt: skip
+    assert torch.allclose(torch.cat(alone), found.base.logprob, atol=1e-4)

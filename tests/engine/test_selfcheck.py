@@ -9,11 +9,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import llama, scale_up
 from parity import prompts_of_different_length
-from relfv.engine.base import Backbone
 from relfv.engine.selfcheck import TOLERANCE, choose_engine
 from relfv.errors import RunError
-from relfv.models.architecture import resolve
-from zoo import backbone_of
+from zoo import backbone_of, plain_backbone
 
 
 class OddLogits(LlamaForCausalLM):
@@ -30,9 +28,8 @@ def test_a_model_whose_logits_relfv_would_misread_is_refused_by_both_engines_ali
         vocab_size=300, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
     )
     model = scale_up(OddLogits(config))
-    backbone = Backbone(model, resolve(model, "auto"), torch.device("cpu"), "exact")
     with pytest.raises(RunError, match="OddLogits turns hidden states into logits in a way relfv does not know"):
-        choose_engine(backbone, [[1, 2, 3, 4, 5, 6], [7, 8, 9]])
+        choose_engine(plain_backbone(model), [[1, 2, 3, 4, 5, 6], [7, 8, 9]])
 
 
 class SeesTheTokenBefore(torch.nn.Module):
@@ -69,7 +66,7 @@ def test_a_model_that_looks_along_the_token_axis_outside_attention_is_rejected(
     layer = model.model.layers[1]
     layer.set_submodule(part, hostile(layer.get_submodule(part)))
     prompts, _ = prompts_of_different_length()
-    engine, check = choose_engine(Backbone(model, resolve(model, "auto"), torch.device("cpu"), "exact"), prompts)
+    engine, check = choose_engine(plain_backbone(model), prompts)
     assert engine.name == "reference"
     assert check.max_error is not None
     assert check.max_error > TOLERANCE

@@ -8,9 +8,10 @@ scores, o_prefix their softmax-weighted values, and s the copy's score of its ow
 
     o = o_prefix + w * (v_own - o_prefix),   w = sigmoid(s - lse),
 
-and an attention sink of logit c (GPT-OSS) shrinks o by sigmoid(logaddexp(lse, s) - c). The split form matters: under
-one [prefix | diagonal] mask each copy's own key sits in another column, the summation order differs between copies,
-and patches that change nothing come out as effects.
+and an attention sink of logit c (GPT-OSS) shrinks o by sigmoid(logaddexp(lse, s) - c). Computing the parts apart
+matters: under one [prefix | diagonal] mask each copy's own key sits in another column, the summation order differs
+between copies, and patches that change nothing come out as effects. The arithmetic is ``Arithmetic.attend``; this
+module brings it the model's queries, keys and values, and refuses what it does not know.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from relfv.engine.arithmetic import kernels
+from relfv.engine.arithmetic import Arithmetic
 from relfv.engine.base import Backbone
 from relfv.errors import RunError
 from relfv.models.architecture import text_config
@@ -49,7 +49,7 @@ class Prefix:
 @dataclass(frozen=True)
 class _Pass:
     prefix: Prefix
-    by_kernel: bool
+    arithmetic: Arithmetic
 
 
 _active: _Pass | None = None
@@ -96,10 +96,7 @@ def shared_prefix_attention(
     _require_same_window(attention_mask, sliding_window)
     _require_usual_shapes(query, key, value)
     layer = int(module.layer_idx) if layer is None else layer  # type: ignore[arg-type]
-    attend = kernels.attend if active.by_kernel and kernels.usable(query) else attend_plainly
-    if key_bias is not None:
-        attend = partial(attend_plainly, key_bias=key_bias.float())
-    out = attend(
+    out = active.arithmetic.attend(
         query,
         key,
         value,
@@ -110,69 +107,9 @@ def shared_prefix_attention(
         window=sliding_window,
         softcap=softcap,
         sinks=s_aux,
+        key_bias=key_bias,
     )
     return out, None
-
-
-def attend_plainly(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    k_prefix: torch.Tensor,
-    v_prefix: torch.Tensor,
-    lengths: torch.Tensor,
-    *,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-    key_bias: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The module's formula in plain PyTorch; shapes as in ``shared_prefix_attention``, prefixes (N, kv_heads, P, head_dim)."""
-    n, n_heads, copies, head_dim = query.shape
-    kv_heads = key.shape[1]
-    group = n_heads // kv_heads
-
-    # float32 throughout: scores of a bf16 model would otherwise be rounded to 8 bits before the softmax.
-    q = query.float().reshape(n, kv_heads, group * copies, head_dim)
-    scores = _capped(q @ k_prefix.float().transpose(-1, -2) * scale, softcap)
-    if key_bias is not None:
-        by_head = scores.view(n, n_heads, copies, -1) + _relative_to_own(key_bias, lengths)
-        scores = by_head.view_as(scores)
-    scores = scores.masked_fill(~_visible(lengths, scores.shape[-1], window), -torch.inf)
-    # Finite also where a window of one token hides the whole prefix.
-    lse = scores.logsumexp(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
-    o_prefix = (scores - lse).exp() @ v_prefix.float()
-
-    own_key = key.float().repeat_interleave(group, dim=1).reshape_as(q)
-    own_value = value.float().repeat_interleave(group, dim=1).reshape(n, kv_heads, group * copies, -1)
-    s_own = _capped((q * own_key).sum(-1, keepdim=True) * scale, softcap)
-    out = o_prefix + torch.sigmoid(s_own - lse) * (own_value - o_prefix)
-    out = out.reshape(n, n_heads, copies, -1)
-    if sinks is not None:
-        total = torch.logaddexp(lse, s_own).reshape(n, n_heads, copies, 1)
-        out = out * torch.sigmoid(total - sinks.float().view(1, n_heads, 1, 1))
-    return out.transpose(1, 2).to(value.dtype).contiguous()
-
-
-def _visible(lengths: torch.Tensor, width: int, window: int | None) -> torch.Tensor:
-    """bool (N, 1, 1, width): prefix positions that the last token, at position lengths[n], may attend to."""
-    position = torch.arange(width, device=lengths.device)[None]
-    last = lengths[:, None]
-    seen = position < last
-    if window is not None:
-        seen &= position > last - window
-    return seen[:, None, None]
-
-
-def _relative_to_own(key_bias: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """float32 (N, heads, 1, P): a softmax does not change when the own key's bias is taken off all of them."""
-    own = key_bias[:, lengths].T[:, :, None]
-    return (key_bias[:, :-1] - own)[:, :, None]
-
-
-def _capped(scores: torch.Tensor, softcap: float | None) -> torch.Tensor:
-    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 
 def _require_active(kwargs: dict[str, Any]) -> _Pass:
@@ -185,17 +122,17 @@ def _require_active(kwargs: dict[str, Any]) -> _Pass:
 
 
 class UnsupportedAttention(RunError):
-    """This family's attention has a feature that the shared-prefix form does not know."""
+    """This family's attention has a feature that ``shared_prefix_attention`` does not know."""
 
 
 def _window_as_mask(*_: Any, local_size: int | None = None, **__: Any) -> torch.Tensor | None:
-    """One query position: what it may see is decided in the attention function. All that is said here is the window
-    or chunk that the model wants, as a tensor without dimensions."""
+    """There is one query position, and the attention function decides what it may see. All that this "mask" carries
+    is the window or chunk that the model asks for, as a tensor without dimensions."""
     return None if local_size is None else torch.tensor(local_size)
 
 
 def _require_same_window(attention_mask: torch.Tensor | None, sliding_window: int | None) -> None:
-    """A model that limits attention by its mask alone (chunks) would go unnoticed on prompts shorter than the limit."""
+    """On prompts shorter than the limit nobody would notice a model that limits attention by its mask alone (chunks)."""
     if attention_mask is not None and attention_mask.dim() == 0 and int(attention_mask) != sliding_window:
         raise UnsupportedAttention(
             f"the model's mask limits attention to {int(attention_mask)} tokens, in a way unknown to {NAME}"
@@ -222,7 +159,7 @@ def attending_to(prefix: Prefix, backbone: Backbone) -> Iterator[None]:
     before = [(config, config._attn_implementation) for config in configs]
     for config in configs:
         config._attn_implementation = NAME
-    _active = _Pass(prefix, by_kernel=backbone.fusions is not None)
+    _active = _Pass(prefix, backbone.arithmetic)
     try:
         with attending_by(backbone.arch, shared_prefix_attention, 1 + prefix.keys[0].shape[2]):
             yield
@@ -233,6 +170,6 @@ def attending_to(prefix: Prefix, backbone: Backbone) -> Iterator[None]:
 
 
 def _attention_configs(backbone: Backbone) -> list[Any]:
-    """The config object(s) that attention modules and mask builders read; modules may hold their own copy."""
+    """The config objects that attention modules and mask builders read; a module may hold a copy."""
     held = [module.config for module in backbone.model.modules() if hasattr(module, "config")]
     return [text_config(backbone.model.config), *held]

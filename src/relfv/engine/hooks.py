@@ -1,4 +1,4 @@
-"""Hooks that always detach, and that complain if they never fired."""
+"""Hooks that always detach, and raise if they never fired."""
 
 from __future__ import annotations
 
@@ -81,5 +81,5 @@ def _require_fired(fired: list[list[bool]], edits: list[Any]) -> None:
     if silent:
         raise RunError(
             f"{len(silent)} of {len(edits)} hooks never ran ({', '.join(sorted(set(silent)))}): the model does not "
-            "call these modules in its forward pass, so nothing measured through them would be true"
+            "call these modules in its forward pass, so what is measured through them would be wrong"
         )

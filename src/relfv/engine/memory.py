@@ -1,4 +1,4 @@
-"""Fewer prompts at a time where a device has no room for more."""
+"""Fewer prompts at a time where a device has no memory for more."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ T = TypeVar("T")
 
 
 def shrinking(size: int, attempt: Callable[[int], T], *, release: Callable[[], None] | None = None) -> tuple[T, int]:
-    """``attempt(size)``, after each out-of-memory error all of it again with half as many prompts at a time, so that one
-    number says how the whole result was made. -> the result and that number.
+    """``attempt(size)``; after an out-of-memory error the whole attempt again with half as many prompts at a time, so
+    that one number says how all of the result was made. -> the result and that number.
 
-    ``release`` gives up memory that outlives an attempt. Raises RunError if there is no room for one prompt.
+    ``release`` frees memory that outlives an attempt. Raises RunError if there is not enough for one prompt.
     """
     while True:
         try:

@@ -1,7 +1,7 @@
-"""The obvious way, by plain hooks on whole forward passes. Slow, and what everything else is compared with.
+"""The obvious way, by hooks on whole forward passes. Slow, and what everything else is compared with.
 
 ``naive_*`` run one full, unpadded forward pass per intervention, as published code does. ``ReferenceEngine`` does the
-same with the interventions of one layer as the rows of one batch; it needs nothing of a model but blocks and output
+same with the interventions of one layer as the rows of one batch; it needs only the model's blocks and output
 projections, and runs the families whose attention the shared-prefix engine cannot drive.
 """
 
@@ -15,9 +15,9 @@ from itertools import groupby
 
 import torch
 
-from relfv.engine.base import Backbone, Vectors, in_parts, of_layer_and_prompts, values_of
+from relfv.engine.base import Array, Backbone, Vectors, in_parts, of_layer_and_prompts, values_of
 from relfv.engine.hooks import editing_inputs, editing_outputs
-from relfv.engine.readout import read_targets
+from relfv.engine.readout import joined, read_targets
 from relfv.types import Effects, HeadId, Prompts, TokenScores
 
 
@@ -68,7 +68,7 @@ class ReferenceEngine:
     def sweep_heads(
         self,
         prompts: Prompts,
-        replacement: torch.Tensor | None,
+        replacement: Array | None,
         heads: Sequence[HeadId],
         *,
         per_pass: int | None = None,
@@ -105,11 +105,11 @@ class ReferenceEngine:
         n_vectors = sum(part.shape[-2] for part in parts)
 
         def adding(index: int, layer: int, prompt: int) -> AbstractContextManager[None]:
-            own = of_layer_and_prompts(parts, index, slice(prompt, prompt + 1))[0]
+            added = of_layer_and_prompts(parts, index, slice(prompt, prompt + 1))[0]
 
             def add(hidden: torch.Tensor) -> torch.Tensor:
                 hidden = hidden.clone()
-                hidden[1:, -1] += own.to(hidden.dtype)
+                hidden[1:, -1] += added.to(hidden.dtype)
                 return hidden
 
             return editing_outputs([(self.backbone.arch.blocks[layer], add)])
@@ -127,19 +127,19 @@ class ReferenceEngine:
         n_rows: int,
         edits: list[tuple[int, Callable[[int], AbstractContextManager[None]]]],
     ) -> Effects:
-        """One batch of ``n_rows`` for each prompt and edit; an edit, told which prompt, changes rows 1..count of its
-        batch."""
+        """One batch of ``n_rows`` for each prompt and edit. An edit is a count and a function that, given the index of
+        a prompt, opens a context in which rows 1..count are edited."""
         base, edited = [], []
         with self.backbone.running():
             for index, (prompt, target) in enumerate(zip(prompts.ids, prompts.targets, strict=True)):
                 batches = []
-                for _, opened in edits:
-                    with opened(index):
+                for _, editing in edits:
+                    with editing(index):
                         batches.append(_score_rows(self.backbone, prompt, target, n_rows))
                 base.append(batches[0][:1])
                 kept = [batch[1 : 1 + count] for batch, (count, _) in zip(batches, edits, strict=True)]
-                edited.append(TokenScores.cat(kept)[None])
-        return Effects(base=TokenScores.cat(base), edited=TokenScores.cat(edited))
+                edited.append(joined(kept)[None])
+        return Effects(base=joined(base), edited=joined(edited))
 
 
 def _score_rows(backbone: Backbone, prompt: Sequence[int], target: int, n_rows: int) -> TokenScores:

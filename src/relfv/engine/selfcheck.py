@@ -1,25 +1,25 @@
 """Which engine a model gets: the fast one if it agrees with plain hooks on this very model, else the obvious one.
 
-A fast wrong answer is the worst outcome there is, and no list of families can promise that the next one fits. So the
-first thing a newly opened model does is a handful of patches and injections twice, in strict float32, on two prompts
-of different length.
+A fast wrong answer is the worst outcome there is, and no list of families can promise that the next one fits. So a
+newly opened model first does a handful of patches and injections twice, in float32, on two prompts of different length.
 """
 
 from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from relfv.engine.arithmetic.precision import widened_if_low
-from relfv.engine.base import Backbone, Engine, TokenIds, capture_heads
+from relfv.engine.arithmetic import widened
+from relfv.engine.base import Backbone, Engine, TokenIds
+from relfv.engine.passes import capture_heads
+from relfv.engine.readout import joined
 from relfv.engine.reference import ReferenceEngine, naive_baseline, naive_head_patch, naive_injection
 from relfv.engine.shared_prefix import SharedPrefixEngine
 from relfv.errors import RunError
-from relfv.types import Effects, HeadId, Prompts, TokenScores
+from relfv.types import Effects, HeadId, Prompts
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ TOLERANCE = 1e-3
 that is above one nat. A wrong mask, position or cache is off by far more; float32 rounding by far less."""
 
 ROUNDING = {"exact": 0.2, "fast": 1.0}
-"""The same for the arithmetic that is then used: no measure of it, but a broken kernel in it shows."""
+"""The same for the arithmetic in use: too wide to measure its rounding, and narrow enough to show a broken kernel."""
 
 PROJECTION_TOLERANCE = 0.02
 """Accepted relative error of projected heads. 8-bit products reach a percent; a missing scale is off by far more."""
@@ -41,7 +41,7 @@ N_HEADS = 6
 
 @dataclass(frozen=True)
 class SelfCheck:
-    """What the comparison found, for the manifest."""
+    """The result of the comparison, for the manifest."""
 
     engine: str
     max_error: float | None
@@ -53,90 +53,121 @@ class SelfCheck:
     reference_error: float | None = None
     """The same difference for the reference engine, where that is the one in use."""
     rounding: float | None = None
-    """The same difference for the kernels in the arithmetic that is used, where it is not the one compared."""
+    """The same difference in the arithmetic in use, where that has kernels."""
 
 
 def choose_engine(backbone: Backbone, prompts: TokenIds) -> tuple[Engine, SelfCheck]:
     """Compare the engines on ``prompts`` (at least two, of different lengths) and return the one to use.
 
-    The comparison runs in float32 whatever ``backbone.precision`` is: it tests the algorithm, not the rounding. The
-    fused kernels are part of what is tested; should they be at fault, the same engine goes on without them.
+    The comparison runs in float32 whatever the precision is: it tests the algorithm, not the rounding. Kernels are part
+    of what is tested; if they are at fault, the same engine goes on without them. Raises RunError for a model whose
+    logits or projections relfv would misread, or whose logits are not finite.
     """
-    exact = backbone.strict()
-    with exact.running():
-        z, hidden = capture_heads(exact, prompts)
-        targets = exact.arch.final_logits(exact.arch.lm_head(hidden.float())).argmax(-1).tolist()
-    heads, layers = _sample(exact)
-    # Each head is given its mean over both prompts, enlarged: effects that are there to be missed.
+    float32 = backbone.plain().in_float32()
+    trial = _interventions(float32, prompts)
+    _check_readout(float32, trial)
+    _check_projection(float32, trial.z[0], sorted({head.layer for head in trial.heads}))
+    wrong, error = "", None
+    for candidate in [backbone.plain()] if backbone.arithmetic.is_plain else [backbone, backbone.plain()]:
+        before = wrong
+        error, rounding, wrong = _judge(candidate, trial)
+        if error is not None and not wrong:
+            if before:
+                log.warning("%s with its kernels; using it without them", before)
+            reason = f"agrees with plain hooks to {error:.1e} in log-probability (effects up to {trial.max_effect:.2g})"
+            check = SelfCheck("shared_prefix", error, trial.max_effect, reason, rounding=rounding)
+            return SharedPrefixEngine(candidate), check
+    return _fallback(backbone.plain(), wrong, error, trial.error_of(ReferenceEngine(float32)), trial.max_effect)
+
+
+@dataclass(frozen=True)
+class _Interventions:
+    """Patches and injections, and what they do by one hooked forward pass each, in plain float32."""
+
+    prompts: Prompts
+    z: torch.Tensor
+    """float32 (prompt, layer, head, head_dim): what the heads do."""
+    heads: list[HeadId]
+    replacement: torch.Tensor
+    """(layer, head, head_dim)"""
+    layers: list[int]
+    vector: torch.Tensor
+    """(1, resid_dim)"""
+    truth: Effects
+    """Columns: the patches of ``heads``, then the injections after ``layers``."""
+    max_effect: float
+
+    def error_of(self, engine: Engine) -> float:
+        """Largest difference between what ``engine`` measures and the truth, as in ``SelfCheck.max_error``."""
+        swept = engine.sweep_heads(self.prompts, self.replacement, self.heads)
+        injected = engine.inject(self.prompts, self.vector, self.layers)
+        n = len(self.heads)
+        return max(
+            _difference(swept, self.truth, slice(0, n)),
+            _difference(injected, self.truth, slice(n, None)),
+        )
+
+
+def _interventions(float32: Backbone, ids: TokenIds) -> _Interventions:
+    """Each head is given its mean over the prompts, enlarged until there are effects that a wrong engine would miss.
+
+    Raises RunError if the model's logits are not finite.
+    """
+    with float32.running():
+        z, hidden = capture_heads(float32, ids)
+        targets = float32.arch.final_logits(float32.arch.lm_head(hidden.float())).argmax(-1).tolist()
+    prompts = Prompts(ids, targets)
+    heads, layers = _sample(float32)
     for scale in (4.0, 32.0, 256.0):
         replacement = scale * z.mean(0)
-        vector = torch.stack([_direction(exact, replacement)])
-        truth = _naive(exact, prompts, targets, replacement, heads, vector[0], layers)
+        vector = torch.stack([_direction(float32, replacement)])
+        truth = _naive(float32, prompts, replacement, heads, vector[0], layers)
         max_effect = float((truth.edited.logprob - truth.base.logprob[:, None]).abs().max())
         if max_effect >= MIN_EFFECT:
             break
     if not torch.isfinite(truth.base.logprob).all():
         raise RunError(
-            f"{type(backbone.model).__name__} gives NaN or infinite logits on a plain prompt, also in float32; expected "
+            f"{type(float32.model).__name__} gives NaN or infinite logits on a plain prompt, also in float32; expected "
             "finite numbers, so its weights are damaged: fetch or copy the model again"
         )
-    _check_readout(exact, prompts, targets, truth)
-    _check_projection(exact, z[0], sorted({head.layer for head in heads}))
+    return _Interventions(prompts, z, heads, replacement, layers, vector, truth, max_effect)
 
-    def error_of(engine: Engine) -> float:
-        return max(
-            _difference(engine.sweep_heads(Prompts(prompts, targets), replacement, heads), truth, slice(0, len(heads))),
-            _difference(engine.inject(Prompts(prompts, targets), vector, layers), truth, slice(len(heads), None)),
-        )
 
-    def judged(chosen: Backbone, checked: Backbone) -> tuple[float | None, float | None, str]:
-        """Error of the algorithm, rounding of the arithmetic in use, and what is wrong with them, if anything is."""
-        try:
-            error = error_of(SharedPrefixEngine(checked))
-            rounding = error_of(SharedPrefixEngine(chosen)) if chosen.fusions is not None else None
-        except Exception as problem:  # a misfit may fail anywhere in the model's modules, a kernel in its compiler
-            first_line = f"{type(problem).__name__}: {problem}".split("\n")[0]
-            return None, None, f"the shared-prefix engine cannot run this model ({first_line})"
-        if not error <= TOLERANCE:
-            return error, rounding, f"the shared-prefix engine is off by {error:.2g} in log-probability on this model"
-        if rounding is not None and not rounding <= ROUNDING[backbone.precision]:
-            return (
-                error,
-                rounding,
-                f"the shared-prefix engine is off by {rounding:.2g} in {backbone.precision} arithmetic",
-            )
-        return error, rounding, ""
-
-    candidates = [(backbone.plain(), exact)]
-    if backbone.fusions is not None or backbone.split:
-        candidates.insert(0, (backbone, backbone.careful()))
-    wrong, error = "", None
-    for chosen, checked in candidates:
-        before = wrong
-        error, rounding, wrong = judged(chosen, checked)
-        if error is not None and not wrong:
-            if before:
-                log.warning("%s with its fused kernels; using it without them", before)
-            reason = f"agrees with plain hooks to {error:.1e} in log-probability (effects up to {max_effect:.2g})"
-            return SharedPrefixEngine(chosen), SelfCheck("shared_prefix", error, max_effect, reason, rounding=rounding)
-    return _fallback(backbone.plain(), wrong, error, error_of(ReferenceEngine(exact)), max_effect)
+def _judge(candidate: Backbone, trial: _Interventions) -> tuple[float | None, float | None, str]:
+    """Of the shared-prefix engine on ``candidate``: error of the algorithm, rounding of the arithmetic in use if it has
+    kernels, and what is wrong with them, or an empty string."""
+    has_kernels, precision = candidate.arithmetic.facts()["kernels"], candidate.arithmetic.precision
+    try:
+        error = trial.error_of(SharedPrefixEngine(candidate.in_float32()))
+        rounding = trial.error_of(SharedPrefixEngine(candidate)) if has_kernels else None
+    except Exception as problem:  # an unfit model may fail anywhere in its modules, a kernel in its compiler
+        first_line = f"{type(problem).__name__}: {problem}".split("\n")[0]
+        return None, None, f"the shared-prefix engine cannot run this model ({first_line})"
+    wrong = ""
+    if not error <= TOLERANCE:
+        wrong = f"the shared-prefix engine is off by {error:.2g} in log-probability on this model"
+    elif rounding is not None and not rounding <= ROUNDING[precision]:
+        wrong = f"the shared-prefix engine is off by {rounding:.2g} in {precision} arithmetic"
+    return error, rounding, wrong
 
 
 def _fallback(
-    backbone: Backbone, reason: str, fast_error: float | None, own_error: float, max_effect: float
+    backbone: Backbone, reason: str, fast_error: float | None, reference_error: float, max_effect: float
 ) -> tuple[Engine, SelfCheck]:
-    """The reference engine, with a word on how far *it* is from one forward pass at a time."""
-    if own_error <= TOLERANCE:
+    """The reference engine, and in its reason how far *it* is from one forward pass at a time."""
+    if reference_error <= TOLERANCE:
         log.warning(
-            "%s; using the reference engine, which agrees with plain hooks to %.1e and is slower", reason, own_error
+            "%s; using the reference engine, which agrees with plain hooks to %.1e and is slower",
+            reason,
+            reference_error,
         )
     else:
         reason += (
-            f"; the reference engine differs by {own_error:.2g} from one forward pass at a time, because this model's "
+            f"; the reference engine differs by {reference_error:.2g} from one forward pass at a time, because this model's "
             "results depend on what shares its batch (8-bit weights do that): take scores below that for noise"
         )
         log.warning("%s", reason)
-    return ReferenceEngine(backbone), SelfCheck("reference", fast_error, max_effect, reason, own_error)
+    return ReferenceEngine(backbone), SelfCheck("reference", fast_error, max_effect, reason, reference_error)
 
 
 def _sample(backbone: Backbone) -> tuple[list[HeadId], list[int]]:
@@ -149,7 +180,7 @@ def _sample(backbone: Backbone) -> tuple[list[HeadId], list[int]]:
 
 
 def _direction(backbone: Backbone, activations: torch.Tensor) -> torch.Tensor:
-    """A residual-stream vector of natural size: what the heads of the middle layer would write."""
+    """A residual-stream vector of a usual size: what the heads of the middle layer would write."""
     layer = backbone.arch.n_layers // 2
     parts = [backbone.arch.project_head(layer, head, activations[layer, head]) for head in range(backbone.arch.n_heads)]
     return torch.stack(parts).sum(0).float()
@@ -157,8 +188,7 @@ def _direction(backbone: Backbone, activations: torch.Tensor) -> torch.Tensor:
 
 def _naive(
     backbone: Backbone,
-    prompts: TokenIds,
-    targets: Sequence[int],
+    prompts: Prompts,
     replacement: torch.Tensor,
     heads: list[HeadId],
     vector: torch.Tensor,
@@ -166,26 +196,26 @@ def _naive(
 ) -> Effects:
     base, edited = [], []
     with backbone.running():
-        for prompt, target in zip(prompts, targets, strict=True):
+        for prompt, target in zip(prompts.ids, prompts.targets, strict=True):
             base.append(naive_baseline(backbone, prompt, target))
             patched = [
                 naive_head_patch(backbone, prompt, target, head, replacement[head.layer, head.head]) for head in heads
             ]
             injected = [naive_injection(backbone, prompt, target, layer, vector) for layer in layers]
-            edited.append(TokenScores.cat([*patched, *injected])[None])
-    return Effects(base=TokenScores.cat(base), edited=TokenScores.cat(edited))
+            edited.append(joined([*patched, *injected])[None])
+    return Effects(base=joined(base), edited=joined(edited))
 
 
-def _check_readout(backbone: Backbone, prompts: TokenIds, targets: Sequence[int], truth: Effects) -> None:
+def _check_readout(backbone: Backbone, trial: _Interventions) -> None:
     """The model's own logits against relfv's read-out, which both engines share and so cannot judge.
 
     Raises RunError: with an unknown last step no engine would be right.
     """
-    for index, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
+    for index, (prompt, target) in enumerate(zip(trial.prompts.ids, trial.prompts.targets, strict=True)):
         with backbone.running():
             ids = torch.tensor([list(prompt)], device=backbone.device)
             logits = backbone.model(input_ids=ids, use_cache=False).logits[0, -1].float()
-        gap = abs(float(logits.log_softmax(-1)[target]) - float(truth.base.logprob[index]))
+        gap = abs(float(logits.log_softmax(-1)[target]) - float(trial.truth.base.logprob[index]))
         if not gap <= TOLERANCE:
             raise RunError(
                 f"{type(backbone.model).__name__} turns hidden states into logits in a way relfv does not know "
@@ -194,7 +224,7 @@ def _check_readout(backbone: Backbone, prompts: TokenIds, targets: Sequence[int]
 
 
 def _check_projection(backbone: Backbone, z: torch.Tensor, layers: list[int]) -> None:
-    """The heads' projected parts must sum to what the projection itself makes of them, without its bias.
+    """The heads' projected parts must sum to the projection's output for all of them, without its bias.
 
     ``z`` is (layer, head, head_dim). Raises RunError: the function vector would be wrong.
     """
@@ -202,7 +232,7 @@ def _check_projection(backbone: Backbone, z: torch.Tensor, layers: list[int]) ->
     for layer in layers:
         parts = torch.stack([arch.project_head(layer, head, z[layer, head]) for head in range(arch.n_heads)]).sum(0)
         rows = torch.stack([z[layer].flatten(), torch.zeros(arch.n_heads * arch.head_dim)])[:, None]
-        with torch.inference_mode(), widened_if_low(arch.out_projs[layer]):
+        with torch.inference_mode(), widened(arch.out_projs[layer]):
             out = arch.out_projs[layer](rows.to(backbone.device)).cpu().double()[:, 0]
         whole = out[0] - out[1]
         gap = float((parts - whole).norm() / whole.norm().clamp_min(1e-12))
@@ -213,11 +243,11 @@ def _check_projection(backbone: Backbone, z: torch.Tensor, layers: list[int]) ->
             )
 
 
-def _difference(found: Effects, truth: Effects, columns: slice) -> float:
+def _difference(measured: Effects, truth: Effects, columns: slice) -> float:
     """Largest |difference| in log-probability, as a share of the effect where that is above one nat; NaN counts as
     infinite."""
     true = truth.edited[:, columns].logprob
     effects = (true - truth.base.logprob[:, None]).abs()
-    base = (found.base.logprob - truth.base.logprob).abs()
-    edited = (found.edited.logprob - true).abs() / effects.clamp_min(1.0)
+    base = (measured.base.logprob - truth.base.logprob).abs()
+    edited = (measured.edited.logprob - true).abs() / effects.clamp_min(1.0)
     return float(torch.cat([base, edited.flatten()]).nan_to_num(nan=torch.inf).max())

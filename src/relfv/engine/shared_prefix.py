@@ -8,7 +8,7 @@ layers with all its patched versions beside it as extra tokens *of the same posi
 1. prefill: keys and values of tokens 0..n-2 of each prompt, by the model's own attention;
 2. before block l the token axis grows by one copy of the unpatched token for each head of layer l; at the input of
    the output projection copy h gets head h's slice overwritten. Each copy attends to its prompt's prefix and to
-   itself, never to another copy (attention.py), so it sees exactly what a forward pass of its own would see;
+   itself, never to another copy (attention.py), so it sees exactly what it would in a separate forward pass;
 3. all copies go through the final norm and the vocabulary.
 
 Copy 0 is the unpatched baseline, computed by the same kernels in the same batch, so that a patch which changes
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 from typing import Any
@@ -30,34 +30,36 @@ from transformers import DynamicCache
 
 from relfv.engine.attention import Prefix, attending_to
 from relfv.engine.base import (
+    Array,
     Backbone,
     TokenIds,
     Vectors,
     in_parts,
     of_layer_and_prompts,
-    pad_right,
     prompt_chunks,
     values_of,
 )
 from relfv.engine.hooks import editing_inputs, editing_outputs
 from relfv.engine.memory import shrinking
-from relfv.engine.readout import read_targets
+from relfv.engine.passes import pad_right
+from relfv.engine.readout import joined, read_targets
 from relfv.engine.reference import ReferenceEngine
 from relfv.errors import RunError
 from relfv.types import Effects, HeadId, Prompts, TokenScores
 
 _CPU_BUDGET = 2 << 30
+"""Bytes for one pass."""
 
 
 class KeptPrefix:
-    """The prefix of the last pass: the stages of a q_id come back to the same prompts again and again."""
+    """The prefix of the last pass: a q_id's stages run the same prompts several times."""
 
     def __init__(self) -> None:
         self._prompts: tuple[tuple[int, ...], ...] = ()
         self._prefix: Prefix | None = None
 
     def of(self, backbone: Backbone, prompts: TokenIds) -> Prefix:
-        """That of ``prompts``, kept or made; one that is kept has the bits of one made anew. Call inside ``running``."""
+        """The prefix of ``prompts``, kept or made, with the same bits either way. Call inside ``running``."""
         wanted = tuple(map(tuple, prompts))
         if self._prefix is None or self._prompts != wanted:
             self.forget()  # before there are two
@@ -80,7 +82,7 @@ class SharedPrefixEngine:
     def sweep_heads(
         self,
         prompts: Prompts,
-        replacement: torch.Tensor | None,
+        replacement: Array | None,
         heads: Sequence[HeadId],
         *,
         per_pass: int | None = None,
@@ -101,7 +103,7 @@ class SharedPrefixEngine:
         if self.backbone.depends_on_company(prompts.ids):
             return ReferenceEngine(self.backbone).inject(prompts, vectors, layers)
         parts = in_parts(vectors, self.backbone.device)
-        # A function vector is no small difference; in a pass this short, more pieces cost next to nothing.
+        # A function vector is not a small difference, and in a pass this short more pieces cost next to nothing.
         return self.finer()._in_chunks(
             prompts,
             len(layers) * sum(part.shape[-2] for part in parts),
@@ -110,13 +112,13 @@ class SharedPrefixEngine:
         )
 
     def finer(self) -> SharedPrefixEngine:
-        """The same with differences in at least two pieces, where products are put together from pieces."""
+        """The same with more pieces of differences, where products are in pieces; prefixes have no differences, so both
+        engines share them."""
         return self._finer
 
     @cached_property
     def _finer(self) -> SharedPrefixEngine:
-        pieces = replace(self.backbone.pieces, difference=max(2, self.backbone.pieces.difference))
-        return SharedPrefixEngine(replace(self.backbone, pieces=pieces), self.kept)  # prefixes have no differences
+        return SharedPrefixEngine(self.backbone.finer(), self.kept)
 
     def _in_chunks(
         self,
@@ -133,8 +135,8 @@ class SharedPrefixEngine:
 
         size = min(len(prompts), per_pass or self._prompts_that_fit(prompts.ids, n_edits))
         scores, size = shrinking(size, attempt, release=self.kept.forget)
-        joined = TokenScores.cat(scores)
-        return Effects(base=joined[:, 0], edited=joined[:, 1:], per_pass=size)
+        together = joined(scores)
+        return Effects(base=together[:, 0], edited=together[:, 1:], per_pass=size)
 
     def _pass(
         self,
@@ -147,15 +149,15 @@ class SharedPrefixEngine:
         last = torch.tensor([[prompt[-1]] for prompt in prompts.ids], device=self.backbone.device)
         with self.backbone.running():
             prefix = self.kept.of(self.backbone, prompts.ids)
-            with attending_to(prefix, self.backbone), self.backbone.multiplying_differences(), edits:
+            with attending_to(prefix, self.backbone), self.backbone.arithmetic.multiplying_copies(), edits:
                 hidden = _run_last_tokens(self.backbone, last, prefix)
             if hidden.shape[1] != 1 + n_edits:
                 raise RunError(f"the pass ended with {hidden.shape[1]} copies of the last token, not {1 + n_edits}")
             return read_targets(self.backbone, hidden, prompts.targets)
 
     def _prompts_that_fit(self, prompts: TokenIds, n_edits: int) -> int:
-        """Prompts a pass, from the memory above the weights; a function of shapes and the device, not of the moment,
-        where it can be: batch shapes change low-order bits, and a resumed run must give the same bytes."""
+        """Prompts a pass, from the memory above the weights. As far as possible a function of shapes and the device, not
+        of what is free now: batch shapes change low-order bits, and a resumed run must give the same bytes."""
         arch, bytes_each = self.backbone.arch, 4
         rows = 1 + n_edits
         per_row = 3 * self.backbone.intermediate_size() + 6 * arch.resid_dim + 3 * arch.n_heads * arch.head_dim
@@ -175,7 +177,7 @@ class SharedPrefixEngine:
 
 
 def prefill(backbone: Backbone, prompts: TokenIds) -> Prefix:
-    """Run all but the last token of each prompt and keep what later tokens can see of them.
+    """Run all but the last token of each prompt and keep their keys and values.
 
     Raises RunError for a prompt of fewer than two tokens, which has no prefix.
     """
@@ -183,7 +185,7 @@ def prefill(backbone: Backbone, prompts: TokenIds) -> Prefix:
         raise RunError("a prompt has a single token; the shared-prefix engine needs at least two")
     ids, mask, lengths = pad_right([prompt[:-1] for prompt in prompts], backbone.device)
     # A DynamicCache made from a config lets sliding-window layers drop keys; this one keeps all of them, and the
-    # window is applied where it belongs, in the attention of the last token.
+    # window is applied in the attention of the last token.
     cache = DynamicCache()
     backbone.decoder(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
     keys, values = zip(*(_cached(cache, layer) for layer in range(backbone.arch.n_layers)), strict=True)
@@ -207,22 +209,22 @@ def _run_last_tokens(backbone: Backbone, last: torch.Tensor, prefix: Prefix) -> 
 def _head_patches(
     backbone: Backbone, heads: Sequence[HeadId], values: torch.Tensor | None
 ) -> AbstractContextManager[None]:
-    """Before block l: one copy of the unpatched token for each of ``heads`` in layer l; then overwrite its slice by the
-    head's own of ``values``, or by the same head's slice of copy 0 where there are none."""
+    """Before block l: one copy of the unpatched token for each of ``heads`` in layer l; then overwrite its slice by that
+    head's row of ``values``, or by the same head's slice of copy 0 if there are none."""
     arch = backbone.arch
 
     def grower(count: int) -> Callable[[torch.Tensor], torch.Tensor]:
         return lambda hidden: _grown(hidden, hidden[:, :1], count)
 
-    def patcher(own_heads: list[int], given: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
-        index = torch.tensor(own_heads, device=backbone.device)
+    def patcher(numbers: list[int], given: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
+        index = torch.tensor(numbers, device=backbone.device)
 
         def patch(z: torch.Tensor) -> torch.Tensor:
             n, copies, _ = z.shape
-            z = z.contiguous()  # ours, and edited in place: attention's output is read by this projection alone
+            z = z.contiguous()  # edited in place: attention's output is read by this projection alone
             by_head = z.view(n, copies, arch.n_heads, arch.head_dim)
-            own = torch.arange(copies - len(index), copies, device=z.device)
-            by_head[:, own, index] = by_head[:, 0, index] if given is None else given.to(z.dtype)
+            new = torch.arange(copies - len(index), copies, device=z.device)
+            by_head[:, new, index] = by_head[:, 0, index] if given is None else given.to(z.dtype)
             return z
 
         return patch
@@ -230,10 +232,10 @@ def _head_patches(
     edits: list[tuple[Any, Callable[[torch.Tensor], torch.Tensor | None]]] = []
     start = 0
     for layer, group in groupby(heads, key=lambda head: head.layer):
-        own_heads = [head.head for head in group]
-        part = slice(start, start := start + len(own_heads))
-        edits.append((arch.blocks[layer], grower(len(own_heads))))
-        edits.append((arch.out_projs[layer], patcher(own_heads, None if values is None else values[part])))
+        numbers = [head.head for head in group]
+        part = slice(start, start := start + len(numbers))
+        edits.append((arch.blocks[layer], grower(len(numbers))))
+        edits.append((arch.out_projs[layer], patcher(numbers, None if values is None else values[part])))
     return editing_inputs(edits)
 
 
@@ -242,8 +244,8 @@ def _residual_additions(
 ) -> AbstractContextManager[None]:
     """After block l: one copy of the untouched token + vector for each vector of that layer and these prompts."""
 
-    def adder(own: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-        return lambda hidden: _grown(hidden, hidden[:, :1] + own.to(hidden.dtype), own.shape[1])
+    def adder(vectors: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda hidden: _grown(hidden, hidden[:, :1] + vectors.to(hidden.dtype), vectors.shape[1])
 
     return editing_outputs(
         [
@@ -254,7 +256,7 @@ def _residual_additions(
 
 
 def _grown(hidden: torch.Tensor, more: torch.Tensor, count: int) -> torch.Tensor:
-    """(N, C, d) -> (N, C + count, d), ``more`` (N, 1 or count, d) at the end. Two plain copies: ``torch.cat`` of an
+    """(N, C, d) -> (N, C + count, d), ``more`` (N, 1 or count, d) at the end. Two assignments: ``torch.cat`` of an
     expanded tensor runs at a third of the memory's speed."""
     n, copies, width = hidden.shape
     out = hidden.new_empty(n, copies + count, width)

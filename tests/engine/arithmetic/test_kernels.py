@@ -12,14 +12,15 @@ import torch
 import torch.nn.functional as F
 
 from relfv.engine.arithmetic import kernels
-from relfv.engine.arithmetic.products import CAREFUL, Differences, Pieces, split
-from relfv.engine.attention import attend_plainly
+from relfv.engine.arithmetic.attention import attend_plainly
+from relfv.engine.arithmetic.products import FLOAT32, Differences, Pieces, split
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(
     not kernels.AVAILABLE or not (INTERPRETED or torch.cuda.is_available()), reason="needs Triton and a GPU"
 )
 DEVICE = "cpu" if INTERPRETED else "cuda"
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -46,14 +47,14 @@ def assert_same_pieces(found: torch.Tensor, expected: torch.Tensor) -> None:
         assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("pieces", [Pieces(), CAREFUL])
+@pytest.mark.parametrize("pieces", [Pieces(), FLOAT32])
 @pytest.mark.parametrize("shape", [(3, 37, 300), (1, 1, 16), (2, 16, 256)])
 def test_differences_are_split_and_joined_the_same(pieces: Pieces, shape: tuple[int, int, int]) -> None:
     x = random(*shape) + 5 * random(shape[0], 1, shape[2], seed=1)
     plain = Differences(pieces)
     rows = kernels.split_differences(x, pieces.difference, pieces.base)
     assert_same_pieces(rows, plainly(plain.split, x))
-    if pieces == CAREFUL:
+    if pieces == FLOAT32:
         joined = plainly(plain.join, rows.float(), None, shape[0], shape[1])
         torch.testing.assert_close(joined, x, rtol=1e-6, atol=1e-6)
     bias = random(shape[2], seed=2).bfloat16()
@@ -63,7 +64,7 @@ def test_differences_are_split_and_joined_the_same(pieces: Pieces, shape: tuple[
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("activation", kernels.ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gates_agree(activation: str) -> None:
     formula = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}[activation]
     gate, up = 4 * random(3, 5, 300), random(3, 5, 300, seed=1)
@@ -72,12 +73,12 @@ def test_gates_agree(activation: str) -> None:
     torch.testing.assert_close(half, (formula(gate) * up).bfloat16(), rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize("activation", kernels.ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("biased", [False, True])
 def test_gating_pieces_equals_gating_what_they_stand_for(activation: str, biased: bool) -> None:
     formula = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}[activation]
     n, c, d = 3, 37, 300
-    pieces = CAREFUL
+    pieces = FLOAT32
     plain = Differences(pieces)
     gate = 3 * random(n, 1, d) + 0.1 * random(n, c, d)
     up = random(n, 1, d, seed=1) + 0.1 * random(n, c, d, seed=2)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from conftest import llama
-from relfv.engine.arithmetic.precision import arithmetic
+from relfv.engine.arithmetic.precision import mode_of
 from relfv.models.architecture import resolve
 
 
@@ -13,7 +13,7 @@ def test_a_bf16_model_computes_in_float32_and_keeps_its_own_weights() -> None:
     arch = resolve(model, "auto")
     before = {name: p.clone() for name, p in model.named_parameters()}
     ids = torch.tensor([[1, 2, 3]])
-    with torch.inference_mode(), arithmetic(model, arch, "exact").in_force():
+    with torch.inference_mode(), mode_of(model, arch, "exact").in_force():
         wide = model.base_model(input_ids=ids)[0]
     assert wide.dtype == torch.float32
     for name, parameter in model.named_parameters():
@@ -27,7 +27,7 @@ def test_weights_are_the_models_own_again_after_an_error_in_the_middle_of_a_pass
     model = llama(300).to(torch.bfloat16)
     arch = resolve(model, "auto")
     handle = arch.out_projs[1].register_forward_pre_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError), torch.inference_mode(), arithmetic(model, arch, "exact").in_force():
+    with pytest.raises(ZeroDivisionError), torch.inference_mode(), mode_of(model, arch, "exact").in_force():
         model.base_model(input_ids=torch.tensor([[1, 2, 3]]))
     handle.remove()
     assert all(p.dtype == torch.bfloat16 for p in model.parameters())
@@ -36,6 +36,6 @@ def test_weights_are_the_models_own_again_after_an_error_in_the_middle_of_a_pass
 def test_the_matmul_setting_of_the_process_is_left_as_it_was() -> None:
     model = llama(300)
     before = torch.get_float32_matmul_precision()
-    with arithmetic(model, resolve(model, "auto"), "exact").in_force():
+    with mode_of(model, resolve(model, "auto"), "exact").in_force():
         assert torch.get_float32_matmul_precision() == "high"
     assert torch.get_float32_matmul_precision() == before

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from relfv.engine.arithmetic.products import CAREFUL, Differences, Pieces, Whole, replaced, split
+from relfv.engine.arithmetic.products import FLOAT32, Differences, Pieces, Whole, replaced, split
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -61,12 +61,12 @@ def test_a_difference_is_rounded_relative_to_itself_and_not_to_what_it_differs_f
     true = in_float64(layer, x)
     with torch.inference_mode():
         found = Differences(Pieces()).forward(layer)(x)
-        careful = Differences(CAREFUL).forward(layer)(x)
+        in_float32 = Differences(FLOAT32).forward(layer)(x)
         rounded = layer(x.bfloat16())
     assert relative_error(found[:, 0], true[:, 0]) < 3e-7
     true_change = true[:, 1:] - true[:, :1]
     assert relative_error(found[:, 1:] - found[:, :1], true_change) < 4e-3
-    assert relative_error(careful[:, 1:] - careful[:, :1], true_change) < 3e-7 / size
+    assert relative_error(in_float32[:, 1:] - in_float32[:, :1], true_change) < 3e-7 / size
     if size < 1:
         assert relative_error(rounded[:, 1:] - rounded[:, :1], true_change) > 0.1
 
@@ -90,7 +90,7 @@ def test_inputs_that_are_no_copies_go_through_whole() -> None:
 
 def test_layers_that_share_an_input_and_layers_that_do_not() -> None:
     one, two = bf16_layer(), nn.Linear(96, 40, bias=False).to(torch.bfloat16)
-    differences = Differences(CAREFUL)
+    differences = Differences(FLOAT32)
     x, y = copies(0.1), copies(0.2)
     with torch.inference_mode():
         for layer, given in ((one, x), (two, x), (two, y), (one, y)):

@@ -1,1 +1,144 @@
-"""In which arithmetic a model computes, and the kernels that do it."""
+"""In which arithmetic a model computes. This module is the package's only door: nothing outside imports from behind it.
+
+An ``Arithmetic`` belongs to one model and does four things for the engines: it runs the model, multiplies copies of
+last tokens, attends, and reads out logits. The words of this package:
+
+- exact: float32, whatever dtype the checkpoint is stored in. bf16 has 8 bits of mantissa: there a patched run and its
+  own repetition at another batch size differ as much as most heads' effects do.
+- fast: the checkpoint's dtype. In both, logits and softmax are float32.
+- widen: give a module float32 weights while it runs. Every bf16 number is a float32 number, so nothing is lost.
+- copies: (N, C, d), the last token of N prompts, C times each, with another edit in each copy (shared_prefix.py).
+- base: copy 0 of a prompt, which is not edited. Difference: another copy minus its base.
+- pieces: bf16 numbers that sum to a float32 number. With them ``exact`` multiplies by bf16 weights as they are stored,
+  on matrix units for bf16 (products.py). A float32 input is split into pieces, and so are bases and differences.
+- kernels: fused Triton kernels in place of elementwise PyTorch (kernels/), and of the modules they agree with (fusion.py).
+- plain: without pieces and kernels, that is PyTorch alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from relfv.engine.arithmetic import kernels, logits
+from relfv.engine.arithmetic.attention import attend_plainly
+from relfv.engine.arithmetic.fusion import Fusions, recognise
+from relfv.engine.arithmetic.precision import Mode, Precision, mode_of, widened
+from relfv.engine.arithmetic.products import FLOAT32, Differences, Pieces, Whole, replaced, takes_pieces
+from relfv.models.architecture import Architecture
+
+__all__ = ["Arithmetic", "Precision", "widened"]
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How one model computes; plain, unless made by ``with_kernels``."""
+
+    model: Any
+    arch: Architecture
+    precision: Precision
+    tf32: bool = True
+    """Whether float32 products may run as TF32 (10 bits of mantissa, float32 accumulation) on CUDA."""
+    linears: tuple[nn.Linear, ...] = ()
+    """Linear layers that ``exact`` multiplies in pieces."""
+    pieces: Pieces = field(default_factory=Pieces)
+    fusions: Fusions | None = None
+    """What kernels replace in the model; None if no kernel may run, be it in attention or read-out."""
+
+    @classmethod
+    def with_kernels(cls, model: Any, arch: Architecture, precision: Precision) -> Arithmetic:
+        """With all pieces and kernels that fit ``model``, which must be on the device where it will run."""
+        linears = tuple(module for module in model.modules() if takes_pieces(module))
+        return cls(model, arch, precision, linears=linears, fusions=recognise(model, arch))
+
+    def plain(self) -> Arithmetic:
+        """The same without pieces and kernels."""
+        return replace(self, linears=(), fusions=None)
+
+    def in_float32(self) -> Arithmetic:
+        """The same code rounded as float32 rounds and no more, by which it is judged: no TF32, three pieces throughout."""
+        return replace(self, precision="exact", tf32=False, pieces=FLOAT32)
+
+    def finer(self) -> Arithmetic:
+        """The same with differences in at least two pieces: for effects that are not small, and to measure rounding."""
+        return replace(self, pieces=replace(self.pieces, difference=max(2, self.pieces.difference)))
+
+    @property
+    def is_plain(self) -> bool:
+        """True if nothing runs in pieces or by kernels."""
+        return self.fusions is None and not self._in_pieces
+
+    def facts(self) -> dict[str, str | bool]:
+        """For records: ``products``, what linear layers multiply in, and ``kernels``, whether kernels run."""
+        tf32 = self._mode.matmul == "high" and self.arch.lm_head.weight.is_cuda
+        if self.precision == "fast":
+            products = "the checkpoint's dtype"
+        elif self._in_pieces:
+            products = "bf16 pieces of float32" + (" in some layers, tf32 in the others" if tf32 else "")
+        else:
+            products = "tf32" if tf32 else "float32"
+        return {"products": products, "kernels": self.fusions is not None}
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """While open, forward passes of the model compute so, without gradients. Everything below happens within it."""
+        whole = Whole(self.pieces.whole)
+        forwards = [(linear, whole.forward(linear)) for linear in self._in_pieces]
+        fused = self.fusions.installed() if self.fusions else nullcontext()
+        with torch.inference_mode(), self._mode.in_force(), replaced(forwards), fused:
+            yield
+
+    @contextmanager
+    def multiplying_copies(self) -> Iterator[None]:
+        """While open, what linear layers get are copies, and is multiplied as base and differences where in pieces."""
+        differences = Differences(self.pieces)
+        forwards: list[Any] = [(linear, differences.forward(linear)) for linear in self._in_pieces]
+        if self.fusions:
+            forwards += self.fusions.difference_forwards(differences, self._in_pieces)
+        with replaced(forwards):
+            yield
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        k_prefix: torch.Tensor,
+        v_prefix: torch.Tensor,
+        lengths: torch.Tensor,
+        *,
+        key_bias: torch.Tensor | None = None,
+        **settings: Any,
+    ) -> torch.Tensor:
+        """Attention of each copy to its prompt's prefix and to itself: query (N, heads, C, head_dim), key and value
+        (N, kv_heads, C, head_dim), prefixes (N, kv_heads, P, head_dim), lengths (N,) -> (N, C, heads, head_dim).
+
+        ``settings`` are scale, window, softcap and sinks, ``key_bias`` is ALiBi, as in ``attend_plainly``.
+        """
+        tensors = (query, key, value, k_prefix, v_prefix, lengths)
+        if key_bias is not None:
+            return attend_plainly(*tensors, key_bias=key_bias.float(), **settings)
+        by_kernel = self.fusions is not None and kernels.usable(query)
+        return (kernels.attend if by_kernel else attend_plainly)(*tensors, **settings)
+
+    def read_out(self, hidden: torch.Tensor, targets: torch.Tensor) -> logits.Scores:
+        """For copies (N, C, resid_dim), final and normed: logit and log-probability of ``targets`` (N,), and the most
+        probable token. Each (N, C): float32, float32, int64."""
+        pieces = self.pieces if self.arch.lm_head in self._in_pieces else None
+        return logits.score(self.arch, hidden, targets, pieces=pieces, may_use_kernels=self.fusions is not None)
+
+    @property
+    def _in_pieces(self) -> tuple[nn.Linear, ...]:
+        return self.linears if self.precision == "exact" else ()
+
+    @cached_property
+    def _mode(self) -> Mode:
+        norms = [norm.module for norm in self.fusions.norms] if self.fusions else []
+        float32_as_stored = [*self._in_pieces, *norms]
+        return mode_of(self.model, self.arch, self.precision, tf32=self.tf32, not_widened=float32_as_stored)

@@ -1,13 +1,13 @@
-"""Which modules of a model have a fused kernel, and putting the kernels in their place for a while.
+"""Which modules of a model have a kernel, and putting the kernels in their place while a pass runs.
 
 A module is recognised by what it computes, not by its class: it is run on random numbers beside the formula that the
-kernel implements, and keeps its own code unless the two agree. So a family nobody has heard of gets what fits it.
+kernel implements, and keeps its own code unless the two agree. So an unknown family gets the kernels that fit it.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -62,7 +62,7 @@ class GatedMLP:
         return down(kernels.gate(gate(x), up(x), self.activation))
 
     def difference_forward(self, differences: Differences) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The same on copies, from pieces to pieces."""
+        """The same on copies, whose gate and up stay in pieces."""
         return lambda x: differences.gated(*self.linears, self.activation, x) if x.dim() == 3 else self.forward(x)
 
 
@@ -77,9 +77,17 @@ class Fusions:
     rotaries: tuple[Any, ...] = ()
     """Python modules whose ``apply_rotary_pos_emb`` rotates halves."""
 
+    def difference_forwards(
+        self, differences: Differences, in_pieces: Sequence[nn.Linear]
+    ) -> list[tuple[nn.Module, Callable[[torch.Tensor], torch.Tensor]]]:
+        """Replacements on copies of the MLPs whose linear layers are all ``in_pieces``."""
+        known = {id(linear) for linear in in_pieces}
+        fitting = [mlp for mlp in self.mlps if all(id(linear) in known for linear in mlp.linears)]
+        return [(mlp.module, mlp.difference_forward(differences)) for mlp in fitting]
+
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """While open, the kernels stand in for what was recognised."""
+        """While open, the kernels replace what was recognised."""
         with ExitStack() as stack:
             stack.enter_context(replaced([(part.module, part.forward) for part in (*self.norms, *self.mlps)]))
             stack.enter_context(replaced([(module, _FORMULAS[name]) for module, name in self.activations]))
@@ -167,30 +175,30 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Ten
 
 @contextmanager
 def _rotating_by_kernel(namespace: Any) -> Iterator[None]:
-    """The rotary function is no module: the family's file is told to call the kernel."""
-    own = namespace.apply_rotary_pos_emb
+    """The rotary function is not a module: its name in the family's file is bound to the kernel."""
+    original = namespace.apply_rotary_pos_emb
 
     def rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *more: Any, **named: Any) -> Any:
         if more or named or q.dim() != 4 or cos.dim() != 3 or cos.shape[-1] != q.shape[-1]:
-            return own(q, k, cos, sin, *more, **named)
+            return original(q, k, cos, sin, *more, **named)
         return kernels.rotate(q, k, cos, sin)
 
     namespace.apply_rotary_pos_emb = rotate
     try:
         yield
     finally:
-        namespace.apply_rotary_pos_emb = own
+        namespace.apply_rotary_pos_emb = original
 
 
 def _same(module: Any, formula: Callable[[torch.Tensor], torch.Tensor], inputs: list[torch.Tensor]) -> bool:
-    """Whatever a candidate raises that takes or gives something else than its likeness: it keeps its own code."""
+    """Whether ``module`` computes ``formula``; one that cannot take such inputs, whatever it raises, does not."""
     try:
         return all(_agree(module(x), formula(x)) for x in inputs)
     except Exception:
         return False
 
 
-def _agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
+def _agree(given: torch.Tensor, expected: torch.Tensor) -> bool:
     if not expected.isfinite().all():  # float16, from large inputs
-        return torch.equal(found.nan_to_num(), expected.nan_to_num())
-    return found.shape == expected.shape and bool((found - expected).float().norm() <= _AGREE * expected.float().norm())
+        return torch.equal(given.nan_to_num(), expected.nan_to_num())
+    return given.shape == expected.shape and bool((given - expected).float().norm() <= _AGREE * expected.float().norm())

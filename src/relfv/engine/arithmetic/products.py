@@ -1,22 +1,22 @@
-"""Products with bf16 weights, exact to float32, on matrix units that multiply bf16.
+"""Products of float32 inputs with bf16 weights in pieces, on matrix units that multiply bf16.
 
-A bf16 weight is exact as it is stored; only the float32 input x has to be brought to the unit, and a float32 number is
-the sum of three bf16 numbers (8 bits of mantissa each), to 2**-17 of two:
+A bf16 weight is exact as it is stored; only the float32 input x does not fit the unit. It is the sum of three pieces
+(8 bits of mantissa each), and to 2**-17 the sum of two:
 
     W x = W x_1 + W x_2 + ...                                                        (whole)
 
 with all pieces as rows of one product that accumulates in float32. Two pieces cost what one TF32 product costs (half
 the rate, twice the pieces) and are 64 times closer to float32; nothing has to be widened in memory.
 
-In the sweep one can do better. Every copy of a prompt's last token is the unpatched token (copy 0) plus what one patch
-has changed, and what is measured is that change. So
+On copies one can do better. Every copy of a prompt's last token is the base (copy 0) plus what one edit has changed,
+and what is measured is that change. So
 
     W x_c = W x_0 + W (x_c - x_0)                                                    (differences)
 
 with W x_0 from three pieces, that is in float32, and the difference in one. Its rounding, 2**-9, is relative to the
-effect of the patch and not to the activation, so small effects come out better than in TF32 at bf16's full rate, and
-a patch that changes nothing has a difference of exactly 0. It holds for any x_0, so wherever a model calls a linear
-layer on something else than copies, the result is merely rounded more; the self-check measures how much.
+effect of the edit and not to the activation, so small effects come out better than in TF32 at bf16's full rate, and
+an edit that changes nothing has a difference of exactly 0. It holds for any x_0, so where a model calls a linear layer
+on something other than copies, the result is merely rounded more; the self-check measures how much.
 
 Everything between the products is computed on float32 activations.
 """
@@ -37,27 +37,25 @@ from relfv.engine.arithmetic import kernels
 
 @dataclass(frozen=True)
 class Pieces:
-    """How many bf16 numbers stand for one float32 number."""
+    """How many bf16 numbers a float32 number is split into."""
 
     whole: int = 2
-    """Prefill and plain forward passes."""
+    """Inputs that are not copies: prefill and ordinary forward passes."""
     base: int = 3
-    """Copy 0 of each prompt in the sweep."""
     difference: int = 1
-    """All other copies, as differences from copy 0."""
 
 
-CAREFUL = Pieces(whole=3, base=3, difference=3)
-"""float32 in everything but name, for comparing the same code with plain float32 passes."""
+FLOAT32 = Pieces(whole=3, base=3, difference=3)
+"""Enough everywhere to be float32 in everything but name."""
 
 
-def splittable(model: nn.Module) -> list[nn.Linear]:
-    """The linear layers whose products can be done this way: plain ones with bf16 weights on CUDA."""
-    return [module for module in model.modules() if takes_bf16(module) and "forward" not in vars(module)]
+def takes_pieces(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """True for a linear layer that can multiply in pieces, and whose ``forward`` is nobody else's."""
+    return takes_bf16(module) and "forward" not in vars(module)
 
 
 def takes_bf16(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """True for a plain linear layer whose bf16 products can come out in float32 where it is."""
+    """True for an ``nn.Linear`` with bf16 weights on a device where bf16 products can come out in float32."""
     if type(module) is not nn.Linear or not hasattr(torch.ops.aten.mm, "dtype"):  # PyTorch 2.8
         return False
     return module.weight.dtype == torch.bfloat16 and module.weight.is_cuda
@@ -80,7 +78,7 @@ def replaced(forwards: Sequence[tuple[nn.Module, Callable[..., torch.Tensor]]]) 
 
 
 class Whole:
-    """Linear layers on float32 inputs (..., in), each input in a few pieces."""
+    """Linear layers on float32 inputs (..., in), each split into ``pieces``."""
 
     def __init__(self, pieces: int) -> None:
         self._pieces = pieces
@@ -101,7 +99,7 @@ class Whole:
 
 
 class Differences:
-    """Linear layers on copies of last tokens (N, C, in), by differences from copy 0."""
+    """Linear layers on copies (N, C, in), as bases and differences."""
 
     def __init__(self, pieces: Pieces) -> None:
         self._pieces = pieces
@@ -113,7 +111,7 @@ class Differences:
         whole = self._whole.forward(linear)
 
         def forward(x: torch.Tensor) -> torch.Tensor:
-            if x.dim() != 3:  # not laid out as copies, e.g. tokens on their way to experts
+            if x.dim() != 3:  # not laid out as copies: tokens on their way to experts, say
                 return whole(x)
             return self.join(product(self._remembered(self.split, x), linear.weight), linear.bias, *x.shape[:2])
 
@@ -159,7 +157,7 @@ class Differences:
             )
 
     def gated(self, gate: nn.Linear, up: nn.Linear, down: nn.Linear, activation: str, x: torch.Tensor) -> torch.Tensor:
-        """down(act(gate(x)) * up(x)) on copies (N, C, in), without ever writing the joined gate and up (kernels only)."""
+        """down(act(gate(x)) * up(x)) on copies (N, C, in) by kernels, which never write the joined gate and up."""
         n_prompts, n_copies = x.shape[:2]
         self._remembered.forget()
         rows = self.split(x)
@@ -173,7 +171,7 @@ class Differences:
 
 
 class _Remembering:
-    """A function of one tensor that knows its last result: query, key and value projections get one and the same
+    """A function of one tensor that remembers its last result: query, key and value projections get the very same
     tensor, and so do gate and up."""
 
     def __init__(self) -> None:
@@ -187,7 +185,7 @@ class _Remembering:
         return self._last[1]
 
     def forget(self) -> None:
-        """Let go of the last input and its result."""
+        """Release the last input and its result."""
         self._last = None
 
 

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from relfv.engine.clean import run_clean
 from relfv.engine.hooks import editing_inputs, editing_outputs
 from relfv.language_model import open_model
-from relfv.stages.clean_trials import run_clean_trials
+from relfv.types import Prompts
 
 PROMPTS = ["Q: dog\nA: puppy\n\nQ: cat\nA:", "Q: cow\nA:", "Q: a much longer one than that\nA:"]
 TARGETS = [5, 6, 7]
@@ -15,7 +16,7 @@ TARGETS = [5, 6, 7]
 
 def test_what_is_kept_of_a_batch_is_what_each_prompt_gives_alone(llama_path: Path) -> None:
     model = open_model(str(llama_path))
-    clean = run_clean_trials(model, PROMPTS, TARGETS)
+    clean = run_clean(model.backbone, Prompts([model.tokens.encode(prompt) for prompt in PROMPTS], TARGETS))
     hidden = []
     for n, (prompt, target) in enumerate(zip(PROMPTS, TARGETS, strict=True)):
         seen: dict[str, torch.Tensor] = {}

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from relfv.engine.readout import score_prompts
+from relfv.engine.answers import N_TOP, Injection, decode_vector, score_answers
+from relfv.engine.clean import run_clean
 from relfv.language_model import LanguageModel, open_model
-from relfv.stages.answers import N_TOP, Injection, decode_vector, score_answers
 from relfv.types import Prompts
 
 PROMPTS = ["Q: dog\nA: puppy\n\nQ: cat\nA:", "Q: cow\nA:", "Q: a longer one than that\nA:"]
@@ -19,24 +19,29 @@ def model(llama_path: Path) -> LanguageModel:
     return open_model(str(llama_path))
 
 
+def encoded(model: LanguageModel) -> list[list[int]]:
+    return [model.tokens.encode(prompt) for prompt in PROMPTS]
+
+
 def vector(model: LanguageModel) -> torch.Tensor:
     return 3 * torch.randn(model.arch.resid_dim, generator=torch.Generator().manual_seed(0))
 
 
 def test_an_answers_log_probability_is_the_sum_over_its_tokens(model: LanguageModel) -> None:
-    found = score_answers(model, PROMPTS, ANSWERS)
+    found = score_answers(model.backbone, encoded(model), ANSWERS)
     for prompt, answer, scored in zip(PROMPTS, ANSWERS, found, strict=True):
         ids = model.tokens.encode(prompt)
         texts = [[*ids, *answer[:n]] for n in range(len(answer))]
         expected = [
-            float(score_prompts(model.backbone, [t], [a]).logprob[0]) for t, a in zip(texts, answer, strict=True)
+            float(run_clean(model.backbone, Prompts([t], [a])).scores.logprob[0])
+            for t, a in zip(texts, answer, strict=True)
         ]
         assert scored.logprob == pytest.approx(sum(expected), abs=1e-4)
         assert len(scored.written) == len(answer)
 
 
 def test_written_tokens_rank_and_top_are_those_of_one_pass_at_a_time(model: LanguageModel) -> None:
-    found = score_answers(model, PROMPTS, ANSWERS)
+    found = score_answers(model.backbone, encoded(model), ANSWERS)
     for prompt, answer, scored in zip(PROMPTS, ANSWERS, found, strict=True):
         text, written = model.tokens.encode(prompt), []
         for n in range(len(answer)):
@@ -52,8 +57,8 @@ def test_written_tokens_rank_and_top_are_those_of_one_pass_at_a_time(model: Lang
 
 def test_the_vector_acts_from_the_last_prompt_token_on(model: LanguageModel) -> None:
     v, layer = vector(model), 1
-    found = score_answers(model, PROMPTS, ANSWERS, Injection(layer, v))
-    ids = [model.tokens.encode(prompt) for prompt in PROMPTS]
+    found = score_answers(model.backbone, encoded(model), ANSWERS, Injection(layer, v))
+    ids = encoded(model)
     for n, (prompt, answer) in enumerate(zip(ids, ANSWERS, strict=True)):
         begin = len(prompt) - 1
 
@@ -69,9 +74,9 @@ def test_the_vector_acts_from_the_last_prompt_token_on(model: LanguageModel) -> 
         expected = sum(float(logprobs[len(prompt) - 1 + i, token]) for i, token in enumerate(answer))
         assert found[n].logprob == pytest.approx(expected, abs=1e-4)
     first = model.engine.inject(Prompts(ids, [answer[0] for answer in ANSWERS]), v[None], [layer])
-    single = score_answers(model, PROMPTS, [answer[:1] for answer in ANSWERS], Injection(layer, v))
+    single = score_answers(model.backbone, encoded(model), [answer[:1] for answer in ANSWERS], Injection(layer, v))
     assert [s.logprob for s in single] == pytest.approx(first.edited.logprob[:, 0].tolist(), abs=1e-4)
-    untouched = score_answers(model, PROMPTS, ANSWERS)
+    untouched = score_answers(model.backbone, encoded(model), ANSWERS)
     assert max(abs(a.logprob - b.logprob) for a, b in zip(found, untouched, strict=True)) > 0.1
 
 
@@ -79,6 +84,6 @@ def test_a_decoded_vector_is_what_norm_and_unembedding_make_of_it(model: Languag
     v = vector(model)
     with torch.no_grad():
         p = model.backbone.model.lm_head(model.backbone.model.model.norm(v)).softmax(-1)
-    found = decode_vector(model, v)
+    found = decode_vector(model.backbone, [0], v)
     assert [token for token, _ in found] == p.topk(len(found)).indices.tolist()
     assert found[0][1] == pytest.approx(float(p.max()), abs=1e-5)

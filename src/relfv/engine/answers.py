@@ -1,0 +1,169 @@
+"""Whole answers instead of first tokens, with a vector added at every token while the answer is generated."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from relfv.engine.base import Array, Backbone, TokenIds
+from relfv.engine.hooks import editing_outputs
+from relfv.engine.memory import shrinking
+from relfv.engine.passes import last_hidden, pad_right
+from relfv.engine.readout import logprobs
+
+N_TOP = 5
+N_DECODED = 10
+MAX_TOKENS = 16
+"""Tokens generated at most; a longer answer counts as not matched."""
+
+_PROMPTS_A_PASS = 50
+_TOKENS_A_CHUNK = 64
+"""Rows of logits over the whole vocabulary at a time."""
+
+
+@dataclass(frozen=True)
+class Injection:
+    """``vector``, (resid_dim,) or one for each prompt, (prompt, resid_dim), already times alpha, added after block
+    ``layer`` from the last prompt token on."""
+
+    layer: int
+    vector: Array
+
+    def of(self, prompts: slice | list[int]) -> Injection:
+        """For some of the prompts."""
+        return self if self.vector.ndim == 1 else Injection(self.layer, self.vector[prompts])
+
+
+@dataclass(frozen=True)
+class ScoredAnswer:
+    """One answer after its prompt."""
+
+    logprob: float
+    """Natural-log probability of the whole answer: the sum over its tokens."""
+    rank: int
+    """Rank of its first token by probability, from 1."""
+    top: list[tuple[int, float]]
+    """The ``N_TOP`` most probable first tokens and their probabilities."""
+    written: list[int]
+    """The greedy continuation of the prompt, as long as the answer, at most ``MAX_TOKENS``."""
+
+
+def score_answers(
+    backbone: Backbone, ids: TokenIds, answers: TokenIds, injection: Injection | None = None
+) -> list[ScoredAnswer]:
+    """Score ``answers[n]`` after the prompt ``ids[n]``, both token ids, with ``injection`` if given.
+
+    Raises RunError if memory is too small for one prompt.
+    """
+
+    def attempt(size: int) -> list[ScoredAnswer]:
+        parts = backbone.passes(ids, size)
+        scored = [_score(backbone, ids[p], answers[p], injection and injection.of(p)) for p in parts]
+        return list(itertools.chain.from_iterable(scored))
+
+    with backbone.running():
+        return shrinking(_PROMPTS_A_PASS, attempt)[0]
+
+
+def decode_vector(backbone: Backbone, bos: list[int], vector: Array) -> list[tuple[int, float]]:
+    """The ``N_DECODED`` most probable tokens, with probabilities, where ``vector`` (resid_dim,) goes through final norm
+    and unembedding in place of the last hidden state (Todd et al. 2024, section 3.2).
+
+    ``bos`` is a prompt of one token, whose hidden state is replaced: any token gives the same.
+    """
+
+    def replace(hidden: torch.Tensor) -> torch.Tensor:
+        return torch.as_tensor(vector).to(hidden).expand_as(hidden)
+
+    with backbone.running():
+        with editing_outputs([(backbone.arch.blocks[-1], replace)]):
+            hidden = last_hidden(backbone, [bos])
+        best = logprobs(backbone, hidden)[0].exp().topk(N_DECODED)
+    return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+
+
+def _score(backbone: Backbone, prompts: TokenIds, answers: TokenIds, injection: Injection | None) -> list[ScoredAnswer]:
+    whole = [[*prompt, *answer[:-1]] for prompt, answer in zip(prompts, answers, strict=True)]
+    starts = [len(prompt) - 1 for prompt in prompts]
+    hidden = _hidden(backbone, whole, starts, injection)
+    # One row for each token of each answer: the hidden state that it is predicted from.
+    rows = torch.cat([hidden[n, starts[n] : starts[n] + len(answer)] for n, answer in enumerate(answers)])
+    tokens = torch.tensor([token for answer in answers for token in answer], device=rows.device)
+    parts = []
+    for some, wanted in zip(rows.split(_TOKENS_A_CHUNK), tokens.split(_TOKENS_A_CHUNK), strict=True):
+        of_all = logprobs(backbone, some)
+        parts.append((of_all.gather(1, wanted[:, None])[:, 0], of_all.argmax(-1)))
+    logprob, likeliest = (torch.cat(part).tolist() for part in zip(*parts, strict=True))
+
+    ends = list(itertools.accumulate(len(answer) for answer in answers))
+    begins = [0, *ends[:-1]]
+    first = logprobs(backbone, rows[begins])
+    rank = 1 + (first > first.gather(1, tokens[begins, None])).sum(1)
+    best = first.exp().topk(N_TOP)
+    per_answer = [likeliest[begin:end] for begin, end in zip(begins, ends, strict=True)]
+    return [
+        ScoredAnswer(
+            logprob=math.fsum(logprob[begin:end]),
+            rank=its_rank,
+            top=list(zip(top_ids, top_p, strict=True)),
+            written=written,
+        )
+        for begin, end, its_rank, top_ids, top_p, written in zip(
+            begins,
+            ends,
+            rank.tolist(),
+            best.indices.tolist(),
+            best.values.tolist(),
+            _written(backbone, prompts, answers, per_answer, injection),
+            strict=True,
+        )
+    ]
+
+
+def _written(
+    backbone: Backbone,
+    prompts: TokenIds,
+    answers: TokenIds,
+    likeliest: TokenIds,
+    injection: Injection | None,
+) -> list[list[int]]:
+    """Greedy continuations as long as the answers. ``likeliest`` are the most probable tokens where the answer itself
+    was the input: up to and with the first that differs from the answer, they are the greedy continuation. The rest
+    takes whole passes, without a cache: answers are a few tokens long."""
+    written = []
+    for answer, tokens in zip(answers, likeliest, strict=True):
+        right = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(answer, tokens, strict=True)))
+        written.append(list(tokens[: min(right + 1, MAX_TOKENS)]))
+    while going := [n for n, answer in enumerate(answers) if len(written[n]) < min(len(answer), MAX_TOKENS)]:
+        texts = [[*prompts[n], *written[n]] for n in going]
+        starts = [len(prompts[n]) - 1 for n in going]
+        hidden = _hidden(backbone, texts, starts, injection and injection.of(going))
+        last = hidden[torch.arange(len(going)), [len(text) - 1 for text in texts]]
+        for n, token in zip(going, logprobs(backbone, last).argmax(-1).tolist(), strict=True):
+            written[n].append(token)
+    return written
+
+
+def _hidden(backbone: Backbone, texts: TokenIds, starts: Sequence[int], injection: Injection | None) -> torch.Tensor:
+    """Final normed hidden states (N, P, resid_dim), the vector added at every token from ``starts[n]`` on."""
+    ids, mask, _ = pad_right(texts, backbone.device)
+    with _adding(backbone, starts, injection):
+        return backbone.decoder(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+
+
+def _adding(backbone: Backbone, starts: Sequence[int], injection: Injection | None) -> AbstractContextManager[None]:
+    if injection is None:
+        return nullcontext()
+    vectors = torch.as_tensor(injection.vector).to(backbone.device).reshape(-1, 1, injection.vector.shape[-1])
+    begin = torch.tensor(list(starts), device=backbone.device)
+
+    def add(hidden: torch.Tensor) -> torch.Tensor:
+        on = torch.arange(hidden.shape[1], device=hidden.device)[None] >= begin[:, None]
+        return hidden + on[..., None] * vectors.to(hidden.dtype)
+
+    return editing_outputs([(backbone.arch.blocks[injection.layer], add)])

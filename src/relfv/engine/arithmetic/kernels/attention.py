@@ -1,0 +1,104 @@
+"""Attention of copies of the last token to their prompt's prefix and each to itself (see ../attention.py)."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from relfv.engine.arithmetic.kernels.formulas import SHAPES, tanh
+
+
+@triton.jit(do_not_specialize=SHAPES)
+def _attend_kernel(
+    q, k, v, k_prefix, v_prefix, lengths, sinks, out, n_copies, n_prefix, window, scale, softcap,
+    q_prompt, q_head, q_copy, k_prompt, k_head, k_copy, v_prompt, v_head, v_copy,
+    kp_prompt, kp_head, kp_token, vp_prompt, vp_head, vp_token, out_prompt, out_copy, out_head,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr,
+    COPIES: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    prompt, head = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
+    kv_head = head // GROUP
+    copies = tl.program_id(0) * COPIES + tl.arange(0, COPIES)
+    columns = tl.arange(0, DIM)
+    inside = columns < HEAD_DIM
+    mask = (copies < n_copies)[:, None] & inside[None, :]
+    query = tl.load(q + prompt * q_prompt + head * q_head + copies[:, None] * q_copy + columns[None, :],
+                    mask=mask, other=0.0)  # fmt: skip
+    last = tl.load(lengths + prompt)
+    first = tl.maximum(last - window + 1, 0)
+    best = tl.full([COPIES], float("-inf"), tl.float32)
+    total = tl.zeros([COPIES], tl.float32)
+    mixed = tl.zeros([COPIES, DIM], tl.float32)
+    for start in range(0, n_prefix, TOKENS):
+        tokens = start + tl.arange(0, TOKENS)
+        seen = (tokens < last) & (tokens >= first)
+        loaded = (tokens < n_prefix)[:, None] & inside[None, :]
+        keys = tl.load(k_prefix + prompt * kp_prompt + kv_head * kp_head + tokens[:, None] * kp_token
+                       + columns[None, :], mask=loaded, other=0.0)  # fmt: skip
+        values = tl.load(v_prefix + prompt * vp_prompt + kv_head * vp_head + tokens[:, None] * vp_token
+                       + columns[None, :], mask=loaded, other=0.0)  # fmt: skip
+        scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * scale
+        if CAPPED:
+            scores = softcap * tanh(scores / softcap)
+        scores = tl.where(seen[None, :], scores, float("-inf"))
+        # -inf minus -inf is NaN: a block in which nothing is seen keeps the maximum finite.
+        higher = tl.maximum(tl.maximum(best, tl.max(scores, 1)), -1e30)
+        shrink = tl.exp(best - higher)
+        weights = tl.exp(scores - higher[:, None])
+        total = total * shrink + tl.sum(weights, 1)
+        mixed = mixed * shrink[:, None] + tl.dot(weights.to(values.dtype), values, input_precision=PRECISION)
+        best = higher
+    own_key = tl.load(k + prompt * k_prompt + kv_head * k_head + copies[:, None] * k_copy + columns[None, :],
+                      mask=mask, other=0.0)  # fmt: skip
+    own_value = tl.load(v + prompt * v_prompt + kv_head * v_head + copies[:, None] * v_copy + columns[None, :],
+                        mask=mask, other=0.0).to(tl.float32)  # fmt: skip
+    own = tl.sum(query.to(tl.float32) * own_key.to(tl.float32), 1) * scale
+    if CAPPED:
+        own = softcap * tanh(own / softcap)
+    highest = tl.maximum(best, own)
+    if SINKS:
+        sink = tl.load(sinks + head).to(tl.float32)
+        highest = tl.maximum(highest, sink)
+    prefix_weight = tl.exp(best - highest)
+    own_weight = tl.exp(own - highest)
+    denominator = total * prefix_weight + own_weight
+    if SINKS:
+        denominator += tl.exp(sink - highest)
+    result = (mixed * prefix_weight[:, None] + own_value * own_weight[:, None]) / denominator[:, None]
+    tl.store(out + prompt * out_prompt + copies[:, None] * out_copy + head * out_head + columns[None, :],
+             result.to(out.dtype.element_ty), mask=mask)  # fmt: skip
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_prefix: torch.Tensor,
+    v_prefix: torch.Tensor,
+    lengths: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """attention.py's split form: q (N, heads, C, d), k, v (N, kv_heads, C, d), prefixes (N, kv_heads, P, d), lengths (N,)
+    -> (N, C, heads, d), contiguous, in q's dtype. float32 inputs are multiplied in three TF32 parts."""
+    n_prompts, n_heads, n_copies, head_dim = q.shape
+    n_prefix = k_prefix.shape[2]
+    out = torch.empty(n_prompts, n_copies, n_heads, head_dim, dtype=q.dtype, device=q.device)
+    full = q.dtype == torch.float32
+    copies = 32 if full else 64  # larger tiles of float32 spill
+    grid = (triton.cdiv(n_copies, copies), n_heads, n_prompts)
+    tensors = [q, k, v, k_prefix, v_prefix]
+    tensors = [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
+    strides: list[int] = [s for t in tensors for s in t.stride()[:3]]
+    _attend_kernel[grid](
+        *tensors, lengths, q if sinks is None else sinks, out,
+        n_copies, n_prefix, window if window is not None else 2**31 - 1, scale, softcap or 0.0,
+        *strides, *out.stride()[:3],
+        n_heads // k.shape[1], head_dim, max(16, triton.next_power_of_2(head_dim)), softcap is not None, sinks is not None,
+        copies, 32, "tf32x3" if full else "ieee", num_stages=1 if full else 2,
+    )  # fmt: skip
+    return out

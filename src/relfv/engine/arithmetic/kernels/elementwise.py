@@ -1,0 +1,106 @@
+"""What modules do between products: gates, RMS norms, rotary embeddings."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from relfv.engine.arithmetic.kernels.formulas import SHAPES, activate
+
+
+@triton.jit
+def _gate_kernel(gate, up, out, count, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < count
+    value = activate(tl.load(gate + index, mask=mask, other=0.0).to(tl.float32), KIND)
+    value *= tl.load(up + index, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + index, value.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _rms_norm_kernel(x, weight, out, width, eps, OFFSET: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * width
+    columns = tl.arange(0, BLOCK)
+    mask = columns < width
+    value = tl.load(x + row + columns, mask=mask, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(value * value) / width + eps)
+    factor = tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32) + OFFSET
+    tl.store(out + row + columns, (value * scale * factor).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _rotate_heads(
+    x, out, cos_1, cos_2, sin_1, sin_2, n_heads, half, x_head, out_head,
+    HEADS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    heads = tl.arange(0, HEADS)[:, None]
+    columns = tl.arange(0, HALF)[None, :]
+    mask = (heads < n_heads) & (columns < half)
+    x_1 = tl.load(x + heads * x_head + columns, mask=mask, other=0.0).to(tl.float32)
+    x_2 = tl.load(x + heads * x_head + columns + half, mask=mask, other=0.0).to(tl.float32)
+    out += heads * out_head + columns
+    tl.store(out, (x_1 * cos_1 - x_2 * sin_1).to(out.dtype.element_ty), mask=mask)
+    tl.store(out + half, (x_2 * cos_2 + x_1 * sin_2).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=SHAPES)
+def _rotate_kernel(
+    q, k, cos, sin, q_out, k_out, n_copies, half,
+    q_prompt, q_head, q_copy, k_prompt, k_head, k_copy, angle_prompt, angle_copy,
+    Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    prompt = (tl.program_id(0) // n_copies).to(tl.int64)
+    copy = (tl.program_id(0) % n_copies).to(tl.int64)
+    columns = tl.arange(0, HALF)[None, :]
+    angle = prompt * angle_prompt + copy * angle_copy + columns
+    inside = columns < half
+    cos_1 = tl.load(cos + angle, mask=inside, other=0.0).to(tl.float32)
+    cos_2 = tl.load(cos + angle + half, mask=inside, other=0.0).to(tl.float32)
+    sin_1 = tl.load(sin + angle, mask=inside, other=0.0).to(tl.float32)
+    sin_2 = tl.load(sin + angle + half, mask=inside, other=0.0).to(tl.float32)
+    row = prompt * n_copies + copy
+    _rotate_heads(
+        q + prompt * q_prompt + copy * q_copy, q_out + row * Q_HEADS * 2 * half, cos_1, cos_2, sin_1, sin_2,
+        Q_HEADS, half, q_head, 2 * half, Q_BLOCK, HALF,
+    )  # fmt: skip
+    _rotate_heads(
+        k + prompt * k_prompt + copy * k_copy, k_out + row * K_HEADS * 2 * half, cos_1, cos_2, sin_1, sin_2,
+        K_HEADS, half, k_head, 2 * half, K_BLOCK, HALF,
+    )  # fmt: skip
+
+
+def gate(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    """act(gate) * up, computed in float32, in the dtype of ``gate``."""
+    gate, up = gate.contiguous(), up.contiguous()
+    out = torch.empty_like(gate)
+    _gate_kernel[(triton.cdiv(out.numel(), 2048),)](gate, up, out, out.numel(), activation, 2048)
+    return out
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> torch.Tensor:
+    """x / rms(x) * (weight + offset) over the last axis, computed in float32, in the dtype of ``x``."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    width = x.shape[-1]
+    block = triton.next_power_of_2(width)
+    _rms_norm_kernel[(x.numel() // width,)](
+        x, weight, out, width, eps, offset, block, num_warps=min(16, max(1, block // 512))
+    )
+    return out
+
+
+def rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotary embedding of q, k (N, heads, C, d) by cos, sin (N or 1, C or 1, d), halves paired; computed in float32."""
+    n_prompts, _, n_copies, width = q.shape
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    cos = cos.contiguous().expand(n_prompts, n_copies, width)
+    sin = sin.contiguous().expand(n_prompts, n_copies, width)
+    # Laid out as (N, C, heads, d), which is how projections write it and the output projection reads it.
+    q_out, k_out = (torch.empty(n_prompts, n_copies, x.shape[1], width, dtype=x.dtype, device=x.device) for x in (q, k))
+    _rotate_kernel[(n_prompts * n_copies,)](
+        q, k, cos, sin, q_out, k_out, n_copies, width // 2, *q.stride()[:3], *k.stride()[:3], *cos.stride()[:2],
+        q.shape[1], k.shape[1], triton.next_power_of_2(q.shape[1]), triton.next_power_of_2(k.shape[1]),
+        triton.next_power_of_2(width // 2),
+    )  # fmt: skip
+    return q_out.transpose(1, 2), k_out.transpose(1, 2)

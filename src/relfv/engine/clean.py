@@ -1,0 +1,46 @@
+"""One pass over prompts without interventions, and what is kept of it: all stages that need it use the same numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from relfv.engine.base import Backbone
+from relfv.engine.memory import shrinking
+from relfv.engine.passes import capture_heads, reading_blocks
+from relfv.engine.readout import joined, read_targets
+from relfv.types import Prompts, TokenScores
+
+_PROMPTS_A_PASS = 25
+
+
+@dataclass(frozen=True)
+class CleanRun:
+    """What the model does with clean prompts, in the precision of the head sweep."""
+
+    activations: torch.Tensor
+    """float32 (prompt, layer, head, head_dim): z at the last token."""
+    hidden: torch.Tensor
+    """float32 (layer, resid_dim): mean over prompts of the hidden state after each block, last token."""
+    scores: TokenScores
+    """(prompt,): the target after the prompt."""
+
+
+def run_clean(backbone: Backbone, prompts: Prompts) -> CleanRun:
+    """Run ``prompts`` once and keep what later stages need. Raises RunError if memory is too small for one prompt."""
+    with backbone.running():
+        return shrinking(_PROMPTS_A_PASS, lambda size: _run(backbone, prompts, size))[0]
+
+
+def _run(backbone: Backbone, prompts: Prompts, size: int) -> CleanRun:
+    activations, hidden, scores = [], [], []
+    for part in backbone.passes(prompts.ids, size):
+        some = prompts[part]
+        with reading_blocks(backbone, some.ids) as blocks:
+            z, final = capture_heads(backbone, some.ids)
+        activations.append(z)
+        hidden.append(torch.stack([blocks[layer] for layer in range(backbone.arch.n_layers)]).cpu())
+        scores.append(read_targets(backbone, final[:, None], some.targets)[:, 0])
+    mean_hidden = torch.cat(hidden, dim=1).double().mean(1).float()
+    return CleanRun(torch.cat(activations), mean_hidden, joined(scores))

@@ -1,0 +1,70 @@
+"""Ordinary forward passes over whole prompts, and what is read from them at the last token.
+
+Batches are padded on the right, so that real tokens keep positions 0..n-1. Call inside ``Backbone.running``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from relfv.engine.base import Backbone, TokenIds
+from relfv.engine.hooks import editing_inputs, editing_outputs
+
+
+def pad_right(prompts: TokenIds, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """-> input_ids (N, P), attention_mask (N, P), lengths (N,). The padding id is never attended to."""
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    width = int(lengths.max())
+    ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=device)
+    mask = (torch.arange(width, device=device)[None] < lengths[:, None]).long()
+    return ids, mask, lengths
+
+
+def last_hidden(backbone: Backbone, prompts: TokenIds) -> torch.Tensor:
+    """Final normed hidden state at each prompt's last token: (N, resid_dim)."""
+    ids, mask, lengths = pad_right(prompts, backbone.device)
+    hidden = backbone.decoder(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+    return hidden[torch.arange(len(prompts), device=hidden.device), lengths - 1]
+
+
+def capture_heads(backbone: Backbone, prompts: TokenIds) -> tuple[torch.Tensor, torch.Tensor]:
+    """z of every head at the last token, and the final hidden state there.
+
+    -> float32 (N, layer, head, head_dim) on the CPU, and (N, resid_dim) on the device.
+    """
+    arch = backbone.arch
+    rows = torch.arange(len(prompts), device=backbone.device)
+    last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=backbone.device)
+    captured: dict[int, torch.Tensor] = {}
+
+    def reader(layer: int) -> Callable[[torch.Tensor], None]:
+        def read(z: torch.Tensor) -> None:
+            captured[layer] = z[rows, last].float()
+
+        return read
+
+    with editing_inputs([(projection, reader(layer)) for layer, projection in enumerate(arch.out_projs)]):
+        hidden = last_hidden(backbone, prompts)
+    z = torch.stack([captured[layer] for layer in range(arch.n_layers)], dim=1).cpu()
+    return z.view(len(prompts), arch.n_layers, arch.n_heads, arch.head_dim), hidden
+
+
+@contextmanager
+def reading_blocks(backbone: Backbone, prompts: TokenIds) -> Iterator[dict[int, torch.Tensor]]:
+    """While open, forward passes over ``prompts`` record the hidden state after each block at the last token: layer ->
+    float32 (N, resid_dim), on the device."""
+    rows = torch.arange(len(prompts), device=backbone.device)
+    last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=backbone.device)
+    seen: dict[int, torch.Tensor] = {}
+
+    def reader(layer: int) -> Callable[[torch.Tensor], None]:
+        def read(hidden: torch.Tensor) -> None:
+            seen[layer] = hidden[rows, last].float()
+
+        return read
+
+    with editing_outputs([(block, reader(layer)) for layer, block in enumerate(backbone.arch.blocks)]):
+        yield seen
