@@ -357,7 +357,8 @@ def _demo(args: argparse.Namespace) -> int:
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Command]] = {
     "run": ("Run every stage of every q_id; a restart carries on.", _run_flags, _run),
     "cross": (
-        "Inject every completed q_id's function vector into every other's prompts (model flags default to the q_ids' own).",
+        "Inject every completed q_id's function vector into every other's prompts (model flags default to the q_ids' "
+        "own).",
         _cross_flags,
         _cross,
     ),

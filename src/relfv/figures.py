@@ -1,5 +1,5 @@
-"""The two figures of a q_id and the one across q_ids, as PNG bytes. Numbers come from artifacts; nothing is computed from a
-model here."""
+"""The two figures of a q_id and the one across q_ids, as PNG bytes. Numbers come from artifacts; nothing is computed
+from a model here."""
 
 from __future__ import annotations
 
@@ -105,8 +105,8 @@ def injection_curve_png(
 
 
 def cross_png(q_ids: Sequence[str], layers: Mapping[str, int], delta_p: np.ndarray) -> bytes:
-    """``delta_p`` (target, source): mean change in P of each q_id's prompts with each q_id's vector, NaN where there is none
-    yet; ``layers`` has each target's layer. A row's best vector has a dot, the own one is framed.
+    """``delta_p`` (target, source): mean change in P of each q_id's prompts with each q_id's vector, NaN where there is
+    none yet; ``layers`` has each target's layer. A row's best vector has a dot, the own one is framed.
 
     Colours are symmetric about zero.
     """

@@ -137,8 +137,8 @@ class _Formatter(logging.Formatter):
 
 
 def printable(text: str) -> str:
-    """``text`` on one line that cannot steer a terminal: controls, line breaks, marks that turn the direction of writing
-    and invisible characters as escapes."""
+    """``text`` on one line that cannot steer a terminal: controls, line breaks, marks that turn the direction of
+    writing and invisible characters as escapes."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 

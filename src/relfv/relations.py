@@ -20,7 +20,8 @@ _COLUMNS = {
     "output": ("ex_b", "exb", "output"),
 }
 _Q_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
-"""No dot in front (hidden files, ``..``), and no ``-``: it makes an option of a file name and a formula of a CSV cell."""
+"""No dot in front (hidden files, ``..``), and no ``-``: it makes an option of a file name and a formula of a CSV
+cell."""
 _OF_RELFV = re.compile(r"report|run\.log.*|run_manifest\.json.*|cross_fv\.(json|png).*|.*\.replaced-.*", re.IGNORECASE)
 _OF_WINDOWS = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?|.*\.", re.IGNORECASE)
 """Folders that a copy of the results could not have there."""
@@ -128,7 +129,8 @@ def _read_text(path: Path) -> str:
         data = _read_bounded(path)
     except FileNotFoundError:
         raise InputError(
-            f"{path}: no such file; expected a relation CSV (see --relation_csv_path; paths count from the current folder)"
+            f"{path}: no such file; expected a relation CSV (see --relation_csv_path; paths count from the current "
+            "folder)"
         ) from None
     except (OSError, ValueError) as problem:  # ValueError: a NUL in the path
         why = problem.strerror if isinstance(problem, OSError) else problem
@@ -177,8 +179,8 @@ def _header(path: Path, row: list[str] | None) -> dict[str, int]:
         if len(found) != 1:
             other = "; columns are separated by commas, not by semicolons or tabs" if len(row) == 1 else ""
             raise InputError(
-                f"{path}: line 1: header is {','.join(row)[:120]!r}, which has {len(found)} columns for the {wanted}; expected "
-                f"exactly one of {', '.join(spellings)} (any case), as in id,ex_A,ex_B{other}"
+                f"{path}: line 1: header is {','.join(row)[:120]!r}, which has {len(found)} columns for the "
+                f"{wanted}; expected exactly one of {', '.join(spellings)} (any case), as in id,ex_A,ex_B{other}"
             )
         column[wanted] = found[0]
     return column | {f"extra {i}": i for i in range(len(names)) if i not in column.values()}

@@ -22,7 +22,8 @@ SPEC_CSV = Path("datasets/relation/relationA_ex.csv")
 SCORE_KEYS = tuple(f"mean_{kind}delta_{m}" for kind in ("", "abs_") for m in MEASURES)
 """What heads may be ranked by."""
 MOST = 100_000
-"""Of trials, demos, heads, prompts: a larger number is a typing error, and would fill the memory before it is noticed."""
+"""Of trials, demos, heads, prompts: a larger number is a typing error, and would fill the memory before it is
+noticed."""
 MAX_SEED = 2**63 - 1
 """What other readers of the JSON files can hold."""
 _MAX_ALPHA = 1e6
@@ -152,7 +153,8 @@ class Settings:
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> Settings:
-        """The inverse of ``to_json``; keys of another version of relfv are left out, missing ones take their defaults."""
+        """The inverse of ``to_json``; keys of another version of relfv are left out, missing ones take their
+        defaults."""
         known: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if name in FLAGS
         }

@@ -1,7 +1,7 @@
 """SIGINT and SIGTERM as exceptions, also where a library makes something else of them.
 
-Python raises them wherever it happens to be: within a callback of Matplotlib's C++, say, which turns any error there into
-a ValueError of its own. So what came is remembered, and ``raise_received`` says it again.
+Python raises them wherever it happens to be: within a callback of Matplotlib's C++, say, which turns any error there
+into a ValueError of its own. So what came is remembered, and ``raise_received`` says it again.
 """
 
 from __future__ import annotations

@@ -53,8 +53,9 @@ def clustered_mean(values: np.ndarray, clusters: Sequence[int]) -> ClusteredMean
 
 
 def mean_with_left_out(mean: np.ndarray, without: np.ndarray, clusters: Sequence[int]) -> ClusteredMean:
-    """``mean`` (column,) over all trials, with the error that ``without`` (cluster, column) shows: the same estimate from
-    the other clusters alone, everything that it rests on included. Rows in the order of ``np.unique(clusters)``, two or more.
+    """``mean`` (column,) over all trials, with the error that ``without`` (cluster, column) shows: the same estimate
+    from the other clusters alone, everything that it rests on included. Rows in the order of ``np.unique(clusters)``,
+    two or more.
 
     Where the estimate is nothing but a mean over trials this is ``clustered_mean`` to the last digit.
     """
@@ -119,7 +120,8 @@ class Stability:
 def top_k_stability(
     scores: np.ndarray, clusters: Sequence[int], k: int, *, seed: str, n_bootstrap: int = 1000, n_halvings: int = 200
 ) -> Stability:
-    """Rank columns of ``scores`` (trial, column) by their mean over resampled queries. The same for the same ``seed``."""
+    """Rank columns of ``scores`` (trial, column) by their mean over resampled queries. The same for the same
+    ``seed``."""
     sizes, member = _members(clusters)
     n_clusters, n_columns = len(sizes), scores.shape[1]
     k = min(k, n_columns)

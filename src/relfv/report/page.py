@@ -32,7 +32,8 @@ _HEADS_SHOWN = 5
 
 
 def write_report(folder: Path) -> Path:
-    """Write ``folder/report/index.html``. A q_id whose files cannot be read is listed as such; it does not stop the page.
+    """Write ``folder/report/index.html``. A q_id whose files cannot be read is listed as such; it does not stop the
+    page.
 
     Raises InputError if ``folder`` holds no q_id, or its ``report`` is a link to elsewhere.
     """

@@ -1,8 +1,9 @@
 """``relfv cross``: every q_id's function vector on every q_id's prompts, from a finished tree.
 
-A q_id's folder depends on that q_id alone. What needs several of them lies beside their folders: cross_fv.json and cross_fv.png,
-written anew after each target, so that at every instant they hold all that is done. A target is kept while the vectors,
-prompts and settings that it was made from are what they were; if that is all of them, the model is never opened.
+A q_id's folder depends on that q_id alone. What needs several of them lies beside their folders: cross_fv.json and
+cross_fv.png, written anew after each target, so that at every instant they hold all that is done. A target is kept
+while the vectors, prompts and settings that it was made from are what they were; if that is all of them, the model is
+never opened.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ log = logging.getLogger(__name__)
 
 
 def cross(folder: Path, q_list: Sequence[str] | None, overlay: Callable[[Settings], Settings]) -> int:
-    """Cross the completed q_ids of a relation's ``folder``, or those of ``q_list``; ``overlay`` puts the command's flags over
-    the settings that the q_ids were made with. Returns the exit code.
+    """Cross the completed q_ids of a relation's ``folder``, or those of ``q_list``; ``overlay`` puts the command's
+    flags over the settings that the q_ids were made with. Returns the exit code.
 
     Raises InputError for fewer than two q_ids, damaged ones, and another model or arithmetic than theirs.
     """
@@ -92,8 +93,8 @@ def _completed(folder: Path, q_list: Sequence[str] | None) -> dict[str, QidStatu
             left_out[q_id] = status.status
         elif not is_complete(status):
             raise InputError(
-                f"{path}: completed, but not as its status says ('relfv verify {path.parent}' names what); the same 'relfv "
-                "run' mends it, or leave the q_id out by --q_list"
+                f"{path}: completed, but not as its status says ('relfv verify {path.parent}' names what); the same "
+                "'relfv run' mends it, or leave the q_id out by --q_list"
             )
         else:
             statuses[q_id] = status
@@ -102,8 +103,8 @@ def _completed(folder: Path, q_list: Sequence[str] | None) -> dict[str, QidStatu
         raise InputError(f"--q_list: {said} in {folder}; expected completed q_ids, so run them first")
     if len(statuses) < 2:
         raise InputError(
-            f"{folder}: {len(statuses)} completed q_id(s){f' besides {said}' if said else ''}; expected at least two, whose "
-            "vectors can then be compared: run more with 'relfv run'"
+            f"{folder}: {len(statuses)} completed q_id(s){f' besides {said}' if said else ''}; expected at least "
+            "two, whose vectors can then be compared: run more with 'relfv run'"
         )
     if said:
         log.info("left out: %s", said)
@@ -125,8 +126,9 @@ def _shared_settings(
     if differing:
         said = "; ".join(f"{', '.join(q_ids)} ({what})" for what, q_ids in differing.items())
         raise InputError(
-            f"{folder}: made with another model or other arithmetic: {said}; expected what the q_ids were made with, so leave out "
-            "the flags that differ (or unset DTYPE and QUANT), or narrow --q_list to q_ids that share them"
+            f"{folder}: made with another model or other arithmetic: {said}; expected what the q_ids were made with, "
+            "so leave out the flags that differ (or unset DTYPE and QUANT), or narrow --q_list to q_ids that share "
+            "them"
         )
     return settings
 
@@ -135,7 +137,8 @@ class _Crossing:
     """One crossing of the q_ids ``statuses``, and the files it goes into."""
 
     def __init__(self, folder: Path, statuses: Mapping[str, QidStatus], *, named: bool) -> None:
-        """``named``: the q_ids were named one by one; else they are all that are completed, and none may have got lost."""
+        """``named``: the q_ids were named one by one; else they are all that are completed, and none may have got
+        lost."""
         self._folder, self._statuses, self._q_ids = folder, statuses, list(statuses)
         folders = [QidFolder(status.artifacts_dir, q_id) for q_id, status in statuses.items()]
         self._origins = {
@@ -152,8 +155,8 @@ class _Crossing:
         }
         if narrowed := [q_id for q_id in earlier if q_id not in statuses and not named]:
             raise InputError(
-                f"{folder / CROSS} has {', '.join(narrowed)}, not completed now; let 'relfv run' finish, or name by --q_list the q_ids to "
-                "cross without"
+                f"{folder / CROSS} has {', '.join(narrowed)}, not completed now; let 'relfv run' finish, or name by "
+                "--q_list the q_ids to cross without"
             )
         # What is computed and no longer fits is kept under a dated name.
         self._in_the_way = (folder / CROSS).exists() and not (self._earlier and earlier.keys() <= self._targets.keys())

@@ -98,8 +98,8 @@ def _identity(run: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def sound_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest in ``folder``, or None if there is none, or no more: a damaged one is put aside, with a warning. It is
-    a record, and no reason not to run."""
+    """The manifest in ``folder``, or None if there is none, or no more: a damaged one is put aside, with a warning. It
+    is a record, and no reason not to run."""
     path = folder / MANIFEST
     if not os.path.lexists(path):
         return None

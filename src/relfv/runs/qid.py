@@ -163,7 +163,7 @@ def require_frozen_trials(status: QidStatus) -> None:
     record = status.stages.get(trials.STAGE.name)
     if record and record.status == "completed" and status.damaged(trials.STAGE.name):
         raise RunError(
-            f"{status.artifacts_dir / trials.TRIALS.name}: the frozen trials were changed or removed since StepD; every "
-            f"result here rests on them. Put the file back, or start afresh: 'relfv run --q_list {status.q_id} --force' "
-            "moves this folder aside"
+            f"{status.artifacts_dir / trials.TRIALS.name}: the frozen trials were changed or removed since StepD; "
+            f"every result here rests on them. Put the file back, or start afresh: 'relfv run --q_list {status.q_id} "
+            "--force' moves this folder aside"
         )

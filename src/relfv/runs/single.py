@@ -77,7 +77,8 @@ def run_step_d(settings: Settings, q_id: str, out_base_dir: Path) -> int:
 
 
 def _begun(folder: QidFolder, settings: Settings, fields: Mapping[str, Any]) -> QidStatus | None:
-    """The folder's status if it has results. Raises InputError if they are not of this experiment, as far as StepD goes."""
+    """The folder's status if it has results. Raises InputError if they are not of this experiment, as far as StepD
+    goes."""
     status = read_status_of_results(folder.artifacts)
     if status is None or not status.has_results():
         return None
@@ -285,8 +286,8 @@ def _require_own(status: QidStatus, folder: QidFolder, file: File[Any]) -> None:
 
 
 def _require_free(flag: str, out: Path, file: File[Any], status: QidStatus | None) -> None:
-    """Raise InputError for an output that would take the place of another file of the contract, or of any that relfv did
-    not make by this command: only a file of the same kind is replaced."""
+    """Raise InputError for an output that would take the place of another file of the contract, or of any that relfv
+    did not make by this command: only a file of the same kind is replaced."""
     other = file_named(out.name, status.q_id) if status else None
     if other not in (None, file) or (status and out.resolve() == status.path.resolve()):
         raise InputError(f"{flag} {out.name}: is the name of another result of this q_id; choose another name")

@@ -109,8 +109,8 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def _check_relation(folder: Path) -> list[Checked]:
-    """Its q_ids, those that the manifest knows and that are gone, cross_fv.json if there, and the manifest; nothing if it
-    is no relation."""
+    """Its q_ids, those that the manifest knows and that are gone, cross_fv.json if there, and the manifest; nothing if
+    it is no relation."""
     q_ids = [path for path in _subfolders(folder) if (path / "artifacts").is_dir()]
     manifest = folder / MANIFEST
     # The spec's single commands write no manifest, and no run.log either.
@@ -208,7 +208,8 @@ def _changed(status: QidStatus, promised: Mapping[str, str]) -> Iterator[Problem
 
 
 def _out_of_date(status: QidStatus, promised: Mapping[str, str]) -> Iterator[Problem]:
-    """Stages made from files that their own stage has written again since. Damaged inputs are reported as such, once."""
+    """Stages made from files that their own stage has written again since. Damaged inputs are reported as such,
+    once."""
     for stage, record in status.stages.items():
         newer = [name for name, digest in record.inputs.items() if promised.get(name, digest) != digest]
         for name in record.files if newer else ():

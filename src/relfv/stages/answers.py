@@ -36,8 +36,8 @@ def _write_answers(work: Work) -> str:
     document = {
         "q_id": work.q_id,
         "meaning": "logprob_answer: of all the answer's tokens; written: the most probable token, as many times as the "
-        "answer has tokens; with: alpha times the vector added after the layer at the last prompt token and at every token "
-        "written.",
+        "answer has tokens; with: alpha times the vector added after the layer at the last prompt token and at every "
+        "token written.",
         "layer": layer,
         "alpha": alpha,
         "n_eval": len(rows),
@@ -48,8 +48,8 @@ def _write_answers(work: Work) -> str:
             for mean, key in (("exact_match", "exact"), ("mean_logprob_answer", "logprob_answer"))
         },
         "fv_decoded": {
-            "caution": "What final norm and unembedding make of the vector alone. A vector that works need not decode to "
-            "anything telling, and one that decodes well need not work (Todd et al. 2024, section 3.2).",
+            "caution": "What final norm and unembedding make of the vector alone. A vector that works need not "
+            "decode to anything telling, and one that decodes well need not work (Todd et al. 2024, section 3.2).",
             "top": _tokens(model.tokens, decode_vector(model.backbone, model.tokens.encode("a")[:1], vector)),
         },
         "rows": rows,

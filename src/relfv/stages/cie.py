@@ -1,5 +1,5 @@
-"""StepD, CIE: the causal indirect effect of every head on every trial (Todd et al. 2024, eq. 3), its mean over trials, and
-how much of it arithmetic alone could make."""
+"""StepD, CIE: the causal indirect effect of every head on every trial (Todd et al. 2024, eq. 3), its mean over trials,
+and how much of it arithmetic alone could make."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def head_effects(
 ) -> HeadEffects:
     """On each corrupted prompt set each head, one at a time, to its clean mean and score the target.
 
-    ``trials_per_pass`` None: as many as the engine has room for. Raises InputError if ``means`` is of another shape than
-    the model's heads.
+    ``trials_per_pass`` None: as many as the engine has room for. Raises InputError if ``means`` is of another shape
+    than the model's heads.
     """
     arch = model.arch
     shape = (arch.n_layers, arch.n_heads, arch.head_dim)
@@ -91,7 +91,8 @@ METRICS = File("trial_metrics.jsonl", read_deltas)
 
 
 def _metrics_bytes(q_id: str, effects: HeadEffects, target_ids: Sequence[int]) -> bytes:
-    """A row for every (trial, layer, head), written by hand: 25,600 rows of an 8B model take a second by way of dicts."""
+    """A row for every (trial, layer, head), written by hand: 25,600 rows of an 8B model take a second by way of
+    dicts."""
     base, patched = effects.effects.base.measures(), effects.effects.edited.measures()
     lines = []
     for trial_idx, target in enumerate(target_ids):

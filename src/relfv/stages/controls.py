@@ -52,8 +52,8 @@ class Ground:
         *,
         seed: str,
     ) -> None:
-        """``scores`` (trial, head) are what ``heads``, sorted, are ranked by; ``selected`` are the function vector's. Prompts
-        and trials are known by the rows of their queries."""
+        """``scores`` (trial, head) are what ``heads``, sorted, are ranked by; ``selected`` are the function vector's.
+        Prompts and trials are known by the rows of their queries."""
         import torch
 
         self.arch, self.clean, self.heads, self.scores = arch, clean, heads, scores
@@ -158,9 +158,9 @@ CONTROLS = {
         rival=True,
     ),
     "held_out": Control(
-        "for each prompt the vector with its own query's trials left out: mean activations and ranking of heads from the "
-        "other queries' trials alone (the query's pair may still be a demo in those; with ten rows it always is; the effects "
-        "that heads are ranked by were measured with the overall clean mean)",
+        "for each prompt the vector with its own query's trials left out: mean activations and ranking of heads from "
+        "the other queries' trials alone (the query's pair may still be a demo in those; with ten rows it always is; "
+        "the effects that heads are ranked by were measured with the overall clean mean)",
         _held_out,
     ),
     "mean_hidden": Control(

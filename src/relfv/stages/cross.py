@@ -1,7 +1,8 @@
 """Function vectors of other relations: is a q_id's own vector better on its prompts than other q_ids' vectors are?
 
-The control of Todd et al. (2024, section 3.2) that random directions cannot replace: another relation's vector is a vector of the same kind,
-made in the same way. Vectors are added as they are. One that is longer may do more for its length alone.
+The control of Todd et al. (2024, section 3.2) that random directions cannot replace: another relation's vector is a
+vector of the same kind, made in the same way. Vectors are added as they are. One that is longer may do more for its
+length alone.
 """
 
 from __future__ import annotations
@@ -27,16 +28,19 @@ if TYPE_CHECKING:
     from relfv.language_model import LanguageModel
 
 MEANING = {
-    "sources": "alpha (the target's own) times each q_id's function vector, its own included, added after each layer at the last "
-    "token of the target's Step6 prompts; all sources in one batch",
-    "scale": "vectors are added at their own length, unscaled: see norms before reading a difference as one of direction",
-    "mean_delta_p": "with the vector minus without; ci_low and ci_high at ci_level, clustered by query, for one vector at a time: "
-    "they are not widened for the number of vectors or q_ids",
-    "at_best_layer": "at the layer of step6_all_layers_summary.json, which is the best of all layers for the target's own vector on these "
-    "very prompts, and so favours it; others is the mean over the other q_ids' vectors, taken within a prompt first; "
-    "rank_of_own counts from 1, ties against it",
-    "rank_of_own_each_at_its_best_layer": "the same rank with every vector at the layer of its own largest mean_delta_p",
-    "own": "the target's own vector was made from trials with these very queries, the others were not; controls.json has it held out",
+    "sources": "alpha (the target's own) times each q_id's function vector, its own included, added after each layer "
+    "at the last token of the target's Step6 prompts; all sources in one batch",
+    "scale": "vectors are added at their own length, unscaled: see norms before reading a difference as one of "
+    "direction",
+    "mean_delta_p": "with the vector minus without; ci_low and ci_high at ci_level, clustered by query, for one "
+    "vector at a time: they are not widened for the number of vectors or q_ids",
+    "at_best_layer": "at the layer of step6_all_layers_summary.json, which is the best of all layers for the "
+    "target's own vector on these very prompts, and so favours it; others is the mean over the other q_ids' vectors, "
+    "taken within a prompt first; rank_of_own counts from 1, ties against it",
+    "rank_of_own_each_at_its_best_layer": "the same rank with every vector at the layer of its own largest "
+    "mean_delta_p",
+    "own": "the target's own vector was made from trials with these very queries, the others were not; controls.json "
+    "has it held out",
 }
 """Name -> what it is, for cross_fv.json."""
 
@@ -44,7 +48,8 @@ MEANING = {
 def inject_vectors(
     model: LanguageModel, prompts: Prompts, names: Sequence[str], vectors: np.ndarray, alpha: float
 ) -> Effects:
-    """``vectors`` float32 (vector, resid_dim), times ``alpha``, after every block: ``edited`` is (prompt, layer * vector).
+    """``vectors`` float32 (vector, resid_dim), times ``alpha``, after every block: ``edited`` is (prompt, layer *
+    vector).
 
     Raises RunError, naming the vector, for NaN or infinite logits.
     """
@@ -53,8 +58,8 @@ def inject_vectors(
     if len(broken):
         layer, column = divmod(int(broken[0]), len(names))
         raise RunError(
-            f"adding the vector of {names[column]} at layer {layer} gives NaN or infinite logits; expected finite numbers (fp16 "
-            "overflows in some models: --dtype bf16, or --precision exact, for relfv run as well)"
+            f"adding the vector of {names[column]} at layer {layer} gives NaN or infinite logits; expected finite "
+            "numbers (fp16 overflows in some models: --dtype bf16, or --precision exact, for relfv run as well)"
         )
     return effects
 
@@ -92,7 +97,8 @@ def judge_target(effects: Effects, prompts: Prompts, names: Sequence[str], own: 
 
 
 def compare_directions(vectors: np.ndarray) -> tuple[list[float], list[list[float | None]]]:
-    """``vectors`` (vector, resid_dim) -> their lengths, and the cosine of each with each; None with a vector of zeros."""
+    """``vectors`` (vector, resid_dim) -> their lengths, and the cosine of each with each; None with a vector of
+    zeros."""
     exact = vectors.astype(np.float64)
     norms = np.linalg.norm(exact, axis=1)
     products = exact @ exact.T
@@ -118,8 +124,8 @@ def _verdict_of_target(found: Mapping[str, Any], best: Mapping[str, Any], n_vect
     at = found["at_best_layer"]
     mine, near = at["own"], at["not_apart_from_own"]
     where = (
-        f"at layer {found['best_layer']}, which is chosen for it on these very queries (mean change in P {_signed(mine)}, with the "
-        f"others' {_signed(at['others'])})"
+        f"at layer {found['best_layer']}, which is chosen for it on these very queries (mean change in P "
+        f"{_signed(mine)}, with the others' {_signed(at['others'])})"
     )
     if at["rank_of_own"] == 1:
         words = f"The own vector is the best of {n_vectors} {where}"
@@ -132,7 +138,8 @@ def _verdict_of_target(found: Mapping[str, Any], best: Mapping[str, Any], n_vect
         shown = (
             "that this one is better is not shown" if at["best"] in near else "its interval lies above the own one's"
         )
-        words = f"The own vector ranks {at['rank_of_own']} of {n_vectors} {where}; the best is that of {at['best']} ({_signed(best)}), {shown}"
+        words = f"The own vector ranks {at['rank_of_own']} of {n_vectors} {where}; the best is that of {at['best']} "
+        words += f"({_signed(best)}), {shown}"
     if mine["ci_low"] is None or mine["ci_low"] <= 0:
         words += "; that the own one raises P at all is not shown"
     return f"{words}."
@@ -161,8 +168,9 @@ _TARGET_SETTINGS = ("alpha", "n_eval", "allow_query_duplicates", *CROSS_SETTINGS
 
 
 def cross_origin(folder: Path, target: str, sources: Sequence[str], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What the numbers of one ``target`` in cross_fv.json rest on, as it now is: settings, out of the q_id's fingerprint
-    ``fields``, and the sha256 of files by their names in the relation's ``folder``; None where one is missing."""
+    """What the numbers of one ``target`` in cross_fv.json rest on, as it now is: settings, out of the q_id's
+    fingerprint ``fields``, and the sha256 of files by their names in the relation's ``folder``; None where one is
+    missing."""
     own = QidFolder(folder / target / "artifacts", target)
     vectors = [QidFolder(folder / source / "artifacts", source).path(FV) for source in sources]
     return {

@@ -1,5 +1,5 @@
-"""StepE: the top heads, and the function vector: the output projection of their mean activations, summed (Todd et al. 2024,
-eq. 5); what is known of each head's score; and a quick check of the vector on the frozen trials."""
+"""StepE: the top heads, and the function vector: the output projection of their mean activations, summed (Todd et al.
+2024, eq. 5); what is known of each head's score; and a quick check of the vector on the frozen trials."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ def reference_point(scores: TokenScores, targets: Sequence[int]) -> dict[str, An
 
 
 def read_function_vector(path: Path) -> np.ndarray:
-    """float32 (resid_dim,) of a fv_global_resid.pt. Raises RunError for anything but finite numbers in one dimension."""
+    """float32 (resid_dim,) of a fv_global_resid.pt. Raises RunError for anything but finite numbers in one
+    dimension."""
     content = read_tensors(path)
     vector = content.get("fv_global_resid") if isinstance(content, dict) else None
     if not isinstance(vector, np.ndarray) or vector.ndim != 1 or vector.dtype.kind != "f":
@@ -116,7 +117,8 @@ def _head(head: ScoredHead, score_key: str) -> dict[str, Any]:
 
 
 def _evidence(head: ScoredHead, noise: float, share_in_top_k: float | None) -> dict[str, Any]:
-    """What is known of a head's score beside the score. Scores of other tools come without, and then nothing is said."""
+    """What is known of a head's score beside the score. Scores of other tools come without, and then nothing is
+    said."""
     evidence: dict[str, Any] = {
         column: finite(head.scores[column])
         for column in (f"mean_delta_p_{name}" for name in ("ci_low", "ci_high", "p_value", "fdr"))

@@ -1,5 +1,5 @@
-"""Adding a vector to the residual stream at the last token, at every layer (Todd et al. 2024, section 3), and its effect in
-numbers."""
+"""Adding a vector to the residual stream at the last token, at every layer (Todd et al. 2024, section 3), and its
+effect in numbers."""
 
 from __future__ import annotations
 

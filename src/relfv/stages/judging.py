@@ -1,4 +1,5 @@
-"""From the effects of several vectors at every layer to numbers: accuracy, mean P, and the change of P with its interval."""
+"""From the effects of several vectors at every layer to numbers: accuracy, mean P, and the change of P with its
+interval."""
 
 from __future__ import annotations
 

@@ -36,8 +36,8 @@ N_TRIALS = 3
 
 
 def heads_to_probe(ranked: Sequence[ScoredHead]) -> list[HeadId]:
-    """The ``N_BEST`` first of ``ranked``, whose effects are the large ones, and ``N_SPREAD`` others from the first layer
-    to the last, sorted. Fewer where there are fewer heads."""
+    """The ``N_BEST`` first of ``ranked``, whose effects are the large ones, and ``N_SPREAD`` others from the first
+    layer to the last, sorted. Fewer where there are fewer heads."""
     best = [head.id for head in ranked[:N_BEST]]
     others = sorted(head.id for head in ranked[N_BEST:])
     steps = np.linspace(0, len(others) - 1, min(N_SPREAD, len(others))).round().astype(int)
@@ -47,7 +47,8 @@ def heads_to_probe(ranked: Sequence[ScoredHead]) -> list[HeadId]:
 def measure_noise_floor(
     model: LanguageModel, prompts: Prompts, means: MeanActivations, effects: HeadEffects, ranked: Sequence[ScoredHead]
 ) -> NoiseFloor:
-    """Both ways on the first ``N_TRIALS`` of the corrupted prompts: two passes of few prompts and heads beside a sweep of all.
+    """Both ways on the first ``N_TRIALS`` of the corrupted prompts: two passes of few prompts and heads beside a sweep
+    of all.
 
     ``effects`` are the sweep's, on the same prompts; ``ranked`` are its heads.
     """

@@ -17,7 +17,8 @@ _LARGEST_TOKEN_ID = 2**31 - 1
 def read_snapshot(path: Path, *, with_demos: bool) -> Snapshot:
     """sampled_trials.json (``with_demos``), or its zero-shot twin.
 
-    Raises InputError if it is missing, RunError, naming the trial and the key, if something in it is not as it should be.
+    Raises InputError if it is missing, RunError, naming the trial and the key, if something in it is not as it should
+    be.
     """
     if not path.exists():
         raise InputError(f"{path}: no such file; expected a trial snapshot, as StepD or 'relfv zeroshot' write it")
@@ -104,6 +105,6 @@ class _Trial:
 
     def _wrong(self, key: str, value: Any, expected: str) -> RunError:
         return RunError(
-            f"{self._path}: trial {self._number}: {key} is {str(value)[:60]!r}; expected {expected}, as StepD writes it; run "
-            "that stage again, or put the file back"
+            f"{self._path}: trial {self._number}: {key} is {str(value)[:60]!r}; expected {expected}, as StepD writes "
+            "it; run that stage again, or put the file back"
         )

@@ -1,7 +1,7 @@
 """What a stage is, and what it works on.
 
-Order, resume, which settings may still be chosen, what ``relfv verify`` checks and what the documentation lists all follow
-from the declarations: a ``Stage`` names the files it reads and writes, the settings it uses, and how to run it.
+Order, resume, which settings may still be chosen, what ``relfv verify`` checks and what the documentation lists all
+follow from the declarations: a ``Stage`` names the files it reads and writes, the settings it uses, and how to run it.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Work:
     layers: Sequence[int] = ()
     """All layers of the model."""
     trials_per_pass: MutableMapping[str, int] = field(default_factory=dict)
-    """How many prompts shared a forward pass, by the kind of pass. Batch shapes change low-order bits, so a pass that is
-    repeated takes the number that it was first made with; stages write theirs here."""
+    """How many prompts shared a forward pass, by the kind of pass. Batch shapes change low-order bits, so a pass that
+    is repeated takes the number that it was first made with; stages write theirs here."""
     relation: Relation | None = None
     """The rows that trials are drawn from; only the stage that freezes the trials needs them."""
     csv_sha256: str = ""

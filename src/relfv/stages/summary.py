@@ -21,7 +21,8 @@ _HELD_OUT = "held_out, layer_chosen_by_others"
 def conclusions(
     top_heads: Mapping[str, Any], controls: Mapping[str, Any], stability: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """From top_heads.json, controls.json and head_stability.json the numbers that the verdict rests on, and the verdict.
+    """From top_heads.json, controls.json and head_stability.json the numbers that the verdict rests on, and the
+    verdict.
 
     The layer is the best by P of the vector itself, as in step6_all_layers_summary.json; ``layer_chosen_by_others``
     repeats the held-out result with each query's layer chosen on the other queries.
@@ -101,12 +102,12 @@ def _of_vector(numbers: Mapping[str, Any]) -> str:
     if share["fv"] is None:
         if p["clean"] - p["zero_shot"] <= 0:
             return (
-                f"Demos do not help this model here (P {p['zero_shot']:.2f} without them, {p['clean']:.2f} with): there is "
-                "no gap for a function vector to close."
+                f"Demos do not help this model here (P {p['zero_shot']:.2f} without them, {p['clean']:.2f} with): "
+                "there is no gap for a function vector to close."
             )
         return (
-            f"The gap between zero-shot (P {p['zero_shot']:.2f}) and clean prompts with demos ({p['clean']:.2f}) is too small "
-            "or too uncertain to say what share of it the function vector closes."
+            f"The gap between zero-shot (P {p['zero_shot']:.2f}) and clean prompts with demos ({p['clean']:.2f}) is "
+            "too small or too uncertain to say what share of it the function vector closes."
         )
     words = (
         f"The function vector closes {_percent(share['fv'])} of the gap between zero-shot and clean prompts at {where}"
@@ -137,8 +138,8 @@ def _of_controls(numbers: Mapping[str, Any]) -> str:
     highest = [max([share[name]["high"], *numbers["share_of_gap_of_draws"].get(name, [])]) for name in rivals]
     if share["fv"] and any(reached >= share["fv"]["low"] for reached in highest):
         words += (
-            " A random control, or one draw of it, reaches the vector's interval: that the effect is the relation's own is "
-            "not shown."
+            " A random control, or one draw of it, reaches the vector's interval: that the effect is the relation's "
+            "own is not shown."
         )
     return words
 

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from relfv.models.architecture import Architecture
 
 CAUTION = (
-    "The best of several alphas, k and layers on the same prompts is better than it would be on new ones; a choice made "
-    "here has to be tested on other prompts."
+    "The best of several alphas, k and layers on the same prompts is better than it would be on new ones; a choice "
+    "made here has to be tested on other prompts."
 )
 
 
@@ -39,8 +39,8 @@ def sweep_vectors(
     alphas: Sequence[float],
     ks: Sequence[int],
 ) -> np.ndarray:
-    """float32 (alphas then ks, resid_dim), ready to be added: the ``topk`` heads' vector at each of ``alphas``, then the
-    vector of each of ``ks`` best heads at ``alpha``. Raises InputError for a k of more heads than were scored."""
+    """float32 (alphas then ks, resid_dim), ready to be added: the ``topk`` heads' vector at each of ``alphas``, then
+    the vector of each of ``ks`` best heads at ``alpha``. Raises InputError for a k of more heads than were scored."""
     of_k = {k: build_function_vector(arch, means, [h.id for h in select_heads(ranked, k)]).total for k in {topk, *ks}}
     return np.stack([*(np.float32(a) * of_k[topk] for a in alphas), *(np.float32(alpha) * of_k[k] for k in ks)])
 
@@ -48,7 +48,8 @@ def sweep_vectors(
 def tabulate(
     per_layer: Mapping[str, Mapping[str, Any]], names: Sequence[str], values: Sequence[float], vectors: np.ndarray
 ) -> list[dict[str, Any]]:
-    """One entry for each of ``values``: its vector's length as added, its best layer by P, and its numbers at every layer.
+    """One entry for each of ``values``: its vector's length as added, its best layer by P, and its numbers at every
+    layer.
 
     ``per_layer`` are the numbers by layer and name; ``names`` and ``vectors`` (value, resid_dim) go with ``values``.
     """
@@ -90,8 +91,8 @@ def _sweep(work: Work) -> str:
     document = {
         "q_id": work.q_id,
         "meaning": "alpha: the function vector added so many times. k: the vector of so many best heads, added as many "
-        "times as the run's own alpha says. norm_added: length of what is added; acc and mean_p are those of the best layer "
-        "by mean P.",
+        "times as the run's own alpha says. norm_added: length of what is added; acc and mean_p are those of the "
+        "best layer by mean P.",
         "caution": CAUTION,
         "own": {"alpha": settings.alpha, "k": settings.topk},
         "n_eval": len(prompts),

@@ -1,5 +1,5 @@
-"""The stages of every q_id, once, in the spec's order. What follows from this list: the order they run in, what a restart
-runs, which settings may still be chosen, what completes a q_id, what ``relfv verify`` reads and checks."""
+"""The stages of every q_id, once, in the spec's order. What follows from this list: the order they run in, what a
+restart runs, which settings may still be chosen, what completes a q_id, what ``relfv verify`` reads and checks."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ def step_named(name: str) -> Step | None:
 
 
 def is_done(status: QidStatus, step: Step) -> bool:
-    """Whether a step is recorded, with every file that it writes today, and neither those nor what it read have changed."""
+    """Whether a step is recorded, with every file that it writes today, and neither those nor what it read have
+    changed."""
     record = status.stages.get(step.name)
     return record is not None and step.has_all([*record.files], status.q_id) and status.intact(step.name)
 
@@ -91,8 +92,8 @@ def settings_of(stage: Stage) -> frozenset[str]:
 
 
 def free_settings(status: QidStatus, chosen_by: Iterable[Stage]) -> set[str]:
-    """The settings that may still be chosen: no step that was begun depends on them, besides those of the stages that are
-    about to run."""
+    """The settings that may still be chosen: no step that was begun depends on them, besides those of the stages that
+    are about to run."""
     begun = {step.stage for name in status.stages if (step := step_named(name))} - set(chosen_by)
     return set(IDENTITY).difference(*map(settings_of, begun))
 

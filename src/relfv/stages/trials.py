@@ -33,12 +33,12 @@ _ATTEMPTS = 200
 
 def ineligible_reason(relation: Relation, n_demos: int) -> str | None:
     """Why this relation cannot give a query and ``n_demos`` demos without overlap, or None if it can."""
-    n_rows, needed = len(relation.pairs), n_demos + 1
+    n_rows, n_distinct, needed = len(relation.pairs), len(set(relation.pairs)), n_demos + 1
+    fewer = f"fewer than the {needed} that 1 query + {n_demos} demos need"
     if n_rows < needed:
-        return f"{n_rows} rows, fewer than the {needed} that 1 query + {n_demos} demos need"
-    n_distinct = len(set(relation.pairs))
+        return f"{n_rows} rows, {fewer}"
     if n_distinct < needed:
-        return f"{n_rows} rows but only {n_distinct} distinct pairs, fewer than the {needed} that 1 query + {n_demos} demos need"
+        return f"{n_rows} rows but only {n_distinct} distinct pairs, {fewer}"
     return None
 
 

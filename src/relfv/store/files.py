@@ -120,8 +120,8 @@ def _replace(path: Path, data: bytes, *, read_only: bool) -> None:
 
 
 def require_folder(folder: Path, flag: str) -> None:
-    """Raise InputError that names ``flag`` if ``folder`` is no folder and cannot become one, RunError if the place it would
-    be in is not writable."""
+    """Raise InputError that names ``flag`` if ``folder`` is no folder and cannot become one, RunError if the place it
+    would be in is not writable."""
     there = folder
     while not there.exists() and there != there.parent:
         there = there.parent
@@ -134,8 +134,8 @@ def require_folder(folder: Path, flag: str) -> None:
 
 
 def require_no_links(path: Path, below: Path) -> None:
-    """Raise InputError for a symbolic link at ``path``, in it, or between ``below`` and it: a write through it would end
-    up elsewhere. ``below`` itself may be reached through links; it is what the user named."""
+    """Raise InputError for a symbolic link at ``path``, in it, or between ``below`` and it: a write through it would
+    end up elsewhere. ``below`` itself may be reached through links; it is what the user named."""
     between = path.relative_to(below).parts
     found = [below.joinpath(*between[: i + 1]) for i in range(len(between))]
     if not any(one.is_symlink() for one in found):
@@ -143,7 +143,8 @@ def require_no_links(path: Path, below: Path) -> None:
     for one in found:
         if one.is_symlink():
             raise InputError(
-                f"{one}: is a symbolic link (to {os.readlink(one)}), and results are only written to where they seem to be; "  # noqa: PTH115
+                f"{one}: is a symbolic link (to {os.readlink(one)}), and results are only written to where they seem "
+                "to be; "  # noqa: PTH115
                 "expected folders and files, so name the place that it leads to, or put what it leads to in its place"
             )
 

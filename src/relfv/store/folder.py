@@ -1,4 +1,5 @@
-"""One q_id's folder: where each file of the artifact contract is, and reading and writing it under the folder's lock."""
+"""One q_id's folder: where each file of the artifact contract is, and reading and writing it under the folder's
+lock."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ class File(Generic[T]):
     """One file of the artifact contract."""
 
     name: str
-    """Its path in ``artifacts/``, with ``{q_id}`` and ``{layer}`` where it has them and ``*`` for what differs from run to run."""
+    """Its path in ``artifacts/``, with ``{q_id}`` and ``{layer}`` where it has them and ``*`` for what differs from run
+    to run."""
     read: Callable[[Path], T]
     """Its reader. Raises RelfvError for a file that is not what it should be."""
 
@@ -89,7 +91,8 @@ class QidFolder:
         return self.path(file, layer).is_file()
 
     def read(self, file: File[T], layer: int | None = None) -> T:
-        """The content of ``file``, parsed once for as long as its bytes are the same; not to be changed by the caller."""
+        """The content of ``file``, parsed once for as long as its bytes are the same; not to be changed by the
+        caller."""
         path = self.path(file, layer)
         try:
             digest = sha256_bytes(read_bytes(path))
@@ -101,7 +104,8 @@ class QidFolder:
         return known[1]
 
     def write(self, file: File[T], data: bytes, *, read_only: bool = False, content: T | None = None) -> None:
-        """Write ``file`` whole or not at all; ``content`` is what its reader would make of ``data``, where that is at hand."""
+        """Write ``file`` whole or not at all; ``content`` is what its reader would make of ``data``, where that is at
+        hand."""
         path = self.path(file)
         write_atomic(path, data, read_only=read_only)
         if content is not None:
@@ -111,8 +115,8 @@ class QidFolder:
     def locked(self) -> Iterator[None]:
         """Hold the lock, the same one as ``relfv run``, with leftovers of a killed process removed.
 
-        Another command that holds it, such as Step6 at another layer, is waited for. Raises InputError after a minute, and
-        for links that lead out of the folder.
+        Another command that holds it, such as Step6 at another layer, is waited for. Raises InputError after a minute,
+        and for links that lead out of the folder.
         """
         for inside in (self.artifacts, self.log.parent):
             require_no_links(inside, below=self.artifacts.parent)

@@ -57,8 +57,9 @@ class QidStatus:
     stages: dict[str, StageRecord] = field(default_factory=dict)
     q_row_count: int = 0
     trials_per_pass: dict[str, int] = field(default_factory=dict)
-    """By the kind of pass (stepD_cie, stepE_heads, stepE, step6, ...) how many prompts shared a forward pass. Batch shapes
-    change low-order bits, so a stage that is repeated, on whatever device, uses the number it was first made with."""
+    """By the kind of pass (stepD_cie, stepE_heads, stepE, step6, ...) how many prompts shared a forward pass. Batch
+    shapes change low-order bits, so a stage that is repeated, on whatever device, uses the number it was first made
+    with."""
 
     @property
     def path(self) -> Path:
@@ -111,7 +112,8 @@ class QidStatus:
             self.write()
 
     def finish(self, stage: str, files: Iterable[Path], inputs: Iterable[Path]) -> None:
-        """Record that ``stage`` is done: what it wrote, and what it read. Files it wrote before under other names go."""
+        """Record that ``stage`` is done: what it wrote, and what it read. Files it wrote before under other names
+        go."""
         previous, hashes = self.stages[stage], self._hashes(files)
         for name in previous.files.keys() - hashes.keys():
             (self.artifacts_dir / name).unlink(missing_ok=True)
@@ -126,7 +128,8 @@ class QidStatus:
         return not self._changed(record.files) and not self._changed(record.inputs)
 
     def make_way(self, stage: str) -> list[Path]:
-        """Move folders that stand where ``stage`` has had files out of its way, beside ``artifacts/``. -> where they are."""
+        """Move folders that stand where ``stage`` has had files out of its way, beside ``artifacts/``. -> where they
+        are."""
         record = self.stages.get(stage)
         paths = [self.artifacts_dir / name for name in record.files] if record else []
         return [
@@ -149,8 +152,9 @@ class DamagedStatus(RunError):
 
     def __init__(self, path: Path, what: str) -> None:
         super().__init__(
-            f"{path}: {what}, so nothing says whether the results beside it are whole and of these settings; put it back, "
-            f"or let 'relfv run --q_list {path.parent.parent.name}' keep them in a folder aside and compute them afresh"
+            f"{path}: {what}, so nothing says whether the results beside it are whole and of these settings; put it "
+            f"back, or let 'relfv run --q_list {path.parent.parent.name}' keep them in a folder aside and compute "
+            "them afresh"
         )
 
 
