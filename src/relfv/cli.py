@@ -11,28 +11,16 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from relfv import __version__
 from relfv.errors import InputError, RelfvError
-from relfv.settings import (
-    DEFAULT_OUT_ROOT,
-    FLAGS,
-    MAX_SEED,
-    MOST,
-    SCORE_KEYS,
-    SPEC_CSV,
-    Flag,
-    Settings,
-    require_within,
-)
+from relfv.flags import DEFAULTS, add_setting, path_flag, q_ids_from, settings_from, whole_number
+from relfv.settings import DEFAULT_OUT_ROOT, FLAGS, MAX_SEED, MOST, SCORE_KEYS, SPEC_CSV
 from relfv.signals import Terminated, as_exceptions
 
 log = logging.getLogger("relfv.cli")
 
-_DEFAULTS = Settings()
 Command = Callable[[argparse.Namespace], int]
 
 
@@ -75,7 +63,7 @@ def _add(parser: argparse.ArgumentParser, name: str) -> None:
         if name in flag.commands:
             if flag.group not in groups:
                 groups[flag.group] = parser.add_argument_group(flag.group)
-            _add_setting(groups[flag.group], field, flag, flag.names.get(name, f"--{field}"))
+            add_setting(groups[flag.group], field, flag, flag.names.get(name, f"--{field}"))
     parser.add_argument("--debug", action="store_true", help="more log lines, and a traceback after an error")
     parser.set_defaults(run_command=command)
 
@@ -114,86 +102,6 @@ def _execute(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int
         return 1
 
 
-# --- settings and other flags ----------------------------------------------------------------------------------
-
-
-def _add_setting(group: Any, field: str, flag: Flag, name: str) -> None:
-    """Nothing is stored unless the flag is given: the field then keeps its default, or, for a command that works inside
-    a q_id's folder, what that folder was made with."""
-    default = getattr(_DEFAULTS, field)
-    help_text = flag.help + (f"; else ${flag.environment}" if flag.environment else "")
-    options: dict[str, Any] = {"dest": field, "default": argparse.SUPPRESS, "help": f"{help_text} (default: {default})"}
-    if isinstance(default, bool):
-        options["action"] = argparse.BooleanOptionalAction
-    elif isinstance(default, tuple):
-        options |= {"type": _numbers(float if field.startswith("alpha") else int), "help": help_text}
-    else:
-        options |= {"type": type(default), "choices": flag.choices}
-    if flag.environment:
-        options |= {"nargs": "?", "const": ""}
-    group.add_argument(name, **options)
-
-
-def _numbers(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
-    """A flag of numbers separated by commas, each kept once, ascending."""
-
-    def parse(text: str) -> tuple[Any, ...]:
-        try:
-            return tuple(sorted({kind(part) for part in text.split(",")}))
-        except ValueError:
-            example = "1,5,10" if kind is int else "0.5,1,2"
-            raise argparse.ArgumentTypeError(
-                f"invalid value: {text[:40]!r}; expected numbers separated by commas, such as {example}"
-            ) from None
-
-    return parse
-
-
-def _settings(args: argparse.Namespace, base: Settings = _DEFAULTS) -> Settings:
-    """The flags that were given over ``base``; the environment stands between the two."""
-    from relfv.models.families import SPEC_NAMES
-    from relfv.models.sources import QUANTS, dtype_name
-
-    given = {field: value for field, value in vars(args).items() if field in FLAGS}
-    for field, flag in FLAGS.items():
-        if flag.environment:
-            given[field] = given.get(field) or os.environ.get(flag.environment) or getattr(base, field)
-    settings = replace(base, **given)
-    for field, names in (("quant", QUANTS), ("model_spec", SPEC_NAMES)):
-        if (value := getattr(settings, field)) not in names:
-            raise InputError(f"--{field} {value!r}: expected one of {', '.join(names)}")
-    return replace(settings, dtype=dtype_name(settings.dtype))
-
-
-def _path(text: str) -> Path:
-    """A path flag. An empty one would be the current folder, which an unset variable in a shell does not mean."""
-    if not text or "\0" in text:
-        raise argparse.ArgumentTypeError("is empty or has a NUL in it; expected a path")
-    return Path(text)
-
-
-def _whole(low: int, high: int) -> Callable[[str], int]:
-    """A flag that is a whole number within bounds and no field of Settings, which has its own."""
-
-    def parse(text: str) -> int:
-        try:
-            require_within("", number := int(text), low, high)
-        except (ValueError, InputError):
-            raise argparse.ArgumentTypeError(
-                f"invalid value: {text[:40]!r}; expected a whole number from {low} to {high}"
-            ) from None
-        return number
-
-    return parse
-
-
-def _q_list(text: str) -> tuple[str, ...] | None:
-    q_ids = tuple(part.strip() for part in text.split(",") if part.strip())
-    if not q_ids:
-        raise InputError("--q_list: is empty; expected q_ids separated by commas, or all")
-    return None if q_ids == ("all",) else q_ids
-
-
 # --- commands: what each has beside settings, and what it calls ----------------------------------------------------
 
 
@@ -201,7 +109,7 @@ def _run_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--q_list", default="all", help="q_ids, separated by commas, or all")
     group.add_argument(
-        "--out_root", type=_path, default=DEFAULT_OUT_ROOT, help="results go to OUT_ROOT/<csv name>/<q_id>"
+        "--out_root", type=path_flag, default=DEFAULT_OUT_ROOT, help="results go to OUT_ROOT/<csv name>/<q_id>"
     )
     group.add_argument(
         "--force", action="store_true", help="move earlier results of these q_ids aside and start afresh"
@@ -213,12 +121,14 @@ def _run(args: argparse.Namespace) -> int:
     from relfv.runs.plan import RunRequest
     from relfv.runs.run import run
 
-    return run(RunRequest(_settings(args), _q_list(args.q_list), args.out_root, force=args.force, dry_run=args.dry_run))
+    return run(
+        RunRequest(settings_from(args), q_ids_from(args.q_list), args.out_root, force=args.force, dry_run=args.dry_run)
+    )
 
 
 def _cross_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "folder", type=_path, nargs="?", default=DEFAULT_OUT_ROOT / SPEC_CSV.stem, help="a relation's results"
+        "folder", type=path_flag, nargs="?", default=DEFAULT_OUT_ROOT / SPEC_CSV.stem, help="a relation's results"
     )
     parser.add_argument("--q_list", default="all", help="q_ids, separated by commas, or all that are completed")
 
@@ -226,31 +136,31 @@ def _cross_flags(parser: argparse.ArgumentParser) -> None:
 def _cross(args: argparse.Namespace) -> int:
     from relfv.runs.cross import cross
 
-    return cross(args.folder, _q_list(args.q_list), lambda base: _settings(args, base))
+    return cross(args.folder, q_ids_from(args.q_list), lambda base: settings_from(args, base))
 
 
 def _step_d_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--relation_q_list", required=True, help="the q_id to run (one)")
     parser.add_argument(
-        "--out_base_dir", type=_path, required=True, help="folder of the q_id; artifacts/ is made in it"
+        "--out_base_dir", type=path_flag, required=True, help="folder of the q_id; artifacts/ is made in it"
     )
 
 
 def _step_d(args: argparse.Namespace) -> int:
     from relfv.runs.single import run_step_d
 
-    q_ids = _q_list(args.relation_q_list)
+    q_ids = q_ids_from(args.relation_q_list)
     if q_ids is None or len(q_ids) != 1:
         raise InputError(
             f"--relation_q_list {args.relation_q_list!r}: expected one q_id a run; relfv run does them all"
         )
-    return run_step_d(_settings(args), q_ids[0], args.out_base_dir)
+    return run_step_d(settings_from(args), q_ids[0], args.out_base_dir)
 
 
 def _heatmap_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--in_dir", type=_path, required=True, help="the q_id's artifacts folder")
-    parser.add_argument("--metric", choices=SCORE_KEYS, default=_DEFAULTS.score_key, help="column to draw")
-    parser.add_argument("--topk", type=_whole(1, MOST), default=_DEFAULTS.topk, help="heads to mark")
+    parser.add_argument("--in_dir", type=path_flag, required=True, help="the q_id's artifacts folder")
+    parser.add_argument("--metric", choices=SCORE_KEYS, default=DEFAULTS.score_key, help="column to draw")
+    parser.add_argument("--topk", type=whole_number(1, MOST), default=DEFAULTS.topk, help="heads to mark")
     parser.add_argument("--out_name", default=None, help="file name within --in_dir (default: aie_heatmap_<Q>.png)")
 
 
@@ -261,21 +171,23 @@ def _heatmap(args: argparse.Namespace) -> int:
 
 
 def _step_e_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--stepd_artifacts_dir", type=_path, required=True, help="StepD's artifacts folder")
-    parser.add_argument("--sampled_trials_path", type=_path, required=True, help="StepD's sampled_trials.json")
-    parser.add_argument("--out_dir", type=_path, required=True, help="where the vector goes")
+    parser.add_argument("--stepd_artifacts_dir", type=path_flag, required=True, help="StepD's artifacts folder")
+    parser.add_argument("--sampled_trials_path", type=path_flag, required=True, help="StepD's sampled_trials.json")
+    parser.add_argument("--out_dir", type=path_flag, required=True, help="where the vector goes")
 
 
 def _step_e(args: argparse.Namespace) -> int:
     from relfv.runs.single import run_step_e
 
     paths = args.stepd_artifacts_dir, args.sampled_trials_path, args.out_dir
-    return run_step_e(*paths, lambda base: _settings(args, base))
+    return run_step_e(*paths, lambda base: settings_from(args, base))
 
 
 def _zero_shot_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--sampled_trials_path", type=_path, required=True, help="StepD's sampled_trials.json")
-    parser.add_argument("--out_path", type=_path, default=None, help="default: sampled_trials_zeroshot.json beside it")
+    parser.add_argument("--sampled_trials_path", type=path_flag, required=True, help="StepD's sampled_trials.json")
+    parser.add_argument(
+        "--out_path", type=path_flag, default=None, help="default: sampled_trials_zeroshot.json beside it"
+    )
 
 
 def _zero_shot(args: argparse.Namespace) -> int:
@@ -285,21 +197,21 @@ def _zero_shot(args: argparse.Namespace) -> int:
 
 
 def _step6_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--fv_global_path", type=_path, required=True, help="StepE's fv_global_resid.pt")
-    parser.add_argument("--sampled_trials_path", type=_path, required=True, help="sampled_trials_zeroshot.json")
+    parser.add_argument("--fv_global_path", type=path_flag, required=True, help="StepE's fv_global_resid.pt")
+    parser.add_argument("--sampled_trials_path", type=path_flag, required=True, help="sampled_trials_zeroshot.json")
     parser.add_argument("--edit_layer", type=int, required=True, help="the layer to inject at (one; loop outside)")
-    parser.add_argument("--out_dir", type=_path, required=True, help="where this layer's results go")
+    parser.add_argument("--out_dir", type=path_flag, required=True, help="where this layer's results go")
 
 
 def _step6(args: argparse.Namespace) -> int:
     from relfv.runs.single import run_step6
 
     paths = args.fv_global_path, args.sampled_trials_path, args.edit_layer, args.out_dir
-    return run_step6(*paths, lambda base: _settings(args, base))
+    return run_step6(*paths, lambda base: settings_from(args, base))
 
 
 def _status_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("out_root", type=_path, nargs="?", default=DEFAULT_OUT_ROOT, help="results folder")
+    parser.add_argument("out_root", type=path_flag, nargs="?", default=DEFAULT_OUT_ROOT, help="results folder")
 
 
 def _status(args: argparse.Namespace) -> int:
@@ -311,7 +223,7 @@ def _status(args: argparse.Namespace) -> int:
 
 def _verify_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "folder", type=_path, nargs="?", default=DEFAULT_OUT_ROOT, help="of a q_id, of a relation, or all results"
+        "folder", type=path_flag, nargs="?", default=DEFAULT_OUT_ROOT, help="of a q_id, of a relation, or all results"
     )
     parser.add_argument("--json", action="store_true", help="print the verdicts as JSON")
 
@@ -325,7 +237,9 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _report_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=_path, help="a relation's results, e.g. results_fv/relation_qwise/relationA_ex")
+    parser.add_argument(
+        "folder", type=path_flag, help="a relation's results, e.g. results_fv/relation_qwise/relationA_ex"
+    )
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -337,12 +251,14 @@ def _report(args: argparse.Namespace) -> int:
 
 def _demo_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=("train",), help="train: make the demo model again from its CSV")
-    parser.add_argument("--out_dir", type=_path, required=True, help="where the model goes")
-    parser.add_argument("--relation_csv_path", type=_path, default=SPEC_CSV, help="relations it learns")
-    parser.add_argument("--seed", type=_whole(0, MAX_SEED), default=0, help="seed of weights and documents")
-    parser.add_argument("--steps", type=_whole(1, MOST), default=None, help="training steps (default: the recipe's)")
+    parser.add_argument("--out_dir", type=path_flag, required=True, help="where the model goes")
+    parser.add_argument("--relation_csv_path", type=path_flag, default=SPEC_CSV, help="relations it learns")
+    parser.add_argument("--seed", type=whole_number(0, MAX_SEED), default=0, help="seed of weights and documents")
+    parser.add_argument(
+        "--steps", type=whole_number(1, MOST), default=None, help="training steps (default: the recipe's)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--log_path", type=_path, default=None, help="JSON lines of the training log go here")
+    parser.add_argument("--log_path", type=path_flag, default=None, help="JSON lines of the training log go here")
 
 
 def _demo(args: argparse.Namespace) -> int:

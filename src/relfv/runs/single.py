@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from relfv.errors import InputError, RunError
+from relfv.errors import InputError
 from relfv.logs import logging_to
 from relfv.models.sources import model_identity
 from relfv.relations import file_sha256, load_relations, require_q_ids, rows_sha256
-from relfv.runs.qid import open_for, require_frozen_trials, run_step, run_steps, settling, work_on
-from relfv.settings import FLAGS, IDENTITY, Settings, differences, fingerprint_fields
+from relfv.runs.qid import open_for, require_frozen_trials, run_step, run_steps, work_on
+from relfv.runs.recorded import Overlay, recorded, require_free, require_same, settings_within, settled_aloud
+from relfv.settings import FLAGS, Settings, fingerprint_fields
 from relfv.stages import function_vector, heatmap, step6, zeroshot
 from relfv.stages.cie import METRICS, heads_to_sweep
 from relfv.stages.function_vector import FV
@@ -29,18 +29,18 @@ from relfv.stages.injection import require_layer
 from relfv.stages.means import MEANS
 from relfv.stages.noise_floor import NOISE_FLOOR
 from relfv.stages.scores import AIE, CIE
-from relfv.stages.stage import Stage, Work
-from relfv.stages.table import STAGES, STEP_D, file_named, free_settings, is_done, settings_of
+from relfv.stages.stage import Work
+from relfv.stages.table import STAGES, STEP_D, is_done, settings_of
 from relfv.stages.trials import TRIALS, ineligible_reason
 from relfv.stages.zeroshot import ZERO_SHOT_TRIALS
 from relfv.store.files import require_folder
 from relfv.store.folder import File, QidFolder
 from relfv.store.status import QidStatus, read_status, read_status_of_results
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from relfv.language_model import LanguageModel
 
-Overlay = Callable[[Settings], Settings]
-"""The settings of a command: its flags over a base."""
+log = logging.getLogger(__name__)
 
 
 def run_step_d(settings: Settings, q_id: str, out_base_dir: Path) -> int:
@@ -70,7 +70,7 @@ def run_step_d(settings: Settings, q_id: str, out_base_dir: Path) -> int:
         status.expected_layers = list(range(model.arch.n_layers))
         status.set("running")
         work = work_on(status, lambda: model, relation=relation, csv_sha256=file_sha256(csv_path))
-        with _settling(status):
+        with settled_aloud(status):
             run_steps(status, work, STEP_D)
     print(folder.artifacts)
     return 0
@@ -83,7 +83,7 @@ def _begun(folder: QidFolder, settings: Settings, fields: Mapping[str, Any]) -> 
     if status is None or not status.has_results():
         return None
     later = FLAGS.keys() - frozenset().union(*map(settings_of, STEP_D))
-    _require_same(status, {name: value for name, value in fields.items() if name not in later})
+    require_same(status, {name: value for name, value in fields.items() if name not in later})
     return status
 
 
@@ -99,7 +99,7 @@ def run_heatmap(in_dir: Path, metric: str, topk: int, out_name: str | None) -> i
     folder = QidFolder(in_dir, q_id, at)
     out = folder.path(HEATMAP)
     _require_files(folder.path(AIE))
-    _require_free("--out_name", out, HEATMAP, status)
+    require_free("--out_name", out, HEATMAP, status)
 
     def overlay(base: Settings) -> Settings:
         return replace(base, score_key=metric, topk=topk)
@@ -111,7 +111,7 @@ def run_heatmap(in_dir: Path, metric: str, topk: int, out_name: str | None) -> i
         with folder.locked():
             run_step(_loose_work(folder, overlay(status.settings)), heatmap.STAGE.step())
     else:
-        with _recorded(folder, overlay, [heatmap.STAGE], [AIE]) as status:
+        with recorded(folder, overlay, [heatmap.STAGE], [AIE]) as status:
             run_step(work_on(status, _no_model), heatmap.STAGE.step(), status)
     print(out)
     return 0
@@ -134,9 +134,9 @@ def run_step_e(stepd_artifacts_dir: Path, sampled_trials_path: Path, out_dir: Pa
         for stage in stages:
             run_step(work, stage.step())
     else:
-        settings = _settings_within(status, overlay, stages)
+        settings = settings_within(status, overlay, stages)
         model = _open(settings, status)
-        with _recorded(folder, overlay, stages, [TRIALS, CIE, MEANS]) as status:
+        with recorded(folder, overlay, stages, [TRIALS, CIE, MEANS]) as status:
             status.expected_layers = list(range(model.arch.n_layers))
             work = work_on(status, lambda: model)
             for stage in stages:
@@ -157,7 +157,7 @@ def run_zero_shot(sampled_trials_path: Path, out_path: Path | None) -> int:
     folder = QidFolder(home, q_id, {TRIALS: sampled_trials_path, ZERO_SHOT_TRIALS: out})
     if out.resolve() == sampled_trials_path.resolve():
         raise InputError(f"--out_path {out}: is the file that is read; choose another name")
-    _require_free("--out_path", out, ZERO_SHOT_TRIALS, read_status(out.parent))
+    require_free("--out_path", out, ZERO_SHOT_TRIALS, read_status(out.parent))
     if status is None:
         run_step(_loose_work(folder, Settings()), zeroshot.STAGE.step())
     elif out.resolve() != (home / ZERO_SHOT_TRIALS.name).resolve():
@@ -165,7 +165,7 @@ def run_zero_shot(sampled_trials_path: Path, out_path: Path | None) -> int:
         with folder.locked():
             run_step(_loose_work(folder, status.settings), zeroshot.STAGE.step())
     else:
-        with _recorded(folder, lambda base: base, [zeroshot.STAGE], [TRIALS]) as status:
+        with recorded(folder, lambda base: base, [zeroshot.STAGE], [TRIALS]) as status:
             run_step(work_on(status, _no_model), zeroshot.STAGE.step(), status)
     print(out)
     return 0
@@ -190,11 +190,11 @@ def run_step6(fv_path: Path, trials_path: Path, edit_layer: int, out_dir: Path, 
         require_layer(work.model, edit_layer)
         run_step(work, step)
     else:
-        settings = _settings_within(status, overlay, [step6.STAGE])
+        settings = settings_within(status, overlay, [step6.STAGE])
         model = _open(settings, status)
         require_layer(model, edit_layer)
         folder = QidFolder(artifacts_dir, status.q_id, at)
-        with _recorded(folder, overlay, [step6.STAGE], [FV, ZERO_SHOT_TRIALS]) as status:
+        with recorded(folder, overlay, [step6.STAGE], [FV, ZERO_SHOT_TRIALS]) as status:
             status.expected_layers = list(range(model.arch.n_layers))
             work = work_on(status, lambda: model)
             run_step(work, step, status)
@@ -214,91 +214,10 @@ def _no_model() -> Any:
     raise AssertionError("this stage needs no model")
 
 
-@contextmanager
-def _recorded(
-    folder: QidFolder, overlay: Overlay, stages: Sequence[Stage], inputs: Sequence[File[Any]]
-) -> Iterator[QidStatus]:
-    """Under the lock of a q_id's folder its status as it is now, with the command's settings taken into it; afterwards
-    it says where the q_id stands.
-
-    Raises InputError if settings or ``inputs`` are not the folder's own, RunError if the frozen trials were changed.
-    """
-    with folder.locked(), logging_to(folder.log):
-        status = read_status(folder.artifacts)
-        if status is None:
-            raise RunError(f"{folder.artifacts}: its qid_status.json is gone; was the folder moved meanwhile?")
-        settings = _settings_within(status, overlay, stages)
-        require_frozen_trials(status)
-        for file in inputs:
-            _require_own(status, folder, file)
-        free = free_settings(status, stages)
-        status.fingerprint_fields |= {name: getattr(settings, name) for name in free}
-        # Where the model lies and what runs it is this command's affair; the files keep the name they began with.
-        kept = {name: getattr(status.settings, name) for name in ("model", "device", "relation_csv_path")}
-        status.settings = replace(settings, **kept)
-        with _settling(status):
-            yield status
-
-
-@contextmanager
-def _settling(status: QidStatus) -> Iterator[None]:
-    with settling(status):
-        yield
-    if status.status == "completed":
-        log.info("%s completed", status.q_id)
-
-
-def _settings_within(status: QidStatus, overlay: Overlay, stages: Sequence[Stage]) -> Settings:
-    """The command's flags over the folder's settings. A flag may differ from what the folder says only if no step that
-    depends on it has been begun, besides those of ``stages``, which are about to run. Raises InputError."""
-    settings = overlay(status.settings)
-    free = free_settings(status, stages)
-    _require_same(status, {name: getattr(settings, name) for name in IDENTITY if name not in free})
-    return settings
-
-
-def _open(settings: Settings, status: QidStatus) -> Any:
+def _open(settings: Settings, status: QidStatus) -> LanguageModel:
     """The model of a command. Raises InputError if the folder's other results come from another one."""
-    _require_same(status, {"model_identity": model_identity(settings.model)})
+    require_same(status, {"model_identity": model_identity(settings.model)})
     return open_for(settings)
-
-
-def _require_same(status: QidStatus, wanted: Mapping[str, Any]) -> None:
-    there = {name: status.fingerprint_fields[name] for name in wanted if name in status.fingerprint_fields}
-    if differing := differences(there, wanted, status.q_id):
-        raise InputError(
-            f"{status.artifacts_dir} holds results of another experiment: {', '.join(differing)}; use another output "
-            "folder, or move this one aside"
-        )
-
-
-def _require_own(status: QidStatus, folder: QidFolder, file: File[Any]) -> None:
-    """Raise InputError for an input that is not the q_id's own file, or not as its stage wrote it."""
-    given, name = folder.path(file), file.named(status.q_id)
-    if given.resolve() != (status.artifacts_dir / name).resolve():
-        raise InputError(
-            f"{given} is not {name} of {status.artifacts_dir}, whose results would then rest on something else; "
-            "write to another folder to combine them"
-        )
-    for maker in [stage for stage, record in status.stages.items() if name in record.files]:
-        if name in status.damaged(maker):
-            raise InputError(f"{given} has been changed since {maker} wrote it; run that stage again, or put it back")
-
-
-def _require_free(flag: str, out: Path, file: File[Any], status: QidStatus | None) -> None:
-    """Raise InputError for an output that would take the place of another file of the contract, or of any that relfv
-    did not make by this command: only a file of the same kind is replaced."""
-    other = file_named(out.name, status.q_id) if status else None
-    if other not in (None, file) or (status and out.resolve() == status.path.resolve()):
-        raise InputError(f"{flag} {out.name}: is the name of another result of this q_id; choose another name")
-    if not out.exists():
-        return
-    if not out.is_file() or (file is HEATMAP and not out.read_bytes().startswith(b"\x89PNG")):
-        raise InputError(
-            f"{flag} {out.name}: {out} is there and is no picture; it is not replaced, so choose another name"
-        )
-    if file is not HEATMAP:
-        file.read(out)
 
 
 def _said_to_be_skipped(status: QidStatus | None) -> bool:

@@ -143,9 +143,8 @@ def require_no_links(path: Path, below: Path) -> None:
     for one in found:
         if one.is_symlink():
             raise InputError(
-                f"{one}: is a symbolic link (to {os.readlink(one)}), and results are only written to where they seem "
-                "to be; "  # noqa: PTH115
-                "expected folders and files, so name the place that it leads to, or put what it leads to in its place"
+                f"{one}: is a symbolic link (to {one.readlink()}), and results are only written to where they seem "
+                "to be; expected folders and files, so name the place that it leads to, or put what it leads to in its place"
             )
 
 
