@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+WORKERS ?= 2
 
-.PHONY: help setup demo test lint format types check clean
+.PHONY: help setup demo test test-quick lint format types check clean
 
 help:
 	@echo "make setup   .venv with relfv in it (.venv/bin/relfv)"
 	@echo "make demo    all relations of datasets/relation/relationA_ex.csv on the embedded demo model"
-	@echo "make test    the tests"
+	@echo "make test    the tests; make test-quick: those without slow, for every edit; WORKERS=8 for more processes than 2"
 	@echo "make lint    ruff: rules and format; make types: pyright; make check: all of it"
 
 setup: $(READY)
@@ -26,8 +27,14 @@ demo: setup
 	@$(BIN)/relfv status
 	@echo "open results_fv/relation_qwise/relationA_ex/report/index.html"
 
+# In the order of the files, so that the crash tests, which last longest, do not come last.
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+
 test: setup
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+test-quick: setup
+	$(PYTEST) -m "not slow"
 
 lint: setup
 	$(BIN)/ruff check .
