@@ -21,7 +21,8 @@ import pytest
 from matplotlib.axis import Axis
 
 from relfv.cli import main
-from relfv.store.status import SWEEPS, read_status
+from relfv.stages import sweeps
+from relfv.store.status import read_status
 
 DIED = 77
 """Exit code of a process that ended itself between two operations."""
@@ -246,7 +247,7 @@ def finished_work(out: Path) -> dict[str, Any]:
     for path in out.glob("*/*/artifacts/qid_status.json"):
         status = read_status(path.parent)
         assert status
-        if status.status == "completed" and status.intact(SWEEPS):  # which are added to a completed q_id
+        if status.status == "completed" and status.intact(sweeps.STAGE.name):  # which are added to a completed q_id
             work[status.q_id] = path.read_bytes(), path.stat().st_ino
         for name, record in status.stages.items():
             if status.intact(name):

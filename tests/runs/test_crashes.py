@@ -27,8 +27,9 @@ from crashes import (
     require_undisturbed,
 )
 from relfv.cli import main
+from relfv.stages import sweeps
+from relfv.stages.table import steps
 from relfv.store.files import temporaries
-from relfv.store.status import SWEEPS, stage_names
 
 HOWS = ("before", "after", "ENOSPC", "EIO")
 
@@ -182,7 +183,12 @@ def test_two_runs_at_once_do_every_stage_once_whenever_they_meet(job: Job, tmp_p
         require_undisturbed(out, job)
         for q_id in ("A1", "B2"):
             said = (out / f"pairs/{q_id}/logs/stepD_aie.log").read_text()
-            times = Counter({name: said.count(f" {q_id} {name} ") for name in [*stage_names([0, 1]), SWEEPS]})
+            times = Counter(
+                {
+                    name: said.count(f" {q_id} {name} ")
+                    for name in [*(step.name for step in steps([0, 1])), sweeps.STAGE.name]
+                }
+            )
             assert set(times.values()) == {1}, times
         manifest = json.loads((out / "pairs/run_manifest.json").read_text())
         runs = [manifest, *manifest["earlier_runs"]]
