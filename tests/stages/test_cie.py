@@ -1,26 +1,17 @@
 from __future__ import annotations
 
-from dataclasses import replace
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from relfv.engine.reference import ReferenceEngine
+from relfv.errors import InputError
 from relfv.language_model import LanguageModel, open_model
-from relfv.stages.cie import head_effects, with_error_of_means
-from relfv.stages.clean_trials import CleanTrials, run_clean_trials
-from relfv.stats import clustered_mean
+from relfv.stages.cie import METRICS, head_effects, read_deltas
+from relfv.store.folder import QidFolder
 from relfv.types import HeadId, MeanActivations, Prompts
-
-WORDS = ("cat", "cow", "sheep", "goat", "horse", "frog", "bear")
-CLEAN = [f"Q: dog\nA: puppy\n\nQ: {word}\nA:" for word in WORDS]
-CORRUPTED = [f"Q: dog\nA: calf\n\nQ: {word}\nA:" for word in WORDS]
-TARGETS = [5, 6, 7, 8, 9, 10, 11]
-QUERIES = [3, 3, 1, 4, 1, 5, 3]
-HEADS = [HeadId(2, 1), HeadId(0, 3), HeadId(2, 0)]
-"""Ranked heads come in any order."""
 
 
 @pytest.fixture(scope="module")
@@ -29,64 +20,44 @@ def model(llama_path: Path) -> LanguageModel:
 
 
 @pytest.fixture(scope="module")
-def clean(model: LanguageModel) -> CleanTrials:
-    return run_clean_trials(model, CLEAN, TARGETS)
+def prompts(model: LanguageModel) -> Prompts:
+    words = ("cat", "cow", "sheep")
+    return Prompts([model.tokens.encode(f"Q: dog\nA: calf\n\nQ: {word}\nA:") for word in words], [5, 6, 7])
 
 
-def deltas(model: LanguageModel, trials: list[int], means: MeanActivations) -> np.ndarray:
-    """(trial, head) in the order of HEADS, by the reference engine."""
-    ids = [model.tokens.encode(CORRUPTED[i]) for i in trials]
-    wanted = [TARGETS[i] for i in trials]
-    found = ReferenceEngine(model.backbone).sweep_heads(Prompts(ids, wanted), means.values, sorted(HEADS))
-    delta = found.edited.p.numpy() - found.base.p.numpy()[:, None]
-    return delta[:, [sorted(HEADS).index(head) for head in HEADS]]
-
-
-@pytest.mark.parametrize("engine", ["shared prefix", "reference"])
-def test_leaving_a_query_out_leaves_it_out_of_the_clean_mean_too(
-    model: LanguageModel, clean: CleanTrials, engine: str
-) -> None:
-    if engine == "reference":
-        model = replace(model, engine=ReferenceEngine(model.backbone))
-    every = list(range(len(CLEAN)))
-    mean = deltas(model, every, clean.means()).mean(0)
-    variance = np.zeros(len(HEADS))
-    for query in set(QUERIES):
-        others = [i for i in every if QUERIES[i] != query]
-        without = MeanActivations(clean.activations[others].double().mean(0).float(), len(others))
-        variance += len(others) / len(every) * (deltas(model, others, without).mean(0) - mean) ** 2
-    found, _ = with_error_of_means(model, CORRUPTED, TARGETS, clean.activations, HEADS, mean.tolist(), QUERIES)
-    assert found.se == pytest.approx(np.sqrt(variance), rel=1e-2)
-    given_the_mean = clustered_mean(deltas(model, every, clean.means()), QUERIES)
-    assert np.abs(found.se / given_the_mean.se - 1).max() > 0.05
-    assert found.df == given_the_mean.df
-    assert np.all(found.low < mean)
-    assert np.all(mean < found.high)
-
-
-def test_where_all_clean_prompts_agree_the_mean_has_no_error_to_add(model: LanguageModel, clean: CleanTrials) -> None:
-    same = clean.activations[:1].expand_as(clean.activations)
-    means = MeanActivations(same[0], len(same))
-    of_each = deltas(model, list(range(len(CLEAN))), means)
-    found, _ = with_error_of_means(model, CORRUPTED, TARGETS, same, HEADS, of_each.mean(0).tolist(), QUERIES)
-    assert found.se == pytest.approx(clustered_mean(of_each, QUERIES).se, rel=1e-2)
-
-
-def test_one_query_says_nothing_of_the_error(model: LanguageModel, clean: CleanTrials) -> None:
-    found, _ = with_error_of_means(model, CORRUPTED, TARGETS, clean.activations, HEADS, [0.1, 0.2, 0.3], [3] * 7)
-    assert found.mean == pytest.approx([0.1, 0.2, 0.3])
-    assert np.isinf(found.high).all()
-
-
-def test_a_head_named_twice_gets_each_of_its_values(model: LanguageModel) -> None:
-    ids, head = [model.tokens.encode(prompt) for prompt in CORRUPTED[:3]], HeadId(1, 2)
+def test_a_head_named_twice_gets_each_of_its_values(model: LanguageModel, prompts: Prompts) -> None:
+    head = HeadId(1, 2)
     values = torch.randn(2, model.arch.head_dim, generator=torch.Generator().manual_seed(0))
-    together = model.engine.sweep_heads(Prompts(ids, TARGETS[:3]), values, [head, head]).edited.logprob
+    together = model.engine.sweep_heads(prompts, values, [head, head]).edited.logprob
     for i in range(2):
-        means = torch.zeros(model.arch.n_layers, model.arch.n_heads, model.arch.head_dim)
+        means = np.zeros((model.arch.n_layers, model.arch.n_heads, model.arch.head_dim), np.float32)
         means[head.layer, head.head] = values[i]
-        alone = head_effects(
-            model, CORRUPTED[:3], TARGETS[:3], MeanActivations(means, 1), [head]
-        ).effects.edited.logprob[:, 0]
+        alone = head_effects(model, prompts, MeanActivations(means, 1), [head]).effects.edited.logprob[:, 0]
         assert torch.allclose(together[:, i], alone, atol=1e-4)
     assert (together[:, 0] - together[:, 1]).abs().max() > 0.01
+
+
+def test_clean_means_of_another_model_are_bad_input(model: LanguageModel, prompts: Prompts) -> None:
+    means = MeanActivations(np.zeros((3, 8, 11), np.float32), 1)
+    with pytest.raises(InputError, match=r"of shape \(3, 8, 11\) do not fit .*, which has \(3, 8, 10\)"):
+        head_effects(model, prompts, means, [HeadId(0, 0)])
+
+
+def test_deltas_are_those_of_the_file_whatever_was_read_before(finished: Path, tmp_path: Path) -> None:
+    original = finished / "A1/artifacts/trial_metrics.jsonl"
+    first = read_deltas(original)
+    lines = original.read_text().splitlines()
+    row = json.loads(lines[-1])
+    row["delta_p"] += 0.5
+    (tmp_path / "changed.jsonl").write_text("\n".join([*lines[:-1], json.dumps(row)]))
+    changed = read_deltas(tmp_path / "changed.jsonl").of["p"]
+    assert changed[-1, -1] == first.of["p"][-1, -1] + 0.5
+    again = read_deltas(original)
+    assert again.heads == first.heads
+    assert (again.of["p"][:-1] == changed[:-1]).all()
+    # the same where what was read last is kept
+    folder = QidFolder(tmp_path, "A1")
+    for text, expected in ((original.read_text(), first.of["p"]), ((tmp_path / "changed.jsonl").read_text(), changed)):
+        folder.path(METRICS).write_text(text)
+        assert (folder.read(METRICS).of["p"] == expected).all()
+        assert (folder.read(METRICS).of["p"] == expected).all()

@@ -7,16 +7,18 @@ import pytest
 import torch
 
 from relfv.engine.base import of_layer_and_prompts
+from relfv.engine.clean import CleanRun, run_clean
 from relfv.language_model import LanguageModel, open_model
-from relfv.stages.clean_trials import run_clean_trials
-from relfv.stages.controls import CONTROLS, N_DRAWS, Candidates, candidate_vectors, inject_candidates
+from relfv.stages.controls import CONTROLS, N_DRAWS, Candidates, Ground, candidate_vectors
 from relfv.stages.function_vector import build_function_vector
+from relfv.stages.means import mean_activations
 from relfv.types import HeadId, MeanActivations, Prompts
 
 WORDS = ("cat", "cow", "sheep", "goat", "horse", "frog", "bear")
-PROMPTS = [f"Q: dog\nA: puppy\n\nQ: {word}\nA:" for word in WORDS]
+TEXTS = [f"Q: dog\nA: puppy\n\nQ: {word}\nA:" for word in WORDS]
 TARGETS = [5, 6, 7, 8, 9, 10, 11]
 QUERIES = [3, 3, 1, 4, 1, 5, 3]
+EVALUATED = [3, 1, 5]
 K = 4
 
 
@@ -30,15 +32,36 @@ def heads_of(model: LanguageModel) -> list[HeadId]:
 
 
 @pytest.fixture(scope="module")
-def made(model: LanguageModel):  # type: ignore[no-untyped-def]
+def prompts(model: LanguageModel) -> Prompts:
+    return Prompts([model.tokens.encode(text) for text in TEXTS], TARGETS, QUERIES)
+
+
+@pytest.fixture(scope="module")
+def clean(model: LanguageModel, prompts: Prompts) -> CleanRun:
+    return run_clean(model.backbone, prompts)
+
+
+@pytest.fixture(scope="module")
+def scores(model: LanguageModel) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((len(TEXTS), len(heads_of(model))))
+
+
+@pytest.fixture(scope="module")
+def ground(model: LanguageModel, clean: CleanRun, scores: np.ndarray):  # type: ignore[no-untyped-def]
+    """The ground of control vectors, with what a case changes."""
     heads = heads_of(model)
-    scores = np.random.default_rng(0).standard_normal((len(PROMPTS), len(heads)))
-    selected = [heads[i] for i in np.argsort(-scores.mean(0))[:K]]
-    clean = run_clean_trials(model, PROMPTS, TARGETS)
-    means = clean.means()
-    fv = build_function_vector(model.arch, means, selected).total
-    found = candidate_vectors(model.arch, clean, QUERIES, scores, heads, fv, selected, [3, 1, 5], seed="0:A")
-    return clean, means, fv, scores, found
+    best = [heads[i] for i in np.argsort(-scores.mean(0))[:K]]
+    fv = build_function_vector(model.arch, mean_activations(clean), best).total
+
+    def make(trial_queries=QUERIES, selected=best, evaluated=EVALUATED, seed="0:A") -> Ground:  # type: ignore[no-untyped-def]
+        return Ground(model.arch, clean, trial_queries, scores, heads, fv, selected, evaluated, seed=seed)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def found(ground) -> Candidates:  # type: ignore[no-untyped-def]
+    return candidate_vectors(ground())
 
 
 def injected(found: Candidates, n_layers: int) -> torch.Tensor:
@@ -46,23 +69,33 @@ def injected(found: Candidates, n_layers: int) -> torch.Tensor:
     return torch.stack([of_layer_and_prompts(found.parts, layer, slice(None)) for layer in range(n_layers)])
 
 
-def test_the_held_out_vector_is_made_of_other_queries_trials_alone(model: LanguageModel, made) -> None:  # type: ignore[no-untyped-def]
-    clean, _, _, scores, found = made
+def of_name(found: Candidates, name: str) -> torch.Tensor:
+    return found.parts[list(dict.fromkeys(found.names)).index(name)]
+
+
+def test_the_held_out_vector_is_made_of_other_queries_trials_alone(
+    model: LanguageModel, clean: CleanRun, scores: np.ndarray, found: Candidates
+) -> None:
     heads = heads_of(model)
     vectors = injected(found, model.arch.n_layers)
     column = found.names.index("held_out")
-    for n, query in enumerate((3, 1, 5)):
+    for n, query in enumerate(EVALUATED):
         kept = [i for i, other in enumerate(QUERIES) if other != query]
         best = [heads[i] for i in np.argsort(-scores[kept].mean(0), kind="stable")[:K]]
-        means = MeanActivations(clean.activations[kept].double().mean(0).float(), len(kept))
-        expected = build_function_vector(model.arch, means, best).total
+        means = MeanActivations(clean.activations[kept].double().mean(0).float().numpy(), len(kept))
+        expected = torch.from_numpy(build_function_vector(model.arch, means, best).total)
         assert torch.allclose(vectors[0, n, column], expected, atol=1e-5)
         assert torch.equal(vectors[0, n, column], vectors[2, n, column])
     assert not torch.allclose(vectors[0, 0, column], vectors[0, 1, column], atol=1e-3)
 
 
-def test_controls_are_what_they_are_called(model: LanguageModel, made) -> None:  # type: ignore[no-untyped-def]
-    clean, _, fv, _, found = made
+def test_controls_are_what_they_are_called(
+    model: LanguageModel,
+    clean: CleanRun,
+    ground,  # type: ignore[no-untyped-def]
+    found: Candidates,
+) -> None:
+    fv = ground().fv.float()
     assert set(found.names) == set(CONTROLS)
     vectors = injected(found, model.arch.n_layers)
     assert vectors.shape == (model.arch.n_layers, 3, len(found.names), model.arch.resid_dim)
@@ -76,30 +109,28 @@ def test_controls_are_what_they_are_called(model: LanguageModel, made) -> None: 
     assert not torch.allclose(of["random_heads"][0, 0, 0], of["random_heads"][0, 0, 1])
 
 
-def test_each_vector_is_injected_where_it_belongs(model: LanguageModel, made) -> None:  # type: ignore[no-untyped-def]
-    found = made[-1]
+def test_each_vector_is_injected_where_it_belongs(model: LanguageModel, prompts: Prompts, found: Candidates) -> None:
     vectors = injected(found, model.arch.n_layers)
-    prompts, targets = PROMPTS[:3], TARGETS[:3]
-    effects = inject_candidates(model, prompts, targets, found, 1.5)
-    ids = [model.tokens.encode(prompt) for prompt in prompts]
+    effects = model.engine.inject(prompts[:3], [1.5 * part for part in found.parts], range(model.arch.n_layers))
     for layer in (0, 2):
         for n in range(3):
-            alone = model.engine.inject(Prompts(ids[n : n + 1], targets[n : n + 1]), 1.5 * vectors[layer, n], [layer])
+            alone = model.engine.inject(prompts[n : n + 1], 1.5 * vectors[layer, n], [layer])
             columns = slice(layer * len(found.names), (layer + 1) * len(found.names))
             assert torch.allclose(effects.edited.logprob[n, columns], alone.edited.logprob[0], atol=1e-4)
 
 
 def test_the_same_seed_gives_the_same_controls_and_one_query_leaves_nothing_to_hold_out(
-    model: LanguageModel, made
-) -> None:  # type: ignore[no-untyped-def]
-    clean, _, fv, scores, found = made
-    heads = heads_of(model)
-    selected = [heads[i] for i in np.argsort(-scores.mean(0))[:K]]
-    again = candidate_vectors(model.arch, clean, QUERIES, scores, heads, fv, selected, [3, 1, 5], seed="0:A")
+    model: LanguageModel,
+    ground,  # type: ignore[no-untyped-def]
+    found: Candidates,
+) -> None:
+    again = candidate_vectors(ground())
+    assert again.names == found.names
     assert all(map(torch.equal, again.parts, found.parts))
-    other = candidate_vectors(model.arch, clean, QUERIES, scores, heads, fv, selected, [3, 1, 5], seed="0:B")
-    assert not torch.equal(other.parts[0], found.parts[0])
-    alone = candidate_vectors(model.arch, clean, [3] * 7, scores, heads, fv, selected, [3], seed="0:A")
+    other = candidate_vectors(ground(seed="0:B"))
+    assert not torch.equal(of_name(other, "random_heads"), of_name(found, "random_heads"))
+    assert not torch.equal(of_name(other, "random_direction"), of_name(found, "random_direction"))
+    alone = candidate_vectors(ground(trial_queries=[3] * 7, evaluated=[3]))
     assert "held_out" not in alone.names
-    every = candidate_vectors(model.arch, clean, QUERIES, scores, heads, fv, heads, [3], seed="0:A")
+    every = candidate_vectors(ground(selected=heads_of(model), evaluated=[3]))
     assert "random_heads" not in every.names

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,15 +10,19 @@ from relfv.engine.reference import naive_baseline, naive_injection
 from relfv.errors import RunError
 from relfv.language_model import LanguageModel, open_model
 from relfv.stages.cross import compare_directions, inject_vectors, judge_target, overall_verdict
-from relfv.types import Effects, TokenScores
+from relfv.types import Effects, Prompts, TokenScores
 
-PROMPTS = [f"Q: {word}\nA:" for word in ("cat", "cow", "sheep")]
+TEXTS = [f"Q: {word}\nA:" for word in ("cat", "cow", "sheep")]
 TARGETS = [5, 6, 7]
 
 
 @pytest.fixture(scope="module")
 def model(llama_path: Path) -> LanguageModel:
     return open_model(str(llama_path))
+
+
+def asked(model: LanguageModel) -> Prompts:
+    return Prompts([model.tokens.encode(text) for text in TEXTS], TARGETS)
 
 
 def scores(p: torch.Tensor) -> TokenScores:
@@ -35,33 +40,32 @@ def effects(base: float, **reached: list[float]) -> Effects:
 
 
 def judged(base: float = 0.1, queries: list[int] | None = None, **reached: list[float]):  # type: ignore[no-untyped-def]
-    queries = queries or list(range(12))
-    return judge_target(effects(base, **reached), [1] * 12, queries, list(reached), "A", best_layer=1)
+    prompts = Prompts([[0]] * 12, [1] * 12, queries or list(range(12)))
+    return judge_target(effects(base, **reached), prompts, list(reached), "A", best_layer=1)
 
 
 def test_every_vector_is_added_where_it_belongs_as_long_as_it_is(model: LanguageModel) -> None:
-    vectors = torch.randn(3, model.arch.resid_dim, generator=torch.Generator().manual_seed(0)) * torch.tensor(
-        [[0.5], [1.0], [3.0]]
-    )
-    found = inject_vectors(model, PROMPTS, TARGETS, ["A", "B", "C"], vectors, 1.5)
+    vectors = np.random.default_rng(0).standard_normal((3, model.arch.resid_dim), np.float32)
+    vectors *= np.array([[0.5], [1.0], [3.0]], np.float32)
+    prompts = asked(model)
+    found = inject_vectors(model, prompts, ["A", "B", "C"], vectors, 1.5)
     assert found.edited.logit.shape == (3, 3 * model.arch.n_layers)
     with model.backbone.running():
-        for n, (prompt, target) in enumerate(zip(PROMPTS, TARGETS, strict=True)):
-            ids = model.tokens.encode(prompt)
+        for n, (ids, target) in enumerate(zip(prompts.ids, TARGETS, strict=True)):
             alone = naive_baseline(model.backbone, ids, target)
             assert found.base.logprob[n] == pytest.approx(float(alone.logprob[0]), abs=1e-4)
             for layer in range(model.arch.n_layers):
                 for vector in range(3):
-                    alone = naive_injection(model.backbone, ids, target, layer, 1.5 * vectors[vector])
+                    alone = naive_injection(model.backbone, ids, target, layer, torch.from_numpy(1.5 * vectors[vector]))
                     there = found.edited[n, 3 * layer + vector]
                     assert float(there.logprob) == pytest.approx(float(alone.logprob[0]), abs=1e-3)
 
 
 def test_a_vector_that_overflows_is_named(model: LanguageModel) -> None:
-    vectors = torch.zeros(2, model.arch.resid_dim)
-    vectors[1, 0] = float("inf")
+    vectors = np.zeros((2, model.arch.resid_dim), np.float32)
+    vectors[1, 0] = np.inf
     with pytest.raises(RunError, match="the vector of B at layer 0 gives NaN or infinite logits"):
-        inject_vectors(model, PROMPTS, TARGETS, ["A", "B"], vectors, 1.0)
+        inject_vectors(model, asked(model), ["A", "B"], vectors, 1.0)
 
 
 def test_an_own_vector_that_is_clearly_best_is_said_to_be() -> None:
@@ -127,7 +131,7 @@ def test_the_overall_sentence_counts_what_is_there() -> None:
 
 
 def test_directions_are_compared_whatever_the_lengths() -> None:
-    norms, cosine = compare_directions(torch.tensor([[3.0, 4.0], [0.0, 2.0], [0.0, 0.0]]))
+    norms, cosine = compare_directions(np.array([[3.0, 4.0], [0.0, 2.0], [0.0, 0.0]]))
     assert norms == pytest.approx([5.0, 2.0, 0.0])
     assert cosine[0][1] == cosine[1][0] == pytest.approx(0.8)
     assert cosine[0][0] == pytest.approx(1.0)

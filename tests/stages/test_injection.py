@@ -2,15 +2,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from relfv.errors import InputError
 from relfv.language_model import LanguageModel, open_model
-from relfv.stages.injection import InjectionSweep, prompts_to_evaluate, summarize
-from relfv.types import Effects, TokenScores
-
-PROMPTS = ["Q: dog\nA:", "Q: new zealand\nA:"]
+from relfv.stages.injection import inject_at_every_layer, require_layer, summarize
+from relfv.types import Effects, Prompts, TokenScores
 
 
 @pytest.fixture(scope="module")
@@ -18,42 +17,40 @@ def model(llama_path: Path) -> LanguageModel:
     return open_model(str(llama_path), "auto", device="cpu")
 
 
-def test_one_layer_alone_gives_the_same_bits_as_in_a_loop_over_all(model: LanguageModel) -> None:
-    fv = torch.randn(48, generator=torch.Generator().manual_seed(0))
-    loop = InjectionSweep(model, PROMPTS, [5, 6], fv, 1.0)
+@pytest.fixture(scope="module")
+def prompts(model: LanguageModel) -> Prompts:
+    return Prompts([model.tokens.encode(text) for text in ("Q: dog\nA:", "Q: new zealand\nA:")], [5, 6])
+
+
+def a_vector(size: int = 48) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(size, np.float32)
+
+
+def test_one_layer_alone_gives_the_same_bits_as_in_a_loop_over_all(model: LanguageModel, prompts: Prompts) -> None:
+    fv = a_vector()
+    loop = inject_at_every_layer(model, prompts, fv, 1.0)
     every = [loop.at_layer(layer) for layer in range(3)]
     for layer in range(3):
-        alone = InjectionSweep(model, PROMPTS, [5, 6], fv, 1.0).at_layer(layer)
+        alone = inject_at_every_layer(model, prompts, fv, 1.0).at_layer(layer)
         assert torch.equal(alone.edited.logit, every[layer].edited.logit)
         assert torch.equal(alone.base.logit, every[layer].base.logit)
     assert (every[0].edited.logit - every[0].base.logit[:, None]).abs().max() > 0.1
 
 
-def test_alpha_zero_changes_nothing_at_all(model: LanguageModel) -> None:
-    effects = InjectionSweep(model, PROMPTS, [5, 6], torch.randn(48), 0.0).at_layer(1)
+def test_alpha_zero_changes_nothing_at_all(model: LanguageModel, prompts: Prompts) -> None:
+    effects = inject_at_every_layer(model, prompts, a_vector(), 0.0).at_layer(1)
     assert torch.equal(effects.edited.logit[:, 0], effects.base.logit)
 
 
 @pytest.mark.parametrize("layer", [-1, 3])
 def test_a_layer_the_model_does_not_have_is_bad_input(model: LanguageModel, layer: int) -> None:
     with pytest.raises(InputError, match="has layers 0 to 2"):
-        InjectionSweep(model, PROMPTS, [5, 6], torch.randn(48), 1.0).at_layer(layer)
+        require_layer(model, layer)
 
 
-def test_a_vector_of_another_model_is_bad_input(model: LanguageModel) -> None:
+def test_a_vector_of_another_model_is_bad_input(model: LanguageModel, prompts: Prompts) -> None:
     with pytest.raises(InputError, match="residual stream has 48 dimensions"):
-        InjectionSweep(model, PROMPTS, [5, 6], torch.randn(64), 1.0)
-
-
-def trial(word: str, answer: str = "x") -> dict:  # type: ignore[type-arg]
-    return {"query": {"input": word, "output": answer}}
-
-
-def test_each_distinct_query_is_evaluated_once_in_trial_order() -> None:
-    trials = [trial("a"), trial("b"), trial("a"), trial("c"), trial("a", "other answer")]
-    assert prompts_to_evaluate(trials, 50, allow_duplicates=False) == [0, 1, 3, 4]
-    assert prompts_to_evaluate(trials, 2, allow_duplicates=False) == [0, 1]
-    assert prompts_to_evaluate(trials, 50, allow_duplicates=True) == [0, 1, 2, 3, 4]
+        inject_at_every_layer(model, prompts, a_vector(64), 1.0)
 
 
 def test_summary_numbers_are_with_minus_without_and_population_deviations() -> None:

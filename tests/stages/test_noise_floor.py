@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 
+from relfv.engine.clean import run_clean
 from relfv.language_model import LanguageModel, open_model
-from relfv.stages.cie import head_effects, rank_heads, score_heads
-from relfv.stages.clean_trials import run_clean_trials
+from relfv.stages.cie import head_effects
+from relfv.stages.means import mean_activations
 from relfv.stages.noise_floor import heads_to_probe, measure_noise_floor
-from relfv.types import MEASURES, HeadId, ScoredHead
+from relfv.stages.scores import rank_heads, score_heads
+from relfv.types import MEASURES, HeadId, Prompts, ScoredHead
 
-PROMPTS = [f"Q: dog\nA: puppy\n\nQ: {word}\nA:" for word in ("cat", "cow", "sheep", "goat", "horse", "frog", "bear")]
+TEXTS = [f"Q: dog\nA: puppy\n\nQ: {word}\nA:" for word in ("cat", "cow", "sheep", "goat", "horse", "frog", "bear")]
 TARGETS = [5, 6, 7, 8, 9, 10, 11]
 
 
@@ -20,33 +22,38 @@ def model(llama_path: Path) -> LanguageModel:
     return open_model(str(llama_path))
 
 
-def sweep(model: LanguageModel, per_pass: int):  # type: ignore[no-untyped-def]
-    means = run_clean_trials(model, PROMPTS, TARGETS).means()
+@pytest.fixture(scope="module")
+def prompts(model: LanguageModel) -> Prompts:
+    return Prompts([model.tokens.encode(text) for text in TEXTS], TARGETS, range(len(TEXTS)))
+
+
+def sweep(model: LanguageModel, prompts: Prompts, per_pass: int):  # type: ignore[no-untyped-def]
+    means = mean_activations(run_clean(model.backbone, prompts))
     heads = [HeadId(layer, head) for layer in range(3) for head in range(8)]
-    effects = head_effects(model, PROMPTS, TARGETS, means, heads, trials_per_pass=per_pass)
-    return means, effects, rank_heads(score_heads(effects, means, range(len(PROMPTS))), "mean_delta_p")
+    effects = head_effects(model, prompts, means, heads, trials_per_pass=per_pass)
+    return means, effects, rank_heads(score_heads(effects, means, prompts.clusters), "mean_delta_p")
 
 
 @pytest.mark.parametrize("per_pass", [1, 3, 7])
-def test_rounding_is_all_that_is_found_in_float32(model: LanguageModel, per_pass: int) -> None:
-    means, effects, ranked = sweep(model, per_pass)
+def test_rounding_is_all_that_is_found_in_float32(model: LanguageModel, prompts: Prompts, per_pass: int) -> None:
+    means, effects, ranked = sweep(model, prompts, per_pass)
     assert effects.effects.per_pass == per_pass
-    floor = measure_noise_floor(model, PROMPTS, TARGETS, means, effects, ranked)
+    floor = measure_noise_floor(model, prompts, means, effects, ranked)
     assert floor.n_trials == 3
     assert floor.other_shape.per_pass != per_pass
     for noise in (floor.identity, floor.other_shape):
         assert all(0 <= noise.median[m] <= noise.largest[m] < 1e-4 for m in MEASURES)
     assert ranked[0].scores["mean_abs_delta_logit"] > 0.1
-    assert measure_noise_floor(model, PROMPTS, TARGETS, means, effects, ranked) == floor
+    assert measure_noise_floor(model, prompts, means, effects, ranked) == floor
 
 
-def test_effects_that_another_batch_shape_does_not_give_again_are_found(model: LanguageModel) -> None:
-    means, effects, ranked = sweep(model, 7)
+def test_effects_that_another_batch_shape_does_not_give_again_are_found(model: LanguageModel, prompts: Prompts) -> None:
+    means, effects, ranked = sweep(model, prompts, 7)
     true = effects.effects.edited
     logit = true.logit.clone()
     logit[2, effects.heads.index(ranked[0].id)] += 0.25
     doubtful = replace(effects, effects=replace(effects.effects, edited=replace(true, logit=logit)))
-    floor = measure_noise_floor(model, PROMPTS, TARGETS, means, doubtful, ranked)
+    floor = measure_noise_floor(model, prompts, means, doubtful, ranked)
     assert floor.other_shape.largest["logit"] == pytest.approx(0.25, abs=1e-3)
     assert floor.other_shape.median["logit"] < 1e-3
     assert floor.identity.largest["logit"] < 1e-3

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
 
 from relfv.errors import InputError
 from relfv.language_model import LanguageModel, open_model
@@ -20,7 +20,7 @@ def model(llama_path: Path) -> LanguageModel:
 @pytest.fixture(scope="module")
 def means(model: LanguageModel) -> MeanActivations:
     shape = (model.arch.n_layers, model.arch.n_heads, model.arch.head_dim)
-    return MeanActivations(torch.randn(shape, generator=torch.Generator().manual_seed(0)), 1)
+    return MeanActivations(np.random.default_rng(0).standard_normal(shape, np.float32), 1)
 
 
 RANKED = [ScoredHead(HeadId(i % 3, i), {"mean_delta_p": -i}, 25) for i in range(8)]
@@ -33,7 +33,7 @@ def test_alphas_stretch_the_runs_own_vector_and_ks_take_the_best_heads(
     own, one, every = (
         build_function_vector(model.arch, means, [head.id for head in RANKED[:k]]).total for k in (3, 1, 8)
     )
-    assert torch.equal(vectors, torch.stack([-own, 2 * own, 1.5 * one, 1.5 * own, 1.5 * every]))
+    assert np.array_equal(vectors, [-own, 2 * own, 1.5 * one, 1.5 * own, 1.5 * every])
     with pytest.raises(InputError, match="9: only 8 heads were scored"):
         sweep_vectors(model.arch, means, RANKED, topk=3, alpha=1.0, alphas=[], ks=[9])
 
@@ -43,7 +43,7 @@ def test_each_value_has_its_own_numbers_and_the_layer_where_they_are_best() -> N
         str(layer): {name: {"mean_p": p, "acc": p / 2} for name, p in (("k 1", of_1), ("k 5", of_5))}
         for layer, (of_1, of_5) in enumerate([(0.1, 0.5), (0.3, 0.2)])
     }
-    one, five = tabulate(per_layer, ["k 1", "k 5"], [1, 5], torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
+    one, five = tabulate(per_layer, ["k 1", "k 5"], [1, 5], np.array([[3.0, 4.0], [0.0, 1.0]]))
     assert (one["value"], one["best_layer"], one["mean_p"], one["acc"], one["norm_added"]) == (1, 1, 0.3, 0.15, 5.0)
     assert (five["value"], five["best_layer"], five["mean_p"]) == (5, 0, 0.5)
     assert five["per_layer"]["1"] == {"mean_p": 0.2, "acc": 0.1}

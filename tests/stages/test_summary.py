@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from relfv.stages.conclusions import conclusions
+from relfv.stages.summary import conclusions
 
 N = 12
 DRAWN = ("random_heads", "random_heads_scaled", "random_direction")
