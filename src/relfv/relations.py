@@ -28,7 +28,7 @@ _OF_WINDOWS = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?|.*\.", re.
 _LINE_BREAKS_AND_CONTROLS = ("Cc", "Zl", "Zp")
 """Unicode categories: C0 and C1 controls, and the two separators that are line breaks to some readers."""
 _MAX_BYTES = 64 << 20
-"""About three million pairs. A file that is larger is a slip, and must not cost its size in memory to find out."""
+"""About three million pairs. A larger file is a mistake, and finding that out must not cost its size in memory."""
 _MAX_ERRORS = 10
 _MAX_NAMED = 20
 
@@ -175,14 +175,14 @@ def _header(path: Path, row: list[str] | None) -> dict[str, int]:
     names = [cell.strip().lower() for cell in row]
     column: dict[str, int] = {}
     for wanted, spellings in _COLUMNS.items():
-        found = [index for index, name in enumerate(names) if name in spellings]
-        if len(found) != 1:
+        columns = [index for index, name in enumerate(names) if name in spellings]
+        if len(columns) != 1:
             other = "; columns are separated by commas, not by semicolons or tabs" if len(row) == 1 else ""
             raise InputError(
-                f"{path}: line 1: header is {','.join(row)[:120]!r}, which has {len(found)} columns for the "
+                f"{path}: line 1: header is {','.join(row)[:120]!r}, which has {len(columns)} columns for the "
                 f"{wanted}; expected exactly one of {', '.join(spellings)} (any case), as in id,ex_A,ex_B{other}"
             )
-        column[wanted] = found[0]
+        column[wanted] = columns[0]
     return column | {f"extra {i}": i for i in range(len(names)) if i not in column.values()}
 
 

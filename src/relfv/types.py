@@ -232,7 +232,7 @@ class NoiseFloor:
     heads: tuple[HeadId, ...]
     """The heads measured."""
     n_trials: int
-    """The trials measured: the first so many."""
+    """How many trials were measured, from the first."""
     identity: ArithmeticNoise
     """Effects of giving each head its own value back; in exact arithmetic 0."""
     other_shape: ArithmeticNoise

@@ -90,7 +90,7 @@ def _content(folder: Path, artifacts_dirs: list[Path]) -> dict[str, Any]:
 
 
 def _cross(folder: Path) -> dict[str, Any] | None:
-    """What relfv cross found; None where it did not run, or its files are not as it wrote them."""
+    """The result of relfv cross; None where it did not run, or its files are not as it wrote them."""
     try:
         document = read_cross(folder)
     except RelfvError:

@@ -20,8 +20,8 @@ _HEADER = ("q_id", "status", "rows", "best layer", "score", "accuracy", "updated
 def find_statuses(root: Path) -> list[Path]:
     """Artifacts folders below ``root`` that have a status: given a results root, a relation's folder or a q_id's."""
     patterns = (f"artifacts/{STATUS_FILE}", f"*/artifacts/{STATUS_FILE}", f"*/*/artifacts/{STATUS_FILE}")
-    found = [path.parent for pattern in patterns for path in root.glob(pattern)]
-    kept = [folder for folder in found if REPLACED not in folder.parent.name]
+    folders = [path.parent for pattern in patterns for path in root.glob(pattern)]
+    kept = [folder for folder in folders if REPLACED not in folder.parent.name]
     return sorted(kept, key=lambda folder: (folder.parent.parent.name, natural_key(folder.parent.name)))
 
 

@@ -1,7 +1,7 @@
 """``relfv cross``: every q_id's function vector on every q_id's prompts, from a finished tree.
 
 A q_id's folder depends on that q_id alone. What needs several of them lies beside their folders: cross_fv.json and
-cross_fv.png, written anew after each target, so that at every instant they hold all that is done. A target is kept
+cross_fv.png, written again after each target, so that at every instant they hold all that is done. A target is kept
 while the vectors, prompts and settings that it was made from are what they were; if that is all of them, the model is
 never opened.
 """
@@ -185,7 +185,7 @@ class _Crossing:
         try:
             return read_cross(self._folder)
         except RelfvError as problem:
-            log.warning("%s; it is kept under another name and made anew", problem)
+            log.warning("%s; it is kept under another name and made again", problem)
             return None
 
     def _judged(self, model: LanguageModel, target: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a ``relfv run`` is to do, found out from the CSV and the folder alone, before a model is opened."""
+"""What a ``relfv run`` is to do, known from the CSV and the folder alone, before a model is opened."""
 
 from __future__ import annotations
 

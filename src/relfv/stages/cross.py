@@ -81,7 +81,7 @@ def judge_target(effects: Effects, prompts: Prompts, names: Sequence[str], own: 
     best = own if rank == 1 else max(others, key=lambda name: there[name]["mean_delta_p"])
     mean_of_others = sides["per_layer"]["0"]["others"]
     mean_of_others.pop("mean_p_of_draws", None)
-    found = {
+    judgement = {
         "best_layer": best_layer,
         "at_best_layer": {
             "own": mine,
@@ -92,8 +92,8 @@ def judge_target(effects: Effects, prompts: Prompts, names: Sequence[str], own: 
         },
         "rank_of_own_each_at_its_best_layer": _rank(highest, own),
     }
-    verdict = _verdict_of_target(found, there[best], len(names))
-    return {"verdict": verdict, **found, "zero_shot": judged["zero_shot"], "per_layer": judged["per_layer"]}
+    verdict = _verdict_of_target(judgement, there[best], len(names))
+    return {"verdict": verdict, **judgement, "zero_shot": judged["zero_shot"], "per_layer": judged["per_layer"]}
 
 
 def compare_directions(vectors: np.ndarray) -> tuple[list[float], list[list[float | None]]]:
@@ -109,22 +109,22 @@ def compare_directions(vectors: np.ndarray) -> tuple[list[float], list[list[floa
 
 def overall_verdict(targets: Mapping[str, Mapping[str, Any]], n_vectors: int) -> str:
     """One sentence over those entries of ``judge_target`` that are there; they may be fewer than the vectors."""
-    found = [entry["at_best_layer"] for entry in targets.values()]
-    best = [entry for entry in found if entry["rank_of_own"] == 1]
+    entries = [entry["at_best_layer"] for entry in targets.values()]
+    best = [entry for entry in entries if entry["rank_of_own"] == 1]
     n_shown = sum(not entry["not_apart_from_own"] for entry in best)
-    so_far = " done so far" if len(found) < n_vectors else ""
-    words = f"The own vector is the best of {n_vectors} for {len(best)} of {len(found)} q_ids{so_far}"
+    so_far = " done so far" if len(entries) < n_vectors else ""
+    words = f"The own vector is the best of {n_vectors} for {len(best)} of {len(entries)} q_ids{so_far}"
     if best:
         words += f"; that is shown, by an interval above every other vector's, for {n_shown or 'none'} of them"
     return f"{words} (each at the layer that is best for its own vector on these very prompts, which favours it)."
 
 
-def _verdict_of_target(found: Mapping[str, Any], best: Mapping[str, Any], n_vectors: int) -> str:
+def _verdict_of_target(judgement: Mapping[str, Any], best: Mapping[str, Any], n_vectors: int) -> str:
     """One sentence; ``best`` are the numbers of the best vector. What intervals do not show is said not to be shown."""
-    at = found["at_best_layer"]
+    at = judgement["at_best_layer"]
     mine, near = at["own"], at["not_apart_from_own"]
     where = (
-        f"at layer {found['best_layer']}, which is chosen for it on these very queries (mean change in P "
+        f"at layer {judgement['best_layer']}, which is chosen for it on these very queries (mean change in P "
         f"{_signed(mine)}, with the others' {_signed(at['others'])})"
     )
     if at["rank_of_own"] == 1:

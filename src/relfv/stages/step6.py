@@ -20,7 +20,7 @@ from relfv.store.files import write_together
 from relfv.store.folder import File, QidFolder
 from relfv.store.formats import json_bytes, jsonl_bytes, read_json, read_jsonl
 from relfv.store.status import QidStatus
-from relfv.types import Effects
+from relfv.types import MEASURES, Effects
 
 PREFIX = "step6_layer_"
 """Of the stage's name at each layer."""
@@ -140,7 +140,7 @@ def _rows(work: Work, effects: Effects) -> list[dict[str, Any]]:
             "accuracy_base": int(top_base == target),
             "accuracy_with": int(top_with == target),
         }
-        for m in ("logit", "logprob", "p"):
+        for m in sorted(MEASURES):
             row |= {f"{m}_base": float(before[m][i]), f"{m}_with": float(after[m][i])}
             row[f"delta_{m}"] = row[f"{m}_with"] - row[f"{m}_base"]
         rows.append(row)

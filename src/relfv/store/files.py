@@ -54,8 +54,8 @@ _REMEDIES = {
     errno.EDQUOT: "free space within your quota, or have it raised, then run again",
     errno.EFBIG: "raise the limit on file sizes (ulimit -f), then run again",
     errno.EROFS: "mount it writable, or use another output folder",
-    errno.EACCES: "mend its permissions, or use another output folder",
-    errno.EPERM: "mend its permissions, or use another output folder",
+    errno.EACCES: "change its permissions, or use another output folder",
+    errno.EPERM: "change its permissions, or use another output folder",
     errno.ENAMETOOLONG: "use a shorter path for the output folder",
     errno.EISDIR: "a folder is in the way; move it, then run again",
     errno.ENOTDIR: "a file is in the way of a folder; move it, then run again",
@@ -137,10 +137,10 @@ def require_no_links(path: Path, below: Path) -> None:
     """Raise InputError for a symbolic link at ``path``, in it, or between ``below`` and it: a write through it would
     end up elsewhere. ``below`` itself may be reached through links; it is what the user named."""
     between = path.relative_to(below).parts
-    found = [below.joinpath(*between[: i + 1]) for i in range(len(between))]
-    if not any(one.is_symlink() for one in found):
-        found += [Path(here, name) for here, folders, files in os.walk(path) for name in (*folders, *files)]
-    for one in found:
+    paths = [below.joinpath(*between[: i + 1]) for i in range(len(between))]
+    if not any(one.is_symlink() for one in paths):
+        paths += [Path(here, name) for here, folders, files in os.walk(path) for name in (*folders, *files)]
+    for one in paths:
         if one.is_symlink():
             raise InputError(
                 f"{one}: is a symbolic link (to {one.readlink()}), and results are only written to where they seem "

@@ -197,13 +197,13 @@ def read_status(artifacts_dir: Path) -> QidStatus | None:
 
 def fields_of(folder: Path, q_ids: Iterable[str]) -> dict[str, dict[str, Any]]:
     """The fingerprint fields of each q_id of a relation's ``folder``, empty where no sound status is."""
-    found: dict[str, dict[str, Any]] = {}
+    fields: dict[str, dict[str, Any]] = {}
     for q_id in q_ids:
-        found[q_id] = {}
+        fields[q_id] = {}
         with suppress(RunError):
             status = read_status(folder / q_id / "artifacts")
-            found[q_id] = status.fingerprint_fields if status else {}
-    return found
+            fields[q_id] = status.fingerprint_fields if status else {}
+    return fields
 
 
 def read_status_of_results(artifacts_dir: Path) -> QidStatus | None:
@@ -220,7 +220,7 @@ def _require_sound(status: QidStatus, recorded_fingerprint: str) -> None:
     fields, config = status.fingerprint_fields, status.settings.to_json()
     records = status.stages.values()
     hashes = [item for record in records for item in [*record.files.items(), *record.inputs.items()]]
-    found = {
+    faults = {
         f"the status is {status.status!r}": status.status not in get_args(State),
         "the fingerprint is not that of its fields": recorded_fingerprint != fingerprint(fields),
         "config and fingerprint differ": any(config.get(name, value) != value for name, value in fields.items()),
@@ -229,7 +229,7 @@ def _require_sound(status: QidStatus, recorded_fingerprint: str) -> None:
         "a hash is not a sha256": not all(re.fullmatch("[0-9a-f]{64}", digest) for _, digest in hashes),
         "trials_per_pass are not counts": any(count < 1 for count in status.trials_per_pass.values()),
     }
-    wrong = [what for what, is_so in found.items() if is_so]
+    wrong = [what for what, is_so in faults.items() if is_so]
     if wrong:
         raise ValueError("; ".join(wrong))
 
@@ -240,7 +240,7 @@ def _leads_out(name: str) -> bool:
 
 
 def _require_hash(path: Path) -> str:
-    found = sha256_file(path)
-    if found is None:
+    digest = sha256_file(path)
+    if digest is None:
         raise RunError(f"{path}: was written and is not there any more")
-    return found
+    return digest
