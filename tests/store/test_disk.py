@@ -195,7 +195,7 @@ def test_a_folder_without_permission_fails_what_needs_it_and_resumes(
         before = files_done(relation)
         code, said = run(llama_path, csv_path, tmp_path)
         assert code == 1
-        require_said(said, "Permission denied", "mend its permissions, or use another output folder")
+        require_said(said, "Permission denied", "change its permissions, or use another output folder")
         assert files_done(relation).items() >= before.items()
         if forbidden.startswith("A1"):
             assert status(relation, "B2")["status"] == "completed"
@@ -223,7 +223,7 @@ def test_a_status_that_may_not_be_read_is_left_alone(
         (relation / "A1/artifacts/qid_status.json").chmod(0)
         code, said = run(llama_path, csv_path, tmp_path)
         assert code == 1
-        require_said(said, "Permission denied", "mend its permissions")
+        require_said(said, "Permission denied", "change its permissions")
         assert contents(relation / "A1") == before
         assert not [*relation.glob("A1.*")]
 
