@@ -45,9 +45,9 @@ class LanguageModel:
         return self.backbone.arithmetic.precision
 
     def facts(self) -> dict[str, str | bool]:
-        """What records say of an opened model: ``model``, ``model_spec``, ``engine``, ``precision``, ``dtype``, ``quant``,
-        ``device`` (its type: ``cpu``, ``cuda``), ``products`` (what linear layers multiply in) and ``kernels`` (whether
-        fused kernels run), in this order."""
+        """What records say of an opened model: ``model``, ``model_spec``, ``engine``, ``precision``, ``dtype``,
+        ``quant``, ``device`` (its type: ``cpu``, ``cuda``), ``products`` (what linear layers multiply in) and
+        ``kernels`` (whether fused kernels run), in this order."""
         return {
             "model": self.name,
             "model_spec": self.spec,
