@@ -144,8 +144,7 @@ class Prompts:
 
 @dataclass(frozen=True)
 class TokenScores:
-    """How a model scores one target token in each of a set of forward passes; all tensors share one shape, on the
-    CPU."""
+    """How a model scores one target token in each of some forward passes; all tensors share one shape, on the CPU."""
 
     logit: torch.Tensor
     """float32, raw logit of the target token."""

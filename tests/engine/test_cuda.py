@@ -10,7 +10,7 @@ import torch
 
 from conftest import scale_up
 from parity import all_heads, naive_base, naive_injections, naive_sweep, prompts_of_different_length, replacements
-from relfv.engine.arithmetic import Arithmetic, kernels
+from relfv.engine.arithmetic import Arithmetic, Precision, kernels
 from relfv.engine.arithmetic.products import Pieces
 from relfv.engine.base import Backbone
 from relfv.engine.selfcheck import choose_engine
@@ -26,11 +26,11 @@ LLAMA = "Llama 2, Llama 3: grouped keys"
 PROMPTS, _ = prompts_of_different_length()
 
 
-def on_gpu(name: str, precision: str = "exact") -> Backbone:
+def on_gpu(name: str, precision: Precision = "exact") -> Backbone:
     """The zoo's model, stored in bf16."""
     model = scale_up(ZOO[name].build()).to("cuda", torch.bfloat16)
     arch = resolve(model, "auto")
-    return Backbone(model, arch, torch.device("cuda"), Arithmetic.with_kernels(model, arch, precision))  # type: ignore[arg-type]
+    return Backbone(model, arch, torch.device("cuda"), Arithmetic.with_kernels(model, arch, precision))
 
 
 class Truth:
@@ -106,7 +106,7 @@ def test_more_pieces_come_closer() -> None:
 @pytest.mark.parametrize(
     "family", [LLAMA, "Mistral: window", "Qwen3: query and key norms", "GPT-2: Conv1D, learned positions"]
 )
-def test_a_head_given_its_own_value_has_an_effect_of_exactly_zero(family: str, precision: str) -> None:
+def test_a_head_given_its_own_value_has_an_effect_of_exactly_zero(family: str, precision: Precision) -> None:
     backbone = on_gpu(family, precision)
     for variant in (backbone, backbone.plain(), backbone.plain().in_float32()):
         found = SharedPrefixEngine(variant).sweep_heads(Prompts(PROMPTS, [5, 17, 123]), None, all_heads(backbone))

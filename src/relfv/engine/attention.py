@@ -132,7 +132,7 @@ def _window_as_mask(*_: Any, local_size: int | None = None, **__: Any) -> torch.
 
 
 def _require_same_window(attention_mask: torch.Tensor | None, sliding_window: int | None) -> None:
-    """On prompts shorter than the limit nobody would notice a model that limits attention by its mask alone (chunks)."""
+    """A model that limits attention by its mask alone (chunks) must not pass on prompts shorter than the limit."""
     if attention_mask is not None and attention_mask.dim() == 0 and int(attention_mask) != sliding_window:
         raise UnsupportedAttention(
             f"the model's mask limits attention to {int(attention_mask)} tokens, in a way unknown to {NAME}"
@@ -143,7 +143,8 @@ def _require_usual_shapes(query: torch.Tensor, key: torch.Tensor, value: torch.T
     """Keys and values of other widths (latent caches) would be read past their ends."""
     if key.shape != value.shape or key.shape[-1] != query.shape[-1]:
         raise UnsupportedAttention(
-            f"queries, keys and values of shapes {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)} are unknown to {NAME}"
+            f"queries, keys and values of shapes {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)} "
+            f"are unknown to {NAME}"
         )
 
 

@@ -23,8 +23,8 @@ from relfv.types import Effects, HeadId, Prompts
 TokenIds = Sequence[Sequence[int]]
 Array = torch.Tensor | np.ndarray
 Vectors = Array | Sequence[Array]
-"""What ``Engine.inject`` adds: (n_vectors, resid_dim), or parts whose vectors follow one another, each (layer or 1, prompt
-or 1, n_vectors, resid_dim); an axis of 1 is shared by all layers or prompts."""
+"""What ``Engine.inject`` adds: (n_vectors, resid_dim), or parts whose vectors follow one another, each (layer or 1,
+prompt or 1, n_vectors, resid_dim); an axis of 1 is shared by all layers or prompts."""
 
 
 @dataclass(frozen=True)

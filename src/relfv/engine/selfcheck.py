@@ -1,4 +1,4 @@
-"""Which engine a model gets: the fast one if it agrees with plain hooks on this very model, else the obvious one.
+"""Which engine a model gets: the shared-prefix one if it agrees with hooks on this very model, else the reference.
 
 A fast wrong answer is the worst outcome there is, and no list of families can promise that the next one fits. So a
 newly opened model first does a handful of patches and injections twice, in float32, on two prompts of different length.
@@ -24,8 +24,8 @@ from relfv.types import Effects, HeadId, Prompts
 log = logging.getLogger(__name__)
 
 TOLERANCE = 1e-3
-"""Largest accepted difference in log-probability (nats), float32 both ways, as a share of the intervention's effect where
-that is above one nat. A wrong mask, position or cache is off by far more; float32 rounding by far less."""
+"""Largest accepted difference in log-probability (nats), float32 both ways, as a share of the intervention's effect
+where that is above one nat. A wrong mask, position or cache is off by far more; float32 rounding by far less."""
 
 ROUNDING = {"exact": 0.2, "fast": 1.0}
 """The same for the arithmetic in use: too wide to measure its rounding, and narrow enough to show a broken kernel."""
@@ -46,7 +46,7 @@ class SelfCheck:
     engine: str
     max_error: float | None
     """Largest difference in log-probability over all compared scores, as a share of the effect where that is above one
-    nat; None if the fast engine could not run."""
+    nat; None if the shared-prefix engine could not run."""
     max_effect: float
     """Largest effect among the compared interventions: the check means nothing if nothing happened."""
     reason: str
@@ -152,7 +152,7 @@ def _judge(candidate: Backbone, trial: _Interventions) -> tuple[float | None, fl
 
 
 def _fallback(
-    backbone: Backbone, reason: str, fast_error: float | None, reference_error: float, max_effect: float
+    backbone: Backbone, reason: str, shared_prefix_error: float | None, reference_error: float, max_effect: float
 ) -> tuple[Engine, SelfCheck]:
     """The reference engine, and in its reason how far *it* is from one forward pass at a time."""
     if reference_error <= TOLERANCE:
@@ -163,11 +163,11 @@ def _fallback(
         )
     else:
         reason += (
-            f"; the reference engine differs by {reference_error:.2g} from one forward pass at a time, because this model's "
-            "results depend on what shares its batch (8-bit weights do that): take scores below that for noise"
+            f"; the reference engine differs by {reference_error:.2g} from one forward pass at a time, because this "
+            "model's results depend on what shares its batch (8-bit weights do that): take scores below that for noise"
         )
         log.warning("%s", reason)
-    return ReferenceEngine(backbone), SelfCheck("reference", fast_error, max_effect, reason, reference_error)
+    return ReferenceEngine(backbone), SelfCheck("reference", shared_prefix_error, max_effect, reason, reference_error)
 
 
 def _sample(backbone: Backbone) -> tuple[list[HeadId], list[int]]:
@@ -238,8 +238,9 @@ def _check_projection(backbone: Backbone, z: torch.Tensor, layers: list[int]) ->
         gap = float((parts - whole).norm() / whole.norm().clamp_min(1e-12))
         if not gap <= PROJECTION_TOLERANCE:
             raise RunError(
-                f"{type(backbone.model).__name__}, layer {layer}: the projected heads are off by {gap:.2g} of the output "
-                "projection's own result, so a function vector would be wrong; this weight format is not supported"
+                f"{type(backbone.model).__name__}, layer {layer}: the projected heads are off by {gap:.2g} of the "
+                "output projection's own result, so a function vector would be wrong; this weight format is not "
+                "supported"
             )
 
 

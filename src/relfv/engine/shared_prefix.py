@@ -156,8 +156,8 @@ class SharedPrefixEngine:
             return read_targets(self.backbone, hidden, prompts.targets)
 
     def _prompts_that_fit(self, prompts: TokenIds, n_edits: int) -> int:
-        """Prompts a pass, from the memory above the weights. As far as possible a function of shapes and the device, not
-        of what is free now: batch shapes change low-order bits, and a resumed run must give the same bytes."""
+        """Prompts a pass, from the memory above the weights: as far as possible a function of shapes and the device,
+        not of what is free now. Batch shapes change low-order bits, and a resumed run must give the same bytes."""
         arch, bytes_each = self.backbone.arch, 4
         rows = 1 + n_edits
         per_row = 3 * self.backbone.intermediate_size() + 6 * arch.resid_dim + 3 * arch.n_heads * arch.head_dim
@@ -209,8 +209,8 @@ def _run_last_tokens(backbone: Backbone, last: torch.Tensor, prefix: Prefix) -> 
 def _head_patches(
     backbone: Backbone, heads: Sequence[HeadId], values: torch.Tensor | None
 ) -> AbstractContextManager[None]:
-    """Before block l: one copy of the unpatched token for each of ``heads`` in layer l; then overwrite its slice by that
-    head's row of ``values``, or by the same head's slice of copy 0 if there are none."""
+    """Before block l: one copy of the unpatched token for each of ``heads`` in layer l; then overwrite its slice by
+    that head's row of ``values``, or by the same head's slice of copy 0 if there are none."""
     arch = backbone.arch
 
     def grower(count: int) -> Callable[[torch.Tensor], torch.Tensor]:

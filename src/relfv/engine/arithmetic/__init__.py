@@ -11,7 +11,7 @@ last tokens, attends, and reads out logits. The words of this package:
 - base: copy 0 of a prompt, which is not edited. Difference: another copy minus its base.
 - pieces: bf16 numbers that sum to a float32 number. With them ``exact`` multiplies by bf16 weights as they are stored,
   on matrix units for bf16 (products.py). A float32 input is split into pieces, and so are bases and differences.
-- kernels: fused Triton kernels in place of elementwise PyTorch (kernels/), and of the modules they agree with (fusion.py).
+- kernels: fused Triton kernels (kernels/), in place of elementwise PyTorch and of modules they agree with (fusion.py).
 - plain: without pieces and kernels, that is PyTorch alone.
 """
 
@@ -62,7 +62,7 @@ class Arithmetic:
         return replace(self, linears=(), fusions=None)
 
     def in_float32(self) -> Arithmetic:
-        """The same code rounded as float32 rounds and no more, by which it is judged: no TF32, three pieces throughout."""
+        """The same code with float32's rounding and no more, to judge it by: no TF32, three pieces throughout."""
         return replace(self, precision="exact", tf32=False, pieces=FLOAT32)
 
     def finer(self) -> Arithmetic:

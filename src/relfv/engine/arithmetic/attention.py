@@ -1,4 +1,4 @@
-"""Attention of copies in plain PyTorch: the formula of relfv/engine/attention.py, and what its kernel is tested against."""
+"""Attention of copies in plain PyTorch: the formula of engine/attention.py, and what its kernel is compared with."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def attend_plainly(
 ) -> torch.Tensor:
     """Shapes as in ``Arithmetic.attend``.
 
-    Scores are multiplied by ``scale`` and capped at ``softcap``; of the prefix the last ``window`` positions, its own
-    among them, are seen; ``sinks`` are a logit of each head, (heads,), and ``key_bias`` is ALiBi by the key's position,
+    Scores are multiplied by ``scale`` and capped at ``softcap``; ``window`` counts the positions that the last token
+    sees, its own included. ``sinks`` holds one logit a head, (heads,); ``key_bias`` is ALiBi by the key's position,
     float32 (heads, P + 1).
     """
     n, n_heads, copies, head_dim = query.shape

@@ -130,7 +130,7 @@ def as_norm(module: Any) -> Norm | None:
 
 
 def as_gated_mlp(module: Any) -> GatedMLP | None:
-    """The module as a gated MLP of plain linear layers, if it is one."""
+    """The module as a gated MLP of ``nn.Linear`` layers, if it is one."""
     parts: list[Any] = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     activate: Any = getattr(module, "act_fn", None)
     if any(type(part) is not nn.Linear for part in parts) or activate is None:

@@ -66,7 +66,7 @@ def mode_of(
     done = {id(module) for module in not_widened}
     units = _units(model, arch) if precision == "exact" else [arch.lm_head]
     low = [(unit, tuple(tensor for tensor in _tensors(unit, done) if _is_low(tensor))) for unit in units]
-    # Without weight matrices, the only float32 products are those of attention, where full float32 costs next to nothing.
+    # Without weight matrices the only float32 products are those of attention, where TF32 would save next to nothing.
     matrices = [tensor for block in arch.blocks for tensor in _tensors(block, done) if tensor.dim() > 1]
     return Mode(
         widened=tuple((unit, tensors) for unit, tensors in low if tensors),

@@ -1,7 +1,7 @@
 """Products of float32 inputs with bf16 weights in pieces, on matrix units that multiply bf16.
 
-A bf16 weight is exact as it is stored; only the float32 input x does not fit the unit. It is the sum of three pieces
-(8 bits of mantissa each), and to 2**-17 the sum of two:
+The weight is a bf16 number as it is stored; only the float32 input x does not fit the unit. It is the sum of three
+pieces (8 bits of mantissa each), and to 2**-17 the sum of two:
 
     W x = W x_1 + W x_2 + ...                                                        (whole)
 

@@ -1,4 +1,4 @@
-"""Attention of copies of the last token to their prompt's prefix and each to itself (see ../attention.py)."""
+"""Attention of each copy to its prompt's prefix and to itself, where attention.py has the plain form."""
 
 from __future__ import annotations
 
@@ -83,8 +83,9 @@ def attend(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """attention.py's split form: q (N, heads, C, d), k, v (N, kv_heads, C, d), prefixes (N, kv_heads, P, d), lengths (N,)
-    -> (N, C, heads, d), contiguous, in q's dtype. float32 inputs are multiplied in three TF32 parts."""
+    """The formula of engine/attention.py in one pass over the prefix: q (N, heads, C, d), k, v (N, kv_heads, C, d),
+    prefixes (N, kv_heads, P, d), lengths (N,) -> (N, C, heads, d), contiguous, in q's dtype. float32 inputs are
+    multiplied in three TF32 parts."""
     n_prompts, n_heads, n_copies, head_dim = q.shape
     n_prefix = k_prefix.shape[2]
     out = torch.empty(n_prompts, n_copies, n_heads, head_dim, dtype=q.dtype, device=q.device)
@@ -98,7 +99,7 @@ def attend(
         *tensors, lengths, q if sinks is None else sinks, out,
         n_copies, n_prefix, window if window is not None else 2**31 - 1, scale, softcap or 0.0,
         *strides, *out.stride()[:3],
-        n_heads // k.shape[1], head_dim, max(16, triton.next_power_of_2(head_dim)), softcap is not None, sinks is not None,
-        copies, 32, "tf32x3" if full else "ieee", num_stages=1 if full else 2,
+        n_heads // k.shape[1], head_dim, max(16, triton.next_power_of_2(head_dim)),
+        softcap is not None, sinks is not None, copies, 32, "tf32x3" if full else "ieee", num_stages=1 if full else 2,
     )  # fmt: skip
     return out

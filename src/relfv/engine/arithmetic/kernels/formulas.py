@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 SHAPES = ["n_prompts", "n_copies", "n_rows", "n_prefix", "row_0", "window"]
-"""Arguments that differ from pass to pass: a kernel specialised to one value of them would be compiled again for the next."""
+"""Arguments that differ from pass to pass: a kernel specialised to one value would be compiled again for the next."""
 
 
 @triton.jit
