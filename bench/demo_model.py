@@ -16,15 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from relfv.engine.clean import run_clean
 from relfv.language_model import LanguageModel, open_model
 from relfv.relations import load_relations
 from relfv.settings import SPEC_CSV
-from relfv.stages.cie import head_effects, rank_heads, score_heads
+from relfv.stages.cie import head_effects
 from relfv.stages.function_vector import build_function_vector
+from relfv.stages.means import mean_activations
 from relfv.stages.prompts import prompt_trial, zero_shot_prompt
+from relfv.stages.scores import rank_heads, score_heads
 from relfv.stages.trials import ineligible_reason, sample_trials
 from relfv.types import HeadId, MeanActivations, PromptedTrial, Prompts, Relation
 
@@ -37,7 +38,7 @@ class Measured:
 
     prompted: list[PromptedTrial]
     means: MeanActivations
-    fv: torch.Tensor
+    fv: np.ndarray
     best_head: float
     top5_share: float
 
@@ -64,15 +65,24 @@ def measure(model: LanguageModel, relation: Relation, seed: int) -> Measured:
     """StepD and StepE of one relation, in memory."""
     trials = sample_trials(relation, seed=seed, n_trials=25, n_demos=9)
     prompted = [prompt_trial(trial, model.tokens) for trial in trials]
-    targets = [item.target.first_token_id for item in prompted]
-    clean = Prompts([model.tokens.encode(item.clean_prompt) for item in prompted], targets)
-    means = run_clean(model.backbone, clean).means()
-    effects = head_effects(model, [item.corrupted_prompt for item in prompted], targets, means, all_heads(model))
-    ranked = rank_heads(score_heads(effects, means, [t.query_source_index for t in trials]), "mean_delta_p")
+    means = mean_activations(
+        run_clean(model.backbone, asked(model, prompted, [item.clean_prompt for item in prompted]))
+    )
+    corrupted = asked(model, prompted, [item.corrupted_prompt for item in prompted])
+    effects = head_effects(model, corrupted, means, all_heads(model))
+    ranked = rank_heads(score_heads(effects, means, corrupted.clusters), "mean_delta_p")
     scores = [head.scores["mean_delta_p"] for head in ranked]
     positive = sum(score for score in scores if score > 0)
     fv = build_function_vector(model.arch, means, [head.id for head in ranked[:K]]).total
     return Measured(prompted, means, fv, scores[0], sum(scores[:5]) / positive)
+
+
+def asked(model: LanguageModel, prompted: list[PromptedTrial], texts: list[str]) -> Prompts:
+    """The ``texts`` of some trials with their targets and queries."""
+    targets = [item.target.first_token_id for item in prompted]
+    return Prompts(
+        [model.tokens.encode(text) for text in texts], targets, [i.trial.query_source_index for i in prompted]
+    )
 
 
 def evaluate(
@@ -80,16 +90,15 @@ def evaluate(
 ) -> dict[str, float]:
     """One row of the table."""
     own = measured[q_id]
-    targets = [item.target.first_token_id for item in own.prompted]
     row: dict[str, float] = {}
     for name, prompts in (
         ("clean", [item.clean_prompt for item in own.prompted]),
         ("shuffled", [item.corrupted_prompt for item in own.prompted]),
         ("zero-shot", [zero_shot_prompt(item.trial.query.input) for item in own.prompted]),
     ):
-        ids = [model.tokens.encode(prompt) for prompt in prompts]
-        scores = run_clean(model.backbone, Prompts(ids, targets)).scores
-        row[f"{name} acc"] = float((scores.top_id == torch.tensor(targets)).double().mean())
+        every = asked(model, own.prompted, prompts)
+        scores = run_clean(model.backbone, every).scores
+        row[f"{name} acc"] = float(scores.correct(every.targets).mean())
         row[f"{name} P"] = float(scores.p.mean())
     row |= {"best head": own.best_head, "top 5": own.top5_share}
 
@@ -103,15 +112,15 @@ def evaluate(
         for other, relation in relations.items()
         if other != q_id and len(inputs & {pair.input for pair in relation.pairs}) >= 5
     ]
-    vectors = torch.stack([own.fv, *draws, *others])
-    distinct = list({item.trial.query: i for i, item in enumerate(own.prompted)}.values())
-    prompts = [model.tokens.encode(zero_shot_prompt(own.prompted[i].trial.query.input)) for i in distinct]
-    wanted = [targets[i] for i in distinct]
+    vectors = np.stack([own.fv, *draws, *others])
+    distinct = list({item.trial.query: item for item in own.prompted}.values())
+    zero_shot = asked(model, distinct, [zero_shot_prompt(item.trial.query.input) for item in distinct])
     n_layers = model.arch.n_layers
-    edited = model.engine.inject(Prompts(prompts, wanted), vectors, list(range(n_layers))).edited
-    shape = (n_layers, len(vectors))
-    p = edited.p.mean(0).view(shape)
-    acc = (edited.top_id == torch.tensor(wanted)[:, None]).double().mean(0).view(shape)
+    edited = model.engine.inject(zero_shot, vectors, list(range(n_layers))).edited
+    p, acc = (
+        values.reshape(len(distinct), n_layers, -1).mean(0)
+        for values in (edited.measure("p"), edited.correct(zero_shot.targets))
+    )
     best = int(p[:, 0].argmax())
     groups = {"FV best": (best, [0]), "FV last": (n_layers - 1, [0]), "random": (best, list(range(1, 1 + N_DRAWS)))}
     if others:

@@ -31,7 +31,8 @@ from relfv.engine.clean import run_clean
 from relfv.language_model import LanguageModel, open_model
 from relfv.relations import load_relations
 from relfv.settings import SPEC_CSV
-from relfv.stages.cie import head_effects, with_error_of_means
+from relfv.stages.cie import head_effects
+from relfv.stages.leave_query_out import with_error_of_means
 from relfv.stages.prompts import prompt_trial
 from relfv.stages.trials import sample_trials
 from relfv.stats import FDR, LEVEL, clustered_mean, false_discovery
@@ -45,15 +46,14 @@ LARGE = 0.01
 class Trials:
     """The frozen trials of one StepD, read once."""
 
-    prompts: list[str]
-    targets: list[int]
-    queries: list[int]
+    prompts: Prompts
+    """The corrupted ones."""
     z: torch.Tensor
     """float32 (trial, layer, head, head_dim): clean activations."""
 
-    def mean(self) -> torch.Tensor:
+    def mean(self) -> np.ndarray:
         """float32 (layer, head, head_dim)"""
-        return self.z.double().mean(0).float()
+        return self.z.double().mean(0).float().numpy()
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def null_table(model: LanguageModel, relations: dict[str, Relation], n: int, row
             p.append(base.mean())
             n_heads += deltas.shape[1]
             for clusters, share, calls in (
-                (trials.queries, shares, called),
+                (trials.prompts.clusters, shares, called),
                 (list(range(len(deltas))), naive_shares, naive_called),
             ):
                 p_values = clustered_mean(deltas, clusters).p_value
@@ -136,20 +136,12 @@ def coverage_table(model: LanguageModel, relation: Relation, args: argparse.Name
         rng = random.Random(f"rows:{seed}")
         pairs = tuple(rng.sample(relation.pairs, args.rows)) if args.rows else relation.pairs
         trials = read(model, Relation(relation.q_id, pairs), seed=seed)
-        n_queries.append(len(set(trials.queries)))
+        n_queries.append(len(set(trials.prompts.clusters)))
         for name, mean in (("own", trials.mean()), ("true", true_mean)):
-            now = clustered_mean(effects(model, trials, mean)[0], trials.queries)
+            now = clustered_mean(effects(model, trials, mean)[0], trials.prompts.clusters)
             found.setdefault(name, []).append(Estimate(now.mean, now.se, now.df))
             if name == "own" and args.leave_out:
-                arguments = (
-                    trials.prompts,
-                    trials.targets,
-                    trials.z,
-                    all_heads(model),
-                    now.mean.tolist(),
-                    trials.queries,
-                )
-                left_out, _ = with_error_of_means(model, *arguments)
+                left_out, _ = with_error_of_means(model, trials.prompts, trials.z, all_heads(model), now.mean.tolist())
                 found.setdefault("own, left out too", []).append(Estimate(now.mean, left_out.se, left_out.df))
     lines = [
         f"{relation.q_id}: {args.runs} runs of {args.rows or len(relation.pairs)} of {len(relation.pairs)} rows, "
@@ -202,19 +194,19 @@ def read(model: LanguageModel, relation: Relation, *, seed: int, n_trials: int =
     """Sample trials at the spec's settings and run their clean prompts."""
     trials = sample_trials(relation, seed=seed, n_trials=n_trials, n_demos=9)
     prompted = [prompt_trial(trial, model.tokens) for trial in trials]
-    targets = [item.target.first_token_id for item in prompted]
-    clean = Prompts([model.tokens.encode(item.clean_prompt) for item in prompted], targets)
-    z = run_clean(model.backbone, clean).activations
-    queries = [trial.query_source_index for trial in trials]
-    return Trials([item.corrupted_prompt for item in prompted], targets, queries, z)
+    targets, queries = [item.target.first_token_id for item in prompted], [t.query_source_index for t in trials]
+    clean, corrupted = (
+        Prompts([model.tokens.encode(text) for text in texts], targets, queries)
+        for texts in ([item.clean_prompt for item in prompted], [item.corrupted_prompt for item in prompted])
+    )
+    return Trials(corrupted, run_clean(model.backbone, clean).activations)
 
 
-def effects(model: LanguageModel, trials: Trials, mean: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+def effects(model: LanguageModel, trials: Trials, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """delta_p (trial, head) of patching every head with ``mean``, and P without a patch (trial,)."""
     means = MeanActivations(mean, len(trials.prompts))
-    found = head_effects(model, trials.prompts, trials.targets, means, all_heads(model)).effects
-    base = found.base.p.numpy()
-    return found.edited.p.numpy() - base[:, None], base
+    found = head_effects(model, trials.prompts, means, all_heads(model)).effects
+    return found.delta("p"), found.base.measure("p")
 
 
 def all_heads(model: LanguageModel) -> list[HeadId]:

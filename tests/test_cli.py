@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -61,3 +62,48 @@ def test_a_reader_that_has_had_enough_is_no_error(finished: Path) -> None:
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+HEAVY = ("torch", "transformers", "scipy.stats", "matplotlib")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["run", "--help"], 0),
+        (["--version"], 0),
+        (["status", "$FINISHED"], 0),
+        (["verify", "$FINISHED"], 0),
+        (["report", "$COPY"], 0),
+        (["run", "--model", "/nowhere", "--out_root", "$OUT"], 2),
+        (["run", "--model", "demo", "--relation_csv_path", "$CSV", "--out_root", "$OUT"], 2),
+        (["run", "--relation_csv_path", "nowhere.csv", "--out_root", "$OUT"], 2),
+        (["run", "--n_eval", "0", "--out_root", "$OUT"], 2),
+        (["heatmap", "--in_dir", "$OUT"], 2),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_needs_no_model_imports_nothing_that_takes_seconds(
+    arguments: list[str], code: int, finished: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "wrong.csv").write_text("id,ex_A,ex_B\nQ1,dog\n")
+    shutil.copytree(finished, tmp_path / "copy")
+    places = {
+        "$FINISHED": finished,
+        "$COPY": tmp_path / "copy",
+        "$OUT": tmp_path / "out",
+        "$CSV": tmp_path / "wrong.csv",
+    }
+    given = [str(places.get(part, part)) for part in arguments]
+    script = (
+        "import sys\n"
+        "from relfv.cli import main\n"
+        "try:\n"
+        "    code = main(sys.argv[1:])\n"
+        "except SystemExit as ending:\n"
+        "    code = ending.code or 0\n"
+        f"print(code, [name for name in {HEAVY} if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *given], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == f"{code} []", done.stderr

@@ -1,7 +1,8 @@
-"""What makes results another experiment, and what does not."""
+"""The settings of a run; what makes results another experiment, and what does not."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -15,7 +16,8 @@ from conftest import ROOT, llama
 from folders import arguments, contents, status
 from relfv import ALGORITHM_VERSION
 from relfv.cli import main
-from relfv.settings import Settings, fingerprint_fields
+from relfv.errors import InputError
+from relfv.settings import IDENTITY, Settings, differences, fingerprint, fingerprint_fields, parse_index_list
 from relfv.store.files import move_aside
 
 OTHER = {
@@ -28,6 +30,32 @@ ONLY_STEPD = {"layers", "heads"}
 """``relfv run`` has no flag for these; stepd refuses them."""
 
 
+def test_the_defaults_are_the_specs_and_conform() -> None:
+    settings = Settings()
+    assert settings.departures() == []
+    assert (settings.model, settings.model_spec, settings.seed) == ("meta-llama/Llama-3.1-8B", "llama3", 0)
+    assert (settings.n_trials_per_q, settings.n_demos, settings.topk, settings.n_eval) == (25, 9, 20, 50)
+    assert (settings.score_key, settings.alpha) == ("mean_delta_p", 1.0)
+
+
+def test_settings_survive_json_and_ignore_keys_of_other_versions() -> None:
+    settings = Settings(topk=5, alpha=0.5)
+    assert Settings.from_json({**settings.to_json(), "of_the_future": 1}) == settings
+
+
+def prints(settings: Settings, rows: str = "r", model: str = "m") -> str:
+    return fingerprint(fingerprint_fields(settings, rows_sha256=rows, model_identity=model))
+
+
+def test_the_fingerprint_follows_what_the_numbers_depend_on_and_nothing_else() -> None:
+    same = prints(Settings())
+    assert prints(Settings(device="cpu", model="/elsewhere", relation_csv_path="moved.csv")) == same
+    for other in (Settings(seed=1), Settings(alpha=2.0), Settings(precision="fast"), Settings(corruption="shuffle")):
+        assert prints(other) != same
+    assert prints(Settings(), rows="other") != same
+    assert prints(Settings(), model="other") != same
+
+
 def refusal(said: str) -> str:
     (line,) = [line for line in said.splitlines() if "ERROR" in line]
     assert "holds results of another experiment" in line
@@ -38,6 +66,51 @@ def test_every_setting_either_counts_or_is_known_not_to() -> None:
     assert {*OTHER, *NOT_COUNTED, *ONLY_STEPD} == set(Settings().to_json())
     fields = fingerprint_fields(Settings(), rows_sha256="", model_identity="")
     assert set(fields) == {*OTHER, *ONLY_STEPD, "rows_sha256", "model_identity", "algorithm_version"}
+    assert set(IDENTITY) == {*OTHER, *ONLY_STEPD}
+
+
+def without(folder: Path, q_id: str, *names: str) -> Path:
+    """Make the status one of a version of relfv that did not know these settings. -> its file"""
+    path, document = folder / q_id / "artifacts/qid_status.json", status(folder, q_id)
+    for name in names:
+        del document["config"][name], document["fingerprint_fields"][name]
+    document["fingerprint"] = fingerprint(document["fingerprint_fields"])
+    path.write_text(json.dumps(document))
+    return path
+
+
+@pytest.mark.parametrize("name", [*OTHER, *ONLY_STEPD])
+def test_a_setting_that_an_earlier_version_did_not_know_has_its_default_there(
+    finished: Path, llama_path: Path, csv_path: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    relation = Path(shutil.copytree(finished, tmp_path / "pairs"))
+    path = without(relation, "A1", name)
+    before = path.read_bytes()
+    command = arguments(llama_path, csv_path, tmp_path, "--q_list", "A1")
+    # every other one was made with the default
+    default = "auto" if name == "dtype" else getattr(Settings(), name)
+    assert status(finished, "A1")["config"][name] == default
+    assert main(["verify", str(relation / "A1")]) == 0
+    assert main(command) == 0
+    assert "everything is completed" in capsys.readouterr().err
+    assert path.read_bytes() == before
+    if name in OTHER:
+        flag = [f"--{name}"] if OTHER[name] is True else [f"--{name}", str(OTHER[name])]
+        assert main([*command, *flag]) == 2
+        assert f"A1 ({name} was {default}, now " in refusal(capsys.readouterr().err)
+        assert path.read_bytes() == before
+
+
+def test_what_differs_is_named_both_ways() -> None:
+    one = fingerprint_fields(Settings(), rows_sha256="r", model_identity="m")
+    other = fingerprint_fields(Settings(seed=5, alpha=2.0), rows_sha256="x", model_identity="m")
+    assert differences(one, one, "Q1") == []
+    assert differences(one, other, "Q1") == [
+        "seed was 0, now 5", "alpha was 1.0, now 2.0", "the rows of Q1 in the CSV have changed",
+    ]  # fmt: skip
+    del other["seed"]  # of an earlier version: 0
+    assert differences(other, one, "Q1") == ["alpha was 2.0, now 1.0", "the rows of Q1 in the CSV have changed"]
+    assert differences({**one, "of_the_future": 1}, one, "Q1") == ["of_the_future was 1, now None"]
 
 
 @pytest.mark.parametrize("name", OTHER)
@@ -60,7 +133,7 @@ def test_stepd_refuses_other_heads(
 ) -> None:
     step_d = ["stepd", "--model", str(llama_path), "--relation_csv_path", str(csv_path), "--relation_q_list", "A1"]
     assert main([*step_d, "--out_base_dir", str(finished / "A1"), flag, "0-1"]) == 2
-    assert f"{flag[2:]} is 'all' there, '0-1' here" in refusal(capsys.readouterr().err)
+    assert f"{flag[2:]} was all, now 0-1" in refusal(capsys.readouterr().err)
 
 
 def test_another_model_and_other_rows_are_refused_together_each_by_name(
@@ -115,3 +188,16 @@ def test_two_forces_within_a_second_keep_both_results(
         assert main(force) == 0
     assert len([*relation.glob("C3.replaced-*/artifacts/qid_status.json")]) == 3
     assert status(relation, "C3")["status"] == "skipped"
+
+
+@pytest.mark.parametrize(
+    ("text", "indices"), [("all", [0, 1, 2, 3, 4]), ("0-2,4", [0, 1, 2, 4]), (" 3 ", [3]), ("1,0-1", [0, 1])]
+)
+def test_index_lists(text: str, indices: list[int]) -> None:
+    assert parse_index_list(text, 5, "--layers") == indices
+
+
+@pytest.mark.parametrize("text", ["5", "", "0-", "a-b", "1-0", "0-5"])
+def test_index_lists_that_make_no_sense_name_the_flag(text: str) -> None:
+    with pytest.raises(InputError, match="--layers"):
+        parse_index_list(text, 5, "--layers")

@@ -11,8 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from relfv.steps import clean_trials, step_d_cie, step_d_means, step_d_trials, step_e
-from relfv.store.artifacts import QidPaths, read_noise_floor, read_scores
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import ROOT
@@ -22,9 +20,16 @@ from relfv.models.sources import model_source
 from relfv.models.tokens import Tokens
 from relfv.relations import load_relations
 from relfv.settings import Settings
+from relfv.stages import function_vector
+from relfv.stages.function_vector import TOP_HEADS
+from relfv.stages.noise_floor import NOISE_FLOOR
 from relfv.stages.prompts import prompt_trial
+from relfv.stages.scores import CIE
+from relfv.stages.stage import Work
+from relfv.stages.table import STEP_D
 from relfv.stages.trials import sample_trials
 from relfv.stats import FDR
+from relfv.store.folder import QidFolder
 from relfv.types import HeadId, Relation, ScoredHead
 
 RELATIONS = load_relations(ROOT / "datasets/relation/relationA_ex.csv")
@@ -37,14 +42,14 @@ def demo() -> LanguageModel:
     return open_model("demo")
 
 
-def run_step_d(model: LanguageModel, relation: Relation, folder: Path) -> QidPaths:
+def run_step_d(model: LanguageModel, relation: Relation, folder: Path) -> Work:
     """StepD at the spec's settings: 25 trials, 9 demos."""
     assert (SPEC.n_trials_per_q, SPEC.n_demos) == (25, 9)
-    paths = QidPaths(folder / relation.q_id / "artifacts", relation.q_id)
-    step_d_trials(model, relation, SPEC, "0" * 64, paths)
-    step_d_means(model, clean_trials(model, paths.trials), paths)
-    step_d_cie(model, SPEC, paths)
-    return paths
+    of_qid = QidFolder(folder / relation.q_id / "artifacts", relation.q_id)
+    work = Work(of_qid, SPEC, lambda: model, relation=relation, csv_sha256="0" * 64)
+    for stage in STEP_D:
+        stage.step().run(work)
+    return work
 
 
 @pytest.mark.parametrize("make", [scrambled, mixed])
@@ -58,7 +63,7 @@ def test_heads_are_not_called_where_labels_carry_no_relation(
     shares, with_calls = [], 0
     for i in range(N_NULL):
         relation = make(RELATIONS, 12, random.Random(f"test:{i}"))
-        scored = read_scores(run_step_d(demo, relation, tmp_path / str(i)).cie)
+        scored = run_step_d(demo, relation, tmp_path / str(i)).read(CIE)
         assert len(scored) == 128
         shares.append(np.mean([head.scores["mean_delta_p_p_value"] < 0.05 for head in scored]))
         with_calls += any(head.scores["mean_delta_p_fdr"] <= FDR for head in scored)
@@ -72,9 +77,9 @@ def test_the_one_head_that_carries_the_relation_is_found_with_its_true_effect(pl
     dead = leave_one_head_after_layer_1(planted, folder)
     model = open_model(str(folder))
     relation = RELATIONS["Q27"]
-    paths = run_step_d(model, relation, tmp_path)
-    step_e(model, SPEC, paths, paths.trials, clean_trials(model, paths.trials), paths, {})
-    top = json.loads(paths.top_heads.read_text())["heads"]
+    work = run_step_d(model, relation, tmp_path)
+    function_vector.STAGE.step().run(work)
+    top = json.loads(work.folder.path(TOP_HEADS).read_text())["heads"]
 
     first = top[0]
     assert (first["layer"], first["head"]) == (planted.layer, planted.head)
@@ -89,8 +94,8 @@ def test_the_one_head_that_carries_the_relation_is_found_with_its_true_effect(pl
     listed = [head for head in top if HeadId(head["layer"], head["head"]) in dead]
     assert listed  # the top 20 reach down to them
     assert not any(head["distinguishable"] for head in listed)
-    floor = read_noise_floor(paths.noise_floor)["other_shape"]["p"]["max"]
-    swept = {head.id: head for head in read_scores(paths.cie)}
+    floor = work.read(NOISE_FLOOR)["other_shape"]["p"]["max"]
+    swept = {head.id: head for head in work.read(CIE)}
     assert not any(is_called(swept[head], floor) for head in dead)
     assert is_called(swept[planted], floor)
 

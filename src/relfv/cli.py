@@ -26,12 +26,17 @@ Command = Callable[[argparse.Namespace], int]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``relfv <command> ...``. Returns the exit code."""
+    return _execute(build_parser(), argv)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
     parser = _Parser(prog="relfv", description="Relation function vectors, one relation at a time.")
     parser.add_argument("--version", action="version", version=f"relfv {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name, (help_text, _, _) in _COMMANDS.items():
         _add(commands.add_parser(name, help=help_text, description=help_text), name)
-    return _execute(parser, argv)
+    return parser
 
 
 def script_main(name: str, argv: Sequence[str] | None = None) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,8 +20,11 @@ from relfv.cli import main
 from relfv.engine.reference import naive_baseline, naive_injection
 from relfv.language_model import open_model
 from relfv.report.page import write_report
-from relfv.store.artifacts import read_function_vector, read_trials
-from relfv.store.files import lock, sealed, sha256_file, write_json
+from relfv.stages.function_vector import read_function_vector
+from relfv.stages.zeroshot import read_zero_shot_trials
+from relfv.store.files import sha256_file, write_atomic
+from relfv.store.formats import json_bytes, sealed
+from relfv.store.locks import lock
 
 Q_IDS = ["A1", "B2", "D4"]
 
@@ -54,7 +58,7 @@ def reseal(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     content = document(folder)
     del content["sha256_of_the_rest"]
     change(content)
-    write_json(folder / "cross_fv.json", sealed(content))
+    write_atomic(folder / "cross_fv.json", json_bytes(sealed(content)))
 
 
 def double(path: Path) -> None:
@@ -105,7 +109,7 @@ def test_another_q_ids_vector_does_what_plain_hooks_do_with_it(tree: Path, llama
     )
     model = open_model(str(llama_path))
     for target, source, layer in (largest, ("A1", "B2", targets["A1"]["best_layer"])):
-        vector = read_function_vector(tree / source / "artifacts/fv_global_resid.pt")
+        vector = torch.from_numpy(read_function_vector(tree / source / "artifacts/fv_global_resid.pt"))
         lines = (tree / target / f"artifacts/step6/layer_{layer}/eval_trials.jsonl").read_text().splitlines()
         reached, deltas, hits = [], [], []
         with model.backbone.running():
@@ -136,7 +140,8 @@ def test_the_file_says_what_it_was_made_from(tree: Path) -> None:
         assert found["targets"][q_id]["made_from"]["settings"]["alpha"] == 1.0
     assert found["precision"] == "exact"
     assert "unscaled" in found["meaning"]["scale"]
-    norms = [float(read_function_vector(tree / q / "artifacts/fv_global_resid.pt").double().norm()) for q in Q_IDS]
+    vectors = [read_function_vector(tree / q / "artifacts/fv_global_resid.pt") for q in Q_IDS]
+    norms = [float(np.linalg.norm(vector.astype(np.float64))) for vector in vectors]
     assert found["norms"] == pytest.approx(norms)
     assert found["figure"] == {"cross_fv.png": sha256_file(tree / "cross_fv.png")}
     assert not list(tree.glob(".relfv-*"))
@@ -334,8 +339,8 @@ def test_links_lead_no_write_outside(copied: Path, tmp_path: Path, capsys: pytes
 
 
 def test_prompts_are_those_of_step6(tree: Path) -> None:
-    trials = read_trials(tree / "A1/artifacts/sampled_trials_zeroshot.json")
-    assert document(tree)["targets"]["A1"]["n_eval"] == len(set(trials.queries)) < len(trials.trials)
+    trials = read_zero_shot_trials(tree / "A1/artifacts/sampled_trials_zeroshot.json")
+    assert document(tree)["targets"]["A1"]["n_eval"] == len(set(trials.clusters)) < len(trials.questions)
 
 
 def test_a_q_id_that_is_being_run_again_does_not_narrow_what_is_there(

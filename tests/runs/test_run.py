@@ -321,7 +321,7 @@ def test_a_q_id_that_another_process_holds_is_left_to_it(csv_path: Path, llama_p
     holder = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from relfv.store.files import lock\n"
+        "from relfv.store.locks import lock\n"
         "with lock(Path(sys.argv[1])) as other:\n"
         "    print('held', flush=True)\n"
         "    time.sleep(600)\n"

@@ -21,7 +21,7 @@ from relfv.cli import main
 from relfv.errors import RunError
 from relfv.logs import set_up_logging
 from relfv.report.page import write_report
-from relfv.store.artifacts import read_trials
+from relfv.stages.trials import read_trials
 from relfv.store.status import read_status
 
 SOURCES = sorted(path for folder in ("src", "scripts", "bench") for path in (ROOT / folder).rglob("*.py"))

@@ -15,8 +15,12 @@ import pytest
 from conftest import ROOT
 from folders import contents, status
 from relfv.cli import main
-from relfv.store.artifacts import QidPaths
-from relfv.store.status import AFTER_STEP6
+from relfv.stages import step6
+from relfv.stages.function_vector import FV
+from relfv.stages.table import STAGES
+from relfv.stages.trials import TRIALS
+from relfv.stages.zeroshot import ZERO_SHOT_TRIALS
+from relfv.store.folder import QidFolder
 
 VARIABLES = """
 MODEL={model}
@@ -139,6 +143,11 @@ def step_d(model: Path, csv: Path, base: Path, *more: str, q_id: str = "A1") -> 
     )
 
 
+def step6_inputs(folder: QidFolder, model: Path) -> tuple[str | Path, ...]:
+    vector, trials = folder.path(FV), folder.path(ZERO_SHOT_TRIALS)
+    return "--fv_global_path", vector, "--sampled_trials_path", trials, "--model", model
+
+
 def test_a_short_q_id_is_marked_skipped_and_is_no_failure(llama_path: Path, csv_path: Path, tmp_path: Path) -> None:
     assert step_d(llama_path, csv_path, tmp_path / "C3", q_id="C3") == 0
     assert status(tmp_path, "C3")["status"] == "skipped"
@@ -180,7 +189,7 @@ def test_step_e_with_other_settings_than_the_finished_folder_is_refused(
         llama_path,
     )
     assert in_process("stepe", *flags, "--k", "5") == 2
-    assert "topk is 20 there, 5 here" in capsys.readouterr().err
+    assert "topk was 20, now 5" in capsys.readouterr().err
     assert contents(artifacts) == before
 
 
@@ -217,23 +226,23 @@ def test_step_e_and_step6_into_other_folders_leave_the_q_ids_folder_alone(
 
 @pytest.mark.parametrize("layer", ["-1", "3"])
 def test_a_layer_outside_the_model_is_bad_input(finished: Path, llama_path: Path, tmp_path: Path, layer: str) -> None:
-    paths = QidPaths(finished / "A1/artifacts", "A1")
-    flags = ("--fv_global_path", paths.fv, "--sampled_trials_path", paths.zero_shot_trials, "--model", llama_path)
+    paths = QidFolder(finished / "A1/artifacts", "A1")
+    flags = step6_inputs(paths, llama_path)
     assert in_process("step6", *flags, f"--edit_layer={layer}", "--out_dir", tmp_path / "x") == 2
     assert not (tmp_path / "x").exists()
 
 
 def test_edit_layer_takes_an_integer_only(finished: Path, llama_path: Path, tmp_path: Path) -> None:
-    paths = QidPaths(finished / "A1/artifacts", "A1")
-    flags = ("--fv_global_path", paths.fv, "--sampled_trials_path", paths.zero_shot_trials, "--model", llama_path)
+    paths = QidFolder(finished / "A1/artifacts", "A1")
+    flags = step6_inputs(paths, llama_path)
     with pytest.raises(SystemExit) as caught:
         in_process("step6", *flags, "--edit_layer", "all", "--out_dir", tmp_path / "x")
     assert caught.value.code == 2
 
 
 def test_duplicate_queries_are_evaluated_when_asked_for(finished: Path, llama_path: Path, tmp_path: Path) -> None:
-    paths = QidPaths(finished / "A1/artifacts", "A1")
-    flags = ("--fv_global_path", paths.fv, "--sampled_trials_path", paths.zero_shot_trials, "--model", llama_path)
+    paths = QidFolder(finished / "A1/artifacts", "A1")
+    flags = step6_inputs(paths, llama_path)
     assert in_process("step6", *flags, "--edit_layer", "1", "--out_dir", tmp_path, "--allow_query_duplicates") == 0
     summary = json.loads((tmp_path / "eval_summary.json").read_text())
     assert summary["n_eval"] == summary["n_trials"] == 25
@@ -242,22 +251,22 @@ def test_duplicate_queries_are_evaluated_when_asked_for(finished: Path, llama_pa
 
 def test_a_slip_in_a_flag_leaves_a_completed_q_id_as_it_is(finished: Path, llama_path: Path, tmp_path: Path) -> None:
     shutil.copytree(finished / "A1", tmp_path / "A1")
-    paths = QidPaths(tmp_path / "A1/artifacts", "A1")
+    paths = QidFolder(tmp_path / "A1/artifacts", "A1")
     before = status(tmp_path, "A1")
-    flags = ("--fv_global_path", paths.fv, "--sampled_trials_path", paths.zero_shot_trials, "--model", llama_path)
-    assert in_process("step6", *flags, "--edit_layer", "3", "--out_dir", paths.step6_layer(3)) == 2
-    assert in_process("step6", *flags, "--edit_layer", "1", "--out_dir", paths.step6_layer(2)) == 2
+    flags = step6_inputs(paths, llama_path)
+    assert in_process("step6", *flags, "--edit_layer", "3", "--out_dir", paths.artifacts / "step6/layer_3") == 2
+    assert in_process("step6", *flags, "--edit_layer", "1", "--out_dir", paths.artifacts / "step6/layer_2") == 2
     assert status(tmp_path, "A1") == before
 
 
 def test_every_command_in_the_folder_notices_changed_trials(finished: Path, llama_path: Path, tmp_path: Path) -> None:
     shutil.copytree(finished / "A1", tmp_path / "A1")
-    paths = QidPaths(tmp_path / "A1/artifacts", "A1")
-    paths.trials.chmod(0o644)
-    paths.trials.write_text(paths.trials.read_text().replace("puppy", "poodle"))
+    paths = QidFolder(tmp_path / "A1/artifacts", "A1")
+    paths.path(TRIALS).chmod(0o644)
+    paths.path(TRIALS).write_text(paths.path(TRIALS).read_text().replace("puppy", "poodle"))
     folder = ("--stepd_artifacts_dir", paths.artifacts, "--out_dir", paths.artifacts, "--model", llama_path)
-    assert in_process("stepe", *folder, "--sampled_trials_path", paths.trials) == 1
-    assert in_process("zeroshot", "--sampled_trials_path", paths.trials) == 1
+    assert in_process("stepe", *folder, "--sampled_trials_path", paths.path(TRIALS)) == 1
+    assert in_process("zeroshot", "--sampled_trials_path", paths.path(TRIALS)) == 1
 
 
 def test_a_skipped_q_id_stays_skipped_through_the_specs_whole_loop(
@@ -273,14 +282,14 @@ def test_later_settings_may_be_chosen_until_a_stage_has_used_them(
     llama_path: Path, csv_path: Path, tmp_path: Path
 ) -> None:
     assert step_d(llama_path, csv_path, tmp_path / "A1") == 0
-    paths = QidPaths(tmp_path / "A1/artifacts", "A1")
+    paths = QidFolder(tmp_path / "A1/artifacts", "A1")
     assert in_process("heatmap", "--in_dir", paths.artifacts, "--topk", "3") == 0
     folder = ("--stepd_artifacts_dir", paths.artifacts, "--out_dir", paths.artifacts, "--model", llama_path)
-    assert in_process("stepe", *folder, "--sampled_trials_path", paths.trials, "--k", "5") == 2
-    assert in_process("stepe", *folder, "--sampled_trials_path", paths.trials, "--k", "3", "--alpha", "2") == 0
-    flags = ("--fv_global_path", paths.fv, "--sampled_trials_path", paths.zero_shot_trials, "--model", llama_path)
+    assert in_process("stepe", *folder, "--sampled_trials_path", paths.path(TRIALS), "--k", "5") == 2
+    assert in_process("stepe", *folder, "--sampled_trials_path", paths.path(TRIALS), "--k", "3", "--alpha", "2") == 0
+    flags = step6_inputs(paths, llama_path)
     for layer in range(3):
-        out = paths.step6_layer(layer)
+        out = paths.artifacts / f"step6/layer_{layer}"
         assert in_process("step6", *flags, "--edit_layer", str(layer), "--n_eval", "4", "--out_dir", out) == 0
     document = status(tmp_path, "A1")
     assert document["status"] == "completed"
@@ -295,80 +304,81 @@ def test_later_settings_may_be_chosen_until_a_stage_has_used_them(
 def test_a_missing_input_is_bad_input_before_the_model_is_opened(
     finished: Path, llama_path: Path, tmp_path: Path, missing: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    paths = QidPaths(tmp_path / "A1/artifacts", "A1")
+    paths = QidFolder(tmp_path / "A1/artifacts", "A1")
     shutil.copytree(finished / "A1", tmp_path / "A1")
     (paths.artifacts / missing).unlink()
-    flags = ("--fv_global_path", paths.fv, "--sampled_trials_path", paths.zero_shot_trials, "--model", llama_path)
-    assert in_process("step6", *flags, "--edit_layer", "1", "--out_dir", paths.step6_layer(1)) == 2
+    flags = step6_inputs(paths, llama_path)
+    assert in_process("step6", *flags, "--edit_layer", "1", "--out_dir", paths.artifacts / "step6/layer_1") == 2
     said = capsys.readouterr().err
     assert missing in said
     assert "opened" not in said
 
 
 @pytest.fixture
-def folder(finished: Path, tmp_path: Path) -> QidPaths:
+def folder(finished: Path, tmp_path: Path) -> QidFolder:
     """A finished q_id that a test may change."""
     shutil.copytree(finished, tmp_path / "pairs")
-    return QidPaths(tmp_path / "pairs/A1/artifacts", "A1")
+    return QidFolder(tmp_path / "pairs/A1/artifacts", "A1")
 
 
-def step6(paths: QidPaths, model: Path, layer: int, *more: str | Path, fv: Path | None = None) -> int:
+def run_step6(paths: QidFolder, model: Path, layer: int, *more: str | Path, fv: Path | None = None) -> int:
     return in_process(
-        "step6", "--fv_global_path", fv or paths.fv, "--sampled_trials_path", paths.zero_shot_trials, "--model", model,
-        "--edit_layer", str(layer), "--out_dir", paths.step6_layer(layer), *more,
+        "step6", "--fv_global_path", fv or paths.path(FV), "--sampled_trials_path", paths.path(ZERO_SHOT_TRIALS), "--model", model,
+        "--edit_layer", str(layer), "--out_dir", paths.artifacts / f"step6/layer_{layer}", *more,
     )  # fmt: skip
 
 
 def test_an_input_that_was_changed_or_comes_from_elsewhere_does_not_get_into_a_q_ids_folder(
-    folder: QidPaths, llama_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: QidFolder, llama_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = contents(folder.artifacts)
     foreign = tmp_path / "foreign.pt"
     shutil.copy(folder.artifacts.parents[1] / "B2/artifacts/fv_global_resid.pt", foreign)
-    assert step6(folder, llama_path, 1, fv=foreign) == 2
+    assert run_step6(folder, llama_path, 1, fv=foreign) == 2
     assert "is not a file of" in capsys.readouterr().err
-    shutil.copy(foreign, folder.fv)
-    assert step6(folder, llama_path, 1) == 2
+    shutil.copy(foreign, folder.path(FV))
+    assert run_step6(folder, llama_path, 1) == 2
     assert "has been changed since stepE wrote it" in capsys.readouterr().err
     assert {**contents(folder.artifacts), "fv_global_resid.pt": b""} == {**before, "fv_global_resid.pt": b""}
 
 
-def test_a_layer_evaluated_again_with_other_settings_has_one_result(folder: QidPaths, llama_path: Path) -> None:
+def test_a_layer_evaluated_again_with_other_settings_has_one_result(folder: QidFolder, llama_path: Path) -> None:
     for layer in range(3):
-        shutil.rmtree(folder.step6_layer(layer))
+        shutil.rmtree(folder.artifacts / f"step6/layer_{layer}")
     document = json.loads((folder.artifacts / "qid_status.json").read_text())
+    from_step6_on = tuple(stage.name for stage in STAGES[STAGES.index(step6.STAGE) :])
     document["stages"] = {
-        name: record for name, record in document["stages"].items() if "step6" not in name and name not in AFTER_STEP6
+        name: record for name, record in document["stages"].items() if not name.startswith(from_step6_on)
     }
     (folder.artifacts / "qid_status.json").write_text(json.dumps(document))
-    assert step6(folder, llama_path, 0, "--n_eval", "4") == 0
-    assert step6(folder, llama_path, 0, "--n_eval", "6") == 0
-    results = list(folder.step6_layer(0).glob("step6_results_*.json"))
+    assert run_step6(folder, llama_path, 0, "--n_eval", "4") == 0
+    assert run_step6(folder, llama_path, 0, "--n_eval", "6") == 0
+    results = list(folder.artifacts / "step6/layer_0".glob("step6_results_*.json"))
     assert [path.name.endswith("_n6.json") for path in results] == [True]
 
 
 def test_dtype_may_be_spelled_either_way(llama_path: Path, csv_path: Path, tmp_path: Path) -> None:
     assert step_d(llama_path, csv_path, tmp_path / "A1", "--dtype", "fp32") == 0
-    paths = QidPaths(tmp_path / "A1/artifacts", "A1")
+    paths = QidFolder(tmp_path / "A1/artifacts", "A1")
     flags = (
         "--stepd_artifacts_dir",
         paths.artifacts,
         "--out_dir",
         paths.artifacts,
         "--sampled_trials_path",
-        paths.trials,
+        paths.path(TRIALS),
     )
     assert in_process("stepe", *flags, "--model", llama_path, "--dtype", "float32") == 0
 
 
-def test_two_layers_at_once_are_both_recorded(folder: QidPaths, llama_path: Path) -> None:
+def test_two_layers_at_once_are_both_recorded(folder: QidFolder, llama_path: Path) -> None:
     commands = [
-        [sys.executable, "-m", "relfv", "step6", "--fv_global_path", folder.fv, "--sampled_trials_path",
-         folder.zero_shot_trials, "--model", llama_path, "--edit_layer", str(layer), "--out_dir", folder.step6_layer(layer)]
+        [sys.executable, "-m", "relfv", "step6", "--fv_global_path", folder.path(FV), "--sampled_trials_path",
+         folder.path(ZERO_SHOT_TRIALS), "--model", llama_path, "--edit_layer", str(layer), "--out_dir", folder.artifacts / f"step6/layer_{layer}"]
         for layer in (0, 2)
     ]  # fmt: skip
     for layer in (0, 2):
-        shutil.rmtree(folder.step6_layer(layer))
+        shutil.rmtree(folder.artifacts / f"step6/layer_{layer}")
     processes = [
         subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) for command in commands
     ]

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import stat
 from pathlib import Path
@@ -9,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from relfv.errors import RunError
-from relfv.store.files import lock, read_json, remove_temporaries, write_atomic, write_json, write_together
+from relfv.store.files import read_bytes, remove_temporaries, sha256_file, write_atomic, write_together
 
 
 def test_a_file_is_replaced_whole_and_leaves_no_temporary(tmp_path: Path) -> None:
@@ -75,21 +73,6 @@ def test_everything_is_synced_before_a_write_returns_and_content_before_its_name
     ]
 
 
-def test_json_refuses_what_json_cannot_say(tmp_path: Path) -> None:
-    with pytest.raises(ValueError):
-        write_json(tmp_path / "x.json", {"a": float("nan")})
-    assert not (tmp_path / "x.json").exists()
-
-
-@pytest.mark.parametrize(("content", "words"), [(None, "no such file"), ("{", "cannot be read as JSON")])
-def test_json_that_is_not_there_or_damaged_is_named(tmp_path: Path, content: str | None, words: str) -> None:
-    path = tmp_path / "x.json"
-    if content is not None:
-        path.write_text(content)
-    with pytest.raises(RunError, match=words):
-        read_json(path)
-
-
 def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a/.relfv-123-abc.tmp").write_text("half")
@@ -98,23 +81,21 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "a").iterdir()] == [".mine.tmp"]
 
 
-def test_a_lock_is_held_once_and_says_by_whom(tmp_path: Path) -> None:
-    with lock(tmp_path / "locks/q") as first, lock(tmp_path / "locks/q") as second:
-        assert first is None
-        assert f"process {os.getpid()}" in str(second)
-    with lock(tmp_path / "locks/q") as again:
-        assert again is None
-
-
-def test_a_file_system_without_locks_is_named_and_not_taken_for_another_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def unsupported(*_: object) -> None:
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(fcntl, "flock", unsupported)
-    with (
-        pytest.raises(RunError, match=r"locks/q: cannot be locked .*choose another --out_root"),
-        lock(tmp_path / "locks/q"),
+def test_only_a_regular_file_is_read_and_nothing_waits_for_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    with (tmp_path / "huge").open("wb") as file:
+        file.truncate(5 << 30)
+    for name, words in (
+        ("pipe", "not a regular file"),
+        ("link", "not a regular file"),
+        ("folder", "Is a directory"),
+        ("huge", "File too large"),
+        ("nothing", "No such file"),
     ):
-        pass
+        with pytest.raises(OSError, match=words):
+            read_bytes(tmp_path / name)
+        assert sha256_file(tmp_path / name) is None
+    (tmp_path / "file").write_bytes(b"x")
+    assert read_bytes(tmp_path / "file") == b"x"

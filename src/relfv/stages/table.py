@@ -55,10 +55,11 @@ def steps(layers: Sequence[int], *, of: Iterable[Stage] = STAGES) -> list[Step]:
 def step_named(name: str) -> Step | None:
     """The step that qid_status.json calls ``name``; None for one of another version of relfv."""
     for stage in STAGES:
-        if name == stage.name:
+        layer = name.removeprefix(stage.name)
+        if stage.per_layer and name.startswith(stage.name) and layer.isdecimal():
+            return stage.step(int(layer))
+        if not stage.per_layer and name == stage.name:
             return stage.step()
-        if stage.per_layer and name.startswith(stage.name) and name.removeprefix(stage.name).isdecimal():
-            return stage.step(int(name.removeprefix(stage.name)))
     return None
 
 
