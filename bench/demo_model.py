@@ -4,8 +4,8 @@
     python bench/demo_model.py --model my_demo --seed 7
 
 Per relation: accuracy and P on clean, corrupted and zero-shot prompts; the best head; the share of the top five heads
-in the positive CIE; and what happens to zero-shot prompts, at each layer, with the function vector, with that of 20 random
-heads (all heads drawn from), and with that of another relation that shares the inputs.
+in the positive CIE; and what happens to zero-shot prompts, at each layer, with the function vector, with that of 20
+random heads (all heads drawn from), and with that of another relation that shares the inputs.
 """
 
 from __future__ import annotations

@@ -5,15 +5,15 @@ often the interval of a real effect covers it. Feeds docs/statistics.md.
     python bench/head_statistics.py coverage --q_id Q4            # 60 runs on the same 25 rows
     python bench/head_statistics.py coverage --q_id Q4 --rows 12  # 60 runs, each on 12 of them
 
-Null relations. ``scrambled``: inputs and outputs drawn from the whole CSV, none a true pair; the model gives such answers no
-probability. ``mixed``: for each input the right answer under a relation drawn at random among those that share the input;
-each answer is plausible (P about 0.3), and the labels say nothing about which relation is meant.
+Null relations. ``scrambled``: inputs and outputs drawn from the whole CSV, none a true pair; the model gives such
+answers no probability. ``mixed``: for each input the right answer under a relation drawn at random among those that
+share the input; each answer is plausible (P about 0.3), and the labels say nothing about which relation is meant.
 
-Coverage. The truth is a head's mean effect over endless trials of all the relation's rows, patched with the clean mean of
-endless trials; --truth trials stand for endless. Runs patch with ``own`` clean mean, as StepD does, and with the
+Coverage. The truth is a head's mean effect over endless trials of all the relation's rows, patched with the clean mean
+of endless trials; --truth trials stand for endless. Runs patch with ``own`` clean mean, as StepD does, and with the
 ``true`` one, which no real run has: the difference is what the interval does not know of. ``--leave_out`` adds the
-interval that leaves out a query's trials from the clean mean too, as top_heads.json has it of its heads, here of all (ten
-times slower).
+interval that leaves out a query's trials from the clean mean too, as top_heads.json has it of its heads, here of all
+(ten times slower).
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def main() -> None:
 
 def null_table(model: LanguageModel, relations: dict[str, Relation], n: int, rows: int) -> Iterator[str]:
     """A row for each kind of null relation, with what taking trials for independent would give beside it."""
-    yield "| labels | relations | P | heads with p < 0.05 | relation by relation | called | in relations | trials as independent: p < 0.05, called |"
+    yield "| labels | relations | P | heads with p < 0.05 | relation by relation | called | in relations | trials as independent: p < 0.05, called |"  # noqa: E501
     yield "|---|---|---|---|---|---|---|---|"
     for kind, make in (("scrambled", scrambled), ("mixed", mixed)):
         shares, called, naive_shares, naive_called, p, n_heads = [], [], [], [], [], 0
@@ -119,9 +119,11 @@ def null_table(model: LanguageModel, relations: dict[str, Relation], n: int, row
                 share.append((p_values < 0.05).mean())
                 calls.append(int((false_discovery(p_values) <= FDR).sum()))
         yield (
-            f"| {kind} | {n} of {rows} rows | {np.mean(p):.2g} | {np.mean(shares):.2%} (se {np.std(shares, ddof=1) / n**0.5:.2%}) "
-            f"| {min(shares):.1%} to {max(shares):.1%}, sd {np.std(shares, ddof=1):.1%} | {sum(called)} of {n_heads} "
-            f"| {np.count_nonzero(called)} | {np.mean(naive_shares):.1%}, {sum(naive_called)} in {np.count_nonzero(naive_called)} |"
+            f"| {kind} | {n} of {rows} rows | {np.mean(p):.2g} | {np.mean(shares):.2%} (se "
+            f"{np.std(shares, ddof=1) / n**0.5:.2%}) | {min(shares):.1%} to {max(shares):.1%}, sd "
+            f"{np.std(shares, ddof=1):.1%} | {sum(called)} of {n_heads} "
+            f"| {np.count_nonzero(called)} | {np.mean(naive_shares):.1%}, {sum(naive_called)} in "
+            f"{np.count_nonzero(naive_called)} |"
         )
 
 
@@ -147,8 +149,8 @@ def coverage_table(model: LanguageModel, relation: Relation, args: argparse.Name
         f"{relation.q_id}: {args.runs} runs of {args.rows or len(relation.pairs)} of {len(relation.pairs)} rows, "
         f"{np.mean(n_queries):.1f} distinct queries; truth from {args.truth} trials",
         "",
-        "| clean mean | true effect | heads | covered | worst head | truth above / below it | mean se / sd of the estimates "
-        "| called a run | of the wrong sign |",
+        "| clean mean | true effect | heads | covered | worst head | truth above / below it | mean se / sd of the "
+        "estimates | called a run | of the wrong sign |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, runs in found.items():
@@ -161,9 +163,11 @@ def coverage_table(model: LanguageModel, relation: Relation, args: argparse.Name
         ratio = se.mean(0) / mean.std(0, ddof=1)
         for words, group in ((f"at least {LARGE}", np.abs(truth) >= LARGE), ("smaller", np.abs(truth) < LARGE)):
             lines.append(
-                f"| {name} | {words} | {group.sum()} | {covered[:, group].mean():.1%} | {covered[:, group].mean(0).min():.0%} "
-                f"| {above[:, group].mean():.1%} / {below[:, group].mean():.1%} | {np.median(ratio[group]):.2f} "
-                f"| {called[:, group].sum(1).mean():.1f} | {wrong[:, group].sum() / max(1, called[:, group].sum()):.1%} |"
+                f"| {name} | {words} | {group.sum()} | {covered[:, group].mean():.1%} | "
+                f"{covered[:, group].mean(0).min():.0%} | {above[:, group].mean():.1%} / "
+                f"{below[:, group].mean():.1%} | {np.median(ratio[group]):.2f} "
+                f"| {called[:, group].sum(1).mean():.1f} | "
+                f"{wrong[:, group].sum() / max(1, called[:, group].sum()):.1%} |"
             )
     return "\n".join(lines)
 

@@ -291,7 +291,8 @@ def header(args: argparse.Namespace, model: LanguageModel, sweep: Sweep) -> str:
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     lengths = [len(prompt) for prompt in sweep.prompts]
     return (
-        f"{args.shape}, {name}, torch {torch.__version__}, transformers {transformers.__version__}; {len(lengths)} trials "
+        f"{args.shape}, {name}, torch {torch.__version__}, transformers {transformers.__version__}; {len(lengths)} "
+        "trials "
         f"of {min(lengths)} to {max(lengths)} tokens, {len(sweep.heads)} heads; {model.check.reason}\n"
     )
 

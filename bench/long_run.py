@@ -3,7 +3,8 @@
     python bench/long_run.py                # 200 q_ids on the demo model, several minutes
 
 The q_ids are those of the demo's CSV with enough rows, again and again under new names, at the spec's settings. Linux:
-memory and open files are read from /proc. Time is this process's processor time, which others on the machine do not add to.
+memory and open files are read from /proc. Time is this process's processor time, which others on the machine do not add
+to.
 """
 
 from __future__ import annotations

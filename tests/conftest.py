@@ -23,15 +23,15 @@ WORDS = [
     ("frog", "tadpole"), ("bear", "cub"), ("swan", "cygnet"), ("eel", "elver"), ("hare", "leveret"), ("owl", "owlet"),
 ]  # fmt: skip
 PLACES = [
-    ("france", "paris"), ("japan", "tokyo"), ("new zealand", "wellington"), ("kenya", "nairobi"), ("india", "new delhi"),
+    ("france", "paris"), ("japan", "tokyo"), ("new zealand", "wellington"), ("kenya", "nairobi"), ("india", "new delhi"),  # noqa: E501
     ("mexico", "mexico city"), ("peru", "lima"), ("chile", "santiago"), ("cuba", "havana"), ("iran", "tehran"),
     ("iraq", "baghdad"), ("norway", "oslo"), ("egypt", "cairo"),
 ]  # fmt: skip
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``--write-families`` and ``--write-bad-input`` make their pages in docs/ anew instead of comparing them; ``--kills`` and
-    ``--faults`` make tests/runs/test_crashes.py thorough."""
+    """``--write-families`` and ``--write-bad-input`` make their pages in docs/ anew instead of comparing them;
+    ``--kills`` and ``--faults`` make tests/runs/test_crashes.py thorough."""
     parser.addoption("--write-bad-input", action="store_true", help="write docs/bad_input.md from the tests' list")
     parser.addoption("--write-stages", action="store_true", help="write docs/stages.md from the table of stages")
     parser.addoption("--write-families", action="store_true", help="write docs/families.md from what the tests find")
@@ -41,8 +41,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Which tests share a process under ``-n``: those of a file, which share models and runs. The crash tests share little
-    and last longest; the page of families takes what the parity tests have found."""
+    """Which tests share a process under ``-n``: those of a file, which share models and runs. The crash tests share
+    little and last longest; the page of families takes what the parity tests have found."""
     if not config.pluginmanager.hasplugin("xdist"):
         return
     for item in items:

@@ -51,7 +51,7 @@ class Given:
 
 def cases(rows: list[Row]) -> list[object]:
     return [
-        pytest.param(row, flags, id=f"{row.wrong}{' ' + ' '.join(flags)[:40].encode('unicode_escape').decode() if any(flags) else ''}")
+        pytest.param(row, flags, id=f"{row.wrong}{' ' + ' '.join(flags)[:40].encode('unicode_escape').decode() if any(flags) else ''}")  # noqa: E501
         for row in rows
         for flags in row.flags
     ]  # fmt: skip

@@ -1,5 +1,6 @@
 """The per-head statistics end to end, from a relation to top_heads.json, where the truth is known: labels that carry no
-relation, and a model in which one head alone carries it. docs/statistics.md has the figures of more relations and runs."""
+relation, and a model in which one head alone carries it. docs/statistics.md has the figures of more relations and
+runs."""
 
 from __future__ import annotations
 
@@ -56,10 +57,10 @@ def run_step_d(model: LanguageModel, relation: Relation, folder: Path) -> Work:
 def test_heads_are_not_called_where_labels_carry_no_relation(
     demo: LanguageModel, make: Callable[..., Relation], tmp_path: Path
 ) -> None:
-    """p < 0.05 may be found in 5 % of heads. Heads of one relation share its trials, so relations are what is counted: over 40
-    of them the share had a standard deviation of 1.9 points (docs/statistics.md), and three standard errors of a mean
-    over six are 2.3. If no head has an effect, a relation in which any is called is one in twenty at most; two among six
-    would have a probability of 3 %."""
+    """p < 0.05 may be found in 5 % of heads. Heads of one relation share its trials, so relations are what is counted:
+    over 40 of them the share had a standard deviation of 1.9 points (docs/statistics.md), and three standard errors of
+    a mean over six are 2.3. If no head has an effect, a relation in which any is called is one in twenty at most; two
+    among six would have a probability of 3 %."""
     shares, with_calls = [], 0
     for i in range(N_NULL):
         relation = make(RELATIONS, 12, random.Random(f"test:{i}"))
@@ -156,7 +157,8 @@ class PlainHooks:
 
 
 def true_effect(model: PlainHooks, tokens: Tokens, relation: Relation, head: HeadId) -> float:
-    """Mean delta_p over 200 fresh trials, patched with the clean mean of the same 200; its standard error is about 0.02."""
+    """Mean delta_p over 200 fresh trials, patched with the clean mean of the same 200; its standard error is about
+    0.02."""
     trials = [prompt_trial(t, tokens) for t in sample_trials(relation, seed=1, n_trials=200, n_demos=9)]
     targets = [trial.target.first_token_id for trial in trials]
     clean_mean = model.read([trial.clean_prompt for trial in trials], targets, head)[0].mean(0)

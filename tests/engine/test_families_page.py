@@ -32,7 +32,7 @@ kinds that can be merged) is merged into its base model on opening; that needs `
 
 | Family | `model_type` | `--model_spec` | Engine | Error | Tested with |
 | --- | --- | --- | --- | --- | --- |
-"""
+"""  # noqa: E501
 
 
 def row(family: str, animals: list[Animal]) -> str:

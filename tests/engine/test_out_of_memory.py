@@ -41,7 +41,7 @@ def room_for(rows: float) -> Iterator[list[int]]:
 
 def run(llama_path: Path, csv_path: Path, out: Path) -> int:
     return main(
-        ["run", "--model", str(llama_path), "--relation_csv_path", str(csv_path), "--out_root", str(out), "--q_list", "A1"]
+        ["run", "--model", str(llama_path), "--relation_csv_path", str(csv_path), "--out_root", str(out), "--q_list", "A1"]  # noqa: E501
     )  # fmt: skip
 
 

@@ -96,7 +96,7 @@ def test_some_heads_of_some_layers_are_the_same_numbers_as_all_heads(engine_type
 # CPU kernels may sum or round the edge of a tile or vector in another way, so that equal rows of a batch do not stay
 # equal: every width here, and the longest prefix, is a multiple of 16.
 ROUND: dict[str, Any] = {
-    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, **IDS,
+    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, **IDS,  # noqa: E501
 }  # fmt: skip
 ROUND_GROUPED: dict[str, Any] = {**ROUND, "num_key_value_heads": 2}
 IDENTITY: dict[str, Callable[[], Any]] = {

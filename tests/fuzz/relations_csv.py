@@ -1,6 +1,8 @@
-"""Coverage-guided fuzzing of the CSV loader: any file whatever is either loaded, and then means what it says, or refused.
+"""Coverage-guided fuzzing of the CSV loader: any file whatever is either loaded, and then means what it says, or
+refused.
 
-How to run it and what it has found: docs/bad_input.md. ``check`` is what tests/test_relations.py asks of Hypothesis' files.
+How to run it and what it has found: docs/bad_input.md. ``check`` is what tests/test_relations.py asks of Hypothesis'
+files.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ SEEDS = [
     b"EXB,EXA,QID\rb,a,Q1\rd,c,q1\r",
     HEADER + b'../x,a,b\n"Q1\nQ1",a,b\n,,\nQ1,"a\nb",c\nCON,a,b\nreport,a,b\nQ1,,b\nQ1,a\nQ1,"never closed\n',
 ]
-WORDS = ['"', '""', '"\\x0a"', "\\x0d", "\\xef\\xbb\\xbf", "\\xff\\xfe", "\\xc2\\x85", "\\xe2\\x80\\xa8", "\\xe2\\x80\\xae",
-         "id", "ex_a", "ex_b", "input", "output", "q_id", "nul.txt", "com1", "run.log", ".replaced-", "report", "Q1", "q1"]  # fmt: skip
+WORDS = ['"', '""', '"\\x0a"', "\\x0d", "\\xef\\xbb\\xbf", "\\xff\\xfe", "\\xc2\\x85", "\\xe2\\x80\\xa8", "\\xe2\\x80\\xae",  # noqa: E501
+         "id", "ex_a", "ex_b", "input", "output", "q_id", "nul.txt", "com1", "run.log", ".replaced-", "report", "Q1", "q1"]  # fmt: skip  # noqa: E501
 
 
 def check(path: Path) -> bool:

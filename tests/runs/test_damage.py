@@ -53,7 +53,8 @@ WAYS = [truncate, flip_a_bit, empty, Path.unlink, put_a_folder_there]
 
 @pytest.fixture(scope="module")
 def wide(llama_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
-    """A finished run with a q_id for each file to be damaged. -> (its arguments but --out_root, the relation's folder)"""
+    """A finished run with a q_id for each file to be damaged. -> (its arguments but --out_root, the relation's
+    folder)"""
     folder = tmp_path_factory.mktemp("wide")
     rows = [f"{q},{a}{i % 7},{b}\n" for i, q in enumerate(Q_IDS) for a, b in WORDS[:4]]
     (folder / "wide.csv").write_text("id,ex_A,ex_B\n" + "".join(rows))

@@ -1,4 +1,5 @@
-"""What SECURITY.md promises: nothing that relfv reads is run, steers a terminal, or is written anywhere but where it seems."""
+"""What SECURITY.md promises: nothing that relfv reads is run, steers a terminal, or is written anywhere but where it
+seems."""
 
 from __future__ import annotations
 
@@ -66,7 +67,7 @@ def test_the_check_of_the_source_files_sees_what_it_is_for(line: str) -> None:
     assert not unsafe("torch.load(path, map_location='cpu', weights_only=True)")
 
 
-HOSTILE = ["\u202egnp.exe", "\u2066x\u200b", "=1+1", "+1", "@SUM(A1)", "-2", "</script><script>alert(1)</script>", '" onmouseover="alert(1)', "' onload='x", "<img src=x onerror=y>", "{{ 7*7 }}", "%s%n", "$\\frac$"]  # fmt: skip
+HOSTILE = ["\u202egnp.exe", "\u2066x\u200b", "=1+1", "+1", "@SUM(A1)", "-2", "</script><script>alert(1)</script>", '" onmouseover="alert(1)', "' onload='x", "<img src=x onerror=y>", "{{ 7*7 }}", "%s%n", "$\\frac$"]  # fmt: skip  # noqa: E501
 
 
 @pytest.fixture(scope="session")
@@ -251,4 +252,4 @@ def test_a_q_id_in_a_results_file_is_no_path_either(finished: Path, tmp_path: Pa
         with pytest.raises(RunError):
             read(path)
     assert main(["heatmap", "--in_dir", str(tmp_path / "artifacts")]) == 1
-    assert files_below(tmp_path).keys() == {tmp_path / "artifacts" / p.relative_to(finished / "A1/artifacts") for p in files_below(finished / "A1/artifacts")}  # fmt: skip
+    assert files_below(tmp_path).keys() == {tmp_path / "artifacts" / p.relative_to(finished / "A1/artifacts") for p in files_below(finished / "A1/artifacts")}  # fmt: skip  # noqa: E501

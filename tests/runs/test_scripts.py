@@ -97,7 +97,7 @@ def shell(script: str, model: Path, csv: Path, base: Path, q_id: str = "B2", env
     variables = VARIABLES.format(model=model, csv=csv, base=base, q_id=q_id)
     text = "set -e\n" + variables + re.sub(r"^python ", f"{sys.executable} ", script, flags=re.MULTILINE)
     return subprocess.run(
-        ["bash", "-c", text], cwd=ROOT, env={**os.environ, **(environment or {})}, capture_output=True, text=True, check=False
+        ["bash", "-c", text], cwd=ROOT, env={**os.environ, **(environment or {})}, capture_output=True, text=True, check=False  # noqa: E501
     )  # fmt: skip
 
 
@@ -323,7 +323,7 @@ def folder(finished: Path, tmp_path: Path) -> QidFolder:
 
 def run_step6(paths: QidFolder, model: Path, layer: int, *more: str | Path, fv: Path | None = None) -> int:
     return in_process(
-        "step6", "--fv_global_path", fv or paths.path(FV), "--sampled_trials_path", paths.path(ZERO_SHOT_TRIALS), "--model", model,
+        "step6", "--fv_global_path", fv or paths.path(FV), "--sampled_trials_path", paths.path(ZERO_SHOT_TRIALS), "--model", model,  # noqa: E501
         "--edit_layer", str(layer), "--out_dir", paths.artifacts / f"step6/layer_{layer}", *more,
     )  # fmt: skip
 
@@ -374,7 +374,7 @@ def test_dtype_may_be_spelled_either_way(llama_path: Path, csv_path: Path, tmp_p
 def test_two_layers_at_once_are_both_recorded(folder: QidFolder, llama_path: Path) -> None:
     commands = [
         [sys.executable, "-m", "relfv", "step6", "--fv_global_path", folder.path(FV), "--sampled_trials_path",
-         folder.path(ZERO_SHOT_TRIALS), "--model", llama_path, "--edit_layer", str(layer), "--out_dir", folder.artifacts / f"step6/layer_{layer}"]
+         folder.path(ZERO_SHOT_TRIALS), "--model", llama_path, "--edit_layer", str(layer), "--out_dir", folder.artifacts / f"step6/layer_{layer}"]  # noqa: E501
         for layer in (0, 2)
     ]  # fmt: skip
     for layer in (0, 2):

@@ -83,7 +83,7 @@ def test_a_folder_without_results_is_bad_usage(tmp_path: Path, name: str, capsys
         ("cie_scores.csv", without_the_last_line, "inconsistent", "heads and scores of cie_scores.csv"),
         ("top_heads.json", in_json("heads", 0, "head", value=77), "inconsistent", "20 heads with their"),
         ("fv_by_layer.pt", nudge_one_part, "inconsistent", "sum to fv_global_resid.pt"),
-        ("sampled_trials_zeroshot.json", in_json("trials", 3, "query", "input", value="x"), "inconsistent", "same queries"),
+        ("sampled_trials_zeroshot.json", in_json("trials", 3, "query", "input", value="x"), "inconsistent", "same queries"),  # noqa: E501
         ("step6/layer_1/eval_summary.json", in_json("acc_with", value=2.0), "inconsistent", "numbers of layer 1"),
         ("step6/layer_1/eval_trials.jsonl", without_the_last_line, "inconsistent", "n_eval rows"),
         ("step6/layer_1/eval_meta.json", in_json("edit_layer", value=2), "inconsistent", "edit_layer 1"),

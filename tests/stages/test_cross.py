@@ -77,9 +77,8 @@ def test_an_own_vector_that_is_clearly_best_is_said_to_be() -> None:
     assert at["others"]["mean_delta_p"] == pytest.approx(0.1, abs=1e-6)
     assert (at["rank_of_own"], at["best"], at["not_apart_from_own"]) == (1, "A", [])
     assert found["verdict"] == (
-        "The own vector is the best of 3 at layer 1, which is chosen for it on these very queries (mean change in P +0.700, with "
-        "the others' +0.100), its interval above every "
-        "other's."
+        "The own vector is the best of 3 at layer 1, which is chosen for it on these very queries (mean change in P "
+        "+0.700, with the others' +0.100), its interval above every other's."
     )
 
 
@@ -121,8 +120,8 @@ def test_the_overall_sentence_counts_what_is_there() -> None:
         judged(A=[0.2, 0.8], B=[0.1, other], C=[0.1, 0.1]) for other in (0.1, 0.799, 0.9)
     )  # fmt: skip
     assert overall_verdict({"A": clear, "B": near, "C": worse}, 3) == (
-        "The own vector is the best of 3 for 2 of 3 q_ids; that is shown, by an interval above every other vector's, for 1 of them "
-        "(each at the layer that is best for its own vector on these very prompts, which favours it)."
+        "The own vector is the best of 3 for 2 of 3 q_ids; that is shown, by an interval above every other vector's, "
+        "for 1 of them (each at the layer that is best for its own vector on these very prompts, which favours it)."
     )
     assert "for 1 of 1 q_ids done so far; that is shown" in overall_verdict({"A": near}, 3)
     assert "for none of them" in overall_verdict({"A": near}, 3)

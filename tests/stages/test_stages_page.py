@@ -18,7 +18,7 @@ Written by the tests from the declarations in `src/relfv/stages/` (`pytest tests
 
 | stage | what it does | reads | writes | settings |
 |---|---|---|---|---|
-"""
+"""  # noqa: E501
 
 
 def page() -> str:

@@ -44,7 +44,8 @@ def said(found: dict[str, Any], top: dict[str, Any] = TOP, overlap: float | None
 def test_the_verdict_says_what_the_numbers_say() -> None:
     verdict = said(controls(0.1, 0.9, fv=0.7, held_out=0.66, random_heads=0.14, random_direction=0.1, mean_hidden=0.3))
     assert verdict.startswith(
-        "17 of the top 20 heads are distinguishable from noise; two halves of the queries agree on 81% of them (by chance 2%)"
+        "17 of the top 20 heads are distinguishable from noise; two halves of the queries agree on 81% of them (by "
+        "chance 2%)"
     )
     assert "closes 75% (95% CI" in verdict
     assert "at layer 1, the best of all on these very prompts (12 distinct queries)" in verdict

@@ -33,8 +33,8 @@ BY_NAME = {stage.name: stage for stage in STAGES}
 
 
 def test_the_order_is_the_specs() -> None:
-    """StepD (trials, means, CIE), heatmap, StepE, the zero-shot snapshot, Step6 at every layer, their summary; what relfv
-    adds to the spec comes after."""
+    """StepD (trials, means, CIE), heatmap, StepE, the zero-shot snapshot, Step6 at every layer, their summary; what
+    relfv adds to the spec comes after."""
     assert [step.name for step in steps(range(3))] == [
         "stepD_trials", "stepD_means", "stepD_cie", "heatmap", "stepE", "zeroshot",
         "step6_layer_0", "step6_layer_1", "step6_layer_2", "step6_summary",

@@ -1,5 +1,6 @@
-"""Disks that are full, read-only or forbidden, limits on file sizes, and paths that are too long: one clear line, nothing
-lost, and a restart goes on. Real ones: a small tmpfs in a mount namespace of its own, which ends with its process."""
+"""Disks that are full, read-only or forbidden, limits on file sizes, and paths that are too long: one clear line,
+nothing lost, and a restart goes on. Real ones: a small tmpfs in a mount namespace of its own, which ends with its
+process."""
 
 from __future__ import annotations
 

@@ -144,7 +144,8 @@ def require_no_links(path: Path, below: Path) -> None:
         if one.is_symlink():
             raise InputError(
                 f"{one}: is a symbolic link (to {one.readlink()}), and results are only written to where they seem "
-                "to be; expected folders and files, so name the place that it leads to, or put what it leads to in its place"
+                "to be; expected folders and files, so name the place that it leads to, or put what it leads to in "
+                "its place"
             )
 
 

@@ -87,7 +87,7 @@ def test_activations_are_told_apart_by_what_they_compute() -> None:
     from transformers.activations import ACT2FN
 
     expected = {
-        "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu": "gelu", "gelu_10": None, "quick_gelu": None, "relu2": None,
+        "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu": "gelu", "gelu_10": None, "quick_gelu": None, "relu2": None,  # noqa: E501
     }  # fmt: skip
     assert {name: as_activation(ACT2FN[name], "cpu") for name in expected} == expected
     assert as_activation(nn.Tanh(), "cpu") is None
