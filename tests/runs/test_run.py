@@ -19,8 +19,7 @@ from folders import arguments, contents, status
 from relfv.cli import main
 
 CONTRACT = [
-    "sampled_trials.json", "sampled_trials_zeroshot.json", "trial_metrics.jsonl", "stepD_cie/noise_floor.json", "
-    ""cie_scores.csv", "aie_scores.csv",
+    "sampled_trials.json", "sampled_trials_zeroshot.json", "trial_metrics.jsonl", "stepD_cie/noise_floor.json", "cie_scores.csv", "aie_scores.csv",  # noqa: E501
     "stepD_mean_acts/qid_A1_clean_mean.pt", "stepD_mean_acts/global_clean_mean.pt", "top_heads.json",
     "fv_global_resid.pt", "fv_global_resid_meta.json", "fv_by_layer.pt", "stepE_eval.json", "qid_status.json",
     "aie_heatmap_A1.png", "step6/step6_all_layers_summary.json", "step6/injection_curve.png", "head_stability.json",
@@ -347,8 +346,7 @@ def test_a_q_id_that_another_process_holds_is_left_to_it(csv_path: Path, llama_p
 def test_what_was_made_from_a_file_that_changed_is_made_again_whenever_that_is_noticed(
     copied: Path, csv_path: Path, llama_path: Path
 ) -> None:
-    """The change is on disk and in the hashes, so it does not matter which process made it, or whether it was
-    killed."""
+    """The change is on disk and in the hashes, so it does not matter which process made it, or whether it was killed."""  # noqa: E501
     whole = contents(copied / "A1/artifacts")
     artifacts = copied / "A1/artifacts"
     # as if StepD had been made again with other bytes, recorded as done, and the process killed right after
