@@ -13,7 +13,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
-for name in ("DEVICE", "DTYPE", "QUANT"):
+for name in (
+    "MODEL", "MODEL_SPEC", "DEVICE", "DTYPE", "QUANT", "SEED", "RELATION_CSV", "N_TRIALS_PER_Q", "N_DEMOS", "SCORE_KEY",
+    "TOPK", "ALPHA", "N_EVAL",
+):  # fmt: skip
     os.environ.pop(name, None)
 
 ROOT = Path(__file__).resolve().parents[1]

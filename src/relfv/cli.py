@@ -70,7 +70,7 @@ def _add(parser: argparse.ArgumentParser, name: str) -> None:
                 groups[flag.group] = parser.add_argument_group(flag.group)
             add_setting(groups[flag.group], field, flag, flag.names.get(name, f"--{field}"))
     parser.add_argument("--debug", action="store_true", help="more log lines, and a traceback after an error")
-    parser.set_defaults(run_command=command)
+    parser.set_defaults(run_command=command, command_name=name)
 
 
 def _execute(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:

@@ -28,7 +28,7 @@ def add_setting(group: Any, field: str, flag: Flag, name: str) -> None:
         options |= {"type": _numbers(float if field.startswith("alpha") else int), "help": help_text}
     else:
         options |= {"type": type(default), "choices": flag.choices}
-    if flag.environment:
+    if flag.blank:
         options |= {"nargs": "?", "const": ""}
     group.add_argument(name, **options)
 
@@ -53,15 +53,27 @@ def settings_from(args: argparse.Namespace, base: Settings = DEFAULTS) -> Settin
     from relfv.models.families import SPEC_NAMES
     from relfv.models.sources import QUANTS, dtype_name
 
-    given = {field: value for field, value in vars(args).items() if field in FLAGS}
+    flags = {field: value for field, value in vars(args).items() if field in FLAGS}
+    given = {field: value for field, value in flags.items() if value != "" or not FLAGS[field].blank}
     for field, flag in FLAGS.items():
-        if flag.environment:
-            given[field] = given.get(field) or os.environ.get(flag.environment) or getattr(base, field)
+        text = os.environ.get(flag.environment or "") if args.command_name in flag.commands else None
+        if text and field not in given:
+            given[field] = _of_environment(text, type(getattr(DEFAULTS, field)), flag)
     settings = replace(base, **given)
     for field, names in (("quant", QUANTS), ("model_spec", SPEC_NAMES)):
         if (value := getattr(settings, field)) not in names:
             raise InputError(f"--{field} {value!r}: expected one of {', '.join(names)}")
     return replace(settings, dtype=dtype_name(settings.dtype))
+
+
+def _of_environment(text: str, kind: Callable[[str], Any], flag: Flag) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        raise InputError(
+            f"${flag.environment} {text[:40]!r}: expected a number, since it stands for a flag that is not given; set "
+            "it to one, or unset it"
+        ) from None
 
 
 def path_flag(text: str) -> Path:

@@ -47,6 +47,9 @@ class Flag:
     high: float = math.inf
     environment: str | None = None
     """The environment variable that is used where the flag is not given."""
+    blank: bool = False
+    """Whether the flag may stand without a value and then counts as not given: the spec's commands leave its variable
+    unset."""
     identity: bool = True
     """False for what does not make another experiment: where things lie, and what leaves other files as they are."""
     fixed: bool = False
@@ -65,48 +68,65 @@ def _setting(default: Any, help_text: str, place: tuple[str, tuple[str, ...]], *
 class Settings:
     """Everything that the numbers of a q_id depend on, besides its rows. Defaults are the spec's section 2."""
 
-    model: str = _setting("meta-llama/Llama-3.1-8B", "demo, a local folder, or a hub id", _MODEL, identity=False)
-    model_spec: str = _setting("llama3", "family: llama3, gpt2, neox, ...; auto = from the config", _MODEL)
-    device: str = _setting("auto", "auto, cpu, cuda, cuda:<n> or mps", _MODEL, environment="DEVICE", identity=False)
-    dtype: str = _setting("auto", "auto (the checkpoint's), fp32, bf16 or fp16", _MODEL, environment="DTYPE")
-    quant: str = _setting("none", "none, 8bit or 4bit (needs relfv[quant])", _MODEL, environment="QUANT")
+    model: str = _setting(
+        "meta-llama/Llama-3.1-8B", "demo, a local folder, or a hub id", _MODEL, environment="MODEL", identity=False,
+        fixed=True,
+    )  # fmt: skip
+    model_spec: str = _setting(
+        "llama3",
+        "family: llama3, gpt2, neox, ...; auto = from the config",
+        _MODEL,
+        environment="MODEL_SPEC",
+        fixed=True,
+    )
+    device: str = _setting(
+        "auto", "auto, cpu, cuda, cuda:<n> or mps", _MODEL, environment="DEVICE", blank=True, identity=False
+    )
+    dtype: str = _setting(
+        "auto", "auto (the checkpoint's), fp32, bf16 or fp16", _MODEL, environment="DTYPE", blank=True
+    )
+    quant: str = _setting("none", "none, 8bit or 4bit (needs relfv[quant])", _MODEL, environment="QUANT", blank=True)
     precision: str = _setting(
         "exact", "exact: float32 arithmetic; fast: the weights' dtype", _MODEL, choices=("exact", "fast")
     )
-    seed: int = _setting(0, "seed of the trials", _TRIALS, low=0, high=MAX_SEED)
-    relation_csv_path: str = _setting(str(SPEC_CSV), "columns id,ex_A,ex_B", _TRIALS, identity=False)
+    seed: int = _setting(0, "seed of the trials", _TRIALS, environment="SEED", low=0, high=MAX_SEED, fixed=True)
+    relation_csv_path: str = _setting(
+        str(SPEC_CSV), "columns id,ex_A,ex_B", _TRIALS, environment="RELATION_CSV", identity=False
+    )
     n_trials_per_q: int = _setting(
-        25, "trials a q_id", _TRIALS, names={"stepd": "--relation_n_trials_per_q"}, low=1, high=MOST, fixed=True
-    )
+        25, "trials a q_id", _TRIALS, names={"stepd": "--relation_n_trials_per_q"}, environment="N_TRIALS_PER_Q",
+        low=1, high=MOST, fixed=True,
+    )  # fmt: skip
     n_demos: int = _setting(
-        9, "demos a prompt", _TRIALS, names={"stepd": "--relation_n_demos"}, low=1, high=MOST, fixed=True
-    )
+        9, "demos a prompt", _TRIALS, names={"stepd": "--relation_n_demos"}, environment="N_DEMOS", low=1, high=MOST,
+        fixed=True,
+    )  # fmt: skip
     corruption: str = _setting(
-        "derange",
-        "derange: no demo keeps its label; shuffle: plain permutation",
-        _TRIALS,
-        choices=("derange", "shuffle"),
-    )
+        "derange", "derange: no demo keeps its label; shuffle: plain permutation", _TRIALS,
+        choices=("derange", "shuffle"), fixed=True,
+    )  # fmt: skip
     layers: str = _setting("all", "layers swept: all, or e.g. 0-3,7", ("sweep", ("stepd",)), fixed=True)
     heads: str = _setting("all", "heads swept in each layer: all, or e.g. 0-3,7", ("sweep", ("stepd",)), fixed=True)
     score_key: str = _setting(
-        "mean_delta_p", "what heads are ranked by", ("heads", ("run", "stepd", "stepe")), choices=SCORE_KEYS
-    )
+        "mean_delta_p", "what heads are ranked by", ("heads", ("run", "stepd", "stepe")), choices=SCORE_KEYS,
+        environment="SCORE_KEY", fixed=True,
+    )  # fmt: skip
     topk: int = _setting(
-        20, "heads in the function vector", ("heads", ("run", "stepe")), names={"stepe": "--k"}, low=1, high=MOST,
-        fixed=True,
+        20, "heads in the function vector", ("heads", ("run", "stepe")), names={"stepe": "--k"}, environment="TOPK",
+        low=1, high=MOST, fixed=True,
     )  # fmt: skip
     alpha: float = _setting(
-        1.0,
-        "the vector is added alpha times",
-        ("injection", ("run", "stepe", "step6")),
-        low=-_MAX_ALPHA,
-        high=_MAX_ALPHA,
-    )
-    n_eval: int = _setting(50, "zero-shot prompts at most", ("injection", ("run", "step6")), low=1, high=MOST)
+        1.0, "the vector is added alpha times", ("injection", ("run", "stepe", "step6")), environment="ALPHA",
+        low=-_MAX_ALPHA, high=_MAX_ALPHA, fixed=True,
+    )  # fmt: skip
+    n_eval: int = _setting(
+        50, "zero-shot prompts at most", ("injection", ("run", "step6")), environment="N_EVAL", low=1, high=MOST,
+        fixed=True,
+    )  # fmt: skip
     allow_query_duplicates: bool = _setting(
-        False, "evaluate every trial's query, also those drawn more than once", ("injection", ("run", "step6"))
-    )
+        False, "evaluate every trial's query, also those drawn more than once", ("injection", ("run", "step6")),
+        fixed=True,
+    )  # fmt: skip
     trust_remote_code: bool = _setting(False, "run code that comes with the checkpoint", _MODEL, identity=False)
     alpha_sweep: tuple[float, ...] = _setting(
         (), "also add the vector with these factors, e.g. 0.5,1,2 or =-1,1: step6/sweeps.json", ("injection", ("run",)),
@@ -137,13 +157,14 @@ class Settings:
         )
 
     def departures(self) -> list[str]:
-        """In what these settings depart from the spec's hard constraints (section 2), in words."""
+        """In what these settings depart from what the spec fixes (section 2), in words."""
         departures = [
             f"{name} is {getattr(self, name)}, the spec fixes {_DEFAULTS[name]}"
             for name, flag in FLAGS.items()
             if flag.fixed and getattr(self, name) != _DEFAULTS[name]
         ]
-        if Path(self.relation_csv_path) != SPEC_CSV:
+        # The same file by another path, say from another working folder, is no departure.
+        if Path(self.relation_csv_path).parts[-len(SPEC_CSV.parts) :] != SPEC_CSV.parts:
             departures.append(f"relation_csv_path is {self.relation_csv_path}, the spec fixes {SPEC_CSV}")
         return departures
 

@@ -49,6 +49,7 @@ def recorded(
         kept = {name: getattr(status.settings, name) for name in ("model", "device", "relation_csv_path")}
         status.settings = replace(settings, **kept)
         with settled_aloud(status):
+            status.set("running")
             yield status
 
 

@@ -135,7 +135,9 @@ def _write_waiting(plan: Plan, skipped: Mapping[str, str], todo: Sequence[str]) 
         if status is None or (status.status, status.reason) != ("skipped", reason):
             with plan.locked(q_id) as holder:
                 if holder is None:
-                    plan.new_status(q_id).set("skipped", reason)
+                    status = plan.new_status(q_id)
+                    status.set("pending")
+                    status.set("skipped", reason)
     for q_id in todo:
         if plan.status_with_results(q_id) is None:
             with plan.locked(q_id) as holder:

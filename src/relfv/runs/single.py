@@ -64,6 +64,7 @@ def run_step_d(settings: Settings, q_id: str, out_base_dir: Path) -> int:
         )
         if model is None:
             log.info("%s skipped: %s", q_id, reason)
+            status.set("pending")
             status.set("skipped", reason)
             print(status.path)
             return 0

@@ -58,6 +58,7 @@ def _trial(question: Question) -> dict[str, Any]:
         "target_str": question.answer,
         "corrupted_prompt_str": zero_shot_prompt(question.query.input),  # the contract's name for the prompt
         "target_first_token_id": question.first_token_id,
+        "target_id": question.first_token_id,  # the spec's name for it
         "answer_ids": list(question.answer_ids),
     }
 

@@ -43,8 +43,6 @@ class Arithmetic:
     model: Any
     arch: Architecture
     precision: Precision
-    tf32: bool = True
-    """Whether float32 products may run as TF32 (10 bits of mantissa, float32 accumulation) on CUDA."""
     linears: tuple[nn.Linear, ...] = ()
     """Linear layers that ``exact`` multiplies in pieces."""
     pieces: Pieces = field(default_factory=Pieces)
@@ -62,8 +60,8 @@ class Arithmetic:
         return replace(self, linears=(), fusions=None)
 
     def in_float32(self) -> Arithmetic:
-        """The same code with float32's rounding and no more, to judge it by: no TF32, three pieces throughout."""
-        return replace(self, precision="exact", tf32=False, pieces=FLOAT32)
+        """The same code with float32's rounding and no more, to judge it by: three pieces throughout."""
+        return replace(self, precision="exact", pieces=FLOAT32)
 
     def finer(self) -> Arithmetic:
         """The same with differences in at least two pieces: for effects that are not small, and to measure rounding."""
@@ -76,13 +74,8 @@ class Arithmetic:
 
     def facts(self) -> dict[str, str | bool]:
         """For records: ``products``, what linear layers multiply in, and ``kernels``, whether kernels run."""
-        tf32 = self._mode.matmul == "high" and self.arch.lm_head.weight.is_cuda
-        if self.precision == "fast":
-            products = "the checkpoint's dtype"
-        elif self._in_pieces:
-            products = "bf16 pieces of float32" + (" in some layers, tf32 in the others" if tf32 else "")
-        else:
-            products = "tf32" if tf32 else "float32"
+        in_pieces = "bf16 pieces of float32" if self._in_pieces else "float32"
+        products = "the checkpoint's dtype" if self.precision == "fast" else in_pieces
         return {"products": products, "kernels": self.fusions is not None}
 
     @contextmanager
@@ -141,4 +134,4 @@ class Arithmetic:
     def _mode(self) -> Mode:
         norms = [norm.module for norm in self.fusions.norms] if self.fusions else []
         float32_as_stored = [*self._in_pieces, *norms]
-        return mode_of(self.model, self.arch, self.precision, tf32=self.tf32, not_widened=float32_as_stored)
+        return mode_of(self.model, self.arch, self.precision, not_widened=float32_as_stored)
