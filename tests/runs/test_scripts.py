@@ -357,6 +357,76 @@ def test_a_layer_evaluated_again_with_other_settings_has_one_result(folder: QidF
     assert [path.name.endswith("_n6.json") for path in results] == [True]
 
 
+def test_a_layer_evaluated_again_leaves_results_alone_that_it_has_not_recorded(
+    folder: QidFolder, llama_path: Path
+) -> None:
+    """Such as one put there by hand, or by Step6 of another model before the folder had a status."""
+    mine = folder.artifacts / "step6/layer_0/step6_results_mine_layer0_n25.json"
+    mine.write_text("precious")
+    before = contents(folder.artifacts)
+    assert run_step6(folder, llama_path, 0) == 0
+    assert contents(folder.artifacts) == before
+
+
+FIGURE_NAMES = ["top_heads.json", "aie_scores.csv", "fv_global_resid.pt", "qid_status.json", "stepE_eval.json"]
+
+
+@pytest.mark.parametrize("name", FIGURE_NAMES)
+@pytest.mark.parametrize("there", [True, False], ids=["there", "not yet"])
+def test_a_heatmap_takes_no_other_results_name(
+    folder: QidFolder, name: str, there: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not there and name not in ("aie_scores.csv", "qid_status.json"):
+        (folder.artifacts / name).unlink()
+    before, record = contents(folder.artifacts.parent), (folder.artifacts / "qid_status.json").read_bytes()
+    assert in_process("heatmap", "--in_dir", folder.artifacts, "--out_name", name) == 2
+    assert f"--out_name {name}: is the name of another result" in capsys.readouterr().err
+    assert contents(folder.artifacts.parent) == before
+    assert (folder.artifacts / "qid_status.json").read_bytes() == record
+
+
+def test_a_heatmap_replaces_a_picture_and_nothing_else(folder: QidFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    heatmap = ("heatmap", "--in_dir", folder.artifacts, "--topk", "3", "--out_name")
+    (folder.artifacts / "notes.txt").write_text("precious")
+    (folder.artifacts / "more").mkdir()
+    for name in ("notes.txt", "more"):
+        assert in_process(*heatmap, name) == 2
+        assert "it is not replaced, so choose another name" in capsys.readouterr().err
+    assert (folder.artifacts / "notes.txt").read_text() == "precious"
+    for _ in range(2):
+        assert in_process(*heatmap, "mine.png") == 0
+    for name in ("a/b.png", "../b.png", "/b.png"):
+        assert in_process(*heatmap, name) == 2
+        assert "expected a file name without a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["top_heads.json", "sampled_trials.json", "qid_status.json", "summary.json"])
+def test_a_zero_shot_snapshot_takes_no_other_results_name(
+    folder: QidFolder, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, record = contents(folder.artifacts.parent), (folder.artifacts / "qid_status.json").read_bytes()
+    flags = ("--sampled_trials_path", folder.path(TRIALS), "--out_path")
+    assert in_process("zeroshot", *flags, folder.artifacts / name) == 2
+    assert f"--out_path {'' if name != 'sampled_trials.json' else folder.artifacts}" in capsys.readouterr().err
+    assert contents(folder.artifacts.parent) == before
+    assert (folder.artifacts / "qid_status.json").read_bytes() == record
+
+
+def test_a_zero_shot_snapshot_may_go_elsewhere_and_replaces_its_kind_alone(folder: QidFolder, tmp_path: Path) -> None:
+    before = contents(folder.artifacts.parent)
+    flags = ("--sampled_trials_path", folder.path(TRIALS), "--out_path", tmp_path / "mine.json")
+    for _ in range(2):
+        assert in_process("zeroshot", *flags) == 0
+    assert (tmp_path / "mine.json").read_bytes() == before["artifacts/sampled_trials_zeroshot.json"]
+    (tmp_path / "mine.json").write_text('{"precious": 1}')
+    assert in_process("zeroshot", *flags) == 1
+    assert (tmp_path / "mine.json").read_text() == '{"precious": 1}'
+    after = contents(folder.artifacts.parent)
+    after.pop("logs/stepD_aie.log")
+    before.pop("logs/stepD_aie.log")
+    assert after == before
+
+
 def test_dtype_may_be_spelled_either_way(llama_path: Path, csv_path: Path, tmp_path: Path) -> None:
     assert step_d(llama_path, csv_path, tmp_path / "A1", "--dtype", "fp32") == 0
     paths = QidFolder(tmp_path / "A1/artifacts", "A1")
