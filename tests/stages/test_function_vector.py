@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from conftest import llama, scale_up
+from parity import assert_close
 from relfv.errors import InputError
 from relfv.models.families import resolve
 from relfv.stages.cie import rank_heads
@@ -38,9 +39,9 @@ def test_the_vector_is_the_sum_of_the_heads_outputs_and_its_parts_sum_to_it() ->
         z[0, 0, head.head * 10 : (head.head + 1) * 10] = means.values[head.layer, head.head]
         with torch.no_grad():
             expected += arch.out_projs[head.layer](z)[0, 0]
-    assert torch.allclose(fv.total, expected, atol=1e-5)
+    assert_close(fv.total, expected)
     assert sorted(fv.by_layer) == [0, 2]
-    assert torch.allclose(sum(fv.by_layer.values()), fv.total, atol=1e-5)  # type: ignore[arg-type]
+    assert_close(sum(fv.by_layer.values()), fv.total)  # type: ignore[arg-type]
     assert fv.total.norm() > 1
 
 
