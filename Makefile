@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= 2
 
-.PHONY: help setup demo test test-quick lint format types check clean
+.PHONY: help setup demo test test-quick test-cpus lint format types check clean
 
 help:
 	@echo "make setup   .venv with relfv in it (.venv/bin/relfv)"
 	@echo "make demo    all relations of datasets/relation/relationA_ex.csv on the embedded demo model"
 	@echo "make test    the tests; make test-quick: those without slow, for every edit; WORKERS=8 for more processes than 2"
+	@echo "make test-cpus  the tests of sums, as other processors add them"
 	@echo "make lint    ruff: rules and format; make types: pyright; make check: all of it"
 
 setup: $(READY)
@@ -35,6 +36,19 @@ test: setup
 
 test-quick: setup
 	$(PYTEST) -m "not slow"
+
+# Other processors add in another order. These settings make this one do so, as far as it can; `make test` is the
+# default with one thread.
+CPU_TESTS ?= tests/engine tests/stages
+
+test-cpus: setup
+	set -e; for cpu in \
+	    "ATEN_CPU_CAPABILITY=avx2" \
+	    "ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2" \
+	    "MKL_CBWR=COMPATIBLE" \
+	    "OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE"; do \
+	  echo "== $$cpu"; env $$cpu $(PYTEST) -q $(CPU_TESTS); \
+	done
 
 lint: setup
 	$(BIN)/ruff check .

@@ -6,8 +6,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-# Before torch: tiny tensors need no threads, and processes that tests start must add in the same order as this one.
-os.environ["OMP_NUM_THREADS"] = "1"
+# Before torch. Tiny tensors need no threads; processes that tests start inherit what is set, and add as this one does.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,6 +24,50 @@ ENGINES: dict[str, type[SharedPrefixEngine] | type[ReferenceEngine]] = {
     "shared_prefix": SharedPrefixEngine,
     "reference": ReferenceEngine,
 }
+
+
+ROUNDING = 64
+"""How many epsilons of the largest logit an engine may be off. A pass through a tiny model is some twenty sums of up to
+a hundred terms; each moves by an epsilon or so if it is added in another order, and the model passes that on. The most
+seen in the zoo, with kernels from SSE to AVX-512, was 15. A wrong mask, position or copy changes scores by 1e-3 and
+more, which is above 64 epsilons of any logit here."""
+
+
+def rounding(scale: float, n: float = ROUNDING, dtype: torch.dtype = torch.float32) -> float:
+    """What arithmetic in ``dtype`` may make of numbers as large as ``scale``: ``n`` of its epsilons.
+
+    Processors sum in different orders, and so do the rows of one batch on some of them: only two equal calls on one
+    machine can be asked for the same bits.
+    """
+    return n * torch.finfo(dtype).eps * scale
+
+
+def largest(*tensors: torch.Tensor) -> float:
+    """The largest absolute value in them; NaN counts as infinite."""
+    return max(float(t.abs().nan_to_num(nan=torch.inf).max()) for t in tensors)
+
+
+def size(*scores: TokenScores) -> float:
+    """Their largest logit or log-probability: what rounding is relative to."""
+    return largest(*(values for s in scores for values in (s.logit, s.logprob)))
+
+
+def size_in(path: Path) -> float:
+    """The same of a trial_metrics.jsonl or eval_trials.jsonl."""
+    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return max(abs(value) for row in rows for key, value in row.items() if key.startswith(("logit_", "logprob_")))
+
+
+def assert_close(found: torch.Tensor, true: torch.Tensor, scale: float | None = None, **how: Any) -> None:
+    """The same but for ``rounding`` of numbers as large as ``scale``, by default the largest of ``true``."""
+    limit = rounding(largest(true) if scale is None else scale, **how)
+    assert largest(found - true) <= limit < torch.inf
+
+
+def assert_same_scores(found: TokenScores, true: TokenScores, **how: Any) -> None:
+    """The same but for ``rounding``, in shapes that broadcast."""
+    assert_close(found.logit, true.logit, size(true), **how)
+    assert_close(found.logprob, true.logprob, size(true), **how)
 
 
 @dataclass(frozen=True)
@@ -49,6 +96,13 @@ class Gaps:
     true_delta_logprob: float
     same_top: float
     """Share of interventions after which both see the same most likely token."""
+    size: float
+    """The largest true logit or log-probability."""
+
+    @property
+    def limit(self) -> float:
+        """What rounding may make of them."""
+        return rounding(self.size)
 
 
 def prompts_of_different_length() -> tuple[list[list[int]], list[int]]:
@@ -148,9 +202,6 @@ def gaps(found: Effects, true: Effects) -> Gaps:
     def effects(of: Effects) -> tuple[torch.Tensor, torch.Tensor]:
         return of.edited.p - of.base.p[:, None], of.edited.logprob - of.base.logprob[:, None]
 
-    def largest(difference: torch.Tensor) -> float:
-        return float(difference.abs().nan_to_num(nan=torch.inf).max())
-
     (p, logprob), (true_p, true_logprob) = effects(found), effects(true)
     return Gaps(
         delta_p=largest(p - true_p),
@@ -158,13 +209,15 @@ def gaps(found: Effects, true: Effects) -> Gaps:
         true_delta_p=largest(true_p),
         true_delta_logprob=largest(true_logprob),
         same_top=float((found.edited.top_id == true.edited.top_id).float().mean()),
+        size=size(true.base, true.edited),
     )
 
 
 def assert_same(found: Gaps) -> None:
-    """1e-5 in delta_p, 1e-4 in delta_logprob, and effects that could have been missed."""
-    assert found.delta_p < 1e-5
-    assert found.delta_logprob < 1e-4
+    """Rounding alone between the two, and effects that could have been missed."""
+    assert found.limit < 1e-3  # far below the effects
+    assert found.delta_p <= found.limit
+    assert found.delta_logprob <= found.limit
     assert found.true_delta_p > 0.01
     assert found.true_delta_logprob > 0.2
     assert found.same_top > 0.99

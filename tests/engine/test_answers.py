@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from parity import assert_close, largest, rounding, size
 from relfv.engine.answers import N_TOP, Injection, decode_vector, score_answers
 from relfv.engine.clean import run_clean
 from relfv.language_model import LanguageModel, open_model
@@ -32,11 +33,9 @@ def test_an_answers_log_probability_is_the_sum_over_its_tokens(model: LanguageMo
     for prompt, answer, scored in zip(PROMPTS, ANSWERS, found, strict=True):
         ids = model.tokens.encode(prompt)
         texts = [[*ids, *answer[:n]] for n in range(len(answer))]
-        expected = [
-            float(run_clean(model.backbone, Prompts([t], [a])).scores.logprob[0])
-            for t, a in zip(texts, answer, strict=True)
-        ]
-        assert scored.logprob == pytest.approx(sum(expected), abs=1e-4)
+        one_by_one = [run_clean(model.backbone, Prompts([t], [a])).scores for t, a in zip(texts, answer, strict=True)]
+        expected = sum(float(token.logprob[0]) for token in one_by_one)
+        assert scored.logprob == pytest.approx(expected, abs=len(answer) * rounding(size(*one_by_one)))
         assert len(scored.written) == len(answer)
 
 
@@ -50,7 +49,7 @@ def test_written_tokens_rank_and_top_are_those_of_one_pass_at_a_time(model: Lang
             if n == 0:
                 assert scored.rank == 1 + int((logits > logits[answer[0]]).sum())
                 assert [token for token, _ in scored.top] == logits.topk(N_TOP).indices.tolist()
-                assert scored.top[0][1] == pytest.approx(float(logits.softmax(-1).max()), abs=1e-5)
+                assert scored.top[0][1] == pytest.approx(float(logits.softmax(-1).max()), abs=rounding(largest(logits)))
             written.append(int(logits.argmax()))
         assert scored.written == written
 
@@ -69,13 +68,13 @@ def test_the_vector_acts_from_the_last_prompt_token_on(model: LanguageModel) -> 
 
         handle = model.arch.blocks[layer].register_forward_hook(add)
         with torch.no_grad():
-            logprobs = model.backbone.model(torch.tensor([[*prompt, *answer[:-1]]])).logits[0].log_softmax(-1)
+            logits = model.backbone.model(torch.tensor([[*prompt, *answer[:-1]]])).logits[0]
         handle.remove()
-        expected = sum(float(logprobs[len(prompt) - 1 + i, token]) for i, token in enumerate(answer))
-        assert found[n].logprob == pytest.approx(expected, abs=1e-4)
+        expected = sum(float(logits.log_softmax(-1)[begin + i, token]) for i, token in enumerate(answer))
+        assert found[n].logprob == pytest.approx(expected, abs=len(answer) * rounding(largest(logits)))
     first = model.engine.inject(Prompts(ids, [answer[0] for answer in ANSWERS]), v[None], [layer])
     single = score_answers(model.backbone, encoded(model), [answer[:1] for answer in ANSWERS], Injection(layer, v))
-    assert [s.logprob for s in single] == pytest.approx(first.edited.logprob[:, 0].tolist(), abs=1e-4)
+    assert_close(torch.tensor([s.logprob for s in single]), first.edited.logprob[:, 0], size(first.edited))
     untouched = score_answers(model.backbone, encoded(model), ANSWERS)
     assert max(abs(a.logprob - b.logprob) for a, b in zip(found, untouched, strict=True)) > 0.1
 
@@ -83,7 +82,8 @@ def test_the_vector_acts_from_the_last_prompt_token_on(model: LanguageModel) -> 
 def test_a_decoded_vector_is_what_norm_and_unembedding_make_of_it(model: LanguageModel) -> None:
     v = vector(model)
     with torch.no_grad():
-        p = model.backbone.model.lm_head(model.backbone.model.model.norm(v)).softmax(-1)
+        logits = model.backbone.model.lm_head(model.backbone.model.model.norm(v))
+    p = logits.softmax(-1)
     found = decode_vector(model.backbone, [0], v)
     assert [token for token, _ in found] == p.topk(len(found)).indices.tolist()
-    assert found[0][1] == pytest.approx(float(p.max()), abs=1e-5)
+    assert found[0][1] == pytest.approx(float(p.max()), abs=rounding(largest(logits)))

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import torch
 
+from parity import assert_close, largest
 from relfv.engine.clean import run_clean
 from relfv.engine.hooks import editing_inputs, editing_outputs
 from relfv.language_model import open_model
@@ -28,7 +28,7 @@ def test_what_is_kept_of_a_batch_is_what_each_prompt_gives_alone(llama_path: Pat
         ):
             ids = torch.tensor([model.tokens.encode(prompt)])
             logits = model.backbone.model(input_ids=ids, use_cache=False).logits[0, -1]
-        assert torch.allclose(clean.activations[n, 1].flatten(), seen["z"].float(), atol=1e-5)
-        assert clean.scores.p[n].item() == pytest.approx(float(logits.softmax(-1)[target]), abs=1e-6)
+        assert_close(clean.activations[n, 1].flatten(), seen["z"].float())
+        assert_close(clean.scores.logprob[n], logits.log_softmax(-1)[target], scale=largest(logits))
         hidden.append(seen["out"].double())
-    assert torch.allclose(clean.hidden[1], torch.stack(hidden).mean(0).float(), atol=1e-5)
+    assert_close(clean.hidden[1], torch.stack(hidden).mean(0))

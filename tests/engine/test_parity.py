@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-import transformers as tf
 
 from conftest import llama, scale_up
 from parity import (
     all_heads,
     assert_same,
+    assert_same_scores,
     chosen_engine,
     gaps,
     injection_gaps,
@@ -22,18 +21,20 @@ from parity import (
     naive_sweep,
     prompts_of_different_length,
     replacements,
+    rounding,
+    size,
     sweep_gaps,
     truth,
 )
-from relfv.engine.passes import capture_heads, last_hidden
-from relfv.engine.readout import read_targets
+from relfv.engine.clean import run_clean
+from relfv.engine.passes import capture_heads
 from relfv.engine.reference import ReferenceEngine
 from relfv.engine.selfcheck import MIN_EFFECT
 from relfv.engine.shared_prefix import SharedPrefixEngine
 from relfv.models.architecture import text_config
 from relfv.models.families import FAMILIES
 from relfv.types import Prompts
-from zoo import GPT2_LIKE, IDS, ZOO, backbone_of, plain_backbone
+from zoo import ZOO, backbone_of, plain_backbone
 
 FAST = {name: animal.build for name, animal in ZOO.items() if animal.engine == "shared_prefix"}
 SLOW = {name: animal.build for name, animal in ZOO.items() if animal.engine == "reference"}
@@ -90,25 +91,17 @@ def test_some_heads_of_some_layers_are_the_same_numbers_as_all_heads(engine_type
     whole = engine.sweep_heads(Prompts(prompts, targets), values, heads)
     part = engine.sweep_heads(Prompts(prompts, targets), values, some)
     columns = [heads.index(head) for head in some]
-    assert torch.allclose(part.edited.logprob, whole.edited.logprob[:, columns], atol=1e-5)
+    assert_same_scores(part.edited, whole.edited[:, columns])
 
 
-# CPU kernels may sum or round the edge of a tile or vector in another way, so that equal rows of a batch do not stay
-# equal: every width here, and the longest prefix, is a multiple of 16.
-ROUND: dict[str, Any] = {
-    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, **IDS,  # noqa: E501
-}  # fmt: skip
-ROUND_GROUPED: dict[str, Any] = {**ROUND, "num_key_value_heads": 2}
-IDENTITY: dict[str, Callable[[], Any]] = {
-    "llama": lambda: llama(320, hidden_size=64, head_dim=16),
-    "mistral, window shorter than the prompt": lambda: tf.MistralForCausalLM(
-        tf.MistralConfig(**ROUND_GROUPED, sliding_window=6)
-    ),
-    "qwen3, head_dim is not hidden / heads": lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**ROUND_GROUPED, head_dim=32)),
-    "phi3, fused projection": lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**ROUND_GROUPED)),
-    "gpt_neox, sharing no keys": lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**ROUND)),
-    "gpt2": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(**{**GPT2_LIKE, "vocab_size": 320, "n_embd": 64})),
-}
+IDENTITY = [
+    LLAMA,
+    "Mistral: window",
+    "Qwen3: query and key norms",
+    "Phi-3, Phi-4: fused qkv, window",
+    "GPT-NeoX, Pythia: fused qkv, parallel residual",
+    "GPT-2: Conv1D, learned positions",
+]
 ARITHMETICS = {
     "fast bf16": (torch.bfloat16, "fast"),
     "exact, stored as bf16": (torch.bfloat16, "exact"),
@@ -120,21 +113,23 @@ ARITHMETICS = {
 @pytest.mark.parametrize("how", ARITHMETICS)
 @pytest.mark.parametrize("family", IDENTITY)
 @pytest.mark.parametrize("engine_type", [SharedPrefixEngine, ReferenceEngine])
-def test_a_head_replaced_by_its_own_value_has_an_effect_of_exactly_zero(
+def test_a_head_replaced_by_its_own_value_has_an_effect_of_rounding_alone(
     family: str, how: str, engine_type: Any
 ) -> None:
     dtype, precision = ARITHMETICS[how]
-    backbone = backbone_of(IDENTITY[family], dtype)
+    backbone = backbone_of(FAST[family], dtype)
     if precision == "float32":
         backbone = backbone.in_float32()
     else:
         backbone = replace(backbone, arithmetic=replace(backbone.arithmetic, precision=precision))
-    prompts, targets = prompts_of_different_length()
-    prompts[0] = prompts[0][:17]
-    found = engine_type(backbone).sweep_heads(Prompts(prompts, targets), None, all_heads(backbone))
-    for scores, base in ((found.edited.logprob, found.base.logprob), (found.edited.logit, found.base.logit)):
-        assert torch.equal(scores, base[:, None].expand_as(scores))
-        assert scores.isfinite().all()
+    found = engine_type(backbone).sweep_heads(Prompts(*prompts_of_different_length()), None, all_heads(backbone))
+    base = found.base[:, None]
+    if precision == "fast":
+        # Where a sum lies between two bf16 numbers, rows may fall to different sides; most do not.
+        assert_same_scores(found.edited, base, n=4, dtype=torch.bfloat16)
+        assert float((found.edited.logprob - base.logprob).abs().median()) <= rounding(size(base))
+    else:
+        assert_same_scores(found.edited, base)
 
 
 @pytest.mark.parametrize("family", ZOO)
@@ -143,7 +138,7 @@ def test_in_every_family_a_heads_own_value_has_an_effect_of_rounding_alone(famil
     prompts, targets = prompts_of_different_length()
     for engine_type in (SharedPrefixEngine, ReferenceEngine) if family in FAST else (ReferenceEngine,):
         found = engine_type(backbone).sweep_heads(Prompts(prompts, targets), None, all_heads(backbone))
-        assert (found.edited.logprob - found.base.logprob[:, None]).abs().max() < 2e-5
+        assert_same_scores(found.edited, found.base[:, None])
 
 
 def test_a_heads_own_value_is_what_a_plain_forward_pass_captures() -> None:
@@ -152,7 +147,7 @@ def test_a_heads_own_value_is_what_a_plain_forward_pass_captures() -> None:
     with backbone.running():
         own = capture_heads(backbone, prompts[:1])[0][0]
     found = SharedPrefixEngine(backbone).sweep_heads(Prompts(prompts[:1], targets[:1]), own, all_heads(backbone))
-    assert (found.edited.logprob - found.base.logprob[:, None]).abs().max() < 2e-5
+    assert_same_scores(found.edited, found.base[:, None])
 
 
 @pytest.mark.parametrize("engine_type", [SharedPrefixEngine, ReferenceEngine])
@@ -165,7 +160,7 @@ def test_layers_and_prompts_may_have_their_own_vectors(engine_type: Any, per_pas
     for i, layer in enumerate(layers):
         for n in range(len(t.prompts)):
             alone = engine.inject(Prompts(t.prompts[n : n + 1], t.targets[n : n + 1]), own[i, n], [layer])
-            assert torch.allclose(found.edited.logprob[n, 3 * i : 3 * i + 3], alone.edited.logprob[0], atol=1e-4)
+            assert_same_scores(found.edited[n, 3 * i : 3 * i + 3], alone.edited[0])
     parts = [own[:, :, :1], own[:1, :, 1:2], own[:, :1, 2:], own[:1, :1, :2]]
     whole = torch.cat([part.expand(2, len(t.prompts), -1, -1) for part in parts], dim=2)
     one_by_one = engine.inject(Prompts(t.prompts, t.targets), parts, layers, per_pass=per_pass)
@@ -202,7 +197,7 @@ def test_prompts_do_not_depend_on_what_shares_their_batch() -> None:
     together = engine.sweep_heads(Prompts(prompts, targets), values, heads)
     for i in range(len(prompts)):
         alone = engine.sweep_heads(Prompts(prompts[i : i + 1], targets[i : i + 1]), values, heads)
-        assert torch.allclose(alone.edited.logprob[0], together.edited.logprob[i], atol=2e-5)
+        assert_same_scores(together.edited[i], alone.edited[0])
 
 
 @pytest.mark.parametrize("family", WIDENED)
@@ -256,12 +251,9 @@ def test_rotary_frequencies_that_depend_on_the_length_of_the_call(kind: str, len
     targets = naive_base(backbone, prompts, [5, 5]).top_id.tolist()
     values = replacements(backbone, [prompts[0], prompts[0]])
     found = SharedPrefixEngine(backbone).sweep_heads(Prompts(prompts, targets), values, all_heads(backbone))
-    assert gaps(found, naive_sweep(backbone, prompts, targets, values)).delta_logprob < 1e-4
+    assert_same_scores(found.edited, naive_sweep(backbone, prompts, targets, values).edited)
     vector = torch.ones(1, backbone.arch.resid_dim)
     layers = range(backbone.arch.n_layers)
     found = SharedPrefixEngine(backbone).inject(Prompts(prompts, targets), vector, layers)
-    assert gaps(found, naive_injections(backbone, prompts, targets, vector)).delta_logprob < 1e-4
-    with backbone.running():
-        alone = [read_targets(backbone, last_hidden(backbone, prompts[p])[:, None], targets[p]).logprob[:, 0]
-                 for p in backbone.passes(prompts, 32)]  # fmt: skip
-    assert torch.allclose(torch.cat(alone), found.base.logprob, atol=1e-4)
+    assert_same_scores(found.edited, naive_injections(backbone, prompts, targets, vector).edited)
+    assert_same_scores(found.base, run_clean(backbone, Prompts(prompts, targets)).scores)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from conftest import llama
+from parity import assert_close
 from relfv.errors import InputError
 from relfv.language_model import open_model
 from relfv.models.sources import model_identity
@@ -54,7 +55,7 @@ def test_an_adapter_is_merged_into_its_base_model_and_said_in_the_notes(
     folder = save_adapter()
     opened = open_model(str(folder), "llama3", device="cpu")
     unmerged = peft.PeftModel.from_pretrained(llama(), str(folder)).eval()
-    assert torch.allclose(logits(opened.backbone.model), logits(unmerged), atol=1e-4)
+    assert_close(logits(opened.backbone.model), logits(unmerged))
     assert (
         logits(unmerged) - logits(open_model(str(llama_path), "llama3", device="cpu").backbone.model)
     ).abs().max() > 1

@@ -8,6 +8,7 @@ import torch
 import transformers as tf
 
 from conftest import llama, scale_up
+from parity import assert_close
 from relfv.errors import InputError
 from relfv.models.architecture import resolve
 
@@ -54,7 +55,7 @@ def test_projected_heads_and_the_bias_once_make_the_projections_output(build) ->
     bias = getattr(projection, "bias", None)
     with torch.no_grad():
         expected = projection(z)[0, 0].double() - (0 if bias is None else bias.double())
-    assert torch.allclose(total, expected, atol=1e-5)
+    assert_close(total, expected)
     if bias is not None:
         assert bias.abs().max() > 0.01
 
@@ -93,7 +94,7 @@ def test_final_logits_repeat_what_the_model_does() -> None:
     ids = torch.tensor([[1, 2, 3]])
     with torch.no_grad():
         raw = arch.lm_head(model.base_model(input_ids=ids)[0])
-        assert torch.allclose(arch.final_logits(raw), model(input_ids=ids).logits, atol=1e-5)
+        assert_close(arch.final_logits(raw), model(input_ids=ids).logits)
         assert (arch.final_logits(raw) - raw).abs().max() > 0.01
 
 

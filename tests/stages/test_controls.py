@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from parity import assert_close, assert_same_scores
 from relfv.engine.base import of_layer_and_prompts
 from relfv.engine.clean import CleanRun, run_clean
 from relfv.language_model import LanguageModel, open_model
@@ -84,7 +85,7 @@ def test_the_held_out_vector_is_made_of_other_queries_trials_alone(
         best = [heads[i] for i in np.argsort(-scores[kept].mean(0), kind="stable")[:K]]
         means = MeanActivations(clean.activations[kept].double().mean(0).float().numpy(), len(kept))
         expected = torch.from_numpy(build_function_vector(model.arch, means, best).total)
-        assert torch.allclose(vectors[0, n, column], expected, atol=1e-5)
+        assert_close(vectors[0, n, column], expected)
         assert torch.equal(vectors[0, n, column], vectors[2, n, column])
     assert not torch.allclose(vectors[0, 0, column], vectors[0, 1, column], atol=1e-3)
 
@@ -116,7 +117,7 @@ def test_each_vector_is_injected_where_it_belongs(model: LanguageModel, prompts:
         for n in range(3):
             alone = model.engine.inject(prompts[n : n + 1], 1.5 * vectors[layer, n], [layer])
             columns = slice(layer * len(found.names), (layer + 1) * len(found.names))
-            assert torch.allclose(effects.edited.logprob[n, columns], alone.edited.logprob[0], atol=1e-4)
+            assert_same_scores(effects.edited[n, columns], alone.edited[0])
 
 
 def test_the_same_seed_gives_the_same_controls_and_one_query_leaves_nothing_to_hold_out(

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from conftest import llama, scale_up
+from parity import assert_close
 from relfv.models.architecture import resolve
 from relfv.stages.function_vector import build_function_vector
 from relfv.types import HeadId, MeanActivations
@@ -21,10 +22,11 @@ def test_the_vector_is_the_sum_of_the_heads_outputs_and_its_parts_sum_to_it() ->
         z[0, 0, head.head * 10 : (head.head + 1) * 10] = torch.from_numpy(means.values[head.layer, head.head])
         with torch.no_grad():
             expected += arch.out_projs[head.layer](z)[0, 0]
-    assert np.allclose(fv.total, expected, rtol=1e-5, atol=1e-5)
+    total = torch.from_numpy(fv.total)
+    assert_close(total, expected)
     assert sorted(fv.by_layer) == [0, 2]
-    assert np.allclose(sum(fv.by_layer.values()), fv.total, rtol=1e-5, atol=1e-5)
-    assert np.linalg.norm(fv.total) > 1
+    assert_close(torch.from_numpy(sum(fv.by_layer.values())), total)
+    assert total.norm() > 1
 
 
 def test_an_output_bias_is_left_out() -> None:

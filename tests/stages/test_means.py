@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from parity import assert_close
 from relfv.engine.clean import CleanRun
 from relfv.errors import RunError
 from relfv.stages.means import mean_activations, read_means
@@ -23,7 +24,7 @@ def test_the_mean_is_over_prompts_whatever_their_order() -> None:
     found = means(z)
     assert found.n_prompts == 25
     assert found.values.dtype == np.float32
-    assert np.allclose(found.values, z.mean(0), atol=1e-6)
+    assert_close(torch.from_numpy(found.values), z.mean(0))
     assert np.array_equal(found.values, means(z.flip(0)).values)
 
 
