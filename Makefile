@@ -29,8 +29,8 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
-# Other processors add in another order. These settings make this one do so, as far as it can; `make test` is the default
-# with one thread.
+# Other processors add in another order. These settings make this one do so, as far as it can; `make test` is the
+# default, with one thread.
 CPU_TESTS ?= tests/engine tests/stages
 
 test-cpus: setup

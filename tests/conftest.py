@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-# Before torch. Tiny tensors need no threads; processes that tests start take over what is set, and add as this one does.
+# Before torch. Tiny tensors need no threads; processes that tests start take over what is set and add as this one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
