@@ -205,7 +205,12 @@ def test_injection_at_every_layer(truth: Truth, artifacts: Path, limit: float) -
     assert largest > 0.5
 
 
-def test_step_e_check(truth: Truth, artifacts: Path, trials: list[dict], limit: float) -> None:  # type: ignore[type-arg]
+def test_step_e_check(
+    truth: Truth,
+    artifacts: Path,
+    trials: list[dict],  # type: ignore[type-arg]
+    limit: float,
+) -> None:
     fv = torch.load(artifacts / "fv_global_resid.pt", weights_only=True)["fv_global_resid"].double()
     saved = json.loads((artifacts / "stepE_eval.json").read_text())
     for layer in range(3):
