@@ -24,8 +24,13 @@ def encoded(model: LanguageModel) -> list[list[int]]:
     return [model.tokens.encode(prompt) for prompt in PROMPTS]
 
 
+def on_device(model: LanguageModel, ids: list[int]) -> torch.Tensor:
+    """One text where the model is."""
+    return torch.tensor([ids], device=model.backbone.device)
+
+
 def vector(model: LanguageModel) -> torch.Tensor:
-    return 3 * torch.randn(model.arch.resid_dim, generator=torch.Generator().manual_seed(0))
+    return 3 * torch.randn(model.arch.resid_dim, generator=torch.Generator().manual_seed(0)).to(model.backbone.device)
 
 
 def test_an_answers_log_probability_is_the_sum_over_its_tokens(model: LanguageModel) -> None:
@@ -45,7 +50,7 @@ def test_written_tokens_rank_and_top_are_those_of_one_pass_at_a_time(model: Lang
         text, written = model.tokens.encode(prompt), []
         for n in range(len(answer)):
             with torch.no_grad():
-                logits = model.backbone.model(torch.tensor([[*text, *written]])).logits[0, -1]
+                logits = model.backbone.model(on_device(model, [*text, *written])).logits[0, -1]
             if n == 0:
                 assert scored.rank == 1 + int((logits > logits[answer[0]]).sum())
                 assert [token for token, _ in scored.top] == logits.topk(N_TOP).indices.tolist()
@@ -68,7 +73,7 @@ def test_the_vector_acts_from_the_last_prompt_token_on(model: LanguageModel) -> 
 
         handle = model.arch.blocks[layer].register_forward_hook(add)
         with torch.no_grad():
-            logits = model.backbone.model(torch.tensor([[*prompt, *answer[:-1]]])).logits[0]
+            logits = model.backbone.model(on_device(model, [*prompt, *answer[:-1]])).logits[0]
         handle.remove()
         expected = sum(float(logits.log_softmax(-1)[begin + i, token]) for i, token in enumerate(answer))
         assert found[n].logprob == pytest.approx(expected, abs=len(answer) * rounding(largest(logits)))

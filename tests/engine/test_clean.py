@@ -26,9 +26,9 @@ def test_what_is_kept_of_a_batch_is_what_each_prompt_gives_alone(llama_path: Pat
             editing_inputs([(arch.out_projs[1], lambda z, seen=seen: seen.update(z=z[0, -1].clone()))]),
             editing_outputs([(arch.blocks[1], lambda out, seen=seen: seen.update(out=out[0, -1].clone()))]),
         ):
-            ids = torch.tensor([model.tokens.encode(prompt)])
+            ids = torch.tensor([model.tokens.encode(prompt)], device=model.backbone.device)
             logits = model.backbone.model(input_ids=ids, use_cache=False).logits[0, -1]
-        assert_close(clean.activations[n, 1].flatten(), seen["z"].float())
-        assert_close(clean.scores.logprob[n], logits.log_softmax(-1)[target], scale=largest(logits))
-        hidden.append(seen["out"].double())
+        assert_close(clean.activations[n, 1].flatten(), seen["z"].float().cpu())
+        assert_close(clean.scores.logprob[n], logits.log_softmax(-1)[target].cpu(), scale=largest(logits))
+        hidden.append(seen["out"].double().cpu())
     assert_close(clean.hidden[1], torch.stack(hidden).mean(0))

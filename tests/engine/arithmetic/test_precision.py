@@ -33,9 +33,10 @@ def test_weights_are_the_models_own_again_after_an_error_in_the_middle_of_a_pass
     assert all(p.dtype == torch.bfloat16 for p in model.parameters())
 
 
-def test_the_matmul_setting_of_the_process_is_left_as_it_was() -> None:
+def test_tf32_is_for_fast_alone_and_the_setting_of_the_process_is_left_as_it_was() -> None:
     model = llama(300)
     before = torch.get_float32_matmul_precision()
-    with mode_of(model, resolve(model, "auto"), "exact").in_force():
-        assert torch.get_float32_matmul_precision() == "high"
-    assert torch.get_float32_matmul_precision() == before
+    for precision, setting in (("exact", "highest"), ("fast", "high")):
+        with mode_of(model, resolve(model, "auto"), precision).in_force():
+            assert torch.get_float32_matmul_precision() == setting
+        assert torch.get_float32_matmul_precision() == before
