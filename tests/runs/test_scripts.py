@@ -337,7 +337,7 @@ def test_an_input_that_was_changed_or_comes_from_elsewhere_does_not_get_into_a_q
     foreign = tmp_path / "foreign.pt"
     shutil.copy(folder.artifacts.parents[1] / "B2/artifacts/fv_global_resid.pt", foreign)
     assert run_step6(folder, llama_path, 1, fv=foreign) == 2
-    assert "is not a file of" in capsys.readouterr().err
+    assert f"{foreign} is not fv_global_resid.pt of {folder.artifacts}" in capsys.readouterr().err
     shutil.copy(foreign, folder.path(FV))
     assert run_step6(folder, llama_path, 1) == 2
     assert "has been changed since stepE wrote it" in capsys.readouterr().err
@@ -355,7 +355,7 @@ def test_a_layer_evaluated_again_with_other_settings_has_one_result(folder: QidF
     (folder.artifacts / "qid_status.json").write_text(json.dumps(document))
     assert run_step6(folder, llama_path, 0, "--n_eval", "4") == 0
     assert run_step6(folder, llama_path, 0, "--n_eval", "6") == 0
-    results = list(folder.artifacts / "step6/layer_0".glob("step6_results_*.json"))
+    results = list((folder.artifacts / "step6/layer_0").glob("step6_results_*.json"))
     assert [path.name.endswith("_n6.json") for path in results] == [True]
 
 
