@@ -39,6 +39,12 @@ def without_the_last_line(path: Path) -> None:
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
 
 
+def without_the_last_head(path: Path) -> None:
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if '"layer": 2, "head": 7,' not in line))
+    assert len(path.read_text().splitlines()) == len(lines) - 25
+
+
 def nudge_one_part(path: Path) -> None:
     content = torch.load(path, weights_only=True)
     next(iter(content["fv_by_layer"].values()))[0] += 0.5
@@ -77,9 +83,10 @@ def test_a_folder_without_results_is_bad_usage(tmp_path: Path, name: str, capsys
         ("top_heads.json", lambda path: path.write_text("{"), "unparsable", "cannot be read as JSON"),
         ("trial_metrics.jsonl", lambda path: path.write_text("{}\n[\n"), "unparsable", "line 2 is not a JSON object"),
         ("fv_by_layer.pt", lambda path: torch.save({}, path), "unparsable", "no vectors by layer"),
-        ("cie_scores.csv", lambda path: path.write_text("a,b\n1,2\n"), "unparsable", "not a head score file"),
+        ("cie_scores.csv", lambda path: path.write_text("a,b\n1,2\n"), "unparsable", "not the score of a head"),
         ("sampled_trials.json", in_json("trials", value=[]), "unparsable", "holds no trials"),
-        ("trial_metrics.jsonl", without_the_last_line, "inconsistent", "one row a trial and head"),
+        ("trial_metrics.jsonl", without_the_last_line, "unparsable", "rows are missing or there twice"),
+        ("trial_metrics.jsonl", without_the_last_head, "inconsistent", "one row a trial and head"),
         ("cie_scores.csv", without_the_last_line, "inconsistent", "heads and scores of cie_scores.csv"),
         ("top_heads.json", in_json("heads", 0, "head", value=77), "inconsistent", "20 heads with their"),
         ("fv_by_layer.pt", nudge_one_part, "inconsistent", "sum to fv_global_resid.pt"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from parity import assert_same_scores
-from relfv.errors import InputError
+from relfv.errors import InputError, RunError
 from relfv.language_model import LanguageModel, open_model
 from relfv.stages.cie import METRICS, head_effects, read_deltas
 from relfv.store.folder import QidFolder
@@ -62,3 +62,16 @@ def test_deltas_are_those_of_the_file_whatever_was_read_before(finished: Path, t
         folder.path(METRICS).write_text(text)
         assert (folder.read(METRICS).of["p"] == expected).all()
         assert (folder.read(METRICS).of["p"] == expected).all()
+
+
+def test_a_file_that_lacks_a_row_or_has_one_twice_is_named(finished: Path, tmp_path: Path) -> None:
+    lines = (finished / "A1/artifacts/trial_metrics.jsonl").read_text().splitlines()
+    path = tmp_path / "x.jsonl"
+    said = "rows are missing or there twice; expected one for each of 25 trials and 24 heads"
+    for changed in (lines[:-1], [*lines, lines[0]], [lines[0], *lines[:-1]]):
+        path.write_text("\n".join(changed))
+        with pytest.raises(RunError, match=rf"x\.jsonl: {said}"):
+            read_deltas(path)
+    path.write_text("")
+    with pytest.raises(RunError, match="is not a file of head effects"):
+        read_deltas(path)

@@ -75,6 +75,10 @@ def read_deltas(path: Path) -> TrialDeltas:
         heads = sorted({HeadId(row["layer"], row["head"]) for row in rows})
         column = {head: i for i, head in enumerate(heads)}
         n_trials = 1 + max(row["trial_idx"] for row in rows)
+        distinct = {(row["trial_idx"], row["layer"], row["head"]) for row in rows}
+        if not len(distinct) == len(rows) == n_trials * len(heads):
+            every = f"one for each of {n_trials} trials and {len(heads)} heads"
+            raise RunError(f"{path}: rows are missing or there twice; expected {every}")
         deltas = {m: np.full((n_trials, len(heads)), np.nan) for m in MEASURES if f"delta_{m}" in rows[0]}
         for row in rows:
             at = row["trial_idx"], column[HeadId(row["layer"], row["head"])]
