@@ -27,6 +27,7 @@ from relfv.steps import clean_trials, step_d_cie, step_d_means, step_d_trials, s
 from relfv.store.artifacts import QidPaths, read_noise_floor, read_scores
 from relfv.types import HeadId, Relation, ScoredHead
 
+pytestmark = pytest.mark.slow
 RELATIONS = load_relations(ROOT / "datasets/relation/relationA_ex.csv")
 SPEC = Settings(model="demo")
 N_NULL = 6

@@ -167,6 +167,7 @@ def test_head_norms_are_those_of_the_slices(tokenizer):
     torch.testing.assert_close(demo.head_norms(model, SMALL)[1, 3], expected)
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_weights_and_another_seed_others(tmp_path):
     first, second, other = (train(tmp_path / n, seed=s) for n, s in (("a", 0), ("b", 0), ("c", 1)))
     one, two, three = map(weights_of, (first, second, other))
@@ -176,6 +177,7 @@ def test_same_seed_gives_the_same_weights_and_another_seed_others(tmp_path):
     assert [line["step"] for line in first.log] == [10, 20]
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_spares_the_callers_random_state(tmp_path):
     torch.manual_seed(5)
     expected = torch.rand(1)
@@ -220,6 +222,7 @@ def test_learning_rate_warms_up_and_decays_to_its_final_share():
     assert rates == pytest.approx([0.01, 1.0, 0.525, 0.05])
 
 
+@pytest.mark.slow
 def test_shipped_model_knows_its_facts_and_needs_the_demonstrations(relations):
     model = AutoModelForCausalLM.from_pretrained(SHIPPED).eval()
     tokenizer = AutoTokenizer.from_pretrained(SHIPPED)

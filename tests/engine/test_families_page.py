@@ -52,6 +52,7 @@ def bucket(error: float) -> str:
     return next((f"< {bound}" for bound in ("1e-4", "1e-2") if error < float(bound)), "wrong")
 
 
+@pytest.mark.slow
 def test_the_page_of_families_is_what_the_tests_find(request: pytest.FixtureRequest) -> None:
     groups = groupby(ZOO.values(), key=lambda animal: animal.family)
     page = HEAD + "".join(row(family, list(animals)) + "\n" for family, animals in groups)

@@ -60,6 +60,7 @@ def test_identity_follows_the_content_and_not_the_path(llama_path: Path, tmp_pat
     assert model_identity(str(copy)) != model_identity(str(llama_path))
 
 
+@pytest.mark.slow
 def test_a_model_in_the_hugging_face_cache_opens_by_its_id_without_a_network(llama_path: Path, tmp_path: Path) -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
     repo = tmp_path / "models--someone--tiny"

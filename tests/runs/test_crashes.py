@@ -30,6 +30,7 @@ from relfv.cli import main
 from relfv.store.files import temporaries
 from relfv.store.status import SWEEPS, stage_names
 
+pytestmark = pytest.mark.slow
 HOWS = ("before", "after", "ENOSPC", "EIO")
 
 
@@ -153,7 +154,7 @@ def test_interrupted_at_random_instants_it_says_so_and_resumes_to_the_same_bytes
         while True:
             before = finished_work(out)
             run = job.start(out)
-            run.compute(rng.uniform(0.02, job.seconds))
+            run.compute(rng.uniform(0.1, job.seconds))
             run.signal(number)
             found = run.wait()
             require_kept(before, out)

@@ -67,6 +67,7 @@ def the_file(relation: Path, i: int) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", WAYS, ids=lambda way: way.__name__)
 def test_damage_to_any_file_is_noticed_and_made_good(
     wide: tuple[list[str], Path], damage: Callable[[Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -97,6 +97,7 @@ def shell(script: str, model: Path, csv: Path, base: Path, q_id: str = "B2", env
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_specs_commands_give_the_bytes_of_the_pipeline_and_complete_the_q_id(
     finished: Path, llama_path: Path, csv_path: Path, tmp_path: Path
 ) -> None:
@@ -111,6 +112,7 @@ def test_the_specs_commands_give_the_bytes_of_the_pipeline_and_complete_the_q_id
     assert json.loads((tmp_path / "pairs/run_manifest.json").read_text())["outcomes"] == {}
 
 
+@pytest.mark.slow
 def test_device_dtype_and_quant_come_from_the_environment(llama_path: Path, csv_path: Path, tmp_path: Path) -> None:
     environment = {"DEVICE": "cpu", "DTYPE": "bf16", "QUANT": "none"}
     done = shell(STEP_D, llama_path, csv_path, tmp_path / "B2", environment=environment)
@@ -119,6 +121,7 @@ def test_device_dtype_and_quant_come_from_the_environment(llama_path: Path, csv_
     assert (config["device"], config["dtype"], config["quant"]) == ("cpu", "bfloat16", "none")
 
 
+@pytest.mark.slow
 def test_a_folder_made_in_another_dtype_is_continued_in_it_by_commands_that_do_not_say(
     llama_path: Path, csv_path: Path, tmp_path: Path
 ) -> None:
@@ -260,6 +263,7 @@ def test_every_command_in_the_folder_notices_changed_trials(finished: Path, llam
     assert in_process("zeroshot", "--sampled_trials_path", paths.trials) == 1
 
 
+@pytest.mark.slow
 def test_a_skipped_q_id_stays_skipped_through_the_specs_whole_loop(
     llama_path: Path, csv_path: Path, tmp_path: Path
 ) -> None:
@@ -269,6 +273,7 @@ def test_a_skipped_q_id_stays_skipped_through_the_specs_whole_loop(
     assert "9 rows" in status(tmp_path, "C3")["reason"]
 
 
+@pytest.mark.slow
 def test_later_settings_may_be_chosen_until_a_stage_has_used_them(
     llama_path: Path, csv_path: Path, tmp_path: Path
 ) -> None:
@@ -361,6 +366,7 @@ def test_dtype_may_be_spelled_either_way(llama_path: Path, csv_path: Path, tmp_p
     assert in_process("stepe", *flags, "--model", llama_path, "--dtype", "float32") == 0
 
 
+@pytest.mark.slow
 def test_two_layers_at_once_are_both_recorded(folder: QidPaths, llama_path: Path) -> None:
     commands = [
         [sys.executable, "-m", "relfv", "step6", "--fv_global_path", folder.fv, "--sampled_trials_path",
