@@ -28,8 +28,8 @@ demo: setup
 	@$(BIN)/relfv status
 	@echo "open results_fv/relation_qwise/relationA_ex/report/index.html"
 
-# In the order of the files, so that the crash tests, which last longest, do not come last.
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+# A file's tests share models and runs, so they share a process; the longest file, of crash tests, does not come last.
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: setup
 	$(PYTEST)

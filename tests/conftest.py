@@ -42,18 +42,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--faults", type=int, default=24, help="in how many trees it fails an operation on a file")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Which tests share a process under ``-n``: those of a file, which share models and runs. The crash tests share
-    little and last longest; the page of families takes what the parity tests have found."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        if item.path.name != "test_crashes.py":
-            group = str(item.path).replace("test_families_page", "test_parity")
-            item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="session")
 def csv_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two eligible relations, interleaved, and one with nine rows."""

@@ -139,6 +139,7 @@ def test_a_large_file_is_refused_without_reading_it_all(tmp_path: Path) -> None:
         tracemalloc.stop()
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_rows_load_and_as_many_bad_ones_are_one_short_line(tmp_path: Path) -> None:
     path = tmp_path / "pairs.csv"
     path.write_text(HEADER + "".join(f"Q{i % 100},in{i},out{i}\n" for i in range(100_000)))
@@ -183,6 +184,7 @@ def test_odd_models_work(change, llama_path: Path, tmp_path: Path) -> None:  # t
     assert status["status"] == "completed"
 
 
+@pytest.mark.slow
 def test_code_of_a_model_runs_when_it_is_trusted_and_at_no_other_time(
     llama_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -54,6 +54,7 @@ def test_debug_shows_where_an_error_came_from_and_nothing_else_does(capsys: pyte
     assert "Traceback" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_had_enough_is_no_error(finished: Path) -> None:
     """``relfv verify ... | head -1``"""
     reading, writing = os.pipe()

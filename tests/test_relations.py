@@ -63,6 +63,7 @@ def test_any_bytes_whatever_are_read_as_what_they_say_or_refused(
 _TRICKY = st.text(st.sampled_from("aQ1,\"'\n\r\t ;=\x00\x1b\x85\u2028\u202e\ufeffé\u0301日"), max_size=6)
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.tuples(st.one_of(_TRICKY, st.sampled_from(["Q1", "q1", "Q2", "con", "..", "-x"])), _TRICKY, _TRICKY))
 )
@@ -83,6 +84,7 @@ _WORDS = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Zl", "Z
 _Q_IDS = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}", fullmatch=True).filter(is_q_id)
 
 
+@pytest.mark.slow
 @given(st.dictionaries(_Q_IDS, st.lists(st.tuples(_WORDS, _WORDS), min_size=1, max_size=4), min_size=1, max_size=4))
 @settings(max_examples=200, deadline=None)
 def test_what_is_written_is_what_is_read(

@@ -147,6 +147,7 @@ def test_another_model_and_other_rows_are_refused_together_each_by_name(
     assert "B2 (the model's files or revision have changed)" in line
 
 
+@pytest.mark.slow
 def test_a_comment_in_the_source_changes_nothing_and_another_algorithm_is_refused(
     finished: Path, llama_path: Path, csv_path: Path, tmp_path: Path
 ) -> None:

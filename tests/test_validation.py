@@ -33,6 +33,7 @@ from relfv.stats import FDR
 from relfv.store.folder import QidFolder
 from relfv.types import HeadId, Relation, ScoredHead
 
+pytestmark = pytest.mark.slow
 RELATIONS = load_relations(ROOT / "datasets/relation/relationA_ex.csv")
 SPEC = Settings(model="demo")
 N_NULL = 6

@@ -46,6 +46,7 @@ def test_head_norms_are_those_of_the_slices(tokenizer, small):
     torch.testing.assert_close(training.head_norms(model, small)[1, 3], expected)
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_weights_and_another_seed_others(train, tmp_path):
     first, second, other = (train(tmp_path / n, seed=s) for n, s in (("a", 0), ("b", 0), ("c", 1)))
     one, two, three = map(weights_of, (first, second, other))
@@ -55,6 +56,7 @@ def test_same_seed_gives_the_same_weights_and_another_seed_others(train, tmp_pat
     assert [line["step"] for line in first.log] == [10, 20]
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_spares_the_callers_random_state(train, tmp_path):
     torch.manual_seed(5)
     expected = torch.rand(1)

@@ -12,6 +12,7 @@ from relfv.demo.validation import validate
 SHIPPED = ROOT / "src" / "relfv" / "demo" / "weights"
 
 
+@pytest.mark.slow
 def test_shipped_model_knows_its_facts_and_needs_the_demonstrations(relations):
     model = AutoModelForCausalLM.from_pretrained(SHIPPED).eval()
     tokenizer = AutoTokenizer.from_pretrained(SHIPPED)

@@ -50,6 +50,7 @@ def row(family: str, animals: list[Animal]) -> str:
     return f"| {family} | `{model_type}` | {', '.join(specs)} | {shown} | {error} | {special} |"
 
 
+@pytest.mark.slow
 def test_the_page_of_families_is_what_the_tests_find(request: pytest.FixtureRequest) -> None:
     groups = groupby(ZOO.values(), key=lambda animal: animal.family)
     page = HEAD + "".join(row(family, list(animals)) + "\n" for family, animals in groups)

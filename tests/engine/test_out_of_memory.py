@@ -50,6 +50,7 @@ def metrics(artifacts: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (artifacts / "trial_metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_the_chunk_is_halved_recorded_and_used_again(
     llama_path: Path, csv_path: Path, tmp_path: Path, finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -83,6 +84,7 @@ def distinct_queries(artifacts: Path) -> set[str]:
     return {trial["query"]["input"] for trial in json.loads((artifacts / "sampled_trials.json").read_text())["trials"]}
 
 
+@pytest.mark.slow
 def test_the_checks_and_injections_of_later_stages_shrink_on_their_own(
     llama_path: Path, csv_path: Path, tmp_path: Path, finished: Path
 ) -> None:

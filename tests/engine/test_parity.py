@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -49,23 +50,28 @@ WIDENED = [
 ]
 
 
-@pytest.mark.parametrize("family", FAST)
+def each(names: Iterable[str]) -> list[Any]:
+    """All of them, as parameters; ``make test-quick`` takes those in ``WIDENED``."""
+    return [pytest.param(name, marks=() if name in WIDENED else pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("family", each(FAST))
 def test_shared_prefix_sweep_equals_one_hooked_forward_per_head(family: str) -> None:
     assert_same(sweep_gaps(family, "shared_prefix"))
 
 
-@pytest.mark.parametrize("family", FAST)
+@pytest.mark.parametrize("family", each(FAST))
 def test_shared_prefix_injection_equals_one_hooked_forward_per_layer(family: str) -> None:
     assert_same(injection_gaps(family, "shared_prefix"))
 
 
-@pytest.mark.parametrize("family", ZOO)
+@pytest.mark.parametrize("family", each(ZOO))
 def test_reference_engine_equals_one_hooked_forward_per_intervention(family: str) -> None:
     assert_same(sweep_gaps(family, "reference"))
     assert_same(injection_gaps(family, "reference"))
 
 
-@pytest.mark.parametrize("family", FAST)
+@pytest.mark.parametrize("family", each(FAST))
 def test_the_self_check_lets_the_fast_engine_through_where_it_is_right(family: str) -> None:
     engine, check = chosen_engine(family)
     assert engine.name == check.engine == "shared_prefix"
@@ -132,7 +138,7 @@ def test_a_head_replaced_by_its_own_value_has_an_effect_of_rounding_alone(
         assert_same_scores(found.edited, base)
 
 
-@pytest.mark.parametrize("family", ZOO)
+@pytest.mark.parametrize("family", each(ZOO))
 def test_in_every_family_a_heads_own_value_has_an_effect_of_rounding_alone(family: str) -> None:
     backbone = truth(family).backbone
     prompts, targets = prompts_of_different_length()

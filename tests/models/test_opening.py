@@ -50,6 +50,7 @@ def test_what_cannot_be_opened_is_said_in_one_line(llama_path: Path, change: dic
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_model_in_the_hugging_face_cache_opens_by_its_id_without_a_network(llama_path: Path, tmp_path: Path) -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
     repo = tmp_path / "models--someone--tiny"

@@ -31,6 +31,7 @@ from relfv.stages import sweeps
 from relfv.stages.table import steps
 from relfv.store.files import temporaries
 
+pytestmark = pytest.mark.slow
 HOWS = ("before", "after", "ENOSPC", "EIO")
 
 
@@ -154,7 +155,7 @@ def test_interrupted_at_random_instants_it_says_so_and_resumes_to_the_same_bytes
         while True:
             before = finished_work(out)
             run = job.start(out)
-            run.compute(rng.uniform(0.02, job.seconds))
+            run.compute(rng.uniform(0.1, 1) * job.seconds)  # earlier it has not taken charge of signals yet
             run.signal(number)
             found = run.wait()
             require_kept(before, out)

@@ -278,6 +278,7 @@ def test_a_damaged_q_id_is_not_crossed(copied: Path, capsys: pytest.CaptureFixtu
     assert "is damaged" in refused(capsys, copied)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["flip a digit", "no seal", "not JSON", "another file"])
 def test_a_damaged_file_is_noticed_kept_aside_and_made_anew(
     tree: Path, copied: Path, change: str, capsys: pytest.CaptureFixture[str]

@@ -68,6 +68,7 @@ def the_file(relation: Path, i: int) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", WAYS, ids=lambda way: way.__name__)
 def test_damage_to_any_file_is_noticed_and_made_good(
     wide: tuple[list[str], Path], damage: Callable[[Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -120,6 +121,7 @@ def test_damage_to_any_file_is_noticed_and_made_good(
     assert main(["verify", str(tmp_path)]) == 0
 
 
+@pytest.mark.slow
 def test_a_status_that_cannot_be_trusted_is_not_taken_for_one(wide: tuple[list[str], Path], tmp_path: Path) -> None:
     """Each of these parses as JSON."""
     from relfv.errors import RunError
@@ -146,6 +148,7 @@ def test_a_status_that_cannot_be_trusted_is_not_taken_for_one(wide: tuple[list[s
             read_status(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_status_of_another_q_id_is_not_gone_on_from(wide: tuple[list[str], Path], tmp_path: Path) -> None:
     run, finished = wide
     for q in ("F1", "F2"):

@@ -49,6 +49,7 @@ class Census(logging.Handler):
             self.resident.append(pages * os.sysconf("SC_PAGE_SIZE"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files and memory through /proc")
 def test_nothing_grows_with_the_number_of_q_ids(llama_path: Path, tmp_path: Path) -> None:
     rows = [f"Q{q},{a}{q % 7},{b}\n" for q in range(N_QIDS) for a, b in WORDS[:4]]

@@ -246,6 +246,7 @@ def running(csv_path: Path, llama_path: Path, tmp_path: Path):  # type: ignore[n
     return start_and_signal
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wait_for", ["A1/artifacts/stepD_mean_acts", "A1/artifacts/top_heads.json", "B2/artifacts/step6/layer_1"]
 )
@@ -260,6 +261,7 @@ def test_a_killed_run_resumes_to_the_bytes_of_an_undisturbed_one(
         assert status(folder, q_id)["status"] == "completed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupt_writes_the_status_and_its_exit_code(running, number: int, code: int) -> None:  # type: ignore[no-untyped-def]
     found, folder = running("A1/artifacts/trial_metrics.jsonl", number)
@@ -270,6 +272,7 @@ def test_an_interrupt_writes_the_status_and_its_exit_code(running, number: int, 
     assert "running" not in states.values()
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_do_every_q_id_once(csv_path: Path, llama_path: Path, tmp_path: Path, finished: Path) -> None:
     command = [sys.executable, "-m", "relfv", *arguments(llama_path, csv_path, tmp_path)]
     both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
@@ -319,6 +322,7 @@ def test_a_damaged_status_is_reported_and_nothing_moves_before_the_run_is_accept
     assert status(copied, "A1")["status"] == status(copied, "B2")["status"] == "completed"
 
 
+@pytest.mark.slow
 def test_a_q_id_that_another_process_holds_is_left_to_it(csv_path: Path, llama_path: Path, tmp_path: Path) -> None:
     holder = (
         "import sys, time\n"

@@ -92,6 +92,7 @@ def shell(script: str, model: Path, csv: Path, base: Path, q_id: str = "B2", env
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_specs_commands_give_the_bytes_of_the_pipeline_and_complete_the_q_id(
     finished: Path, llama_path: Path, csv_path: Path, tmp_path: Path
 ) -> None:
@@ -106,6 +107,7 @@ def test_the_specs_commands_give_the_bytes_of_the_pipeline_and_complete_the_q_id
     assert json.loads((tmp_path / "pairs/run_manifest.json").read_text())["outcomes"] == {}
 
 
+@pytest.mark.slow
 def test_device_dtype_and_quant_come_from_the_environment(llama_path: Path, csv_path: Path, tmp_path: Path) -> None:
     environment = {"DEVICE": "cpu", "DTYPE": "bf16", "QUANT": "none"}
     done = shell(STEP_D, llama_path, csv_path, tmp_path / "B2", environment=environment)
@@ -114,6 +116,7 @@ def test_device_dtype_and_quant_come_from_the_environment(llama_path: Path, csv_
     assert (config["device"], config["dtype"], config["quant"]) == ("cpu", "bfloat16", "none")
 
 
+@pytest.mark.slow
 def test_a_folder_made_in_another_dtype_is_continued_in_it_by_commands_that_do_not_say(
     llama_path: Path, csv_path: Path, tmp_path: Path
 ) -> None:
@@ -124,6 +127,7 @@ def test_a_folder_made_in_another_dtype_is_continued_in_it_by_commands_that_do_n
     assert json.loads((base / "artifacts/step6/layer_1/eval_meta.json").read_text())["dtype"] == "bfloat16"
 
 
+@pytest.mark.slow
 def test_a_skipped_q_id_stays_skipped_through_the_specs_whole_loop(
     llama_path: Path, csv_path: Path, tmp_path: Path
 ) -> None:

@@ -158,6 +158,7 @@ def test_every_command_in_the_folder_notices_changed_trials(finished: Path, llam
     assert in_process("zeroshot", "--sampled_trials_path", paths.path(TRIALS)) == 1
 
 
+@pytest.mark.slow
 def test_later_settings_may_be_chosen_until_a_stage_has_used_them(
     llama_path: Path, csv_path: Path, tmp_path: Path
 ) -> None:
@@ -321,6 +322,7 @@ def test_dtype_may_be_spelled_either_way(llama_path: Path, csv_path: Path, tmp_p
     assert in_process("stepe", *flags, "--model", llama_path, "--dtype", "float32") == 0
 
 
+@pytest.mark.slow
 def test_two_layers_at_once_are_both_recorded(folder: QidFolder, llama_path: Path) -> None:
     commands = [
         [sys.executable, "-m", "relfv", "step6", "--fv_global_path", folder.path(FV), "--sampled_trials_path",

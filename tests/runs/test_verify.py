@@ -139,6 +139,7 @@ def test_settings_that_no_run_of_the_manifest_had_are_noticed(copied: Path, caps
     assert capsys.readouterr().out.count("its settings are those of a run in the manifest") == 2
 
 
+@pytest.mark.slow
 def test_no_model_code_is_loaded_and_no_network_is_used(finished: Path) -> None:
     """``transformers`` opens models; verify does not even import it."""
     script = (

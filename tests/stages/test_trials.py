@@ -136,6 +136,7 @@ def relations(draw: st.DrawFn) -> tuple[Relation, int]:
     return Relation(draw(st.sampled_from(["Q1", "q.2", "_x"])), tuple(pairs)), draw(st.integers(2, len(set(pairs)) - 1))
 
 
+@pytest.mark.slow
 @given(relations(), st.integers(0, 2**63 - 1))
 @settings(max_examples=150, deadline=None)
 def test_the_policy_holds_for_any_relation_and_seed(given: tuple[Relation, int], seed: int) -> None:

@@ -23,7 +23,10 @@ from folders import arguments, contents, status
 from relfv.cli import main
 from relfv.store.status import read_status
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="mounts, capabilities and limits as Linux has them")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="mounts, capabilities and limits as Linux has them"),
+]
 MS_REMOUNT, MS_RDONLY, MS_REC, MS_PRIVATE = 32, 1, 16384, 1 << 18
 CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000
 
