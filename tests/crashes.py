@@ -30,8 +30,9 @@ _TIMES = {"created_at", "updated_at", "started_at", "finished_at"}
 
 
 def lighten(patch: pytest.MonkeyPatch) -> None:
-    """Take out of runs what fills half their time and means nothing to a process that ends: the axes of figures, and
-    waiting for the disk, since what was written outlives the writer without it. Every fsync is still called."""
+    """Take out of runs what is a third of their time or more and means nothing to a process that ends: the axes of
+    figures, and waiting for the disk, since what was written outlives the writer without it. Every fsync is still
+    called."""
     patch.setattr(Axis, "draw", lambda *_: None)
     patch.setattr(os, "fsync", lambda _: None)
 
