@@ -178,9 +178,10 @@ def _check_qid(folder: Path) -> Checked:
     if status.status in ("completed", "skipped"):
         problems += _unexpected(artifacts_dir, {*promised, STATUS_FILE})
     if not problems:
-        problems = _unparsable(status, promised)
-    if not problems and status.status == "completed":
-        problems = _inconsistent(status)
+        qid = QidFolder(artifacts_dir, status.q_id)
+        problems = _unparsable(qid, promised)
+        if not problems and status.status == "completed":
+            problems = _inconsistent(qid, status)
     return Checked(_name(folder), str(folder), status.status, len(promised) + 1, problems)
 
 
@@ -223,21 +224,20 @@ def _unexpected(artifacts_dir: Path, expected: set[str]) -> Iterator[Problem]:
             yield Problem("unexpected", name)
 
 
-def _unparsable(status: QidStatus, promised: Mapping[str, str]) -> list[Problem]:
+def _unparsable(folder: QidFolder, promised: Mapping[str, str]) -> list[Problem]:
     problems = []
     for name in promised:
-        path, file = status.artifacts_dir / name, file_named(name, status.q_id)
+        path, file = folder.artifacts / name, file_named(name, folder.q_id)
         try:
             if file:
-                file.read(path)
+                folder.read_at(path, file)
         except RelfvError as problem:
             problems.append(Problem("unparsable", name, _reason(problem, path)))
     return problems
 
 
-def _inconsistent(status: QidStatus) -> list[Problem]:
+def _inconsistent(folder: QidFolder, status: QidStatus) -> list[Problem]:
     """Of files that are each as they were written: do they tell one story?"""
-    folder = QidFolder(status.artifacts_dir, status.q_id)
     checks: list[Callable[[QidFolder, QidStatus], Iterator[Finding]]] = [
         stage.agrees for stage in STAGES if stage.agrees and (not stage.on_request or stage.name in status.stages)
     ]

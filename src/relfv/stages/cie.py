@@ -162,10 +162,9 @@ def _sweep(work: Work) -> str:
 
 def _agrees(folder: QidFolder, status: QidStatus) -> Iterator[Finding]:
     n_trials, cie, aie = len(folder.read(TRIALS).questions), folder.read(CIE), folder.read(AIE)
-    rows = read_jsonl(folder.path(METRICS))
-    swept = sorted((row["trial_idx"], row["layer"], row["head"]) for row in rows)
-    every = sorted((i, head.id.layer, head.id.head) for i in range(n_trials) for head in cie)
-    yield Finding(folder.path(METRICS), "one row a trial and head of cie_scores.csv", swept == every)
+    deltas = folder.read(METRICS)
+    same = sorted(head.id for head in cie) == [*deltas.heads] and len(deltas.of["p"]) == n_trials
+    yield Finding(folder.path(METRICS), "one row a trial and head of cie_scores.csv", same)
     counted = all(head.n_trials == n_trials for head in cie)
     yield Finding(folder.path(CIE), "n_trials as in sampled_trials.json", counted)
     scores = [{head.id: head.scores for head in table} for table in (cie, aie)]

@@ -93,7 +93,10 @@ class QidFolder:
     def read(self, file: File[T], layer: int | None = None) -> T:
         """The content of ``file``, parsed once for as long as its bytes are the same; not to be changed by the
         caller."""
-        path = self.path(file, layer)
+        return self.read_at(self.path(file, layer), file)
+
+    def read_at(self, path: Path, file: File[T]) -> T:
+        """The same of a ``path`` that is ``file``."""
         try:
             digest = sha256_bytes(read_bytes(path))
         except OSError:
