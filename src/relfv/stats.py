@@ -180,10 +180,10 @@ def layer_chosen_by_others(values: np.ndarray, clusters: Sequence[int]) -> np.nd
 
     The best of L layers on the same prompts is too good by the luck of L draws; this is not. With one cluster: NaN.
     """
-    own_cluster = np.asarray(clusters)
+    cluster_of = np.asarray(clusters)
     chosen = np.full(len(values), np.nan)
-    for cluster in np.unique(own_cluster):
-        own = own_cluster == cluster
-        if not own.all():
-            chosen[own] = values[own, int(values[~own].mean(0).argmax())]
+    for cluster in np.unique(cluster_of):
+        inside = cluster_of == cluster
+        if not inside.all():
+            chosen[inside] = values[inside, int(values[~inside].mean(0).argmax())]
     return chosen

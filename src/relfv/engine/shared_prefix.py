@@ -12,7 +12,7 @@ layers with all its patched versions beside it as extra tokens *of the same posi
 3. all copies go through the final norm and the vocabulary.
 
 Copy 0 is the unpatched baseline, computed by the same kernels in the same batch, so that a patch which changes
-nothing measures as nothing. Injection is the same pass with another edit: after block l the axis grows by
+nothing measures as rounding alone. Injection is the same pass with another edit: after block l the axis grows by
 copy 0 + vector. The model's own modules do all the work, driven by hooks; what makes this exact is causality alone.
 """
 

@@ -76,12 +76,12 @@ class Ground:
         (set, resid_dim): sums of projected means. Each head's columns of the output projection are read once."""
         import torch
 
-        heads = sorted({head for own in chosen for head in own})
+        heads = sorted({head for heads_of_set in chosen for head in heads_of_set})
         z = self.clean.activations[:, [head.layer for head in heads], [head.head for head in heads]].double()
         means = (torch.from_numpy(shares) @ z.flatten(1)).view(len(chosen), *z.shape[1:])
         total = torch.zeros(len(chosen), self.arch.resid_dim, dtype=torch.float64)
         for i, head in enumerate(heads):
-            users = [n for n, own in enumerate(chosen) if head in own]
+            users = [n for n, heads_of_set in enumerate(chosen) if head in heads_of_set]
             total[users] += self.arch.project_head(head.layer, head.head, means[users, i])
         return total
 

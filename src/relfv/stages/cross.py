@@ -171,13 +171,13 @@ def cross_origin(folder: Path, target: str, sources: Sequence[str], fields: Mapp
     """What the numbers of one ``target`` in cross_fv.json rest on, as it now is: settings, out of the q_id's
     fingerprint ``fields``, and the sha256 of files by their names in the relation's ``folder``; None where one is
     missing."""
-    own = QidFolder(folder / target / "artifacts", target)
+    of_target = QidFolder(folder / target / "artifacts", target)
     vectors = [QidFolder(folder / source / "artifacts", source).path(FV) for source in sources]
     return {
         "settings": {name: fields.get(name) for name in _TARGET_SETTINGS},
         "files": {
             path.relative_to(folder).as_posix(): sha256_file(path)
-            for path in (own.path(ZERO_SHOT_TRIALS), own.path(STEP6_SUMMARY), *vectors)
+            for path in (of_target.path(ZERO_SHOT_TRIALS), of_target.path(STEP6_SUMMARY), *vectors)
         },
     }
 

@@ -64,8 +64,8 @@ def _agrees(folder: QidFolder, status: QidStatus) -> Iterator[Finding]:
     for layer in status.expected_layers:
         summary, entry = folder.read(EVAL_SUMMARY, layer), overall["per_layer"][str(layer)]
         kept = [entry[name] for name in ("acc_base", "acc_with", "score_value")]
-        own = [summary[name] for name in ("acc_base", "acc_with", overall["score_key"])]
-        yield Finding(path, f"the numbers of layer {layer}", kept == own)
+        there = [summary[name] for name in ("acc_base", "acc_with", overall["score_key"])]
+        yield Finding(path, f"the numbers of layer {layer}", kept == there)
 
 
 STAGE = Stage(
