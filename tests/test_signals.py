@@ -75,3 +75,16 @@ def test_handlers_are_put_back_and_what_is_ignored_stays_ignored() -> None:
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_while_flags_are_read_is_an_interrupt_too(
+    number: int, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Arguments(list[str]):
+        def __iter__(self) -> Iterator[str]:
+            os.kill(os.getpid(), number)
+            return super().__iter__()
+
+    assert main(Arguments(["status"])) == code
+    assert "Traceback" not in capsys.readouterr().err

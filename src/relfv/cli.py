@@ -16,8 +16,10 @@ from typing import Any
 from relfv import __version__
 from relfv.errors import InputError, RelfvError
 from relfv.flags import DEFAULTS, add_setting, path_flag, q_ids_from, settings_from, whole_number
+from relfv.logs import printable, set_up_logging
 from relfv.settings import DEFAULT_OUT_ROOT, FLAGS, MAX_SEED, MOST, SCORE_KEYS, SPEC_CSV
 from relfv.signals import Terminated, as_exceptions
+from relfv.store.files import remedy
 
 log = logging.getLogger("relfv.cli")
 
@@ -55,8 +57,6 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(*args, **kwargs)
 
     def error(self, message: str) -> Any:
-        from relfv.logs import printable
-
         self.exit(2, printable(f"{self.prog}: error: {message} (see {self.prog} --help)") + "\n")
 
 
@@ -74,13 +74,11 @@ def _add(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 def _execute(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
-    args = parser.parse_args(argv)
-    from relfv.logs import set_up_logging
-    from relfv.store.files import remedy
-
-    set_up_logging(debug=args.debug)
+    set_up_logging(debug=False)
     try:
-        with as_exceptions():
+        with as_exceptions():  # from the first moment: an interrupt while flags are read is an interrupt, too
+            args = parser.parse_args(argv)
+            set_up_logging(debug=args.debug)
             code = args.run_command(args)
             sys.stdout.flush()
             return code
