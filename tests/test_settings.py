@@ -79,7 +79,7 @@ def without(folder: Path, q_id: str, *names: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", [*OTHER, *ONLY_STEPD])
+@pytest.mark.parametrize("name", [*OTHER, *sorted(ONLY_STEPD)])
 def test_a_setting_that_an_earlier_version_did_not_know_has_its_default_there(
     finished: Path, llama_path: Path, csv_path: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
