@@ -62,7 +62,7 @@ def test_a_variable_that_is_no_number_is_named(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_what_the_spec_fixes_and_is_chosen_otherwise_is_a_departure_and_the_same_csv_elsewhere_is_none() -> None:
-    assert Settings(relation_csv_path=f"/home/me/relfv/{SPEC_CSV}", device="cuda", dtype="bfloat16").departures() == []
+    assert Settings(relation_csv_path=f"../elsewhere/{SPEC_CSV}", device="cuda", dtype="bfloat16").departures() == []
     other: dict[str, Any] = {
         "model": "demo", "model_spec": "auto", "seed": 1, "n_trials_per_q": 5, "n_demos": 2, "corruption": "shuffle",
         "layers": "0", "heads": "1", "score_key": "mean_delta_logit", "topk": 3, "alpha": 2.0, "n_eval": 7,
