@@ -36,16 +36,7 @@ def capture_heads(backbone: Backbone, prompts: TokenIds) -> tuple[torch.Tensor, 
     -> float32 (N, layer, head, head_dim) on the CPU, and (N, resid_dim) on the device.
     """
     arch = backbone.arch
-    rows = torch.arange(len(prompts), device=backbone.device)
-    last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=backbone.device)
-    captured: dict[int, torch.Tensor] = {}
-
-    def reader(layer: int) -> Callable[[torch.Tensor], None]:
-        def read(z: torch.Tensor) -> None:
-            captured[layer] = z[rows, last].float()
-
-        return read
-
+    captured, reader = _recorder(backbone, prompts)
     with editing_inputs([(projection, reader(layer)) for layer, projection in enumerate(arch.out_projs)]):
         hidden = last_hidden(backbone, prompts)
     z = torch.stack([captured[layer] for layer in range(arch.n_layers)], dim=1).cpu()
@@ -56,15 +47,23 @@ def capture_heads(backbone: Backbone, prompts: TokenIds) -> tuple[torch.Tensor, 
 def reading_blocks(backbone: Backbone, prompts: TokenIds) -> Iterator[dict[int, torch.Tensor]]:
     """While open, forward passes over ``prompts`` record the hidden state after each block at the last token: layer ->
     float32 (N, resid_dim), on the device."""
+    seen, reader = _recorder(backbone, prompts)
+    with editing_outputs([(block, reader(layer)) for layer, block in enumerate(backbone.arch.blocks)]):
+        yield seen
+
+
+def _recorder(
+    backbone: Backbone, prompts: TokenIds
+) -> tuple[dict[int, torch.Tensor], Callable[[int], Callable[[torch.Tensor], None]]]:
+    """A dict, layer -> float32 (N, width) at each prompt's last token, and the hook that fills it, by layer."""
     rows = torch.arange(len(prompts), device=backbone.device)
     last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=backbone.device)
     seen: dict[int, torch.Tensor] = {}
 
     def reader(layer: int) -> Callable[[torch.Tensor], None]:
-        def read(hidden: torch.Tensor) -> None:
-            seen[layer] = hidden[rows, last].float()
+        def read(values: torch.Tensor) -> None:
+            seen[layer] = values[rows, last].float()
 
         return read
 
-    with editing_outputs([(block, reader(layer)) for layer, block in enumerate(backbone.arch.blocks)]):
-        yield seen
+    return seen, reader
