@@ -49,6 +49,18 @@ def test_every_variable_of_the_spec_stands_for_its_flag_and_the_flag_wins(
     assert getattr(parsed("run", f"--{field}", given), field) == getattr(Settings(), field)
 
 
+def test_the_specs_family_is_that_of_the_specs_model_and_another_models_is_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert parsed("run").model_spec == "llama3"
+    assert parsed("run", "--model", "demo").model_spec == "auto"
+    assert parsed("run", "--model", "demo", "--model_spec", "llama").model_spec == "llama"
+    monkeypatch.setenv("MODEL", "demo")
+    assert parsed("run").model_spec == "auto"
+    monkeypatch.setenv("MODEL_SPEC", "gpt2")
+    assert parsed("run").model_spec == "gpt2"
+
+
 def test_a_command_without_the_flag_does_not_ask_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SEED", "7")
     assert parsed("stepd").seed == 7

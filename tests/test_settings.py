@@ -21,10 +21,12 @@ from relfv.settings import IDENTITY, Settings, differences, fingerprint, fingerp
 from relfv.store.files import move_aside
 
 OTHER = {
-    "model_spec": "auto", "dtype": "bf16", "quant": "8bit", "precision": "fast", "seed": 1, "n_trials_per_q": 24,
+    "dtype": "bf16", "quant": "8bit", "precision": "fast", "seed": 1, "n_trials_per_q": 24,
     "n_demos": 8, "corruption": "shuffle", "score_key": "mean_delta_logit", "topk": 19, "alpha": 2.5, "n_eval": 49,
     "allow_query_duplicates": True,
 }  # fmt: skip
+NO_CHOICE = {"model_spec"}
+"""The checkpoint has one family; another is refused as such."""
 NOT_COUNTED = {"model", "device", "relation_csv_path", "trust_remote_code", "alpha_sweep", "k_sweep"}
 ONLY_STEPD = {"layers", "heads"}
 """``relfv run`` has no flag for these; stepd refuses them."""
@@ -63,10 +65,10 @@ def refusal(said: str) -> str:
 
 
 def test_every_setting_either_counts_or_is_known_not_to() -> None:
-    assert {*OTHER, *NOT_COUNTED, *ONLY_STEPD} == set(Settings().to_json())
+    assert {*OTHER, *NO_CHOICE, *NOT_COUNTED, *ONLY_STEPD} == set(Settings().to_json())
     fields = fingerprint_fields(Settings(), rows_sha256="", model_identity="")
-    assert set(fields) == {*OTHER, *ONLY_STEPD, "rows_sha256", "model_identity", "algorithm_version"}
-    assert set(IDENTITY) == {*OTHER, *ONLY_STEPD}
+    assert set(fields) == {*OTHER, *NO_CHOICE, *ONLY_STEPD, "rows_sha256", "model_identity", "algorithm_version"}
+    assert set(IDENTITY) == {*OTHER, *NO_CHOICE, *ONLY_STEPD}
 
 
 def without(folder: Path, q_id: str, *names: str) -> Path:
@@ -79,7 +81,7 @@ def without(folder: Path, q_id: str, *names: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", [*OTHER, *sorted(ONLY_STEPD)])
+@pytest.mark.parametrize("name", [*(name for name in OTHER if name != "dtype"), *sorted(ONLY_STEPD)])
 def test_a_setting_that_an_earlier_version_did_not_know_has_its_default_there(
     finished: Path, llama_path: Path, csv_path: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -88,7 +90,7 @@ def test_a_setting_that_an_earlier_version_did_not_know_has_its_default_there(
     before = path.read_bytes()
     command = arguments(llama_path, csv_path, tmp_path, "--q_list", "A1")
     # every other one was made with the default
-    default = "auto" if name == "dtype" else getattr(Settings(), name)
+    default = getattr(Settings(), name)
     assert status(finished, "A1")["config"][name] == default
     assert main(["verify", str(relation / "A1")]) == 0
     assert main(command) == 0
@@ -143,8 +145,37 @@ def test_another_model_and_other_rows_are_refused_together_each_by_name(
     (tmp_path / "pairs.csv").write_text(csv_path.read_text().replace("puppy", "poodle"))
     assert main(arguments(other, tmp_path / "pairs.csv", finished.parent)) == 2
     line = refusal(capsys.readouterr().err)
-    assert "A1 (the rows of A1 in the CSV have changed, the model's files or revision have changed)" in line
-    assert "B2 (the model's files or revision have changed)" in line
+    was = status(finished, "A1")["config"]["model"]
+    assert f"A1 (model was {was}, now {other}, the rows of A1 in the CSV have changed)" in line
+    assert f"B2 (model was {was}, now {other})" in line
+
+
+def test_a_model_whose_files_changed_under_its_name_is_said_so(
+    finished: Path, llama_path: Path, csv_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, relation = Path(shutil.copytree(llama_path, tmp_path / "model")), tmp_path / "pairs"
+    shutil.copytree(finished, relation)
+    path = relation / "A1/artifacts/qid_status.json"
+    path.write_text(path.read_text().replace(str(llama_path), str(model)))
+    command = arguments(model, csv_path, tmp_path, "--q_list", "A1")
+    assert main(command) == 0
+    tokenizer = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "add_bos_token": False}))
+    assert main(command) == 2
+    assert "A1 (the model's files or revision have changed)" in refusal(capsys.readouterr().err)
+
+
+def test_family_and_dtype_by_name_and_by_auto_are_the_same_experiment(
+    finished: Path, llama_path: Path, csv_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(finished / "A1")
+    named = ["--model_spec", "llama", "--dtype", "fp32"]
+    for flags in ([], named, ["--model_spec", "auto", "--dtype", "auto"], ["--model_spec", "llama3"]):
+        assert main(arguments(llama_path, csv_path, finished.parent, *flags)) == 0
+        assert "everything is completed" in capsys.readouterr().err
+    config = status(finished, "A1")["config"]
+    assert (config["model_spec"], config["dtype"]) == ("llama3", "float32")
+    assert contents(finished / "A1") == before
 
 
 @pytest.mark.slow

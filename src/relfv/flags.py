@@ -59,6 +59,8 @@ def settings_from(args: argparse.Namespace, base: Settings = DEFAULTS) -> Settin
         text = os.environ.get(flag.environment or "") if args.command_name in flag.commands else None
         if text and field not in given:
             given[field] = _of_environment(text, type(getattr(DEFAULTS, field)), flag)
+    if given.get("model", base.model) != base.model:  # the base's family is that of its own model
+        given.setdefault("model_spec", "auto")
     settings = replace(base, **given)
     for field, names in (("quant", QUANTS), ("model_spec", SPEC_NAMES)):
         if (value := getattr(settings, field)) not in names:

@@ -6,8 +6,6 @@ import logging
 import time
 from dataclasses import dataclass
 
-import torch
-
 from relfv.engine.arithmetic import Arithmetic, Precision
 from relfv.engine.base import Backbone, Engine
 from relfv.engine.selfcheck import SelfCheck, choose_engine
@@ -81,7 +79,7 @@ def open_model(
         device=device,
         dtype=dtype,
         quant=quant,
-        quant_compute=torch.float32 if precision == "exact" else torch.bfloat16,
+        exact=precision == "exact",
         trust_remote_code=trust_remote_code,
     )
     arch, tokens = checkpoint.arch, checkpoint.tokens

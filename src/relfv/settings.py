@@ -74,7 +74,7 @@ class Settings:
     )  # fmt: skip
     model_spec: str = _setting(
         "llama3",
-        "family: llama3, gpt2, neox, ...; auto = from the config",
+        "family: llama3, gpt2, neox, ...; auto = from the config, also where only --model is given",
         _MODEL,
         environment="MODEL_SPEC",
         fixed=True,
@@ -207,22 +207,20 @@ def fingerprint(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-_IN_WORDS = {
-    "rows_sha256": "the rows of {q_id} in the CSV have changed",
-    "model_identity": "the model's files or revision have changed",
-}
-
-
-def differences(there: Mapping[str, Any], here: Mapping[str, Any], q_id: str) -> list[str]:
-    """In what two experiments' fingerprint fields differ, in words. A setting that one side lacks, because an earlier
-    version of relfv wrote it, has its default there."""
-    names = dict.fromkeys([*there, *here])
+def differences(
+    there: Mapping[str, Any], here: Mapping[str, Any], q_id: str, *, models: tuple[str, str] = ("", "")
+) -> list[str]:
+    """In what two experiments' fingerprint fields differ, in words; another model, one of ``models`` there and here,
+    first. A setting that one side lacks, because an earlier version of relfv wrote it, has its default there."""
+    in_words = {
+        "rows_sha256": f"the rows of {q_id} in the CSV have changed",
+        "model_identity": "the model's files or revision have changed"
+        if models[0] == models[1]
+        else f"model was {models[0]}, now {models[1]}",
+    }
+    names = sorted({**there, **here}, key=lambda name: name != "model_identity")  # the rest in its order
     values = {name: tuple(side.get(name, _DEFAULTS.get(name)) for side in (there, here)) for name in names}
-    return [
-        _IN_WORDS.get(name, f"{name} was {was}, now {now}").format(q_id=q_id)
-        for name, (was, now) in values.items()
-        if was != now
-    ]
+    return [in_words.get(name, f"{name} was {was}, now {now}") for name, (was, now) in values.items() if was != now]
 
 
 def _require_allowed(flag_name: str, value: Any, flag: Flag) -> None:

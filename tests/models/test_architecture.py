@@ -64,12 +64,14 @@ def test_projected_heads_and_the_bias_once_make_the_projections_output(build) ->
     ("spec", "missing"), [("gpt2", "transformer.h"), ("neox", "gpt_neox.layers"), ("phi", "self_attn.dense")]
 )
 def test_a_spec_that_does_not_fit_says_which_module_is_missing_where(spec: str, missing: str) -> None:
+    model = llama(300)
+    model.config.model_type = "of_our_own"
     with pytest.raises(InputError) as caught:
-        resolve(llama(300), spec)
+        resolve(model, spec)
     message = str(caught.value)
     assert f"--model_spec '{spec}'" in message
     assert f"no module '{missing}'" in message
-    assert "model_type 'llama'" in message
+    assert "model_type 'of_our_own'" in message
 
 
 def test_an_unknown_spec_names_the_known_ones() -> None:

@@ -8,13 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import transformers as tf
 
-from conftest import make_tokenizer, scale_up
-from parity import rounding
+from conftest import llama, make_tokenizer, scale_up
+from parity import all_heads, assert_same_scores, prompts_of_different_length, replacements, rounding
+from relfv.engine.arithmetic import Precision
+from relfv.engine.shared_prefix import SharedPrefixEngine
 from relfv.errors import InputError
 from relfv.language_model import open_model
-from zoo import ZOO
+from relfv.types import Prompts
+from zoo import ZOO, plain_backbone
+
+PRECISIONS: tuple[Precision, ...] = ("exact", "fast")
 
 
 def test_a_local_folder_opens_with_its_self_check(llama_path: Path) -> None:
@@ -39,7 +45,7 @@ def test_the_dtype_asked_for_is_the_dtype_of_the_weights(llama_path: Path) -> No
     [
         ({"name": "someone/some-model-that-is-nowhere"}, "cannot open its config"),
         ({"quant": "4bit"}, "bitsandbytes"),
-        ({"spec": "gpt2"}, "no module 'transformer.h'"),
+        ({"spec": "gpt2"}, "another family (its config says model_type 'llama'); expected --model_spec llama3"),
     ],
 )
 def test_what_cannot_be_opened_is_said_in_one_line(llama_path: Path, change: dict[str, str], words: str) -> None:
@@ -96,3 +102,28 @@ def test_a_model_with_soft_capped_scores_attends_by_code_that_knows_the_cap(save
     assert model.backbone.model.config._attn_implementation == "eager"
     assert model.check.max_error is not None
     assert model.check.max_error <= rounding(model.backbone.model.config.final_logit_softcapping)
+
+
+def test_on_a_cpu_bf16_weights_are_held_in_float32_in_exact_and_their_dtype_is_still_said(
+    save_model: Callable[..., Path],
+) -> None:
+    path = str(save_model(llama().bfloat16()))
+    exact, fast = (open_model(path, device="cpu", precision=how) for how in PRECISIONS)
+    held = [{p.dtype for p in model.backbone.model.parameters()} for model in (exact, fast)]
+    assert held == [{torch.float32}, {torch.bfloat16}]
+    assert exact.dtype == fast.dtype == "bfloat16"
+    # and the same numbers come out as where a pass widens them
+    prompts = Prompts(*prompts_of_different_length())
+    values = replacements(exact.backbone, prompts.ids)
+    narrow = SharedPrefixEngine(plain_backbone(fast.backbone.model))
+    effects = [engine.sweep_heads(prompts, values, all_heads(exact.backbone)) for engine in (exact.engine, narrow)]
+    assert_same_scores(effects[0].edited, effects[1].edited)
+
+
+def test_constants_rounded_to_the_weights_dtype_are_noted(save_model: Callable[..., Path]) -> None:
+    gemma = next(animal for animal in ZOO.values() if animal.family == "Gemma 3")
+    path = str(save_model(scale_up(gemma.build()), make_tokenizer(vocab_size=300)))
+    notes = {dtype: open_model(path, device="cpu", dtype=dtype).arch.notes for dtype in ("bfloat16", "float32")}
+    assert not any("rounded" in note for note in notes["float32"])
+    (note,) = [note for note in notes["bfloat16"] if "rounded" in note]
+    assert "embed_scale = " in note

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from conftest import PLACES, WORDS, llama
-from folders import rewrite
+from folders import rewrite, status
 from relfv.cli import main
 from relfv.engine.reference import naive_baseline, naive_injection
 from relfv.language_model import open_model
@@ -242,9 +242,9 @@ def test_another_models_vectors_are_not_compared(
     before = {path: path.stat().st_mtime_ns for path in copied.rglob("*")}
     foreign = str(save_model(llama(vocab_size=420, num_hidden_layers=2)))
     said = refused(capsys, copied, "--model", foreign)
-    assert "A1, B2, D4 (the model's files or revision have changed)" in said
+    assert f"A1, B2, D4 (model was {status(copied, 'A1')['config']['model']}, now {foreign})" in said
     said = refused(capsys, copied, "--precision", "fast", "--dtype", "bf16")
-    assert "dtype was auto, now bfloat16, precision was exact, now fast" in said
+    assert "dtype was float32, now bfloat16, precision was exact, now fast" in said
     assert {path: path.stat().st_mtime_ns for path in copied.rglob("*")} == before
 
 

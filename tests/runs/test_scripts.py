@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
-from folders import contents, status
+from folders import arguments, contents, status
 from relfv.cli import main
 
 VARIABLES = """
@@ -107,6 +107,17 @@ def test_the_specs_commands_give_the_bytes_of_the_pipeline_and_complete_the_q_id
     arguments = ["run", "--model", str(llama_path), "--relation_csv_path", str(csv_path), "--out_root", str(tmp_path)]
     assert main([*arguments, "--q_list", "B2"]) == 0
     assert json.loads((tmp_path / "pairs/run_manifest.json").read_text())["outcomes"] == {}
+
+
+@pytest.mark.slow
+def test_the_pipeline_goes_on_from_scripts_that_named_what_auto_means(
+    finished: Path, llama_path: Path, csv_path: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "pairs" / "B2"
+    done = shell(STEP_D, llama_path, csv_path, base, environment={"DTYPE": "fp32", "MODEL_SPEC": "llama3"})
+    assert done.returncode == 0, done.stderr
+    assert main([*arguments(llama_path, csv_path, tmp_path), "--q_list", "B2", "--dtype", "auto"]) == 0
+    assert contents(base / "artifacts") == contents(finished / "B2/artifacts")
 
 
 @pytest.mark.slow

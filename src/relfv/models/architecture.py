@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from relfv.errors import InputError
-from relfv.models.families import FAMILIES, SPEC_NAMES, FamilySpec
+from relfv.models.families import FAMILIES, FamilySpec, family_name
 
 _UNSCALED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """dtypes of weights that can be multiplied as they are. A float8 weight has a scale, kept elsewhere in its module."""
@@ -146,13 +146,9 @@ def text_config(config: Any) -> Any:
 
 def _choose_spec(name: str, model_type: str) -> tuple[FamilySpec | None, tuple[str, ...]]:
     """The spec, or None where ``auto`` knows none for this ``model_type``; and notes."""
-    if name != "auto":
-        if name not in FAMILIES:
-            raise InputError(f"--model_spec {name!r}: unknown family; expected one of {', '.join(SPEC_NAMES)}")
-        return FAMILIES[name], ()
-    for spec in FAMILIES.values():
-        if model_type in spec.model_types:
-            return spec, ()
+    family = family_name(name, model_type)
+    if family in FAMILIES:
+        return FAMILIES[family], ()
     return None, (f"model_type {model_type!r} has no family spec; its blocks were found by their shape",)
 
 

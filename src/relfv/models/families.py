@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from relfv.errors import InputError
+
 
 @dataclass(frozen=True)
 class FamilySpec:
@@ -59,3 +61,22 @@ _SPECS = (
 
 FAMILIES: dict[str, FamilySpec] = {spec.name: spec for spec in _SPECS}
 SPEC_NAMES: tuple[str, ...] = ("auto", *FAMILIES)
+
+
+def family_name(asked: str, model_type: str) -> str:
+    """The family of a checkpoint with this ``model_type`` where the user asked for ``asked``: a name, or ``auto``.
+
+    ``auto`` stays where no spec describes the checkpoint; there a named family is taken at its word. Raises InputError
+    for a name that is unknown, or another family's.
+    """
+    if asked not in SPEC_NAMES:
+        raise InputError(f"--model_spec {asked!r}: unknown family; expected one of {', '.join(SPEC_NAMES)}")
+    right = next((name for name, spec in FAMILIES.items() if model_type in spec.model_types), None)
+    if right is None:
+        return asked
+    if asked != "auto" and model_type not in FAMILIES[asked].model_types:
+        raise InputError(
+            f"--model_spec {asked!r}: this checkpoint is of another family (its config says model_type "
+            f"{model_type!r}); expected --model_spec {right}, or auto"
+        )
+    return right

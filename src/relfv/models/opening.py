@@ -19,6 +19,7 @@ import torch
 from relfv.errors import InputError
 from relfv.models.adapters import adapter_in, merged, require_peft
 from relfv.models.architecture import Architecture, resolve, text_config
+from relfv.models.memory import available_bytes
 from relfv.models.sources import base_source, dtype_name, hub_commit, model_source, unreadable
 from relfv.models.tokens import Tokens
 
@@ -45,13 +46,14 @@ def load_checkpoint(
     device: str,
     dtype: str,
     quant: str,
-    quant_compute: torch.dtype,
+    exact: bool,
     trust_remote_code: bool,
 ) -> Checkpoint:
     """Load tokenizer and weights, and find the model's parts under ``spec``.
 
-    ``quant_compute`` is the dtype in which 4-bit layers compute. Raises InputError if the model cannot be found or
-    read, the spec does not fit it, or the device cannot do what is asked.
+    ``exact``: 4-bit layers compute in float32, and on a CPU that has the memory, weights of 16 bits are held in
+    float32: the same numbers, which need not be widened again for every pass. Raises InputError if the model cannot be
+    found or read, the spec does not fit it, or the device cannot do what is asked.
     """
     place = choose_device(device)
     source = model_source(name)
@@ -69,17 +71,46 @@ def load_checkpoint(
             tokenizer = _load_tokenizer(str(adapter.folder), name, {"trust_remote_code": trust_remote_code})
         else:
             tokenizer = _load_tokenizer(source, name, origin)
-        model = _load_weights(source, name, place, dtype, quant, quant_compute, origin)
+        compute = torch.float32 if exact else torch.bfloat16
+        model = _load_weights(source, name, place, dtype, quant, compute, origin)
     if adapter:
         model = merged(model, adapter, place).eval().requires_grad_(False)
     arch = resolve(model, spec)
-    if adapter:
-        arch = replace(arch, notes=(*arch.notes, adapter.note))
-    for note in arch.notes:
+    notes = [*arch.notes, *_rounded_constants(model), *([adapter.note] if adapter else [])]
+    arch = replace(arch, notes=tuple(notes))
+    for note in notes:
         log.warning("%s", note)
     stored = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    if exact and place.type == "cpu" and stored.itemsize == 2 and not _is_packed(model) and _fits_widened(model):
+        model.float()
     tokens = Tokens(tokenizer, n_embeddings=model.get_input_embeddings().weight.shape[0])
     return Checkpoint(model, tokens, arch, place, str(stored).removeprefix("torch."))
+
+
+def _rounded_constants(model: torch.nn.Module) -> list[str]:
+    """A note for constants that transformers rounds to the weights' dtype (Gemma's factor on its embeddings): with
+    another --dtype they are other numbers, and differences in P exceed the noise floor a thousand times."""
+    rounded = [
+        f"{name} = {buffer.item():g}"
+        for name, buffer in model.named_buffers()
+        if buffer.numel() == 1 and buffer.dtype in (torch.bfloat16, torch.float16)
+    ]
+    if not rounded:
+        return []
+    return [
+        f"constants rounded to the weights' 16 bits: {', '.join(rounded)}; so transformers runs the model in this "
+        "dtype, and with --dtype fp32 it is a slightly different one"
+    ]
+
+
+def _is_packed(model: Any) -> bool:
+    return getattr(model, "hf_quantizer", None) is not None
+
+
+def _fits_widened(model: torch.nn.Module) -> bool:
+    """Whether the host has room for twice what float32 weights take beyond the loaded ones of 16 bits."""
+    free = available_bytes()
+    return free is not None and free > 4 * sum(p.numel() for p in model.parameters())
 
 
 def choose_device(device: str) -> torch.device:

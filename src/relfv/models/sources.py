@@ -140,6 +140,17 @@ def hub_commit(repo_id: str, revision: str | None = None) -> str:
     return cached
 
 
+def hub_file(repo_id: str, name: str, revision: str | None = None) -> Path:
+    """A file of a hub model in the local cache, at the commit that is used. Raises InputError if it is not there."""
+    from huggingface_hub import hf_hub_download
+
+    commit = hub_commit(repo_id, revision)
+    try:
+        return Path(hf_hub_download(repo_id, name, revision=commit))
+    except Exception as problem:  # as in hub_commit
+        raise unreadable(repo_id, name, problem) from problem
+
+
 def _is_hub_id(name: str) -> bool:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id

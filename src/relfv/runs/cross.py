@@ -18,6 +18,7 @@ import numpy as np
 from relfv.errors import InputError, RelfvError
 from relfv.logs import Progress, showing
 from relfv.models.sources import model_identity
+from relfv.models.stored import resolved
 from relfv.report.page import write_report
 from relfv.report.table import find_statuses
 from relfv.runs.qid import open_for, work_on
@@ -115,13 +116,14 @@ def _shared_settings(
     folder: Path, statuses: Mapping[str, QidStatus], overlay: Callable[[Settings], Settings]
 ) -> Settings:
     """The settings to open the model with. Raises InputError, naming what differs, if any q_id was made with others."""
-    settings = overlay(next(iter(statuses.values())).settings)
+    settings = resolved(overlay(next(iter(statuses.values())).settings))
     here = fingerprint_fields(settings, rows_sha256="", model_identity=model_identity(settings.model))
     wanted = {name: here[name] for name in CROSS_SETTINGS}
     differing: dict[str, list[str]] = {}
     for q_id, status in statuses.items():
         there = {name: status.fingerprint_fields.get(name) for name in wanted}
-        if different := differences(there, wanted, q_id):
+        models = status.settings.model, settings.model
+        if different := differences(there, wanted, q_id, models=models):
             differing.setdefault(", ".join(different), []).append(q_id)
     if differing:
         said = "; ".join(f"{', '.join(q_ids)} ({what})" for what, q_ids in differing.items())

@@ -10,6 +10,7 @@ from pathlib import Path
 from relfv.errors import InputError, RelfvError
 from relfv.logs import printable
 from relfv.models.sources import model_identity
+from relfv.models.stored import resolved
 from relfv.relations import file_sha256, load_relations, relation_name, require_q_ids, rows_sha256
 from relfv.runs.manifest import MANIFEST
 from relfv.runs.qid import has_sweeps
@@ -42,6 +43,7 @@ class Plan:
     """What is to be done."""
 
     request: RunRequest
+    """Its settings resolved: no ``auto`` for what the checkpoint says."""
     folder: Path
     """``<out_root>/<REL>``."""
     relations: dict[str, Relation]
@@ -98,7 +100,8 @@ class Plan:
     def differences(self, status: QidStatus) -> list[str]:
         """In what the results of ``status`` are of another experiment than this run."""
         wanted = self.new_status(status.q_id).fingerprint_fields
-        return differences(status.fingerprint_fields, wanted, status.q_id)
+        models = status.settings.model, self.request.settings.model
+        return differences(status.fingerprint_fields, wanted, status.q_id, models=models)
 
     def is_done(self, status: QidStatus | None) -> bool:
         """Whether a q_id has all that is asked for."""
@@ -118,7 +121,7 @@ def make_plan(request: RunRequest) -> Plan:
     for ours in (".locks", "report", "run.log", MANIFEST, *chosen):
         require_no_links(folder / ours, below=request.out_root)
     return Plan(
-        request,
+        replace(request, settings=resolved(request.settings)),
         folder,
         {q_id: relations[q_id] for q_id in chosen},
         file_sha256(csv_path),

@@ -12,8 +12,10 @@ from typing import Any
 
 from relfv.errors import InputError, RunError
 from relfv.logs import logging_to
+from relfv.models.sources import model_identity
+from relfv.models.stored import resolved
 from relfv.runs.qid import require_frozen_trials, settling
-from relfv.settings import IDENTITY, Settings, differences
+from relfv.settings import IDENTITY, MODEL_SETTINGS, Settings, differences
 from relfv.stages.heatmap import HEATMAP
 from relfv.stages.stage import Stage
 from relfv.stages.table import file_named, free_settings
@@ -63,16 +65,22 @@ def settled_aloud(status: QidStatus) -> Iterator[None]:
 
 def settings_within(status: QidStatus, overlay: Overlay, stages: Sequence[Stage]) -> Settings:
     """The command's flags over the folder's settings. A flag may differ from what the folder says only if no step that
-    depends on it has been begun, besides those of ``stages``, which are about to run. Raises InputError."""
-    settings = overlay(status.settings)
+    depends on it has been begun, besides those of ``stages``, which are about to run; the model, if they need one, must
+    be the folder's. Raises InputError."""
+    settings, model = overlay(status.settings), {}
+    if any(set(MODEL_SETTINGS) <= set(stage.settings) for stage in stages):
+        settings = resolved(settings)
+        model = {"model_identity": model_identity(settings.model)}
     free = free_settings(status, stages)
-    require_same(status, {name: getattr(settings, name) for name in IDENTITY if name not in free})
+    wanted = {name: getattr(settings, name) for name in IDENTITY if name not in free}
+    require_same(status, {**wanted, **model}, settings.model)
     return settings
 
 
-def require_same(status: QidStatus, wanted: Mapping[str, Any]) -> None:
+def require_same(status: QidStatus, wanted: Mapping[str, Any], model: str) -> None:
+    """Raise InputError if any of these fingerprint fields is another than the folder's; ``model`` is the command's."""
     there = {name: status.fingerprint_fields[name] for name in wanted if name in status.fingerprint_fields}
-    if differing := differences(there, wanted, status.q_id):
+    if differing := differences(there, wanted, status.q_id, models=(status.settings.model, model)):
         raise InputError(
             f"{status.artifacts_dir} holds results of another experiment: {', '.join(differing)}; use another output "
             "folder, or move this one aside"

@@ -12,11 +12,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from relfv.errors import InputError
 from relfv.logs import logging_to
 from relfv.models.sources import model_identity
+from relfv.models.stored import resolved
 from relfv.relations import file_sha256, load_relations, require_q_ids, rows_sha256
 from relfv.runs.qid import open_for, require_frozen_trials, run_step, run_steps, work_on
 from relfv.runs.recorded import Overlay, recorded, require_free, require_same, settings_within, settled_aloud
@@ -37,14 +38,12 @@ from relfv.store.files import require_folder
 from relfv.store.folder import File, QidFolder
 from relfv.store.status import QidStatus, read_status, read_status_of_results
 
-if TYPE_CHECKING:
-    from relfv.language_model import LanguageModel
-
 log = logging.getLogger(__name__)
 
 
 def run_step_d(settings: Settings, q_id: str, out_base_dir: Path) -> int:
     """StepD of one q_id into ``out_base_dir/artifacts``. An ineligible q_id is marked skipped: exit code 0."""
+    settings = resolved(settings)
     csv_path = Path(settings.relation_csv_path)
     relations = load_relations(csv_path)
     require_q_ids([q_id], relations, "--relation_q_list", csv_path)
@@ -84,7 +83,7 @@ def _begun(folder: QidFolder, settings: Settings, fields: Mapping[str, Any]) -> 
     if status is None or not status.has_results():
         return None
     later = FLAGS.keys() - frozenset().union(*map(settings_of, STEP_D))
-    require_same(status, {name: value for name, value in fields.items() if name not in later})
+    require_same(status, {name: value for name, value in fields.items() if name not in later}, settings.model)
     return status
 
 
@@ -130,13 +129,12 @@ def run_step_e(stepd_artifacts_dir: Path, sampled_trials_path: Path, out_dir: Pa
     _require_files(*map(folder.path, (CIE, MEANS, TRIALS)))
     stages = [function_vector.STAGE, zeroshot.STAGE]
     if status is None:
-        settings = overlay(Settings())
-        work = _loose_work(folder, settings)
+        work = _loose_work(folder, resolved(overlay(Settings())))
         for stage in stages:
             run_step(work, stage.step())
     else:
         settings = settings_within(status, overlay, stages)
-        model = _open(settings, status)
+        model = open_for(settings)
         with recorded(folder, overlay, stages, [TRIALS, CIE, MEANS]) as status:
             status.expected_layers = list(range(model.arch.n_layers))
             work = work_on(status, lambda: model)
@@ -187,12 +185,12 @@ def run_step6(fv_path: Path, trials_path: Path, edit_layer: int, out_dir: Path, 
     if status is None:
         at |= {file: out_dir / Path(file.name).name for file in step6.STAGE.writes}
         trials = ZERO_SHOT_TRIALS.read(trials_path)
-        work = _loose_work(QidFolder(out_dir, trials.questions[0].q_id, at), overlay(Settings()))
+        work = _loose_work(QidFolder(out_dir, trials.questions[0].q_id, at), resolved(overlay(Settings())))
         require_layer(work.model, edit_layer)
         run_step(work, step)
     else:
         settings = settings_within(status, overlay, [step6.STAGE])
-        model = _open(settings, status)
+        model = open_for(settings)
         require_layer(model, edit_layer)
         folder = QidFolder(artifacts_dir, status.q_id, at)
         with recorded(folder, overlay, [step6.STAGE], [FV, ZERO_SHOT_TRIALS]) as status:
@@ -213,12 +211,6 @@ def _loose_work(folder: QidFolder, settings: Settings) -> Work:
 
 def _no_model() -> Any:
     raise AssertionError("this stage needs no model")
-
-
-def _open(settings: Settings, status: QidStatus) -> LanguageModel:
-    """The model of a command. Raises InputError if the folder's other results come from another one."""
-    require_same(status, {"model_identity": model_identity(settings.model)})
-    return open_for(settings)
 
 
 def _said_to_be_skipped(status: QidStatus | None) -> bool:

@@ -1,0 +1,45 @@
+"""How much memory this process may still take on the host."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def available_bytes() -> int | None:
+    """What the machine has free and the process's control group (a Slurm job, a container) leaves of it, the smaller;
+    None where neither is said (not on Linux)."""
+    limits = [_of_machine(), *map(_of_group, _groups())]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _of_machine() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _groups() -> list[Path]:
+    """The folders of the process's memory control groups, v2 and v1, and of the groups around them."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    groups: list[Path] = []
+    for line in lines:
+        _, controllers, inside = line.split(":", 2)
+        if controllers in ("", "memory"):
+            root = Path("/sys/fs/cgroup", controllers)
+            group = root / inside.strip("/")
+            groups += [group, *(parent for parent in group.parents if root in (parent, *parent.parents))]
+    return groups
+
+
+def _of_group(group: Path) -> int | None:
+    for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+        try:
+            return int((group / limit).read_text()) - int((group / used).read_text())
+        except (OSError, ValueError):  # not this version of control groups, or no limit ("max")
+            continue
+    return None

@@ -1,0 +1,68 @@
+"""What a checkpoint is, from its config.json and the headers of its weights, without transformers: so that two runs of
+the same model are the same experiment, whether they name its family and dtype or say ``auto``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from relfv.models.adapters import adapter_in
+from relfv.models.families import family_name
+from relfv.models.sources import DTYPE_NAMES, base_source, hub_file, model_source, unreadable
+from relfv.settings import Settings
+
+_LARGEST_HEADER = 100 << 20
+_SAFETENSORS_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+def resolved(settings: Settings) -> Settings:
+    """``settings`` with the family and the dtype that ``auto`` stands for in this checkpoint.
+
+    A family that no spec describes stays ``auto``. Raises InputError for a model that cannot be had, and for a family
+    that is another one than the checkpoint's.
+    """
+    source, revision = model_source(settings.model), None
+    if adapter := adapter_in(source):
+        source, revision = base_source(adapter), adapter.revision
+    config = _config(source, revision, settings.model)
+    text = config.get("text_config")
+    text = text if isinstance(text, dict) else {}
+    family = family_name(settings.model_spec, str(text.get("model_type") or config.get("model_type")))
+    dtype = settings.dtype if settings.dtype != "auto" else _dtype(source, config, text)
+    return replace(settings, model_spec=family, dtype=dtype)
+
+
+def _config(source: str, revision: str | None, name: str) -> dict[str, Any]:
+    path = Path(source) / "config.json" if Path(source).is_dir() else hub_file(source, "config.json", revision)
+    try:
+        content = json.loads(path.read_bytes()) if path.is_file() else None
+    except (OSError, ValueError, RecursionError) as problem:
+        raise unreadable(name, "config", problem) from problem
+    if not isinstance(content, dict):
+        raise unreadable(name, "config", ValueError(f"{path} holds no JSON object"))
+    return content
+
+
+def _dtype(source: str, config: Mapping[str, Any], text: Mapping[str, Any]) -> str:
+    """The dtype the weights are loaded in: as the config says, else as the first weights are stored, else float32."""
+    for said in (config, text):
+        name = str(said.get("dtype") or said.get("torch_dtype") or "").removeprefix("torch.")
+        if name in DTYPE_NAMES:
+            return name
+    files = sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else []
+    return next((name for path in files if (name := _first_dtype(path))), "float32")
+
+
+def _first_dtype(path: Path) -> str | None:
+    """Of a safetensors file's first tensor in one of the dtypes that relfv knows; None if there is none."""
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size)) if size <= _LARGEST_HEADER else {}
+        stored = [tensor.get("dtype") for name, tensor in header.items() if name != "__metadata__"]
+    except (OSError, ValueError, AttributeError, RecursionError):  # a damaged file is named when it is opened
+        return None
+    return next((_SAFETENSORS_NAMES[name] for name in stored if name in _SAFETENSORS_NAMES), None)
