@@ -24,7 +24,7 @@ from relfv.settings import SPEC_CSV
 from relfv.stages.cie import head_effects
 from relfv.stages.function_vector import build_function_vector
 from relfv.stages.means import mean_activations
-from relfv.stages.prompts import prompt_trial, zero_shot_prompt
+from relfv.stages.prompts import AnswerTokens, prompts_to_read, zero_shot_prompt
 from relfv.stages.scores import rank_heads, score_heads
 from relfv.stages.trials import ineligible_reason, sample_trials
 from relfv.types import HeadId, MeanActivations, PromptedTrial, Prompts, Relation
@@ -64,7 +64,8 @@ def main() -> None:
 def measure(model: LanguageModel, relation: Relation, seed: int) -> Measured:
     """StepD and StepE of one relation, in memory."""
     trials = sample_trials(relation, seed=seed, n_trials=25, n_demos=9)
-    prompted = [prompt_trial(trial, model.tokens) for trial in trials]
+    answers = AnswerTokens(relation, model.tokens)
+    prompted = [answers.prompted(trial) for trial in trials]
     means = mean_activations(
         run_clean(model.backbone, asked(model, prompted, [item.clean_prompt for item in prompted]))
     )
@@ -79,10 +80,8 @@ def measure(model: LanguageModel, relation: Relation, seed: int) -> Measured:
 
 def asked(model: LanguageModel, prompted: list[PromptedTrial], texts: list[str]) -> Prompts:
     """The ``texts`` of some trials with their targets and queries."""
-    targets = [item.target.first_token_id for item in prompted]
-    return Prompts(
-        [model.tokens.encode(text) for text in texts], targets, [i.trial.query_source_index for i in prompted]
-    )
+    rows = [item.trial.query_source_index for item in prompted]
+    return prompts_to_read(texts, [item.target for item in prompted], model.tokens, rows)
 
 
 def evaluate(
@@ -98,7 +97,7 @@ def evaluate(
     ):
         every = asked(model, own.prompted, prompts)
         scores = run_clean(model.backbone, every).scores
-        row[f"{name} acc"] = float(scores.correct(every.targets).mean())
+        row[f"{name} acc"] = float(scores.correct(every.right).mean())
         row[f"{name} P"] = float(scores.p.mean())
     row |= {"best head": own.best_head, "top 5": own.top5_share}
 
@@ -119,7 +118,7 @@ def evaluate(
     edited = model.engine.inject(zero_shot, vectors, list(range(n_layers))).edited
     p, acc = (
         values.reshape(len(distinct), n_layers, -1).mean(0)
-        for values in (edited.measure("p"), edited.correct(zero_shot.targets))
+        for values in (edited.measure("p"), edited.correct(zero_shot.right))
     )
     best = int(p[:, 0].argmax())
     groups = {"FV best": (best, [0]), "FV last": (n_layers - 1, [0]), "random": (best, list(range(1, 1 + N_DRAWS)))}

@@ -33,7 +33,7 @@ from relfv.relations import load_relations
 from relfv.settings import SPEC_CSV
 from relfv.stages.cie import head_effects
 from relfv.stages.leave_query_out import with_error_of_means
-from relfv.stages.prompts import prompt_trial
+from relfv.stages.prompts import AnswerTokens, prompts_to_read
 from relfv.stages.trials import sample_trials
 from relfv.stats import FDR, LEVEL, clustered_mean, false_discovery
 from relfv.types import HeadId, MeanActivations, Prompts, Relation, WordPair
@@ -197,10 +197,11 @@ def mixed(relations: dict[str, Relation], rows: int, rng: random.Random) -> Rela
 def read(model: LanguageModel, relation: Relation, *, seed: int, n_trials: int = 25) -> Trials:
     """Sample trials at the spec's settings and run their clean prompts."""
     trials = sample_trials(relation, seed=seed, n_trials=n_trials, n_demos=9)
-    prompted = [prompt_trial(trial, model.tokens) for trial in trials]
-    targets, queries = [item.target.first_token_id for item in prompted], [t.query_source_index for t in trials]
+    answers = AnswerTokens(relation, model.tokens)
+    prompted = [answers.prompted(trial) for trial in trials]
+    targets, queries = [item.target for item in prompted], [t.query_source_index for t in trials]
     clean, corrupted = (
-        Prompts([model.tokens.encode(text) for text in texts], targets, queries)
+        prompts_to_read(texts, targets, model.tokens, queries)
         for texts in ([item.clean_prompt for item in prompted], [item.corrupted_prompt for item in prompted])
     )
     return Trials(corrupted, run_clean(model.backbone, clean).activations)

@@ -37,7 +37,7 @@ from relfv.engine.reference import ReferenceEngine, naive_baseline, naive_head_p
 from relfv.engine.shared_prefix import SharedPrefixEngine
 from relfv.language_model import LanguageModel, open_model
 from relfv.relations import load_relations
-from relfv.stages.prompts import prompt_trial
+from relfv.stages.prompts import AnswerTokens, prompts_to_read
 from relfv.stages.trials import sample_trials
 from relfv.types import Effects, HeadId, Prompts
 from shapes import NAMES, model_folder
@@ -69,10 +69,11 @@ class Sweep:
         if shape == "demo":
             relation = load_relations(DATASET)["Q1"]
             trials = sample_trials(relation, seed=0, n_trials=25, n_demos=9)
-            prompted = [prompt_trial(trial, model.tokens) for trial in trials]
-            self.prompts = [model.tokens.encode(trial.corrupted_prompt) for trial in prompted]
-            clean = [model.tokens.encode(trial.clean_prompt) for trial in prompted]
-            self.targets = [trial.target.first_token_id for trial in prompted]
+            prompted = [AnswerTokens(relation, model.tokens).prompted(trial) for trial in trials]
+            targets, rows = [item.target for item in prompted], [trial.query_source_index for trial in trials]
+            texts = [item.corrupted_prompt for item in prompted], [item.clean_prompt for item in prompted]
+            corrupted, right = (prompts_to_read(its, targets, model.tokens, rows) for its in texts)
+            self.prompts, clean, self.targets = corrupted.ids, right.ids, corrupted.targets
         else:  # an untrained model knows no words: ids of the lengths that Llama's tokenizer gives
             rng = random.Random(0)
             vocabulary = int(model.arch.lm_head.weight.shape[0])  # type: ignore[union-attr]

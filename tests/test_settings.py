@@ -22,7 +22,8 @@ from relfv.store.files import move_aside
 
 OTHER = {
     "dtype": "bf16", "quant": "8bit", "precision": "fast", "seed": 1, "n_trials_per_q": 24,
-    "n_demos": 8, "corruption": "shuffle", "score_key": "mean_delta_logit", "topk": 19, "alpha": 2.5, "n_eval": 49,
+    "n_demos": 8, "corruption": "shuffle", "target": "distinguishing", "score_key": "mean_delta_logit",
+    "topk": 19, "alpha": 2.5, "n_eval": 49,
     "allow_query_duplicates": True,
 }  # fmt: skip
 NO_CHOICE = {"model_spec"}

@@ -24,7 +24,7 @@ from relfv.settings import Settings
 from relfv.stages import function_vector
 from relfv.stages.function_vector import TOP_HEADS
 from relfv.stages.noise_floor import NOISE_FLOOR
-from relfv.stages.prompts import prompt_trial
+from relfv.stages.prompts import AnswerTokens
 from relfv.stages.scores import CIE
 from relfv.stages.stage import Work
 from relfv.stages.table import STEP_D
@@ -160,8 +160,9 @@ class PlainHooks:
 def true_effect(model: PlainHooks, tokens: Tokens, relation: Relation, head: HeadId) -> float:
     """Mean delta_p over 200 fresh trials, patched with the clean mean of the same 200; its standard error is about
     0.02."""
-    trials = [prompt_trial(t, tokens) for t in sample_trials(relation, seed=1, n_trials=200, n_demos=9)]
-    targets = [trial.target.first_token_id for trial in trials]
+    answers = AnswerTokens(relation, tokens)
+    trials = [answers.prompted(t) for t in sample_trials(relation, seed=1, n_trials=200, n_demos=9)]
+    targets = [trial.target.token_id for trial in trials]
     clean_mean = model.read([trial.clean_prompt for trial in trials], targets, head)[0].mean(0)
     corrupted = [trial.corrupted_prompt for trial in trials]
     patched, base = (model.read(corrupted, targets, head, value)[1] for value in (clean_mean, None))

@@ -63,7 +63,8 @@ def load_relations(path: Path) -> dict[str, Relation]:
         raise InputError(f"{path}: {len(problems)} problem(s): {_listed(problems)}")
     if not pairs:
         raise InputError(f"{path}: no word pairs; expected a header id,ex_A,ex_B and one pair a row")
-    return {q_id: Relation(q_id, tuple(rows)) for q_id, rows in pairs.items()}
+    answers = tuple(dict.fromkeys(pair.output for rows in pairs.values() for pair in rows))
+    return {q_id: Relation(q_id, tuple(rows), answers) for q_id, rows in pairs.items()}
 
 
 def is_q_id(text: object) -> bool:
@@ -103,11 +104,14 @@ def file_sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def rows_sha256(relation: Relation) -> str:
-    """sha256 of one q_id's pairs in order: what its results depend on, whatever else the CSV holds."""
+def rows_sha256(relation: Relation, corruption: str = "derange") -> str:
+    """sha256 of what a q_id's results depend on in the CSV: its pairs in order, and where labels are drawn from other
+    relations, all answers."""
     digest = hashlib.sha256()
     for pair in relation.pairs:
         digest.update(f"{len(pair.input)}:{pair.input}{len(pair.output)}:{pair.output}".encode())
+    for answer in relation.csv_answers if corruption == "other" else ():
+        digest.update(f"{len(answer)}:{answer}".encode())
     return digest.hexdigest()
 
 

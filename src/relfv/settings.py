@@ -102,8 +102,14 @@ class Settings:
         fixed=True,
     )  # fmt: skip
     corruption: str = _setting(
-        "derange", "derange: no demo keeps its label; shuffle: plain permutation", _TRIALS,
-        choices=("derange", "shuffle"), fixed=True,
+        "derange", "labels of corrupted demos: derange (none keeps its own), shuffle (plain permutation), random "
+        "(drawn from the relation's answers) or other (from the CSV's other relations)", _TRIALS,
+        choices=("derange", "shuffle", "random", "other"), fixed=True,
+    )  # fmt: skip
+    target: str = _setting(
+        "first", "the answer's token that is scored: first, or distinguishing (the first that tells it from the "
+        "relation's other answers, after feeding what they share)", _TRIALS, choices=("first", "distinguishing"),
+        fixed=True,
     )  # fmt: skip
     layers: str = _setting("all", "layers swept: all, or e.g. 0-3,7", ("sweep", ("stepd",)), fixed=True)
     heads: str = _setting("all", "heads swept in each layer: all, or e.g. 0-3,7", ("sweep", ("stepd",)), fixed=True)

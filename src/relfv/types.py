@@ -6,7 +6,7 @@ Axes: ``trial`` T, ``layer`` L, ``head`` H, ``prompt`` N; everything is read at 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # to know what values are takes neither
@@ -39,6 +39,12 @@ class Relation:
 
     q_id: str
     pairs: tuple[WordPair, ...]
+    csv_answers: tuple[str, ...] = field(default=(), repr=False)
+    """The distinct answers of all relations of the CSV: labels that have nothing to do with this one."""
+
+    def answers_to(self, word: str) -> tuple[str, ...]:
+        """All that the relation gives as answers to this input: each is right."""
+        return tuple(dict.fromkeys(pair.output for pair in self.pairs if pair.input == word))
 
 
 @dataclass(frozen=True)
@@ -55,17 +61,33 @@ class Trial:
     demos_corrupted: tuple[WordPair, ...]
     n_labels_in_place: int
     """Demos whose corrupted label is still a right answer to their input (0 whenever that can be avoided)."""
+    n_demos_of_query_input: int
+    """Demos that give the query's own input another answer (0 wherever enough other rows remain)."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a prompt is scored on: the first token of the answer (Todd et al. 2024, section 2)."""
+    """What a prompt is scored on: the first token of the answer (Todd et al. 2024, section 2), or a later one."""
 
-    first_token_id: int
     answer_ids: tuple[int, ...]
     joint: bool
     """True if the ids come from tokenising prompt + answer together with the prompt's own ids as a prefix. False if
     the tokenizer merges across that boundary; then the answer was tokenised on its own, and the snapshot says so."""
+    space_ids: tuple[int, ...] = ()
+    """What the tokenizer makes of the space before the answer, where that is tokens of white space alone (digits in
+    Llama-3's tokenizer): fed as the end of the prompt, since every answer has them. They are not in ``answer_ids``."""
+    n_fed: int = 0
+    """Tokens of ``answer_ids`` that are fed as well, because other answers share them (``--target distinguishing``)."""
+
+    @property
+    def token_id(self) -> int:
+        """The token that is scored."""
+        return self.answer_ids[self.n_fed]
+
+    @property
+    def fed_ids(self) -> tuple[int, ...]:
+        """What the model reads after the prompt's text."""
+        return self.space_ids + self.answer_ids[: self.n_fed]
 
 
 @dataclass(frozen=True)
@@ -76,6 +98,9 @@ class PromptedTrial:
     clean_prompt: str
     corrupted_prompt: str
     target: Target
+    accepted: tuple[tuple[str, int | None], ...]
+    """Other right answers to the query's input, and the token each is told by after the same prompt; None where that
+    is fed other tokens."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +114,15 @@ class Question:
     query_source_index: int | None
     """Row of the query within the q_id; None in snapshots of other tools that do not say it."""
     answer: str
-    first_token_id: int
-    answer_ids: tuple[int, ...]
+    target: Target
+    accepted: tuple[tuple[str, int | None], ...] = ()
+    """Other right answers, as in PromptedTrial."""
+
+    @property
+    def right_ids(self) -> tuple[int, ...]:
+        """The scored token, and those that the other right answers are told by."""
+        others = (token_id for _, token_id in self.accepted if token_id is not None)
+        return tuple(dict.fromkeys((self.target.token_id, *others)))
 
 
 @dataclass(frozen=True)
@@ -106,11 +138,6 @@ class Snapshot:
     """Empty in a zero-shot snapshot."""
     clusters: tuple[int, ...]
     """Of each trial the first row that has its query's input: trials that share it are no independent observations."""
-
-    @property
-    def targets(self) -> tuple[int, ...]:
-        """First answer token of every trial."""
-        return tuple(question.first_token_id for question in self.questions)
 
     def only(self, chosen: Sequence[int]) -> Snapshot:
         """The trials of these indices."""
@@ -130,16 +157,23 @@ class Prompts:
     ids: Sequence[Sequence[int]]
     """Token ids of each prompt, BOS included, never padded."""
     targets: Sequence[int]
-    """(N,): first token of each answer."""
+    """(N,): the token of each answer that is scored, its first unless --target says otherwise."""
     clusters: Sequence[int] = ()
     """(N,): row of each prompt's query word. Prompts that share it are no independent observations (stats.py)."""
+    accepted: Sequence[Sequence[int]] = ()
+    """(N, any): tokens that count as right, the target's among them; empty for the target's alone."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, some: slice) -> Prompts:
         """Some of the prompts."""
-        return Prompts(self.ids[some], self.targets[some], self.clusters[some])
+        return Prompts(self.ids[some], self.targets[some], self.clusters[some], self.accepted[some])
+
+    @property
+    def right(self) -> Sequence[Sequence[int]]:
+        """(N, any): ``accepted``, spelt out."""
+        return self.accepted or [[target] for target in self.targets]
 
 
 @dataclass(frozen=True)
@@ -166,11 +200,12 @@ class TokenScores:
         """All of them by name."""
         return {name: self.measure(name) for name in MEASURES}
 
-    def correct(self, targets: Sequence[int]) -> np.ndarray:
-        """float64 (N, ...): 1 where the most probable token is the prompt's target, else 0."""
-        top = self.top_id.numpy()
-        wanted = self.top_id.new_tensor(list(targets)).numpy()
-        return (top == wanted.reshape(-1, *(1,) * (top.ndim - 1))).astype(float)
+    def correct(self, right: Sequence[Sequence[int]]) -> np.ndarray:
+        """float64 (N, ...): 1 where the most probable token is one that is right for the prompt, else 0."""
+        import numpy as np
+
+        tops = zip(self.top_id.numpy(), right, strict=True)
+        return np.stack([np.isin(top, list(its)) for top, its in tops]).astype(np.float64)
 
     def __getitem__(self, index: Any) -> TokenScores:
         """The same index taken of every field."""

@@ -34,12 +34,15 @@ def test_a_trailing_space_is_not_fed() -> None:
 @pytest.mark.parametrize("pair", [*WORDS, *PLACES])
 def test_the_first_token_is_the_one_after_the_prompt_in_the_joint_text(pair: tuple[str, str]) -> None:
     tokens = Tokens(make_tokenizer())
+    (space,) = tokens.tokenizer(" ", add_special_tokens=False).input_ids
     prompt = f"Q: {pair[0]}\nA:"
     target = tokens.target(prompt, pair[1])
     assert target.joint
-    assert tokens.encode(prompt) + list(target.answer_ids) == tokens.encode(f"{prompt} {pair[1]}")
-    assert target.first_token_id == target.answer_ids[0]
-    assert tokens.tokenizer.decode(target.answer_ids) == f" {pair[1]}"
+    assert [*tokens.encode(prompt), *target.space_ids, *target.answer_ids] == tokens.encode(f"{prompt} {pair[1]}")
+    assert target.token_id == target.answer_ids[0]
+    assert tokens.tokenizer.decode([*target.space_ids, *target.answer_ids]) == f" {pair[1]}"
+    assert tokens.tokenizer.decode([target.token_id]).strip()
+    assert bool(target.space_ids) == (tokens.encode(f"{prompt} {pair[1]}")[len(tokens.encode(prompt))] == space)
 
 
 def test_a_tokenizer_that_merges_across_the_boundary_is_noticed_by_ids_not_by_length() -> None:
@@ -77,3 +80,50 @@ def test_a_special_token_is_refused_also_where_it_is_the_unknown_token_too() -> 
     tokenizer.unk_token = "<bos>"
     with pytest.raises(InputError, match="'<bos>', a special token"):
         Tokens(tokenizer).require_plain("<bos>")
+
+
+@pytest.fixture(scope="module", params=["byte-level", "sentencepiece-like"])
+def digits_apart(request: pytest.FixtureRequest) -> Tokens:
+    """Real tokenizers that split digits off, as Llama-3's (byte-level) and Gemma's (metaspace) do."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.BPE(unk_token=None))
+    digit = pre_tokenizers.Split(Regex("[0-9]"), "isolated")
+    if request.param == "byte-level":
+        words = pre_tokenizers.Split(Regex(r" ?\p{L}+|\n+|[^\p{L}\n]"), "isolated")
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        raw.pre_tokenizer = pre_tokenizers.Sequence([digit, words, byte_level])
+        raw.decoder = decoders.ByteLevel()
+    else:
+        metaspace = pre_tokenizers.Metaspace(prepend_scheme="never")
+        raw.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split("\n", "isolated"), metaspace, digit])
+        raw.decoder = decoders.Metaspace(prepend_scheme="never")
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<bos>", "<eos>"], show_progress=False)
+    text = [f"Q: {word}\nA: {answer}\n\n" for word in ("otter", "key") for answer in ("5", "17", "puppy")] * 9
+    raw.train_from_iterator([*text, "0123456789"], trainer)
+    return Tokens(PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<bos>", eos_token="<eos>"))
+
+
+@pytest.mark.parametrize("answer", ["5", "17"])
+def test_a_space_that_is_a_token_of_its_own_is_fed_and_the_digit_is_scored(digits_apart: Tokens, answer: str) -> None:
+    prompt = "Q: otter\nA: "
+    target = digits_apart.target(prompt, answer)
+    assert [*digits_apart.encode(prompt), *target.space_ids, *target.answer_ids] == digits_apart.tokenizer(
+        f"Q: otter\nA: {answer}"
+    ).input_ids
+    assert len(target.space_ids) == 1
+    assert digits_apart.text(target.token_id) == answer[0]
+    assert digits_apart.fed(prompt, target.fed_ids) == prompt
+    word = digits_apart.target(prompt, "puppy")
+    assert word.space_ids == ()
+    assert digits_apart.fed(prompt, word.fed_ids) == prompt.rstrip()
+
+
+@pytest.mark.parametrize(
+    ("written", "answer"),
+    [("17\n\nQ", "17"), ("17", None), (" 17 \n", "17"), ("\n", ""), ("5<eos>7", "5"), ("17 puppy\n", "17 puppy")],
+)
+def test_an_answer_is_what_stands_before_the_first_end(digits_apart: Tokens, written: str, answer: str | None) -> None:
+    ids = digits_apart.tokenizer(written, add_special_tokens=False).input_ids
+    assert digits_apart.answer_in(ids) == answer

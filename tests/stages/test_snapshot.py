@@ -25,7 +25,7 @@ def test_rows_with_the_same_input_are_one_query(finished: Path, tmp_path: Path) 
     (question,) = part.questions
     assert vars(question.query) == trial["query"]
     assert (question.trial_id, question.answer) == (trial["trial_id"], trial["target_str"])
-    assert part.targets == (trial["target_first_token_id"],)
+    assert question.target.token_id == trial["target_first_token_id"]
     assert part.prompts == (trial["corrupted_prompt_str"],)
     assert part.clean_prompts == (trial["clean_prompt_str"],)
 
@@ -36,6 +36,11 @@ def test_rows_with_the_same_input_are_one_query(finished: Path, tmp_path: Path) 
         ("answer_ids", "x", "answer_ids is 'x'; expected a list of token ids"),
         ("answer_ids", [], "answer_ids is '[]'; expected at least one token id"),
         ("answer_ids", [5, -1], "answer_ids is '-1'; expected a token id"),
+        ("space_ids", 3, "space_ids is '3'; expected a list of token ids"),
+        ("n_answer_tokens_fed", "1", "n_answer_tokens_fed is '1'; expected a whole number of at least 0"),
+        ("target_first_token_id", 0, "target_first_token_id is '0'; expected the first of answer_ids that is not fed"),
+        ("other_right_answers", [5], "other_right_answers is '5'; expected answers with their tokens"),
+        ("other_right_answers", [{"answer": "x", "token_id": -2}], "other_right_answers is '-2'; expected a token id"),
         ("target_first_token_id", True, "target_first_token_id is 'True'; expected a token id"),
         ("target_first_token_id", 1 << 31, "target_first_token_id is '2147483648'; expected a token id"),
         ("target_str", None, "target_str is 'None'; expected a text"),

@@ -84,7 +84,7 @@ def test_every_setting_that_counts_is_used_by_some_stage_and_every_one_used_coun
 
 def test_the_settings_of_a_stage_are_those_of_all_it_rests_on() -> None:
     model = {"model_spec", "dtype", "quant", "precision"}
-    of_trials = {"seed", "n_trials_per_q", "n_demos", "corruption", "model_spec"}
+    of_trials = {"seed", "n_trials_per_q", "n_demos", "corruption", "target", "model_spec"}
     of_step_e = {*model, *of_trials, "layers", "heads", "score_key", "topk", "alpha"}
     expected = {
         "stepD_trials": of_trials,
@@ -111,7 +111,11 @@ def begun(finished: Path, *names: str) -> QidStatus:
     ("names", "chosen_by", "free"),
     [
         ((), [], set(IDENTITY)),
-        (("stepD_trials",), [], set(IDENTITY) - {"seed", "n_trials_per_q", "n_demos", "corruption", "model_spec"}),
+        (
+            ("stepD_trials",),
+            [],
+            set(IDENTITY) - {"seed", "n_trials_per_q", "n_demos", "corruption", "target", "model_spec"},
+        ),
         (NAMES[:3], ["stepE"], {"topk", "alpha", "n_eval", "allow_query_duplicates"}),
         ([*NAMES[:3], "heatmap"], ["stepE"], {"alpha", "n_eval", "allow_query_duplicates"}),
         ([*NAMES[:3], "heatmap", "stepE"], ["stepE"], {"alpha", "n_eval", "allow_query_duplicates"}),

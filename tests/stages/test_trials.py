@@ -165,3 +165,48 @@ def test_the_policy_holds_for_any_relation_and_seed(given: tuple[Relation, int],
         assert trial.n_labels_in_place == kept([demo.output for demo in trial.demos_corrupted])
         if n_demos <= 6:  # every order can be tried
             assert trial.n_labels_in_place == min(map(kept, set(itertools.permutations(labels))))
+
+
+def opposites() -> Relation:
+    """Twelve inputs, three of them with two right answers."""
+    pairs = [WordPair(f"in{i}", f"out{i}") for i in range(12)] + [WordPair(f"in{i}", f"other{i}") for i in range(3)]
+    return Relation("Q1", tuple(pairs), ("of", "others", *(pair.output for pair in pairs)))
+
+
+def test_a_demo_with_the_querys_input_is_left_out_where_enough_others_remain_and_else_counted() -> None:
+    for trial in sample_trials(opposites(), seed=0, n_trials=200, n_demos=9):
+        assert trial.query.input not in {demo.input for demo in trial.demos_clean}
+        assert trial.n_demos_of_query_input == 0
+    few = Relation("Q1", (*relation(9).pairs, WordPair("in0", "another")))
+    counted = [
+        (trial.n_demos_of_query_input, sum(demo.input == trial.query.input for demo in trial.demos_clean))
+        for trial in sample_trials(few, seed=0, n_trials=200, n_demos=9)
+    ]
+    assert all(said == there for said, there in counted)
+    assert {said for said, _ in counted} == {0, 1}
+
+
+def test_random_labels_are_drawn_from_the_relations_answers_and_teach_no_inverse() -> None:
+    two = Relation("Q1", tuple(WordPair(f"in{i}", "yes" if i % 2 else "no") for i in range(20)))
+    trials = sample_trials(two, seed=0, n_trials=200, n_demos=9, corruption="random")
+    assert {label.output for trial in trials for label in trial.demos_corrupted} == {"yes", "no"}
+    assert 0.45 < sum(trial.n_labels_in_place for trial in trials) / (9 * 200) < 0.55
+    # a derangement of two labels is their exchange, as far as they go
+    deranged = sample_trials(two, seed=0, n_trials=200, n_demos=9)
+    assert sum(trial.n_labels_in_place for trial in deranged) / (9 * 200) < 0.3
+
+
+def test_labels_of_other_relations_are_none_of_this_one() -> None:
+    for trial in sample_trials(opposites(), seed=0, n_trials=50, n_demos=9, corruption="other"):
+        assert {demo.output for demo in trial.demos_corrupted} <= {"of", "others"}
+        assert trial.n_labels_in_place == 0
+    assert "no other relation's answers" in (ineligible_reason(relation(12), 9, "other") or "")
+
+
+@pytest.mark.parametrize("corruption", ["shuffle", "random", "other"])
+def test_another_corruption_changes_labels_alone(corruption: str) -> None:
+    def asked(how: str) -> list[tuple[int, tuple[int, ...]]]:
+        (trial,) = sample_trials(opposites(), seed=3, n_trials=1, n_demos=9, corruption=how)  # type: ignore[arg-type]
+        return [(trial.query_source_index, trial.demo_source_indices)]
+
+    assert asked(corruption) == asked("derange")

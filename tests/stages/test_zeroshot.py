@@ -6,12 +6,13 @@ from pathlib import Path
 
 from relfv.cli import main
 from relfv.stages.zeroshot import read_zero_shot_trials, trials_to_evaluate
-from relfv.types import Question, Snapshot, WordPair
+from relfv.types import Question, Snapshot, Target, WordPair
 
 
 def snapshot(*queries: tuple[str, str]) -> Snapshot:
     questions = [
-        Question("A1", f"A1-{i:03d}", i, WordPair(*query), i, query[1], 5, (5,)) for i, query in enumerate(queries)
+        Question("A1", f"A1-{i:03d}", i, WordPair(*query), i, query[1], Target((5,), True))
+        for i, query in enumerate(queries)
     ]
     return Snapshot({}, tuple(questions), tuple(word for word, _ in queries), (), tuple(range(len(queries))))
 
@@ -43,5 +44,5 @@ def test_a_snapshot_of_another_tool_that_does_not_say_the_rows_is_made_zero_shot
     made = read_zero_shot_trials(tmp_path / "sampled_trials_zeroshot.json")
     given = read_zero_shot_trials(finished / "A1/artifacts/sampled_trials_zeroshot.json")
     assert made.prompts == given.prompts
-    assert made.targets == given.targets
+    assert [question.target for question in made.questions] == [question.target for question in given.questions]
     assert {question.query_source_index for question in made.questions} == {None}

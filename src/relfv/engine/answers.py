@@ -18,8 +18,8 @@ from relfv.engine.readout import logprobs
 
 N_TOP = 5
 N_DECODED = 10
-MAX_TOKENS = 16
-"""Tokens generated at most; a longer answer counts as not matched."""
+MAX_TOKENS = 17
+"""Tokens generated at most; an answer that has not ended by then counts as not matched."""
 
 _PROMPTS_A_PASS = 50
 _TOKENS_A_CHUNK = 64
@@ -50,20 +50,27 @@ class ScoredAnswer:
     top: list[tuple[int, float]]
     """The ``N_TOP`` most probable first tokens and their probabilities."""
     written: list[int]
-    """The greedy continuation of the prompt, as long as the answer, at most ``MAX_TOKENS``."""
+    """The greedy continuation of the prompt, as long as was asked for, at most ``MAX_TOKENS``."""
 
 
 def score_answers(
-    backbone: Backbone, ids: TokenIds, answers: TokenIds, injection: Injection | None = None
+    backbone: Backbone,
+    ids: TokenIds,
+    answers: TokenIds,
+    injection: Injection | None = None,
+    *,
+    lengths: Sequence[int] | None = None,
 ) -> list[ScoredAnswer]:
-    """Score ``answers[n]`` after the prompt ``ids[n]``, both token ids, with ``injection`` if given.
+    """Score ``answers[n]`` after the prompt ``ids[n]``, both token ids, with ``injection`` if given, and continue the
+    prompt for ``lengths[n]`` tokens, by default as many as the answer has.
 
     Raises RunError if memory is too small for one prompt.
     """
+    wanted = [min(n, MAX_TOKENS) for n in lengths or map(len, answers)]
 
     def attempt(size: int) -> list[ScoredAnswer]:
         parts = backbone.passes(ids, size)
-        scored = [_score(backbone, ids[p], answers[p], injection and injection.of(p)) for p in parts]
+        scored = [_score(backbone, ids[p], answers[p], wanted[p], injection and injection.of(p)) for p in parts]
         return list(itertools.chain.from_iterable(scored))
 
     with backbone.running():
@@ -87,7 +94,13 @@ def decode_vector(backbone: Backbone, bos: list[int], vector: Array) -> list[tup
     return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
 
 
-def _score(backbone: Backbone, prompts: TokenIds, answers: TokenIds, injection: Injection | None) -> list[ScoredAnswer]:
+def _score(
+    backbone: Backbone,
+    prompts: TokenIds,
+    answers: TokenIds,
+    lengths: Sequence[int],
+    injection: Injection | None,
+) -> list[ScoredAnswer]:
     whole = [[*prompt, *answer[:-1]] for prompt, answer in zip(prompts, answers, strict=True)]
     starts = [len(prompt) - 1 for prompt in prompts]
     hidden = _hidden(backbone, whole, starts, injection)
@@ -119,7 +132,7 @@ def _score(backbone: Backbone, prompts: TokenIds, answers: TokenIds, injection: 
             rank.tolist(),
             best.indices.tolist(),
             best.values.tolist(),
-            _written(backbone, prompts, answers, per_answer, injection),
+            _written(backbone, prompts, answers, per_answer, lengths, injection),
             strict=True,
         )
     ]
@@ -130,16 +143,17 @@ def _written(
     prompts: TokenIds,
     answers: TokenIds,
     likeliest: TokenIds,
+    lengths: Sequence[int],
     injection: Injection | None,
 ) -> list[list[int]]:
-    """Greedy continuations as long as the answers. ``likeliest`` are the most probable tokens where the answer itself
+    """Greedy continuations of these ``lengths``. ``likeliest`` are the most probable tokens where the answer itself
     was the input: up to and with the first that differs from the answer, they are the greedy continuation. The rest
     takes whole passes, without a cache: answers are a few tokens long."""
     written = []
-    for answer, tokens in zip(answers, likeliest, strict=True):
+    for answer, tokens, length in zip(answers, likeliest, lengths, strict=True):
         right = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(answer, tokens, strict=True)))
-        written.append(list(tokens[: min(right + 1, MAX_TOKENS)]))
-    while going := [n for n, answer in enumerate(answers) if len(written[n]) < min(len(answer), MAX_TOKENS)]:
+        written.append(list(tokens[: min(right + 1, length)]))
+    while going := [n for n in range(len(answers)) if len(written[n]) < lengths[n]]:
         texts = [[*prompts[n], *written[n]] for n in going]
         starts = [len(prompts[n]) - 1 for n in going]
         hidden = _hidden(backbone, texts, starts, injection and injection.of(going))

@@ -1,7 +1,8 @@
 """Prompts to token ids, and what first-token scoring depends on: which token is the first of an answer.
 
 BOS is what the tokenizer adds by default: once, or not at all. The space before an answer belongs to the answer's
-first token (" egg"), so prompts are tokenised without a trailing space.
+first token (" egg"), so prompts are tokenised without a trailing space. Where the tokenizer makes a token of that space
+alone (" " and "7"), the space is fed as the end of the prompt, and the token after it is scored.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ class Tokens:
         others = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token]
         unknown = None if tokenizer.unk_token in others else tokenizer.unk_token
         self._special = [text for text in tokenizer.all_special_tokens if text.strip() and text != unknown]
+        ends = [tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id]
+        self._ends = {token_id for token_id in ends if token_id is not None}
         # Some tokenizers add a token (EOS) after every text. The last token that the model reads must be the prompt's,
         # so whatever is added after the text is cut off.
         plain = self._ids("a", special=False)
@@ -38,8 +41,7 @@ class Tokens:
 
         A trailing space is dropped: ``Q: x\\nA: `` is fed as ``Q: x\\nA:``.
         """
-        ids = self._ids(fed_text(prompt), special=True)
-        return ids[: len(ids) - self._n_suffix] if self._n_suffix else ids
+        return self._encode(fed_text(prompt))
 
     def require_plain(self, word: str) -> None:
         """Raise InputError for a word that contains a special token's text: it would become a second BOS, say."""
@@ -48,19 +50,21 @@ class Tokens:
                 raise InputError(f"the word {word!r} contains {text!r}, a special token of this tokenizer")
 
     def target(self, prompt: str, answer: str) -> Target:
-        """First token and all tokens of ``answer`` after ``prompt``, from tokenising both as one text.
+        """All tokens of ``answer`` after ``prompt``, from tokenising both as one text.
 
         The prompt's ids must be a prefix of the joint ids, element by element; where the tokenizer merges across the
         boundary the answer is tokenised alone and ``Target.joint`` is False. Raises InputError for an answer that
         gives no token.
         """
-        prompt_ids = self.encode(prompt)
-        joint_ids = self.encode(fed_text(prompt) + " " + answer)
+        text = fed_text(prompt)
+        prompt_ids, joint_ids = self._encode(text), self._encode(f"{text} {answer}")
         joint = joint_ids[: len(prompt_ids)] == prompt_ids
         answer_ids = joint_ids[len(prompt_ids) :] if joint else self._ids(" " + answer, special=False)
-        if not answer_ids:
-            raise InputError(f"the answer {answer!r} gives no token after {fed_text(prompt)[-40:]!r}")
-        return Target(first_token_id=answer_ids[0], answer_ids=tuple(answer_ids), joint=joint)
+        spaced_ids = self._encode(text + " ")
+        n_space = len(spaced_ids) - len(prompt_ids) if joint and joint_ids[: len(spaced_ids)] == spaced_ids else 0
+        if len(answer_ids) <= n_space:
+            raise InputError(f"the answer {answer!r} gives no token after {text[-40:]!r}")
+        return Target(tuple(answer_ids[n_space:]), joint, space_ids=tuple(answer_ids[:n_space]))
 
     def text(self, token_id: int) -> str:
         """The text of one token; empty for an id that only the model knows (vocabularies are padded)."""
@@ -70,11 +74,30 @@ class Tokens:
         """The text of several tokens; ids that only the model knows are skipped."""
         return self.tokenizer.decode([token_id for token_id in token_ids if token_id < len(self.tokenizer)])
 
+    def fed(self, prompt: str, more: Sequence[int]) -> str:
+        """The text that the model reads of a prompt and of ``more`` tokens after it."""
+        if not more:
+            return fed_text(prompt)
+        ids = self.encode(prompt)  # of tokens alone some tokenizers drop the space in front
+        return fed_text(prompt) + self.joined([*ids, *more]).removeprefix(self.joined(ids))
+
+    def answer_in(self, token_ids: Sequence[int]) -> str | None:
+        """The answer that a model gives by writing these tokens: the text before the first line break or token that
+        ends texts, without spaces around it. None if it has not ended yet."""
+        ends = (n for n, token_id in enumerate(token_ids) if token_id in self._ends)
+        end = next(ends, None)
+        text, line_break, _ = self.joined(token_ids[:end]).partition("\n")
+        return None if end is None and not line_break else text.strip()
+
     def self_check_prompts(self) -> list[list[int]]:
         """Two prompts of different length, in the format of real ones, for the engine's self-check."""
         words = ["up", "down", "hot", "cold", "day", "night", "old", "new", "left", "right", "big", "small"]
         pairs = [f"Q: {a}\nA: {b}\n\n" for a, b in pairwise(words)]
         return [self.encode("".join(pairs) + "Q: in\nA:"), self.encode(pairs[0] + "Q: high\nA:")]
+
+    def _encode(self, text: str) -> list[int]:
+        ids = self._ids(text, special=True)
+        return ids[: len(ids) - self._n_suffix] if self._n_suffix else ids
 
     def _ids(self, text: str, *, special: bool) -> list[int]:
         ids = list(self.tokenizer(text, add_special_tokens=special).input_ids)

@@ -65,13 +65,15 @@ class Plan:
 
     def skip_reason(self, q_id: str) -> str | None:
         """Why a q_id cannot run under these settings, or None."""
-        return ineligible_reason(self.relations[q_id], self.request.settings.n_demos)
+        settings = self.request.settings
+        return ineligible_reason(self.relations[q_id], settings.n_demos, settings.corruption)
 
     def new_status(self, q_id: str) -> QidStatus:
         """A pending status for a q_id that has none."""
         relation, settings = self.relations[q_id], self.request.settings
         settings = replace(settings, alpha_sweep=(), k_sweep=())  # what has been swept
-        fields = fingerprint_fields(settings, rows_sha256=rows_sha256(relation), model_identity=self.model_identity)
+        rows = rows_sha256(relation, settings.corruption)
+        fields = fingerprint_fields(settings, rows_sha256=rows, model_identity=self.model_identity)
         return QidStatus(self.artifacts_dir(q_id), q_id, settings, fields, q_row_count=len(relation.pairs))
 
     def status_on_disk(self, q_id: str) -> QidStatus | None:

@@ -50,10 +50,12 @@ def run_step_d(settings: Settings, q_id: str, out_base_dir: Path) -> int:
     require_folder(out_base_dir, "--out_base_dir")
     relation, folder = relations[q_id], QidFolder(out_base_dir / "artifacts", q_id)
     fields = fingerprint_fields(
-        settings, rows_sha256=rows_sha256(relation), model_identity=model_identity(settings.model)
+        settings,
+        rows_sha256=rows_sha256(relation, settings.corruption),
+        model_identity=model_identity(settings.model),
     )
     _begun(folder, settings, fields)
-    reason = ineligible_reason(relation, settings.n_demos)
+    reason = ineligible_reason(relation, settings.n_demos, settings.corruption)
     model = None if reason else open_for(settings)
     if model:
         heads_to_sweep(model, settings)

@@ -11,9 +11,10 @@ from relfv.settings import MODEL_SETTINGS
 from relfv.stages.function_vector import FV
 from relfv.stages.stage import Stage, Work
 from relfv.stages.step6_summary import STEP6_SUMMARY
-from relfv.stages.zeroshot import ZERO_SHOT_TRIALS, evaluated, evaluated_prompts
+from relfv.stages.zeroshot import ZERO_SHOT_TRIALS, evaluated
 from relfv.store.folder import File
 from relfv.store.formats import json_bytes, read_json
+from relfv.types import Question
 
 if TYPE_CHECKING:
     from relfv.engine.answers import ScoredAnswer
@@ -21,23 +22,35 @@ if TYPE_CHECKING:
 
 ANSWERS = File("step6/answers.json", read_json)
 
+_MEANING = (
+    "logprob_answer: of all the answer's tokens; written: the most probable token, one at a time, one token further "
+    "than the answer; begins: whether the answer's tokens are what is written first; exact: whether an accepted answer "
+    "is written and ends there, at a line break or the end of the text; with: alpha times the vector added after the "
+    "layer at the last prompt token and at every token written. Where the answer begins with tokens of white space "
+    "alone, they are fed with the prompt."
+)
+
 
 def _write_answers(work: Work) -> str:
     from relfv.engine.answers import Injection, decode_vector, score_answers
 
     model, alpha, vector = work.model, work.settings.alpha, work.read(FV)
-    layer, prompts = work.read(STEP6_SUMMARY)["best_layer"], work.once(evaluated_prompts)
-    answers = [question.answer_ids for question in work.once(evaluated).questions]
+    layer, trials = work.read(STEP6_SUMMARY)["best_layer"], work.once(evaluated)
+    # Whole answers begin at their first token, whichever token is scored.
+    prompts = [
+        [*model.tokens.encode(text), *question.target.space_ids]
+        for text, question in zip(trials.prompts, trials.questions, strict=True)
+    ]
+    answers = [question.target.answer_ids for question in trials.questions]
+    lengths = [_length(model.tokens, question) for question in trials.questions]
     # Both halves in one go: the same prompts with nothing added, then with the vector.
     added = np.stack([0 * vector, np.float32(alpha) * vector]).repeat(len(prompts), axis=0)
-    scored = score_answers(model.backbone, 2 * [*prompts.ids], 2 * answers, Injection(layer, added))
+    scored = score_answers(model.backbone, 2 * prompts, 2 * answers, Injection(layer, added), lengths=2 * lengths)
     without, with_it = scored[: len(prompts)], scored[len(prompts) :]
     rows = _rows(work, without, with_it)
     document = {
         "q_id": work.q_id,
-        "meaning": "logprob_answer: of all the answer's tokens; written: the most probable token, as many times as the "
-        "answer has tokens; with: alpha times the vector added after the layer at the last prompt token and at every "
-        "token written.",
+        "meaning": _MEANING,
         "layer": layer,
         "alpha": alpha,
         "n_eval": len(rows),
@@ -45,7 +58,11 @@ def _write_answers(work: Work) -> str:
         "summary": {
             f"{mean}_{name}": sum(row[f"{key}_{name}"] for row in rows) / len(rows)
             for name in ("base", "with")
-            for mean, key in (("exact_match", "exact"), ("mean_logprob_answer", "logprob_answer"))
+            for mean, key in (
+                ("exact_match", "exact"),
+                ("begins_with_answer", "begins"),
+                ("mean_logprob_answer", "logprob_answer"),
+            )
         },
         "fv_decoded": {
             "caution": "What final norm and unembedding make of the vector alone. A vector that works need not "
@@ -59,20 +76,33 @@ def _write_answers(work: Work) -> str:
     return f"whole answers at layer {layer}: {exact['exact_match_base']:.2f} -> {exact['exact_match_with']:.2f}"
 
 
+def _accepted(question: Question) -> list[str]:
+    return [question.answer, *(answer for answer, _ in question.accepted)]
+
+
+def _length(tokens: Tokens, question: Question) -> int:
+    """How many tokens must be written to see the longest accepted answer end."""
+    others = [len(tokens.encode(f"A: {answer}")) - len(tokens.encode("A:")) for answer, _ in question.accepted]
+    return 1 + max(len(question.target.answer_ids), *others, 0)
+
+
 def _rows(work: Work, without: Sequence[ScoredAnswer], with_it: Sequence[ScoredAnswer]) -> list[dict[str, Any]]:
     rows, tokens = [], work.model.tokens
     for question, before, after in zip(work.once(evaluated).questions, without, with_it, strict=True):
+        ids = list(question.target.answer_ids)
         row: dict[str, Any] = {
             "query": question.query.input,
             "answer": question.answer,
-            "n_tokens": len(question.answer_ids),
+            "other_right_answers": _accepted(question)[1:],
+            "n_tokens": len(ids),
         }
         for name, scored in (("base", before), ("with", after)):
             row |= {
                 f"logprob_answer_{name}": scored.logprob,
                 f"rank_first_token_{name}": scored.rank,
                 f"written_{name}": tokens.joined(scored.written),
-                f"exact_{name}": int(scored.written == list(question.answer_ids)),
+                f"begins_{name}": int(scored.written[: len(ids)] == ids),
+                f"exact_{name}": int(tokens.answer_in(scored.written) in _accepted(question)),
                 f"top_{name}": _tokens(tokens, scored.top),
             }
         rows.append(row)

@@ -50,9 +50,9 @@ def build_function_vector(arch: Architecture, means: MeanActivations, heads: Seq
     )
 
 
-def reference_point(scores: TokenScores, targets: Sequence[int]) -> dict[str, Any]:
+def reference_point(scores: TokenScores, right: Sequence[Sequence[int]]) -> dict[str, Any]:
     """Accuracy and means of untouched prompts."""
-    correct = scores.correct(targets)
+    correct = scores.correct(right)
     means = {f"mean_{m}": float(scores.measure(m).mean()) for m in MEASURES}
     return {"acc": float(correct.mean()), **means, "n": len(correct)}
 
@@ -219,12 +219,12 @@ def _write_vector(work: Work, fv: FunctionVector, shared: Mapping[str, Any]) -> 
 
 def _quick_check(work: Work, injections: Injections) -> dict[str, Any]:
     """The vector added at each layer to the frozen corrupted prompts, and the untouched prompts for reference."""
-    model, targets = work.model, work.once(corrupted_prompts).targets
+    model, right = work.model, work.once(corrupted_prompts).right
     per_layer = {}
     for layer in range(model.arch.n_layers):
-        numbers = summarize(injections.at_layer(layer), targets)
+        numbers = summarize(injections.at_layer(layer), right)
         kept = {name: numbers[name] for name in ("mean_delta_logit", "mean_delta_p", "acc_with")}
-        per_layer[str(layer)] = {**kept, "n": len(targets)}
+        per_layer[str(layer)] = {**kept, "n": len(right)}
     overall = {
         key: sum(layer[key] for layer in per_layer.values()) / len(per_layer)
         for key in ("mean_delta_logit", "mean_delta_p")
@@ -239,10 +239,10 @@ def _quick_check(work: Work, injections: Injections) -> dict[str, Any]:
             "token_position_rule": TOKEN_RULE,
         },
         "per_layer": per_layer,
-        "overall": {**overall, "n": len(targets)},
+        "overall": {**overall, "n": len(right)},
         "reference": {
-            "clean": reference_point(work.once(clean_run).scores, targets),
-            "corrupted": reference_point(injections.effects.base, targets),
+            "clean": reference_point(work.once(clean_run).scores, right),
+            "corrupted": reference_point(injections.effects.base, right),
         },
     }
 

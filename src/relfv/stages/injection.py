@@ -80,13 +80,14 @@ def require_layer(model: LanguageModel, edit_layer: int) -> None:
         raise InputError(f"--edit_layer {edit_layer}: {model.name} has layers 0 to {n_layers - 1}")
 
 
-def summarize(effects: Effects, targets: Sequence[int]) -> dict[str, Any]:
-    """Accuracy (most probable token is the target) and measures, without and with the vector, over prompts.
+def summarize(effects: Effects, right: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Accuracy (the most probable token is among those that are ``right``) and measures, without and with the vector,
+    over prompts.
 
     ``effects.edited`` has one column. ``delta_*`` is with minus without; standard deviations are of the population.
     """
     base, edited = effects.base, effects.edited[:, 0]
-    correct_base, correct_with = base.correct(targets), edited.correct(targets)
+    correct_base, correct_with = base.correct(right), edited.correct(right)
     numbers = {
         "acc_base": float(correct_base.mean()),
         "acc_with": float(correct_with.mean()),

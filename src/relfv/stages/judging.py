@@ -19,7 +19,7 @@ def judge_vectors(effects: Effects, prompts: Prompts, names: Sequence[str]) -> d
     Vectors of one name are draws of one thing: numbers are means over them. None stands for what is not finite.
     """
     base = effects.base.measure("p")
-    correct = by_layer(effects.edited.correct(prompts.targets), names)
+    correct = by_layer(effects.edited.correct(prompts.right), names)
     reached = by_layer(effects.edited.measure("p"), names)
     per_layer: dict[str, dict[str, Any]] = {str(layer): {} for layer in range(correct.shape[1])}
     for name, of_name in mean_p(effects, names).items():
@@ -35,7 +35,7 @@ def judge_vectors(effects: Effects, prompts: Prompts, names: Sequence[str]) -> d
             }
             if len(draws) > 1:
                 numbers["mean_p_of_draws"] = [finite(p) for p in reached[:, layer, draws].mean(0)]
-    zero_shot = {"acc": float(effects.base.correct(prompts.targets).mean()), "mean_p": float(base.mean())}
+    zero_shot = {"acc": float(effects.base.correct(prompts.right).mean()), "mean_p": float(base.mean())}
     return {"ci_level": LEVEL, "zero_shot": zero_shot, "per_layer": per_layer}
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import takewhile
 
 from relfv.models.tokens import Tokens
-from relfv.types import PromptedTrial, Relation, Target, Trial, WordPair
+from relfv.types import PromptedTrial, Prompts, Relation, Target, Trial, WordPair
 
 PREFIXES = {"input": "Q: ", "output": "A:", "instructions": ""}
 SEPARATORS = {"input": "\n", "output": "\n\n", "instructions": ""}
@@ -26,29 +28,79 @@ def zero_shot_prompt(query: str) -> str:
     return ZERO_SHOT_FORMAT.replace("<query>", query)
 
 
-def prompt_trial(trial: Trial, tokens: Tokens) -> PromptedTrial:
-    """The clean and the corrupted prompt of a trial, and its target."""
-    for pair in (trial.query, *trial.demos_clean):
-        tokens.require_plain(pair.input)
-        tokens.require_plain(pair.output)
-    clean = few_shot_prompt(trial.demos_clean, trial.query.input)
-    return PromptedTrial(
-        trial=trial,
-        clean_prompt=clean,
-        corrupted_prompt=few_shot_prompt(trial.demos_corrupted, trial.query.input),
-        target=tokens.target(clean, trial.query.output),
-    )
+def prompts_to_read(
+    texts: Sequence[str],
+    targets: Sequence[Target],
+    tokens: Tokens,
+    clusters: Sequence[int],
+    accepted: Sequence[Sequence[int]] = (),
+) -> Prompts:
+    """Texts as the model reads them: token ids, with what is fed of each answer; fields as in Prompts."""
+    ids = [[*tokens.encode(text), *target.fed_ids] for text, target in zip(texts, targets, strict=True)]
+    return Prompts(ids, [target.token_id for target in targets], clusters, accepted)
 
 
-def first_token_collisions(relation: Relation, tokens: Tokens) -> list[tuple[int, list[str]]]:
-    """Answers of one relation that begin with the same token: first-token scoring cannot tell them apart.
+class AnswerTokens:
+    """Which token tells each answer of a relation: the first (Todd et al. 2024), or the first that no other answer
+    shares."""
 
-    -> (token id, the distinct answers that share it), for each token shared by at least two.
-    """
-    by_token: dict[int, list[str]] = {}
-    for pair in dict.fromkeys(relation.pairs):
-        target: Target = tokens.target(zero_shot_prompt(pair.input), pair.output)
-        answers = by_token.setdefault(target.first_token_id, [])
-        if pair.output not in answers:
-            answers.append(pair.output)
-    return [(token, answers) for token, answers in sorted(by_token.items()) if len(answers) > 1]
+    def __init__(self, relation: Relation, tokens: Tokens, *, distinguishing: bool = False) -> None:
+        self._relation, self._tokens, self._distinguishing = relation, tokens, distinguishing
+        # An answer's tokens do not depend on what stands further in front of it than the end of the prompt.
+        self._of: dict[str, Target] = {}
+        for pair in relation.pairs:
+            if pair.output not in self._of:
+                self._of[pair.output] = tokens.target(zero_shot_prompt(pair.input), pair.output)
+
+    def prompted(self, trial: Trial) -> PromptedTrial:
+        """The clean and the corrupted prompt of a trial, its target, and what else is right."""
+        for pair in (trial.query, *trial.demos_clean):
+            self._tokens.require_plain(pair.input)
+            self._tokens.require_plain(pair.output)
+        word, clean = trial.query.input, few_shot_prompt(trial.demos_clean, trial.query.input)
+        target = self._told_apart(word, self._tokens.target(clean, trial.query.output))
+        others = [answer for answer in self._relation.answers_to(word) if answer != trial.query.output]
+        return PromptedTrial(
+            trial=trial,
+            clean_prompt=clean,
+            corrupted_prompt=few_shot_prompt(trial.demos_corrupted, word),
+            target=target,
+            accepted=tuple((other, _told_by(self._tokens.target(clean, other), target)) for other in others),
+        )
+
+    def collisions(self) -> list[tuple[int, list[str]]]:
+        """Answers that begin with what another one is told by: its score cannot tell them apart.
+
+        -> (the token that is scored, the distinct answers that share it and what is fed before it), for each token
+        shared by at least two.
+        """
+        targets = [self._told_apart(pair.input, self._of[pair.output]) for pair in dict.fromkeys(self._relation.pairs)]
+        alike: dict[tuple[int, ...], list[str]] = {(*target.fed_ids, target.token_id): [] for target in targets}
+        lengths = sorted({len(tokens) for tokens in alike})
+        for answer, target in self._of.items():
+            whole = target.space_ids + target.answer_ids
+            for tokens in {whole[:n] for n in lengths} & alike.keys():
+                alike[tokens].append(answer)
+        return [(tokens[-1], answers) for tokens, answers in sorted(alike.items()) if len(answers) > 1]
+
+    def _told_apart(self, word: str, target: Target) -> Target:
+        if not self._distinguishing:
+            return target
+        right = self._relation.answers_to(word)
+        others = (other for answer, other in self._of.items() if answer not in right)
+        shared = max((_n_shared(target, other) for other in others), default=0)
+        return replace(target, n_fed=min(shared, len(target.answer_ids) - 1))
+
+
+def _n_shared(one: Target, other: Target) -> int:
+    """How many tokens two answers have in common from their beginning."""
+    if one.space_ids != other.space_ids:
+        return 0
+    pairs = zip(one.answer_ids, other.answer_ids, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _told_by(other: Target, target: Target) -> int | None:
+    """The token that tells ``other`` after what is fed for ``target``; None if it begins in another way."""
+    fits = (*other.space_ids, *other.answer_ids[: target.n_fed]) == target.fed_ids
+    return other.answer_ids[target.n_fed] if fits and len(other.answer_ids) > target.n_fed else None

@@ -9,7 +9,7 @@ from typing import Any
 from relfv.errors import InputError, RunError
 from relfv.relations import is_q_id
 from relfv.store.formats import read_json
-from relfv.types import Question, Snapshot, WordPair
+from relfv.types import Question, Snapshot, Target, WordPair
 
 _LARGEST_TOKEN_ID = 2**31 - 1
 
@@ -49,6 +49,19 @@ def _clusters(questions: Sequence[Question]) -> tuple[int, ...]:
     return tuple(first[word] for word in inputs)
 
 
+def target_keys(target: Target, accepted: Sequence[tuple[str, int | None]]) -> dict[str, Any]:
+    """What a trial of either file says of its answer's tokens."""
+    return {
+        "target_first_token_id": target.token_id,
+        "answer_ids": list(target.answer_ids),
+        "answer_tokenised_with_prompt": target.joint,
+        "space_fed": bool(target.space_ids),
+        "space_ids": list(target.space_ids),
+        "n_answer_tokens_fed": target.n_fed,
+        "other_right_answers": [{"answer": answer, "token_id": token_id} for answer, token_id in accepted],
+    }
+
+
 class _Trial:
     """One trial of a file, read key by key."""
 
@@ -73,18 +86,39 @@ class _Trial:
             query=pair,
             query_source_index=None if row is None else self._number_of("query_source_index"),
             answer=self.text("target_str"),
-            first_token_id=self._token("target_first_token_id", self._values.get("target_first_token_id")),
-            answer_ids=self._answer_ids(),
+            target=self._target(),
+            accepted=tuple(map(self._accepted, self._list("other_right_answers", "answers"))),
         )
 
     def text(self, key: str) -> str:
         return self._checked(key, self._values.get(key), str, "a text")
 
-    def _answer_ids(self) -> tuple[int, ...]:
-        ids = self._checked("answer_ids", self._values.get("answer_ids"), list, "a list of token ids")
-        if not ids:
-            raise self._wrong("answer_ids", ids, "at least one token id")
-        return tuple(self._token("answer_ids", one) for one in ids)
+    def _target(self) -> Target:
+        if not self._checked("answer_ids", self._values.get("answer_ids"), list, "a list of token ids"):
+            raise self._wrong("answer_ids", [], "at least one token id")
+        target = Target(
+            answer_ids=self._ids("answer_ids"),
+            joint=self._values.get("answer_tokenised_with_prompt", True) is True,
+            space_ids=self._ids("space_ids"),
+            n_fed=self._number_of("n_answer_tokens_fed") if "n_answer_tokens_fed" in self._values else 0,
+        )
+        token_id = self._token("target_first_token_id", self._values.get("target_first_token_id"))
+        if target.n_fed >= len(target.answer_ids) or target.token_id != token_id:
+            raise self._wrong("target_first_token_id", token_id, "the first of answer_ids that is not fed")
+        return target
+
+    def _accepted(self, other: Any) -> tuple[str, int | None]:
+        values = self._checked("other_right_answers", other, dict, "answers with their tokens")
+        answer = self._checked("other_right_answers", values.get("answer"), str, "a text for each answer")
+        token_id = values.get("token_id")
+        return answer, None if token_id is None else self._token("other_right_answers", token_id)
+
+    def _ids(self, key: str) -> tuple[int, ...]:
+        return tuple(self._token(key, one) for one in self._list(key, "token ids"))
+
+    def _list(self, key: str, of: str) -> list[Any]:
+        """Empty where the key is missing, as in the snapshots of other tools."""
+        return self._checked(key, self._values.get(key, []), list, f"a list of {of}")
 
     def _number_of(self, key: str) -> int:
         number = self._checked(key, self._values.get(key), int, "a whole number of at least 0")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from relfv.settings import Settings
+from relfv.stages.prompts import prompts_to_read
 from relfv.store.folder import File, QidFolder
 from relfv.store.status import QidStatus
 from relfv.types import Prompts, Relation, Snapshot
@@ -66,8 +67,9 @@ class Work:
 
     def tokenised(self, snapshot: Snapshot, *, clean: bool = False) -> Prompts:
         """A snapshot's prompts, or its clean ones, as token ids with their targets and queries."""
-        texts = snapshot.clean_prompts if clean else snapshot.prompts
-        return Prompts([self.model.tokens.encode(text) for text in texts], snapshot.targets, snapshot.clusters)
+        texts, questions = snapshot.clean_prompts if clean else snapshot.prompts, snapshot.questions
+        targets, right = [question.target for question in questions], [question.right_ids for question in questions]
+        return prompts_to_read(texts, targets, self.model.tokens, snapshot.clusters, right)
 
 
 def _opened(work: Work) -> LanguageModel:

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from relfv.models.tokens import fed_text
 from relfv.settings import MODEL_SETTINGS
 from relfv.stages.function_vector import FV
 from relfv.stages.injection import TOKEN_RULE, Injections, inject_at_every_layer, length, summarize
@@ -64,7 +63,7 @@ def injections(work: Work) -> Injections:
 
 def _inject(work: Work, layer: int) -> str:
     effects, prompts = work.once(injections).at_layer(layer), work.once(evaluated_prompts)
-    numbers = summarize(effects, prompts.targets)
+    numbers = summarize(effects, prompts.right)
     rows = _rows(work, effects)
     summary = {
         "n_eval": len(rows),
@@ -92,12 +91,12 @@ def _inject(work: Work, layer: int) -> str:
 
 def _per_qid(work: Work, effects: Effects) -> dict[str, dict[str, Any]]:
     """The summary of each q_id's prompts: of one q_id here, of more in snapshots of other tools."""
-    targets, q_ids = work.once(evaluated_prompts).targets, [q.q_id for q in work.once(evaluated).questions]
+    right, q_ids = work.once(evaluated_prompts).right, [q.q_id for q in work.once(evaluated).questions]
     parts = {}
     for q_id in dict.fromkeys(q_ids):
         rows = [i for i, other in enumerate(q_ids) if other == q_id]
         part = Effects(base=effects.base[rows], edited=effects.edited[rows])
-        parts[q_id] = {"n_eval": len(rows), **summarize(part, [targets[i] for i in rows])}
+        parts[q_id] = {"n_eval": len(rows), **summarize(part, [right[i] for i in rows])}
     return parts
 
 
@@ -119,26 +118,26 @@ def _meta(work: Work, layer: int) -> dict[str, Any]:
 
 
 def _rows(work: Work, effects: Effects) -> list[dict[str, Any]]:
-    trials, text = work.once(evaluated), work.model.tokens.text
+    trials, tokens = work.once(evaluated), work.model.tokens
     base, edited = effects.base, effects.edited[:, 0]
     before, after = base.measures(), edited.measures()
     rows = []
     for i, (question, prompt) in enumerate(zip(trials.questions, trials.prompts, strict=True)):
-        target, top_base, top_with = question.first_token_id, int(base.top_id[i]), int(edited.top_id[i])
+        target, top_base, top_with = question.target.token_id, int(base.top_id[i]), int(edited.top_id[i])
         row = {
             "idx": i,
             "q_id": question.q_id,
             "trial_idx": question.trial_idx,
-            "prompt": fed_text(prompt),
+            "prompt": tokens.fed(prompt, question.target.fed_ids),
             "answer": question.answer,
             "target_id": target,
-            "target_token": text(target),
+            "target_token": tokens.text(target),
             "pred_id_base": top_base,
             "pred_id_with": top_with,
-            "pred_token_base": text(top_base),
-            "pred_token_with": text(top_with),
-            "accuracy_base": int(top_base == target),
-            "accuracy_with": int(top_with == target),
+            "pred_token_base": tokens.text(top_base),
+            "pred_token_with": tokens.text(top_with),
+            "accuracy_base": int(top_base in question.right_ids),
+            "accuracy_with": int(top_with in question.right_ids),
         }
         for m in sorted(MEASURES):
             row |= {f"{m}_base": float(before[m][i]), f"{m}_with": float(after[m][i])}

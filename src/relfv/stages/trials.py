@@ -10,52 +10,65 @@ import logging
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from relfv.errors import RunError
-from relfv.stages.prompts import PREFIXES, SEPARATORS, first_token_collisions, prompt_trial
-from relfv.stages.snapshot import read_snapshot
+from relfv.stages.prompts import PREFIXES, SEPARATORS, AnswerTokens
+from relfv.stages.snapshot import read_snapshot, target_keys
 from relfv.stages.stage import Finding, Stage, Work
 from relfv.store.folder import File, QidFolder
 from relfv.store.formats import json_bytes, read_json
 from relfv.store.status import QidStatus
 from relfv.types import PromptedTrial, Relation, Snapshot, Trial, WordPair
 
-if TYPE_CHECKING:
-    from relfv.language_model import LanguageModel
-
 log = logging.getLogger(__name__)
 
-Corruption = Literal["derange", "shuffle"]
+Corruption = Literal["derange", "shuffle", "random", "other"]
+"""Labels of corrupted demos: the demos' own, no one in its place (``derange``) or anyhow (``shuffle``, Todd et al.
+2024); drawn with replacement from the relation's answers (``random``), or from the CSV's other relations (``other``):
+of two labels a derangement teaches the inverse relation, these teach none."""
 
 _ATTEMPTS = 200
 
 
-def ineligible_reason(relation: Relation, n_demos: int) -> str | None:
-    """Why this relation cannot give a query and ``n_demos`` demos without overlap, or None if it can."""
+def ineligible_reason(relation: Relation, n_demos: int, corruption: str = "derange") -> str | None:
+    """Why this relation cannot give a query and ``n_demos`` demos without overlap, or corrupted labels, or None if it
+    can."""
     n_rows, n_distinct, needed = len(relation.pairs), len(set(relation.pairs)), n_demos + 1
     fewer = f"fewer than the {needed} that 1 query + {n_demos} demos need"
     if n_rows < needed:
         return f"{n_rows} rows, {fewer}"
     if n_distinct < needed:
         return f"{n_rows} rows but only {n_distinct} distinct pairs, {fewer}"
+    if corruption == "other" and not _labels_of_others(relation):
+        return "the CSV has no other relation's answers, which --corruption other draws labels from"
     return None
+
+
+def _labels_of_others(relation: Relation) -> list[str]:
+    own = {pair.output for pair in relation.pairs}
+    return [answer for answer in relation.csv_answers if answer not in own]
 
 
 def sample_trials(
     relation: Relation, *, seed: int, n_trials: int, n_demos: int, corruption: Corruption = "derange"
 ) -> list[Trial]:
-    """``n_trials`` trials: a random query row, and demos drawn without replacement from the other distinct pairs.
+    """``n_trials`` trials: a random query row, and demos drawn without replacement from the other distinct pairs; pairs
+    that give the query's own input another answer are left out as long as enough others remain.
 
     The relation must be eligible (``ineligible_reason`` is None); else ValueError.
     """
-    if reason := ineligible_reason(relation, n_demos):
+    if reason := ineligible_reason(relation, n_demos, corruption):
         raise ValueError(f"{relation.q_id}: {reason}")
     # A string seed is hashed with SHA-512 by random.Random: the same trials on every machine and Python version.
     rng = random.Random(f"relfv:{seed}:{relation.q_id}")
     first_row = {pair: row for row, pair in reversed(list(enumerate(relation.pairs)))}
     distinct = sorted(first_row.values())
-    return [_sample_trial(relation, rng, trial_idx, distinct, n_demos, corruption) for trial_idx in range(n_trials)]
+    pool = {"random": list(dict.fromkeys(pair.output for pair in relation.pairs)), "other": _labels_of_others(relation)}
+    labels = pool.get(corruption, [])
+    return [
+        _sample_trial(relation, rng, trial_idx, distinct, n_demos, corruption, labels) for trial_idx in range(n_trials)
+    ]
 
 
 def _sample_trial(
@@ -65,24 +78,32 @@ def _sample_trial(
     distinct: list[int],
     n_demos: int,
     corruption: Corruption,
+    other_labels: Sequence[str],
 ) -> Trial:
     pairs = relation.pairs
     query_row = rng.randrange(len(pairs))
-    pool = [row for row in distinct if pairs[row] != pairs[query_row]]
+    query = pairs[query_row]
+    pool = [row for row in distinct if pairs[row].input != query.input]
+    if len(pool) < n_demos:
+        pool = [row for row in distinct if pairs[row] != query]
     demo_rows = rng.sample(pool, n_demos)
     demos = [pairs[row] for row in demo_rows]
-    right = [{pair.output for pair in pairs if pair.input == demo.input} for demo in demos]
-    labels = corrupt_labels([demo.output for demo in demos], right, rng, corruption)
+    right = [relation.answers_to(demo.input) for demo in demos]
+    if other_labels:
+        labels = rng.choices(other_labels, k=n_demos)
+    else:
+        labels = corrupt_labels([demo.output for demo in demos], right, rng, corruption)
     return Trial(
         q_id=relation.q_id,
         trial_id=f"{relation.q_id}-{trial_idx:03d}",
         trial_idx=trial_idx,
-        query=pairs[query_row],
+        query=query,
         query_source_index=query_row,
         demo_source_indices=tuple(demo_rows),
         demos_clean=tuple(demos),
         demos_corrupted=tuple(WordPair(demo.input, label) for demo, label in zip(demos, labels, strict=True)),
         n_labels_in_place=sum(label in answers for label, answers in zip(labels, right, strict=True)),
+        n_demos_of_query_input=sum(demo.input == query.input for demo in demos),
     )
 
 
@@ -157,7 +178,11 @@ def _meta(work: Work, prompted: Sequence[PromptedTrial], collisions: Sequence[Ma
         "model_spec": model.spec,
         "tok_add_special": True,
         "n_labels_left_in_place": sum(item.trial.n_labels_in_place for item in prompted),
+        "n_demos_of_query_input": sum(item.trial.n_demos_of_query_input for item in prompted),
+        "target": settings.target,
         "n_answers_tokenised_alone": sum(not item.target.joint for item in prompted),
+        "n_space_fed": sum(bool(item.target.space_ids) for item in prompted),
+        "n_blank_targets": sum(not model.tokens.text(item.target.token_id).strip() for item in prompted),
         "first_token_collisions": list(collisions),
     }
 
@@ -176,10 +201,9 @@ def _trial(item: PromptedTrial) -> dict[str, Any]:
         "clean_prompt_str": item.clean_prompt,
         "corrupted_prompt_str": item.corrupted_prompt,
         "target_str": trial.query.output,
-        "target_first_token_id": target.first_token_id,
-        "answer_ids": list(target.answer_ids),
-        "answer_tokenised_with_prompt": target.joint,
+        **target_keys(target, item.accepted),
         "n_labels_in_place": trial.n_labels_in_place,
+        "n_demos_of_query_input": trial.n_demos_of_query_input,
     }
 
 
@@ -197,8 +221,12 @@ def _freeze(work: Work) -> str:
         n_demos=settings.n_demos,
         corruption=settings.corruption,  # type: ignore[arg-type]
     )
-    prompted = [prompt_trial(trial, work.model.tokens) for trial in trials]
-    collisions = _collisions(relation, work.model)
+    answers = AnswerTokens(relation, work.model.tokens, distinguishing=settings.target == "distinguishing")
+    prompted = [answers.prompted(trial) for trial in trials]
+    collisions = [
+        {"token_id": token, "token": work.model.tokens.text(token), "answers": alike}
+        for token, alike in answers.collisions()
+    ]
     _warn(work.q_id, prompted, collisions)
     document = _document(prompted, _meta(work, prompted, collisions))
     path = work.folder.path(TRIALS)
@@ -213,18 +241,11 @@ def _freeze(work: Work) -> str:
     return f"{len(trials)} trials over {n_queries} queries of {len(relation.pairs)} rows"
 
 
-def _collisions(relation: Relation, model: LanguageModel) -> list[dict[str, Any]]:
-    return [
-        {"token_id": token, "token": model.tokens.text(token), "answers": answers}
-        for token, answers in first_token_collisions(relation, model.tokens)
-    ]
-
-
 def _warn(q_id: str, prompted: Sequence[PromptedTrial], collisions: Sequence[Mapping[str, Any]]) -> None:
     for collision in collisions:
         answers = collision["answers"]
         log.info(
-            "%s: %d answers begin with the token %r (%s); first-token scores cannot tell them apart",
+            "%s: %d answers are told by the same token %r (%s); scores of that token cannot tell them apart",
             q_id,
             len(answers),
             collision["token"],
@@ -250,6 +271,6 @@ STAGE = Stage(
     "Freeze the trials: random query, demos that exclude it, clean and corrupted prompts.",
     _freeze,
     writes=(TRIALS,),
-    settings=("seed", "n_trials_per_q", "n_demos", "corruption", "model_spec"),
+    settings=("seed", "n_trials_per_q", "n_demos", "corruption", "target", "model_spec"),
     agrees=_agrees,
 )

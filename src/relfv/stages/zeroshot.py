@@ -8,7 +8,7 @@ from typing import Any
 
 from relfv.settings import Settings
 from relfv.stages.prompts import ZERO_SHOT_FORMAT, zero_shot_prompt
-from relfv.stages.snapshot import read_snapshot
+from relfv.stages.snapshot import read_snapshot, target_keys
 from relfv.stages.stage import Finding, Stage, Work
 from relfv.stages.trials import TRIALS
 from relfv.store.folder import File, QidFolder
@@ -57,9 +57,8 @@ def _trial(question: Question) -> dict[str, Any]:
         **({} if row is None else {"query_source_index": row}),
         "target_str": question.answer,
         "corrupted_prompt_str": zero_shot_prompt(question.query.input),  # the contract's name for the prompt
-        "target_first_token_id": question.first_token_id,
-        "target_id": question.first_token_id,  # the spec's name for it
-        "answer_ids": list(question.answer_ids),
+        **target_keys(question.target, question.accepted),
+        "target_id": question.target.token_id,  # the spec's name for it
     }
 
 
@@ -89,7 +88,7 @@ def _take(work: Work) -> str:
 
 def _agrees(folder: QidFolder, status: QidStatus) -> Iterator[Finding]:
     asked = [
-        [(question.trial_id, question.query, question.first_token_id) for question in folder.read(file).questions]
+        [(question.trial_id, question.query, question.target) for question in folder.read(file).questions]
         for file in (TRIALS, ZERO_SHOT_TRIALS)
     ]
     yield Finding(folder.path(ZERO_SHOT_TRIALS), "the same queries as sampled_trials.json", asked[0] == asked[1])
