@@ -1,4 +1,4 @@
-"""Runs whose answers begin with white space alone, or share first tokens: what is fed and scored, against plain hooks."""
+"""Runs whose answers begin with white space or share first tokens: what is fed and scored, against plain hooks."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_scores_are_those_of_a_plain_forward_of_the_text_that_is_said_to_be_fed(
         assert row["prompt"] == f"Q: {trial['query']['input']}\nA:{fed}"
         logprobs = scores(row["prompt"])
         assert row["logprob_base"] == pytest.approx(float(logprobs[row["target_id"]]), abs=rounding(10))
-        accepted = [answer for answer in right.get(trial["query"]["input"], [trial["target_str"]])]
+        accepted = right.get(trial["query"]["input"], [trial["target_str"]])
         continued = {answer[len(fed) - 1] for answer in accepted if answer.startswith(fed[1:])}
         assert row["accuracy_base"] == int(tokenizer.decode([int(logprobs.argmax())]) in continued)
         assert scores(trial["corrupted_prompt_str"] + fed).isfinite().all()
