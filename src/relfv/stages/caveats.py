@@ -84,8 +84,8 @@ def _not_corrupted(corruption: Mapping[str, Any]) -> str:
         return ""
     return (
         f"Corrupted demos do not take the task away (accuracy {clean:.2f} with clean and {corrupted:.2f} with "
-        f"corrupted labels, P {corruption['p_clean']:.2f} and {corruption['p_corrupted']:.2f}): what heads change here is how "
-        "sure the model is, not what it answers."
+        f"corrupted labels, P {corruption['p_clean']:.2f} and {corruption['p_corrupted']:.2f}): what heads change here "
+        "is how sure the model is, not what it answers."
     )
 
 
