@@ -18,9 +18,12 @@ from relfv.stats import LEVEL, cluster_totals, clustered_mean, signs
 MIN_GAP = 0.05
 """Between probabilities: a share of a smaller gap says nothing."""
 _TAIL = (1 - LEVEL) / 2
-_N_WEIGHTS = 20_000
-_N_BISECTIONS = 14
-"""Of an interval two gaps wide: to a thousandth of the gap and better."""
+_N_WEIGHTS = 10_000
+"""Random weights of the queries: the end of an interval moves by a hundredth of its width from one set to another."""
+_N_FLIPS = 4_096
+"""As many signs by query: all of them up to 12 queries."""
+_N_BISECTIONS = 12
+"""Of an interval two gaps wide: to a thousandth of the gap."""
 _N_CHOICES = 2_000
 """Of the weights, for how many the layer is chosen anew: that takes (choice, query, layer) numbers."""
 
@@ -60,13 +63,13 @@ class Gap:
         """Mean ``effect`` (prompt, layer), a difference of P, at the ``layer`` that was chosen among them, over the
         mean gap; of one that was not chosen give that column alone. None where there is no gap, or a number at
         ``layer`` is not finite; other layers with such numbers are left out."""
-        finite = np.isfinite(effect).all(0)
+        finite = np.isfinite(effect).all(axis=0, keepdims=True)[0]
         if not self.is_there or not finite[layer]:
             return None
         totals = cluster_totals(effect[:, finite], self.clusters)
         layer = int(finite[:layer].sum())
         low, high = self._ends(totals[:, layer])
-        return self._share(totals[:, layer], min(low, self._low_of_flips(totals, layer)), high)
+        return self._share(totals[:, layer], self._low_of_flips(totals, layer, low), high)
 
     def share_with_layer_chosen_by_others(self, effect: np.ndarray, score: np.ndarray) -> Share | None:
         """The same with each query's effect at the layer of the largest mean ``score`` (prompt, layer) of the *other*
@@ -81,8 +84,8 @@ class Gap:
         chosen = _at_layers_of_others(totals, scores, np.ones((1, len(totals))))[0]
         anew = _at_layers_of_others(totals, scores, _weights(len(totals))[:_N_CHOICES, :-1])
         (low, high), (low_anew, high_anew) = self._ends(chosen), self._ends(chosen, anew)
-        flips = self._low_of_flips(totals, int(totals.sum(0).argmax()))
-        return self._share(chosen, min(low, low_anew, flips), max(high, high_anew))
+        low = self._low_of_flips(totals, int(totals.sum(0).argmax()), min(low, low_anew))
+        return self._share(chosen, low, max(high, high_anew))
 
     def _share(self, totals: np.ndarray, low: float, high: float) -> Share:
         value = totals.sum() / self.totals.sum()
@@ -110,24 +113,31 @@ class Gap:
         high = np.quantile(mean + weights[:, -1] * max(seen.max(), 1 - value), 1 - _TAIL)
         return float(value + low), float(value + high)
 
-    def _low_of_flips(self, totals: np.ndarray, layer: int) -> float:
-        """The largest share s that the test of the best of all layers rejects: flips of the queries' signs make some
-        layer of ``totals`` (query, layer) reach as far above s as ``layer`` is in no more than ``_TAIL`` of them.
+    def _low_of_flips(self, totals: np.ndarray, layer: int, limit: float) -> float:
+        """The largest share s, up to ``limit``, that the test of the best of all layers rejects: flips of the queries'
+        signs make some layer of ``totals`` (query, layer) reach as far above s as ``layer`` is in no more than
+        ``_TAIL`` of them.
 
         What is flipped is effect - s * gap, as if every layer's share were s; of layers that fall short of s it is
         effect - their own share * gap, or how far they fall short would pass for noise (Hansen 2005).
         """
-        flips = signs(len(totals))
+        flips = signs(len(totals), _N_FLIPS)
         if len(flips) * _TAIL < 1:
-            return self._low_of_few(totals, layer)
-        effects, gaps = flips @ totals, (flips @ self.totals)[:, None]
-        own = totals.sum(0) / self.totals.sum()
-        low, high = own[layer] - 2.0, own[layer]
+            return min(limit, self._low_of_few(totals, layer))
+        effects, gaps, gap = totals.T @ flips.T, flips @ self.totals, self.totals.sum()
+        own = totals.sum(0)[:, None] / gap
+
+        def rejects(share: float) -> bool:
+            reached = (effects - np.minimum(share, own) * gaps).max(0)
+            return (reached >= (own[layer] - share) * gap - 1e-9).mean() <= _TAIL
+
+        if rejects(limit):
+            return limit
+        low, high = limit - 2.0, limit
         for _ in range(_N_BISECTIONS):
-            share = (low + high) / 2
-            as_far = (effects - np.minimum(share, own) * gaps).max(1) >= (own[layer] - share) * self.totals.sum() - 1e-9
-            low, high = (share, high) if as_far.mean() <= _TAIL else (low, share)
-        return float(low)
+            middle = (low + high) / 2
+            low, high = (middle, high) if rejects(middle) else (low, middle)
+        return low
 
     def _low_of_few(self, totals: np.ndarray, layer: int) -> float:
         """Five queries have 32 flips, too few to show anything: Student's t, with its tail divided by the layers."""

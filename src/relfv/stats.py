@@ -104,12 +104,12 @@ def cluster_totals(values: np.ndarray, clusters: Sequence[int]) -> np.ndarray:
 
 
 @lru_cache(maxsize=4)
-def signs(n: int) -> np.ndarray:
-    """float64 (flip, n) of 1 and -1, the first row all 1: every combination where there are at most N_FLIPS, else
+def signs(n: int, limit: int = N_FLIPS) -> np.ndarray:
+    """float64 (flip, n) of 1 and -1, the first row all 1: every combination where there are at most ``limit``, else
     that one and random ones, always the same."""
-    if 2**n <= N_FLIPS:
+    if 2**n <= limit:
         return 1.0 - 2.0 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
-    flips = np.random.default_rng(n).choice([-1.0, 1.0], (N_FLIPS, n))
+    flips = np.random.default_rng(n).choice([-1.0, 1.0], (limit, n))
     flips[0] = 1
     return flips
 

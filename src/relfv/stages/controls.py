@@ -89,8 +89,8 @@ class Ground:
 
 
 def _matched_draws(heads: Sequence[HeadId], selected: Sequence[HeadId], rng: random.Random) -> list[list[HeadId]]:
-    """N_DRAWS_OF_HEADS sets with as many heads of each layer as ``selected`` has, from all ``heads``: what the selection
-    is one of, if being selected means nothing. None where there is no other such set."""
+    """Sets with as many heads of each layer as ``selected`` has, drawn from all ``heads``: what the selection is one
+    of, if being selected means nothing. Empty where there is no other such set."""
     counts = Counter(head.layer for head in selected)
     of_layer = {layer: [head for head in heads if head.layer == layer] for layer in sorted(counts)}
     if all(len(pool) == counts[layer] for layer, pool in of_layer.items()):

@@ -116,12 +116,15 @@ def _head(head: ScoredHead, score_key: str) -> dict[str, Any]:
     }
 
 
+_EVIDENCE = ("ci_low", "ci_high", "p_value", "fdr", "queries_behind_half")
+
+
 def _evidence(head: ScoredHead, noise: float, share_in_top_k: float | None) -> dict[str, Any]:
     """What is known of a head's score beside the score. Scores of other tools come without, and then nothing is
     said."""
     evidence: dict[str, Any] = {
         column: finite(head.scores[column])
-        for column in (f"mean_delta_p_{name}" for name in ("ci_low", "ci_high", "p_value", "fdr", "queries_behind_half"))
+        for column in (f"mean_delta_p_{name}" for name in _EVIDENCE)
         if column in head.scores
     }
     if evidence:

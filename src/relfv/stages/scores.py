@@ -27,8 +27,8 @@ _COLUMNS = [
 def score_heads(effects: HeadEffects, means: MeanActivations, queries: Sequence[int]) -> list[ScoredHead]:
     """Per head and measure m: mean, population standard deviation and mean absolute value of delta_m over trials,
     the means of m without and with the patch, and the norm of the head's clean mean; of mean_delta_p also standard
-    error, interval, p-value, false-discovery rate, and how many queries half of it comes from (stats.py). ``queries`` (trial,) are the rows of the query
-    words."""
+    error, interval, p-value, false-discovery rate, and how many queries half of it comes from (stats.py). ``queries``
+    (trial,) are the rows of the query words."""
     columns: dict[str, np.ndarray] = {}
     for m in MEASURES:
         delta, base = effects.effects.delta(m), effects.effects.base.measure(m)
