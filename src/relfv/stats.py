@@ -133,6 +133,15 @@ def sign_flip_p_values(values: np.ndarray, clusters: Sequence[int]) -> np.ndarra
     return as_far / len(flips)
 
 
+def best_column_p_value(values: np.ndarray, clusters: Sequence[int], column: int) -> float:
+    """One-sided p-value of a mean of ``values`` (trial, column) that is not above 0, ``column`` having been chosen for
+    it among all: the share of sign flips, each of whole clusters, with which some column does as well."""
+    totals = cluster_totals(values, clusters)
+    # How far columns below 0 lie below it is no noise (Hansen 2005).
+    best = (signs(len(totals)) @ (totals - np.minimum(totals.mean(0), 0))).max(1)
+    return float((best >= totals[:, column].sum() - 1e-9).mean())
+
+
 def queries_behind_half(values: np.ndarray, clusters: Sequence[int]) -> np.ndarray:
     """int (column,): the fewest clusters whose sums make up half of the mean of ``values`` (trial, column); 0 where
     that is 0."""
