@@ -35,7 +35,7 @@ from relfv.stages.cie import head_effects
 from relfv.stages.leave_query_out import with_error_of_means
 from relfv.stages.prompts import AnswerTokens, prompts_to_read
 from relfv.stages.trials import sample_trials
-from relfv.stats import FDR, LEVEL, clustered_mean, false_discovery
+from relfv.stats import FDR, LEVEL, clustered_mean, false_discovery, sign_flip_p_values
 from relfv.types import HeadId, MeanActivations, Prompts, Relation, WordPair
 
 LARGE = 0.01
@@ -63,6 +63,7 @@ class Estimate:
     mean: np.ndarray
     se: np.ndarray
     df: float
+    p_value: np.ndarray
 
     @property
     def half(self) -> np.ndarray:
@@ -72,8 +73,7 @@ class Estimate:
     @property
     def called(self) -> np.ndarray:
         """bool (head,)"""
-        with np.errstate(divide="ignore"):
-            return false_discovery(2 * stats.t.sf(np.abs(self.mean / self.se), self.df)) <= FDR
+        return false_discovery(self.p_value) <= FDR
 
 
 def main() -> None:
@@ -115,7 +115,7 @@ def null_table(model: LanguageModel, relations: dict[str, Relation], n: int, row
                 (trials.prompts.clusters, shares, called),
                 (list(range(len(deltas))), naive_shares, naive_called),
             ):
-                p_values = clustered_mean(deltas, clusters).p_value
+                p_values = sign_flip_p_values(deltas, clusters)
                 share.append((p_values < 0.05).mean())
                 calls.append(int((false_discovery(p_values) <= FDR).sum()))
         yield (
@@ -140,11 +140,12 @@ def coverage_table(model: LanguageModel, relation: Relation, args: argparse.Name
         trials = read(model, Relation(relation.q_id, pairs), seed=seed)
         n_queries.append(len(set(trials.prompts.clusters)))
         for name, mean in (("own", trials.mean()), ("true", true_mean)):
-            now = clustered_mean(effects(model, trials, mean)[0], trials.prompts.clusters)
-            found.setdefault(name, []).append(Estimate(now.mean, now.se, now.df))
+            deltas = effects(model, trials, mean)[0]
+            now, p_value = (of(deltas, trials.prompts.clusters) for of in (clustered_mean, sign_flip_p_values))
+            found.setdefault(name, []).append(Estimate(now.mean, now.se, now.df, p_value))
             if name == "own" and args.leave_out:
                 left_out, _ = with_error_of_means(model, trials.prompts, trials.z, all_heads(model), now.mean.tolist())
-                found.setdefault("own, left out too", []).append(Estimate(now.mean, left_out.se, left_out.df))
+                found.setdefault("own, left out too", []).append(Estimate(now.mean, left_out.se, left_out.df, p_value))
     lines = [
         f"{relation.q_id}: {args.runs} runs of {args.rows or len(relation.pairs)} of {len(relation.pairs)} rows, "
         f"{np.mean(n_queries):.1f} distinct queries; truth from {args.truth} trials",

@@ -6,8 +6,10 @@ everything here counts *queries* (clusters), not trials. Formulas, assumptions a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -15,6 +17,10 @@ LEVEL = 0.95
 """Of every interval."""
 FDR = 0.05
 """Share of false ones among the heads that are called distinguishable from noise."""
+N_FLIPS = 20_000
+"""Of signs by query: all there are up to 14 queries, of which there are no more than that; else so many at random."""
+FEW_QUERIES = 2
+"""A mean of which half comes from so few queries says little of the next one."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +33,6 @@ class ClusteredMean:
     low: np.ndarray
     """Lower end of the interval at ``LEVEL``."""
     high: np.ndarray
-    p_value: np.ndarray
-    """Two-sided, of a mean of 0. 1 where every trial has exactly 0."""
     n_clusters: int
     df: float
     """Degrees of freedom of the t distribution: fewer than n_clusters - 1 where clusters differ in size."""
@@ -37,7 +41,7 @@ class ClusteredMean:
 def clustered_mean(values: np.ndarray, clusters: Sequence[int]) -> ClusteredMean:
     """Mean of ``values`` (trial, column) with ``clusters`` (trial,) naming each trial's query.
 
-    With a single cluster nothing is known of the error: infinite intervals, p-values of 1.
+    With a single cluster nothing is known of the error: infinite intervals.
     """
     values = np.asarray(values, dtype=np.float64)
     sizes, member = _members(clusters)
@@ -45,7 +49,7 @@ def clustered_mean(values: np.ndarray, clusters: Sequence[int]) -> ClusteredMean
     mean = values.mean(0)
     if n_clusters < 2:
         unknown = np.full(mean.shape, np.inf)
-        return ClusteredMean(mean, unknown, mean - unknown, mean + unknown, np.ones(mean.shape), n_clusters, 0.0)
+        return ClusteredMean(mean, unknown, mean - unknown, mean + unknown, n_clusters, 0.0)
     residual = member @ (values - mean)
     # A cluster's residuals are too small by its own pull on the mean; CR2 (Bell & McCaffrey 2002) undoes that.
     se = np.sqrt((residual**2 / (1 - sizes / n)[:, None]).sum(0)) / n
@@ -69,10 +73,7 @@ def _with_interval(mean: np.ndarray, se: np.ndarray, sizes: np.ndarray) -> Clust
 
     df = min(_satterthwaite(sizes, together) for together in (False, True))
     half = stats.t.ppf(0.5 + LEVEL / 2, df) * se
-    with np.errstate(divide="ignore", invalid="ignore"):
-        p_value = 2 * stats.t.sf(np.abs(mean / se), df)
-    p_value = np.where(se > 0, p_value, np.where(mean == 0, 1.0, 0.0))
-    return ClusteredMean(mean, se, mean - half, mean + half, p_value, len(sizes), df)
+    return ClusteredMean(mean, se, mean - half, mean + half, len(sizes), df)
 
 
 def _members(clusters: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -96,11 +97,71 @@ def _satterthwaite(sizes: np.ndarray, together: bool) -> float:
     return float(np.trace(b) ** 2 / np.sum(b * b))
 
 
+def cluster_totals(values: np.ndarray, clusters: Sequence[int]) -> np.ndarray:
+    """Sums of ``values`` (trial, ...) over the trials of each cluster, in the order of ``np.unique(clusters)``."""
+    _, member = _members(clusters)
+    return np.tensordot(member, np.asarray(values, dtype=np.float64), 1)
+
+
+@lru_cache(maxsize=4)
+def signs(n: int, limit: int = N_FLIPS) -> np.ndarray:
+    """float64 (flip, n) of 1 and -1, the first row all 1: every combination where there are at most ``limit``, else
+    that one and random ones, always the same."""
+    if 2**n <= limit:
+        return 1.0 - 2.0 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
+    flips = np.random.default_rng(n).choice([-1.0, 1.0], (limit, n))
+    flips[0] = 1
+    return flips
+
+
+def sign_flip_p_values(values: np.ndarray, clusters: Sequence[int]) -> np.ndarray:
+    """Two-sided p-values (column,) of means of ``values`` (trial, column) that are 0: the share of sign flips, each of
+    whole clusters, that give a mean at least as far from 0 (Fisher 1935).
+
+    Valid where a cluster's sum is as likely to be x as -x, whatever its size and shape. Never below 2 / 2**clusters.
+    """
+    totals = cluster_totals(values, clusters)
+    totals = (totals / np.maximum(np.abs(totals).max(0), 1e-300)).astype(np.float32)  # twice as fast
+    flips = signs(len(totals)).astype(np.float32)
+    if len(flips) < N_FLIPS:
+        flips = flips[: len(flips) // 2]  # the other half mirrors it
+    # A sum that is the same but for the order it was added up in is as far.
+    limit = np.abs(totals.sum(0)) - np.float32(1e-5)
+    as_far = np.zeros(totals.shape[1])
+    for start in range(0, len(flips), 500):  # what stays in the cache is fast
+        as_far += np.count_nonzero(np.abs(flips[start : start + 500] @ totals) >= limit, axis=0)
+    return as_far / len(flips)
+
+
+def best_column_p_value(values: np.ndarray, clusters: Sequence[int], column: int) -> float:
+    """One-sided p-value of a mean of ``values`` (trial, column) that is not above 0, ``column`` having been chosen for
+    it among all: the share of sign flips, each of whole clusters, with which some column does as well."""
+    totals = cluster_totals(values, clusters)
+    # How far columns below 0 lie below it is no noise (Hansen 2005).
+    best = (signs(len(totals)) @ (totals - np.minimum(totals.mean(0), 0))).max(1)
+    return float((best >= totals[:, column].sum() - 1e-9).mean())
+
+
+def queries_behind_half(values: np.ndarray, clusters: Sequence[int]) -> np.ndarray:
+    """int (column,): the fewest clusters whose sums make up half of the mean of ``values`` (trial, column); 0 where
+    that is 0."""
+    totals = cluster_totals(values, clusters)
+    whole = totals.sum(0)
+    largest_first = -np.sort(-totals * np.sign(whole), axis=0)
+    return np.where(whole == 0, 0, 1 + (largest_first.cumsum(0) < np.abs(whole) / 2).sum(0))
+
+
 def false_discovery(p_values: np.ndarray) -> np.ndarray:
     """Benjamini-Hochberg adjusted p-values: those at most FDR are called, and about that share of them wrongly."""
     from scipy import stats
 
     return stats.false_discovery_control(p_values, method="bh")
+
+
+def called_at_once(n_columns: int, n_clusters: int) -> int:
+    """How many of ``n_columns`` must have the smallest p-value that flips of ``n_clusters`` signs can give for
+    ``false_discovery`` to call them: with few clusters it calls many or none."""
+    return math.ceil(n_columns * max(2 / 2**n_clusters, 1 / N_FLIPS) / FDR)
 
 
 @dataclass(frozen=True)
@@ -111,7 +172,8 @@ class Stability:
     """Share of bootstrap samples of queries in which the column is among the k best."""
     n_bootstrap: int
     half_overlap: float
-    """Mean share of the k that two halves of the queries have in common, over random halvings; NaN for one query."""
+    """Mean share of the k that two halves of the queries have in common, over random halvings; NaN for one query.
+    No bound on anything where the scores of all trials rest on one estimate, such as a clean mean of all of them."""
     n_halvings: int
     chance_overlap: float
     """The same for two lists drawn at random: k / columns."""
@@ -148,42 +210,4 @@ def _top_k(scores: np.ndarray, k: int) -> np.ndarray:
     best = np.argpartition(-scores, k - 1, axis=1)[:, :k]
     chosen = np.zeros(scores.shape, dtype=bool)
     np.put_along_axis(chosen, best, True, axis=1)
-    return chosen
-
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate and its interval at ``LEVEL``."""
-
-    value: float
-    low: float
-    high: float
-
-
-MIN_GAP = 0.05
-"""Between probabilities: a share of a smaller gap says nothing."""
-
-
-def share_of_gap(low: np.ndarray, high: np.ndarray, reached: np.ndarray, clusters: Sequence[int]) -> Interval | None:
-    """(mean reached - mean low) / (mean high - mean low) over prompts (prompt,), its interval from the linearised ratio
-    with errors clustered as in ``clustered_mean``. None where the gap is below MIN_GAP or not clearly above 0."""
-    gap = clustered_mean((high - low)[:, None], clusters)
-    if gap.mean[0] < MIN_GAP or not gap.low[0] > 0:
-        return None
-    share = float((reached - low).mean() / gap.mean[0])
-    error = clustered_mean(((reached - low - share * (high - low)) / gap.mean[0])[:, None], clusters)
-    return Interval(share, share + float(error.low[0]), share + float(error.high[0]))
-
-
-def layer_chosen_by_others(values: np.ndarray, clusters: Sequence[int]) -> np.ndarray:
-    """``values`` (prompt, layer) -> (prompt,): each prompt's value at the layer that is best for the *other* clusters.
-
-    The best of L layers on the same prompts is too good by the luck of L draws; this is not. With one cluster: NaN.
-    """
-    cluster_of = np.asarray(clusters)
-    chosen = np.full(len(values), np.nan)
-    for cluster in np.unique(cluster_of):
-        inside = cluster_of == cluster
-        if not inside.all():
-            chosen[inside] = values[inside, int(values[~inside].mean(0).argmax())]
     return chosen

@@ -10,7 +10,7 @@ from parity import assert_close, assert_same_scores
 from relfv.engine.base import of_layer_and_prompts
 from relfv.engine.clean import CleanRun, run_clean
 from relfv.language_model import LanguageModel, open_model
-from relfv.stages.controls import CONTROLS, N_DRAWS, Candidates, Ground, candidate_vectors
+from relfv.stages.controls import CONTROLS, N_DIRECTIONS, N_DRAWS_OF_HEADS, Candidates, Ground, candidate_vectors
 from relfv.stages.function_vector import build_function_vector
 from relfv.stages.means import mean_activations
 from relfv.types import HeadId, MeanActivations, Prompts
@@ -102,12 +102,27 @@ def test_controls_are_what_they_are_called(
     assert vectors.shape == (model.arch.n_layers, 3, len(found.names), model.arch.resid_dim)
     of = {name: vectors[:, :, [i for i, n in enumerate(found.names) if n == name]] for name in found.names}
     assert torch.equal(of["fv"][0, 0, 0], fv)
-    assert of["random_direction"].shape[2] == of["random_heads"].shape[2] == N_DRAWS
-    assert torch.allclose(of["random_direction"].norm(dim=-1), fv.norm().expand(3, 3, N_DRAWS), rtol=1e-5)
+    assert of["random_direction"].shape[2] == N_DIRECTIONS
+    assert of["random_heads"].shape[2] == of["random_heads_scaled"].shape[2] == N_DRAWS_OF_HEADS >= 19
+    for name in ("random_direction", "random_heads_scaled"):
+        assert torch.allclose(of[name].norm(dim=-1), fv.norm().expand(3, 3, of[name].shape[2]), rtol=1e-5)
     cosine = torch.nn.functional.cosine_similarity(of["random_direction"][0, 0], fv[None])
     assert cosine.abs().max() < 0.7
     assert torch.allclose(of["mean_hidden"][:, 0, 0], clean.hidden)
     assert not torch.allclose(of["random_heads"][0, 0, 0], of["random_heads"][0, 0, 1])
+
+
+def test_random_heads_are_drawn_from_all_heads_of_the_selected_ones_layers(ground) -> None:  # type: ignore[no-untyped-def]
+    selected = [HeadId(0, 1), HeadId(2, 0), HeadId(2, 3)]
+    draws = ground(selected=selected).draws
+    assert len(draws) == N_DRAWS_OF_HEADS
+    for draw in draws:
+        assert sorted(head.layer for head in draw) == [0, 2, 2]
+        assert len(set(draw)) == 3
+    drawn = {head for draw in draws for head in draw}
+    assert drawn & set(selected)
+    assert drawn - set(selected)
+    assert ground(seed="0:B", selected=selected).draws != draws
 
 
 def test_each_vector_is_injected_where_it_belongs(model: LanguageModel, prompts: Prompts, found: Candidates) -> None:

@@ -97,6 +97,19 @@ def test_what_intervals_do_not_show_is_said_not_to_be_shown() -> None:
     assert "that the own one raises P at all is not shown" in found["verdict"]
 
 
+def test_the_luck_of_the_best_layer_does_not_raise_p() -> None:
+    """Twelve queries and 32 layers of noise: at the best of them the mean is two standard errors above 0."""
+    rng = np.random.default_rng(0)
+    said = 0
+    for _ in range(40):
+        reached = torch.from_numpy(np.clip(0.4 + 0.1 * rng.standard_normal((12, 64)), 0.01, 0.99))
+        found = Effects(base=scores(torch.full((12,), 0.4, dtype=torch.float64)), edited=scores(reached))
+        best = int(reached[:, ::2].mean(0).argmax())
+        judgement = judge_target(found, Prompts([[0]] * 12, [1] * 12, range(12)), ["A", "B"], "A", best)
+        said += "raises P at all is not shown" not in judgement["verdict"]
+    assert said <= 4
+
+
 def test_ties_count_against_the_own_vector() -> None:
     found = judged(A=[0.2, 0.8], B=[0.1, 0.8])
     assert (found["at_best_layer"]["rank_of_own"], found["at_best_layer"]["best"]) == (2, "B")

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from parity import rounding, size_in
@@ -14,16 +15,22 @@ N = 12
 DRAWN = ("random_heads", "random_heads_scaled", "random_direction")
 
 
-def controls(zero: float, clean: float, draws: Sequence[float] = (0.1,), **reached: float) -> dict[str, Any]:
+def controls(zero: float, clean: float, draws: Sequence[float] = (0.1,) * 19, **reached: float) -> dict[str, Any]:
     """controls.json of two layers and twelve prompts: nothing happens at layer 0, ``reached`` at layer 1."""
     wobble = [0.02 * (i % 3 - 1) for i in range(N)]
     return {
         "n_eval": N,
         "n_queries": N,
         "meaning": dict.fromkeys(reached, "..."),
+        "mean_norm_added": {"fv": 10.0},
+        "mean_hidden_norm": {"0": 10.0, "1": 20.0},
         "zero_shot": {"acc": 0.0, "mean_p": zero},
         "per_layer": {
-            layer: {name: {"acc": 0.5, **({"mean_p_of_draws": draws} if name in DRAWN else {})} for name in reached}
+            layer: {
+                name: {"acc": 0.5, "mean_p": p if layer == "1" else zero}
+                | ({"mean_p_of_draws": [*draws] if layer == "1" else [zero] * len(draws)} if name in DRAWN else {})
+                for name, p in reached.items()
+            }
             for layer in ("0", "1")
         },
         "by_prompt": {
@@ -35,33 +42,88 @@ def controls(zero: float, clean: float, draws: Sequence[float] = (0.1,), **reach
     }
 
 
-TOP = {"heads": [{}] * 20, "meta": {"n_distinguishable": 17}}
+def top(called: int = 17, behind: Sequence[int] = (5,) * 20, **meta: int) -> dict[str, Any]:
+    counts = {"n_distinguishable": called, "n_called_at_once": 1, "n_queries": 15, **meta}
+    return {"heads": [{"mean_delta_p_queries_behind_half": n} for n in behind], "meta": counts}
 
 
-def said(found: dict[str, Any], top: dict[str, Any] = TOP, overlap: float | None = 0.81) -> str:
-    return conclusions(top, found, {"half_overlap": overlap, "chance_overlap": 0.02})["verdict"]
+def said(
+    found: dict[str, Any],
+    heads: dict[str, Any] | None = None,
+    overlap: float | None = 0.81,
+    layer: int = 1,
+    notes: Sequence[str] = (),
+) -> str:
+    stability = {"half_overlap": overlap, "chance_overlap": 0.02}
+    return conclusions(heads or top(), found, stability, layer=layer, notes=notes)["verdict"]
 
 
 def test_the_verdict_says_what_the_numbers_say() -> None:
     verdict = said(controls(0.1, 0.9, fv=0.7, held_out=0.66, random_heads=0.14, random_direction=0.1, mean_hidden=0.3))
     assert verdict.startswith(
-        "17 of the top 20 heads are distinguishable from noise; two halves of the queries agree on 81% of them (by "
-        "chance 2%)"
+        "17 of the top 20 heads are distinguishable from noise; two halves of the queries, with one clean mean for "
+        "both, agree on 81% of the 20 (by chance 2%). The function vector closes 75% (95% CI"
     )
-    assert "closes 75% (95% CI" in verdict
     assert "at layer 1, the best of all on these very prompts (12 distinct queries)" in verdict
     assert "; 70% (95% CI" in verdict
-    assert "with each query's own trials left out of means, ranking and choice of layer" in verdict
-    assert "other heads' vectors 5%, random directions of its length 0%, the mean hidden state 25%" in verdict
+    assert "with each query's own trials left out of means, ranking and choice of layer. 12 of 12 queries" in verdict
+    assert (
+        "random heads of the same layers 5%, random directions of its length 0%, the mean hidden state 25%" in verdict
+    )
     assert "is not shown" not in verdict
 
 
-def test_a_control_that_does_as_much_takes_the_claim_back() -> None:
-    for rival in DRAWN:
-        verdict = said(controls(0.1, 0.9, fv=0.7, held_out=0.66, **{rival: 0.71}))
-        assert verdict.endswith("reaches the vector's interval: that the effect is the relation's own is not shown.")
-    one_draw = said(controls(0.1, 0.9, draws=[0.1, 0.1, 0.1, 0.1, 0.75], fv=0.7, random_heads_scaled=0.23))
-    assert one_draw.endswith("the relation's own is not shown.")
+def test_an_interval_is_no_narrower_than_twelve_queries_allow() -> None:
+    found = conclusions(top(), controls(0.1, 0.9, fv=0.884, held_out=0.884), None, layer=1)
+    for share in (found["share_of_gap"]["fv"], found["share_of_gap"]["held_out, layer_chosen_by_others"]):
+        assert share["value"] == pytest.approx(0.98)
+        assert share["low"] < 0.75
+        assert (share["n_closing_half"], share["n_queries"]) == (12, 12)
+        assert share["others_up_to"] == pytest.approx(1 - 0.05 ** (1 / 12))
+    assert "by their number alone, up to 22% of others may not." in found["verdict"]
+    assert "agree" not in found["verdict"]
+
+
+def test_a_vector_that_does_nothing_is_said_to_do_nothing_and_why() -> None:
+    found = controls(0.002, 0.8, fv=0.0024, held_out=0.0021, random_heads=0.0022)
+    found["by_prompt"]["p_fv"]["1"] = [p + 0.0004 for p in found["by_prompt"]["p_zero_shot"]]
+    verdict = said(found)
+    assert (
+        "The function vector does nothing here where demos do much: P 0.002 without it and 0.002 with it at " in verdict
+    )
+    assert "against 0.80 with demos. 0 of 12 queries have half of their own gap closed or more; by their" in verdict
+    assert "up to 22% of others may. Controls" in verdict
+    assert "closes" not in verdict
+    assert "shown" not in verdict
+    assert "likely reason" not in verdict
+    found["mean_norm_added"]["fv"] = 0.04
+    verdict = said(found, notes=["this family norms what attention writes"])
+    assert (
+        "The likely reason: its length is 0.2% of the hidden state's there; this family norms what attention writes."
+        in verdict
+    )
+
+
+def test_a_vector_that_takes_away_what_is_there_does_harm() -> None:
+    verdict = said(controls(0.3, 0.9, fv=0.1))
+    assert "does harm here where demos do much: P 0.300 without it and 0.100 with it" in verdict
+
+
+@pytest.mark.parametrize("rival", DRAWN)
+def test_a_control_that_does_as_much_takes_the_claim_back(rival: str) -> None:
+    verdict = said(controls(0.1, 0.9, fv=0.7, held_out=0.66, **{rival: 0.71}))
+    assert verdict.endswith("not clearly above a random control: that the effect is the relation's own is not shown.")
+    one_draw = said(controls(0.1, 0.9, draws=[0.1] * 18 + [0.75], fv=0.7, **{rival: 0.13}))
+    assert one_draw.endswith(
+        "A random draw does as well at the layer that is best for it: that the effect is the relation's own is not "
+        "shown."
+    )
+
+
+def test_the_best_layer_of_the_vector_meets_the_best_layer_of_every_draw() -> None:
+    found = controls(0.1, 0.9, fv=0.7, random_heads=0.1)
+    found["per_layer"]["0"]["random_heads"]["mean_p_of_draws"][7] = 0.71
+    assert "A random draw does as well" in said(found)
 
 
 def test_a_share_that_may_be_nothing_is_not_called_one() -> None:
@@ -69,7 +131,31 @@ def test_a_share_that_may_be_nothing_is_not_called_one() -> None:
     found["by_prompt"]["p_held_out"]["1"] = [0.02, 0.4] + [0.08] * (N - 2)
     verdict = said(found)
     assert verdict.count("so that it closes any of it is not shown") == 1
-    assert verdict.endswith("choice of layer, so that it closes any of it is not shown.")
+    assert "choice of layer, so that it closes any of it is not shown." in verdict
+
+
+def test_the_best_of_many_layers_of_noise_is_no_effect() -> None:
+    """Twelve queries whose P goes up and down by luck alone at 32 layers, and the best of them."""
+    rng = np.random.default_rng(1)
+    claimed = 0
+    for _ in range(40):
+        found = controls(0.3, 0.9, fv=0.3)
+        p = np.clip(0.3 + 0.15 * rng.standard_normal((32, N)), 0, 1)
+        found["by_prompt"]["p_fv"] = {str(layer): row.tolist() for layer, row in enumerate(p)}
+        found["per_layer"] = {str(layer): {"fv": {"acc": 0.5, "mean_p": row.mean()}} for layer, row in enumerate(p)}
+        found["mean_hidden_norm"] = dict.fromkeys(found["per_layer"], 20.0)
+        verdict = said(found, layer=int(p.mean(1).argmax()))
+        claimed += "closes" in verdict and "so that it closes any of it is not shown" not in verdict
+    assert claimed <= 4
+
+
+def test_the_layer_is_the_one_of_step6_and_held_out_queries_follow_the_same_score() -> None:
+    found = controls(0.1, 0.9, fv=0.7, held_out=0.6)
+    found["by_prompt"]["logit_held_out"] = {"0": [2.0] * N, "1": [1.0] * N}
+    numbers = conclusions(top(), found, None, layer=0, score_key="mean_delta_logit")
+    assert numbers["layer"] == 0
+    assert numbers["share_of_gap"]["fv"]["value"] == pytest.approx(0)
+    assert numbers["share_of_gap"]["held_out, layer_chosen_by_others"]["value"] == pytest.approx(0)
 
 
 def test_a_control_that_overflows_is_left_out() -> None:
@@ -88,11 +174,23 @@ def test_no_share_is_claimed_where_there_is_no_gap() -> None:
 
 
 def test_what_is_not_known_is_not_said() -> None:
-    verdict = said(controls(0.1, 0.9, fv=0.7), top={"heads": [{}], "meta": {}})
+    verdict = said(controls(0.1, 0.9, fv=0.7), heads={"heads": [{}], "meta": {}})
     assert "distinguishable" not in verdict
     assert "other queries" not in verdict
     assert "Controls" not in verdict
     assert "agree" not in said(controls(0.1, 0.9, fv=0.7), overlap=None)
+
+
+def test_effects_of_few_queries_are_named_and_why_none_is_called() -> None:
+    found = controls(0.1, 0.9, fv=0.7)
+    verdict = said(found, top(behind=[5] * 17 + [2, 1, 1]))
+    assert "distinguishable from noise; of 3 of the 20, half the effect comes from one or two queries;" in verdict
+    none = said(found, top(0, n_called_at_once=40, n_queries=10))
+    assert (
+        "0 of the top 20 heads are distinguishable from noise (with 10 queries 40 heads would have to be at once)"
+        in none
+    )
+    assert "at once" not in said(found, top(3, n_called_at_once=40))
 
 
 def test_a_finished_q_id_has_its_conclusions(finished: Path) -> None:
@@ -109,6 +207,7 @@ def test_a_finished_q_id_has_its_conclusions(finished: Path) -> None:
         assert again["acc"] == pytest.approx(spec["acc_with"])
         assert again["ci_low"] <= again["mean_delta_p"] <= again["ci_high"]
     assert summary["verdict"]
+    assert summary["layer"] == layers["best_layer"]
     assert summary["n_heads_distinguishable"] == sum(
         head["distinguishable"] for head in json.loads((artifacts / "top_heads.json").read_text())["heads"]
     )

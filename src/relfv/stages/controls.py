@@ -6,6 +6,7 @@ A control is one entry of ``CONTROLS``: its name, what it is, how to make its ve
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +17,8 @@ import numpy as np
 from relfv.settings import MODEL_SETTINGS
 from relfv.stages.cie import METRICS
 from relfv.stages.function_vector import FV, TOP_HEADS, heads_of
-from relfv.stages.judging import judge_vectors, mean_p
+from relfv.stages.injection import length
+from relfv.stages.judging import judge_vectors, mean_over_draws
 from relfv.stages.means import clean_run
 from relfv.stages.scores import measure_of, trial_scores
 from relfv.stages.stage import Stage, Work
@@ -32,8 +34,9 @@ if TYPE_CHECKING:
     from relfv.engine.clean import CleanRun
     from relfv.models.architecture import Architecture
 
-N_DRAWS = 5
-"""Of random heads, and of random directions."""
+N_DRAWS_OF_HEADS = 19
+"""Of as many vectors and one more, the function vector is the best by chance in one case of twenty."""
+N_DIRECTIONS = 5
 
 
 class Ground:
@@ -60,13 +63,12 @@ class Ground:
         self.trial_queries, self.prompt_queries, self.selected = trial_queries, prompt_queries, selected
         self.fv = torch.from_numpy(fv).double()
         rng = random.Random(f"relfv-controls:{seed}")
-        others = [head for head in heads if head not in set(selected)]
-        self.draws = [rng.sample(others, min(len(selected), len(others))) for _ in range(N_DRAWS)] if others else []
+        self.draws = _matched_draws(heads, selected, rng)
         self.generator_seed = rng.getrandbits(63)
 
     @cached_property
-    def of_others(self) -> torch.Tensor:
-        """float64 (draw, resid_dim): the vectors of heads that were not selected."""
+    def of_draws(self) -> torch.Tensor:
+        """float64 (draw, resid_dim): the vectors of heads drawn at random."""
         n_trials = len(self.trial_queries)
         shares = np.full((len(self.draws), n_trials), 1 / n_trials)
         return self.vectors(shares, self.draws)
@@ -86,6 +88,19 @@ class Ground:
         return total
 
 
+def _matched_draws(heads: Sequence[HeadId], selected: Sequence[HeadId], rng: random.Random) -> list[list[HeadId]]:
+    """Sets with as many heads of each layer as ``selected`` has, drawn from all ``heads``: what the selection is one
+    of, if being selected means nothing. Empty where there is no other such set."""
+    counts = Counter(head.layer for head in selected)
+    of_layer = {layer: [head for head in heads if head.layer == layer] for layer in sorted(counts)}
+    if all(len(pool) == counts[layer] for layer, pool in of_layer.items()):
+        return []
+    return [
+        [head for layer, pool in of_layer.items() for head in rng.sample(pool, counts[layer])]
+        for _ in range(N_DRAWS_OF_HEADS)
+    ]
+
+
 @dataclass(frozen=True)
 class Control:
     """One kind of vector."""
@@ -100,7 +115,7 @@ class Control:
 
 
 def _random_heads(ground: Ground) -> torch.Tensor | None:
-    return ground.of_others[None, None] if ground.draws else None
+    return ground.of_draws[None, None] if ground.draws else None
 
 
 def _random_heads_scaled(ground: Ground) -> torch.Tensor | None:
@@ -108,14 +123,14 @@ def _random_heads_scaled(ground: Ground) -> torch.Tensor | None:
 
     if not ground.draws:
         return None
-    return (ground.fv.norm() * torch.nn.functional.normalize(ground.of_others, dim=1))[None, None]
+    return (ground.fv.norm() * torch.nn.functional.normalize(ground.of_draws, dim=1))[None, None]
 
 
 def _random_direction(ground: Ground) -> torch.Tensor:
     import torch
 
     generator = torch.Generator().manual_seed(ground.generator_seed)
-    directions = torch.randn(N_DRAWS, len(ground.fv), generator=generator, dtype=torch.float64)
+    directions = torch.randn(N_DIRECTIONS, len(ground.fv), generator=generator, dtype=torch.float64)
     directions *= ground.fv.norm() / directions.norm(dim=1, keepdim=True)
     return directions[None, None]
 
@@ -140,9 +155,10 @@ CONTROLS = {
         lambda ground: ground.fv[None, None, None],
     ),
     "random_heads": Control(
-        "the vector of as many heads, drawn from those that were not selected; mean over draws",
+        "the vector of heads drawn at random from all heads of each layer, the selected ones included, as many as were "
+        "selected there; mean over draws",
         _random_heads,
-        "other heads' vectors",
+        "random heads of the same layers",
         rival=True,
     ),
     "random_heads_scaled": Control(
@@ -200,17 +216,24 @@ def candidate_vectors(ground: Ground) -> Candidates:
 
 
 def judge_candidates(
-    effects: Effects, prompts: Prompts, names: Sequence[str], clean: CleanRun, clean_queries: Sequence[int]
+    effects: Effects,
+    prompts: Prompts,
+    names: Sequence[str],
+    clean: CleanRun,
+    clean_queries: Sequence[int],
+    measure: str = "p",
 ) -> dict[str, Any]:
     """``effects`` of every vector of ``names`` after every layer -> the numbers of controls.json.
 
-    ``clean`` are the clean prompts' scores with their queries, the reference of each prompt's own query.
+    ``clean`` are the clean prompts' scores with their queries, the reference of each prompt's own query. ``measure`` is
+    what layers are compared by: prompt by prompt it is kept beside P.
     """
     p_clean, queries_of_clean = clean.scores.measure("p"), np.asarray(clean_queries)
     of_query = {query: p_clean[queries_of_clean == query].mean() for query in set(clean_queries)}
     by_prompt = {
-        f"p_{name}": {str(layer): [finite(p) for p in values] for layer, values in enumerate(of_name.T)}
-        for name, of_name in mean_p(effects, names).items()
+        f"{m}_{name}": {str(layer): [finite(value) for value in values] for layer, values in enumerate(of_name.T)}
+        for m in dict.fromkeys(("p", measure))
+        for name, of_name in mean_over_draws(effects, names, m).items()
     }
     return {
         **judge_vectors(effects, prompts, names),
@@ -259,7 +282,8 @@ def _compare(work: Work) -> str:
         "n_queries": len(set(prompts.clusters)),
         "precision": model.precision,
         "mean_norm_added": {name: settings.alpha * norm for name, norm in candidates.norms().items()},
-        **judge_candidates(effects, prompts, candidates.names, clean, trial_queries),
+        "mean_hidden_norm": {str(layer): length(hidden.numpy()) for layer, hidden in enumerate(clean.hidden)},
+        **judge_candidates(effects, prompts, candidates.names, clean, trial_queries, measure_of(settings.score_key)),
     }
     work.write(CONTROLS_FILE, json_bytes(document), content=document)
     work.trials_per_pass["step6_controls"] = effects.per_pass

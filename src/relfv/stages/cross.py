@@ -19,6 +19,7 @@ from relfv.stages.function_vector import FV
 from relfv.stages.judging import judge_vectors
 from relfv.stages.step6_summary import STEP6_SUMMARY
 from relfv.stages.zeroshot import ZERO_SHOT_TRIALS
+from relfv.stats import LEVEL, best_column_p_value
 from relfv.store.files import sha256_bytes, sha256_file, write_together
 from relfv.store.folder import QidFolder
 from relfv.store.formats import SEAL, json_bytes, read_json, sealed, unsealed
@@ -39,6 +40,8 @@ MEANING = {
     "taken within a prompt first; rank_of_own counts from 1, ties against it",
     "rank_of_own_each_at_its_best_layer": "the same rank with every vector at the layer of its own largest "
     "mean_delta_p",
+    "p_own_raises_p": "one-sided p-value, by sign flips of whole queries, that the own vector raises P at no layer: it "
+    "allows for the choice of the layer",
     "own": "the target's own vector was made from trials with these very queries, the others were not; controls.json "
     "has it held out",
 }
@@ -76,6 +79,7 @@ def judge_target(effects: Effects, prompts: Prompts, names: Sequence[str], own: 
     there = judged["per_layer"][str(best_layer)]
     highest = {name: max(row[name]["mean_delta_p"] for row in judged["per_layer"].values()) for name in names}
     mine = there[own]
+    own_delta = np.nan_to_num(effects.delta("p")[:, names.index(own) :: len(names)])
     rank = _rank({name: there[name]["mean_delta_p"] for name in names}, own)
     others = [name for name in names if name != own]
     best = own if rank == 1 else max(others, key=lambda name: there[name]["mean_delta_p"])
@@ -85,6 +89,7 @@ def judge_target(effects: Effects, prompts: Prompts, names: Sequence[str], own: 
         "best_layer": best_layer,
         "at_best_layer": {
             "own": mine,
+            "p_own_raises_p": best_column_p_value(own_delta, prompts.clusters, best_layer),
             "others": mean_of_others,
             "rank_of_own": rank,
             "best": best,
@@ -140,7 +145,7 @@ def _verdict_of_target(judgement: Mapping[str, Any], best: Mapping[str, Any], n_
         )
         words = f"The own vector ranks {at['rank_of_own']} of {n_vectors} {where}; the best is that of {at['best']} "
         words += f"({_signed(best)}), {shown}"
-    if mine["ci_low"] is None or mine["ci_low"] <= 0:
+    if at["p_own_raises_p"] > (1 - LEVEL) / 2:
         words += "; that the own one raises P at all is not shown"
     return f"{words}."
 

@@ -20,7 +20,7 @@ from relfv.stages.noise_floor import NOISE_FLOOR
 from relfv.stages.scores import CIE, rank_heads, require_score, select_heads
 from relfv.stages.stage import Finding, Stage, Work
 from relfv.stages.trials import TRIALS
-from relfv.stats import FDR
+from relfv.stats import FDR, called_at_once
 from relfv.store.folder import File, QidFolder
 from relfv.store.formats import finite, json_bytes, read_json, read_tensors, tensor_bytes
 from relfv.store.status import QidStatus
@@ -116,12 +116,15 @@ def _head(head: ScoredHead, score_key: str) -> dict[str, Any]:
     }
 
 
+_EVIDENCE = ("ci_low", "ci_high", "p_value", "fdr", "queries_behind_half")
+
+
 def _evidence(head: ScoredHead, noise: float, share_in_top_k: float | None) -> dict[str, Any]:
     """What is known of a head's score beside the score. Scores of other tools come without, and then nothing is
     said."""
     evidence: dict[str, Any] = {
         column: finite(head.scores[column])
-        for column in (f"mean_delta_p_{name}" for name in ("ci_low", "ci_high", "p_value", "fdr"))
+        for column in (f"mean_delta_p_{name}" for name in _EVIDENCE)
         if column in head.scores
     }
     if evidence:
@@ -147,7 +150,7 @@ def _build(work: Work) -> str:
         "score_key": settings.score_key,
         "model": model.name,
         "model_spec": model.spec,
-        **({"n_distinguishable": sum(called), "fdr_level": FDR} if called else {}),
+        **(_of_calls(called, len(scored), len(set(work.read(TRIALS).clusters))) if called else {}),
         "q_id": work.q_id,
     }
     fv = build_function_vector(model.arch, work.read(MEANS), [head.id for head in top])
@@ -175,6 +178,16 @@ def _judged(work: Work, top: Sequence[ScoredHead]) -> list[dict[str, Any]]:
         for head, interval in zip(heads, _leave_query_out(work, top), strict=True):
             head["leave_query_out"] = interval
     return heads
+
+
+def _of_calls(called: Sequence[bool], n_heads: int, n_queries: int) -> dict[str, Any]:
+    """How many of the top heads are called, and how many heads must be called for any to be."""
+    return {
+        "n_distinguishable": sum(called),
+        "fdr_level": FDR,
+        "n_queries": n_queries,
+        "n_called_at_once": called_at_once(n_heads, n_queries),
+    }
 
 
 def _leave_query_out(work: Work, top: Sequence[ScoredHead]) -> list[dict[str, float | None]]:

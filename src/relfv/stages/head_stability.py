@@ -33,8 +33,9 @@ def stability_document(
     return {
         "q_id": q_id,
         "meaning": "in_top_k: in what share of bootstrap samples of the queries the head is among the k best. "
-        "half_overlap: what share of the k best two halves of the queries have in common, on average; "
-        "chance_overlap is that of two lists drawn at random.",
+        "half_overlap: what share of the k best two halves of the queries have in common, on average: both halves' "
+        "effects were measured with the clean mean of all trials, which pulls the lists together, and half the queries "
+        "make a noisier list than all, which pulls them apart; chance_overlap is that of two lists drawn at random.",
         "k": settings.topk,
         "score_key": settings.score_key,
         "n_bootstrap": stability.n_bootstrap,

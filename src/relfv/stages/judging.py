@@ -22,7 +22,7 @@ def judge_vectors(effects: Effects, prompts: Prompts, names: Sequence[str]) -> d
     correct = by_layer(effects.edited.correct(prompts.right), names)
     reached = by_layer(effects.edited.measure("p"), names)
     per_layer: dict[str, dict[str, Any]] = {str(layer): {} for layer in range(correct.shape[1])}
-    for name, of_name in mean_p(effects, names).items():
+    for name, of_name in mean_over_draws(effects, names).items():
         draws = [i for i, other in enumerate(names) if other == name]
         delta = clustered_mean(of_name - base[:, None], prompts.clusters)
         for layer in range(correct.shape[1]):
@@ -39,9 +39,9 @@ def judge_vectors(effects: Effects, prompts: Prompts, names: Sequence[str]) -> d
     return {"ci_level": LEVEL, "zero_shot": zero_shot, "per_layer": per_layer}
 
 
-def mean_p(effects: Effects, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Name -> (prompt, layer): P with the vector, over the draws of that name."""
-    reached = by_layer(effects.edited.measure("p"), names)
+def mean_over_draws(effects: Effects, names: Sequence[str], measure: str = "p") -> dict[str, np.ndarray]:
+    """Name -> (prompt, layer): ``measure`` with the vector, over the draws of that name."""
+    reached = by_layer(effects.edited.measure(measure), names)
     return {name: reached[:, :, [other == name for other in names]].mean(2) for name in dict.fromkeys(names)}
 
 

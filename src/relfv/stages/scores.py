@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from relfv.errors import InputError, RunError
-from relfv.stats import clustered_mean, false_discovery
+from relfv.stats import clustered_mean, false_discovery, queries_behind_half, sign_flip_p_values
 from relfv.store.folder import File
 from relfv.store.formats import csv_bytes, read_csv
 from relfv.types import MEASURES, HeadEffects, HeadId, MeanActivations, ScoredHead
@@ -20,15 +20,15 @@ _COLUMNS = [
         for name in (f"mean_delta_{m}", f"std_delta_{m}", f"mean_abs_delta_{m}", f"mean_{m}_base", f"mean_{m}_patch")
     ),
     "clean_mean_norm",
-    *(f"mean_delta_p_{name}" for name in ("se", "ci_low", "ci_high", "p_value", "fdr")),
+    *(f"mean_delta_p_{name}" for name in ("se", "ci_low", "ci_high", "p_value", "fdr", "queries_behind_half")),
 ]
 
 
 def score_heads(effects: HeadEffects, means: MeanActivations, queries: Sequence[int]) -> list[ScoredHead]:
     """Per head and measure m: mean, population standard deviation and mean absolute value of delta_m over trials,
     the means of m without and with the patch, and the norm of the head's clean mean; of mean_delta_p also standard
-    error, interval, p-value and false-discovery rate (stats.py). ``queries`` (trial,) are the rows of the query
-    words."""
+    error, interval, p-value, false-discovery rate, and how many queries half of it comes from (stats.py). ``queries``
+    (trial,) are the rows of the query words."""
     columns: dict[str, np.ndarray] = {}
     for m in MEASURES:
         delta, base = effects.effects.delta(m), effects.effects.base.measure(m)
@@ -55,13 +55,14 @@ def _norms(means: MeanActivations, heads: Sequence[HeadId]) -> np.ndarray:
 
 def _uncertainty(delta_p: np.ndarray, queries: Sequence[int]) -> dict[str, np.ndarray]:
     """(trial, head) -> columns (head,)."""
-    mean = clustered_mean(delta_p, queries)
+    mean, p_value = clustered_mean(delta_p, queries), sign_flip_p_values(delta_p, queries)
     return {
         "mean_delta_p_se": mean.se,
         "mean_delta_p_ci_low": mean.low,
         "mean_delta_p_ci_high": mean.high,
-        "mean_delta_p_p_value": mean.p_value,
-        "mean_delta_p_fdr": false_discovery(mean.p_value),
+        "mean_delta_p_p_value": p_value,
+        "mean_delta_p_fdr": false_discovery(p_value),
+        "mean_delta_p_queries_behind_half": queries_behind_half(delta_p, queries),
     }
 
 

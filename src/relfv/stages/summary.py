@@ -1,4 +1,4 @@
-"""What may be concluded of a q_id, in numbers and in one verdict that is never stronger than they are: summary.json."""
+"""What may be concluded of a q_id, in numbers (summary.json); verdict.py puts them into words."""
 
 from __future__ import annotations
 
@@ -7,149 +7,124 @@ from typing import Any
 
 import numpy as np
 
+from relfv.shares import Gap, Share
 from relfv.stages.controls import CONTROLS, CONTROLS_FILE
-from relfv.stages.function_vector import TOP_HEADS
+from relfv.stages.function_vector import FV_META, TOP_HEADS
 from relfv.stages.head_stability import HEAD_STABILITY
+from relfv.stages.scores import measure_of
 from relfv.stages.stage import Stage, Work
-from relfv.stats import LEVEL, Interval, layer_chosen_by_others, share_of_gap
+from relfv.stages.step6_summary import STEP6_SUMMARY
+from relfv.stages.verdict import HELD_OUT, verdict
+from relfv.stats import FEW_QUERIES, LEVEL
 from relfv.store.folder import File
 from relfv.store.formats import finite, json_bytes, read_json
 
-_HELD_OUT = "held_out, layer_chosen_by_others"
-
 
 def conclusions(
-    top_heads: Mapping[str, Any], controls: Mapping[str, Any], stability: Mapping[str, Any] | None
+    top_heads: Mapping[str, Any],
+    controls: Mapping[str, Any],
+    stability: Mapping[str, Any] | None,
+    *,
+    layer: int,
+    score_key: str = "mean_delta_p",
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """From top_heads.json, controls.json and head_stability.json the numbers that the verdict rests on, and the
     verdict.
 
-    The layer is the best by P of the vector itself, as in step6_all_layers_summary.json; ``layer_chosen_by_others``
-    repeats the held-out result with each query's layer chosen on the other queries.
+    ``layer`` is the best by ``score_key`` of step6_all_layers_summary.json, and stands for the best in every file.
+    ``notes`` are what is known of the model's family.
     """
     prompts, layers = controls["by_prompt"], list(controls["per_layer"])
-    by_layer = {name: _by_layer(prompts, name, layers) for name in controls["meaning"]}
-    best = int(by_layer["fv"].mean(0).argmax())
+    effects = {name: _effect(prompts, name, layers) for name in controls["meaning"]}
+    best = layers.index(str(layer))
     at_best = controls["per_layer"][layers[best]]
     zero, clean = np.array(prompts["p_zero_shot"]), np.array(prompts["p_clean"])
-    shares = _shares(prompts, by_layer, best)
-    gap = clean.mean() - zero.mean()
-    of_draws = {
-        name: [(p - zero.mean()) / gap for p in numbers["mean_p_of_draws"]]
-        for name, numbers in at_best.items()
-        if shares.get(name) and "mean_p_of_draws" in numbers
-    }
+    gap = Gap(zero, clean, prompts["query_source_index"])
+    shares = _shares(gap, effects, best)
+    if "held_out" in effects:
+        score = _by_layer(prompts, f"{measure_of(score_key)}_held_out", layers)
+        shares[HELD_OUT] = gap.share_with_layer_chosen_by_others(effects["held_out"], score)
     document: dict[str, Any] = {
         "verdict": "",
-        "n_heads": len(top_heads["heads"]),
-        "n_heads_distinguishable": top_heads["meta"].get("n_distinguishable"),
-        "half_overlap_of_top_heads": stability and stability["half_overlap"],
-        "chance_overlap_of_top_heads": stability and stability["chance_overlap"],
+        **_of_heads(top_heads, stability),
         "n_eval": controls["n_eval"],
         "n_queries": controls["n_queries"],
-        "layer": int(layers[best]),
+        "layer": layer,
         "p": {
             "zero_shot": float(zero.mean()),
             "clean": float(clean.mean()),
-            **{name: finite(reached[:, best].mean()) for name, reached in by_layer.items()},
+            **{name: finite((zero + effect[:, best]).mean()) for name, effect in effects.items()},
         },
-        "acc": {"zero_shot": controls["zero_shot"]["acc"], **{name: at_best[name]["acc"] for name in by_layer}},
+        "acc": {"zero_shot": controls["zero_shot"]["acc"], **{name: at_best[name]["acc"] for name in effects}},
         "share_of_gap": {name: share and vars(share) for name, share in shares.items()},
-        "share_of_gap_of_draws": of_draws,
+        "share_of_gap_of_draws": {
+            name: [(p - zero.mean()) / (clean - zero).mean() for p in numbers["mean_p_of_draws"]]
+            for name, numbers in at_best.items()
+            if shares.get(name) and "mean_p_of_draws" in numbers
+        },
+        "against_random": {
+            name: _against(gap, effects, name, best, controls["per_layer"])
+            for name, control in CONTROLS.items()
+            if control.rival and shares.get(name)
+        },
+        "norm": {
+            "fv": controls["mean_norm_added"]["fv"],
+            "hidden_state": controls["mean_hidden_norm"][layers[best]],
+        },
+        "notes": list(notes),
         "ci_level": LEVEL,
     }
-    document["verdict"] = _verdict(document)
+    document["verdict"] = verdict(document)
     return document
 
 
-def _shares(prompts: Mapping[str, Any], by_layer: Mapping[str, np.ndarray], best: int) -> dict[str, Interval | None]:
-    """What share of the gap between zero-shot and clean prompts each vector closes at the ``best`` layer."""
-    zero, clean, queries = np.array(prompts["p_zero_shot"]), np.array(prompts["p_clean"]), prompts["query_source_index"]
+def _of_heads(top_heads: Mapping[str, Any], stability: Mapping[str, Any] | None) -> dict[str, Any]:
+    heads, meta = top_heads["heads"], top_heads["meta"]
+    behind = [head.get("mean_delta_p_queries_behind_half") for head in heads]
+    return {
+        "n_heads": len(heads),
+        "n_heads_distinguishable": meta.get("n_distinguishable"),
+        "n_heads_called_at_once": meta.get("n_called_at_once"),
+        "n_heads_of_few_queries": None if None in behind else sum(n <= FEW_QUERIES for n in behind),
+        "n_queries_of_trials": meta.get("n_queries"),
+        "half_overlap_of_top_heads": stability and stability["half_overlap"],
+        "chance_overlap_of_top_heads": stability and stability["chance_overlap"],
+    }
 
-    def share(reached: np.ndarray) -> Interval | None:
-        return None if np.isnan(reached).any() else share_of_gap(zero, clean, reached, queries)
 
-    shares = {name: share(reached[:, best]) for name, reached in by_layer.items()}
-    if "held_out" in by_layer:
-        shares[_HELD_OUT] = share(layer_chosen_by_others(by_layer["held_out"], queries))
-    return shares
+def _shares(gap: Gap, effects: Mapping[str, np.ndarray], best: int) -> dict[str, Share | None]:
+    """What share of the gap each vector closes at the ``best`` layer: the function vector's own, chosen for it."""
+    return {
+        name: gap.share(effect, best) if name == "fv" else gap.share(effect[:, [best]], 0)
+        for name, effect in effects.items()
+    }
 
 
-def _by_layer(prompts: Mapping[str, Any], name: str, layers: Sequence[str]) -> np.ndarray:
+def _against(
+    gap: Gap, effects: Mapping[str, np.ndarray], name: str, best: int, per_layer: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The function vector against a control of random draws: prompt by prompt at every layer, and its rank among the
+    draws where each has the layer that is best for it."""
+    above = gap.share(effects["fv"] - effects[name], best)
+    by_layer = [row[name].get("mean_p_of_draws", [row[name].get("mean_p")]) for row in per_layer.values()]
+    draws = np.array(by_layer, dtype=np.float64).max(0)
+    own = np.nanmax(np.array([row["fv"]["mean_p"] for row in per_layer.values()], dtype=np.float64))
+    return {
+        "share_of_gap_above": above and {"value": above.value, "low": above.low, "high": above.high},
+        "n_draws": len(draws),
+        "n_draws_as_good": int((~(draws < own)).sum()),
+    }
+
+
+def _effect(prompts: Mapping[str, Any], name: str, layers: Sequence[str]) -> np.ndarray:
+    """(prompt, layer): P with the vector minus P zero-shot."""
+    return _by_layer(prompts, f"p_{name}", layers) - np.array(prompts["p_zero_shot"])[:, None]
+
+
+def _by_layer(prompts: Mapping[str, Any], key: str, layers: Sequence[str]) -> np.ndarray:
     """(prompt, layer)"""
-    return np.array([prompts[f"p_{name}"][layer] for layer in layers], dtype=np.float64).T
-
-
-def _verdict(numbers: Mapping[str, Any]) -> str:
-    """One to three sentences. What a number does not allow is not said."""
-    return " ".join(part for part in (_of_heads(numbers), _of_vector(numbers), _of_controls(numbers)) if part)
-
-
-def _of_heads(numbers: Mapping[str, Any]) -> str:
-    n, called, overlap = numbers["n_heads"], numbers["n_heads_distinguishable"], numbers["half_overlap_of_top_heads"]
-    if called is None:
-        return ""
-    words = f"{called} of the top {n} heads are distinguishable from noise"
-    if overlap is not None:
-        chance = numbers["chance_overlap_of_top_heads"]
-        words += f"; two halves of the queries agree on {overlap:.0%} of them (by chance {chance:.0%})"
-    return words + "."
-
-
-def _of_vector(numbers: Mapping[str, Any]) -> str:
-    p, share = numbers["p"], numbers["share_of_gap"]
-    where = f"layer {numbers['layer']}, the best of all on these very prompts ({numbers['n_queries']} distinct queries)"
-    if share["fv"] is None:
-        if p["clean"] - p["zero_shot"] <= 0:
-            return (
-                f"Demos do not help this model here (P {p['zero_shot']:.2f} without them, {p['clean']:.2f} with): "
-                "there is no gap for a function vector to close."
-            )
-        return (
-            f"The gap between zero-shot (P {p['zero_shot']:.2f}) and clean prompts with demos ({p['clean']:.2f}) is "
-            "too small or too uncertain to say what share of it the function vector closes."
-        )
-    words = (
-        f"The function vector closes {_percent(share['fv'])} of the gap between zero-shot and clean prompts at {where}"
-        f"{_unless_shown(share['fv'])}"
-    )
-    held_out = share.get(_HELD_OUT)
-    if held_out:
-        left_out = "with each query's own trials left out of means, ranking and choice of layer"
-        words += f"; {_percent(held_out)} {left_out}{_unless_shown(held_out)}"
-    return words + "."
-
-
-def _unless_shown(share: Mapping[str, float]) -> str:
-    return "" if share["low"] > 0 else ", so that it closes any of it is not shown"
-
-
-def _of_controls(numbers: Mapping[str, Any]) -> str:
-    share = numbers["share_of_gap"]
-    parts = [
-        f"{control.in_verdict} {_rounded(share[name]['value'])}"
-        for name, control in CONTROLS.items()
-        if control.in_verdict and share.get(name)
-    ]
-    if not parts:
-        return ""
-    words = f"Controls at that layer: {', '.join(parts)}."
-    rivals = [name for name, control in CONTROLS.items() if control.rival and share.get(name)]
-    highest = [max([share[name]["high"], *numbers["share_of_gap_of_draws"].get(name, [])]) for name in rivals]
-    if share["fv"] and any(reached >= share["fv"]["low"] for reached in highest):
-        words += (
-            " A random control, or one draw of it, reaches the vector's interval: that the effect is the relation's "
-            "own is not shown."
-        )
-    return words
-
-
-def _percent(share: Mapping[str, float]) -> str:
-    return f"{_rounded(share['value'])} ({LEVEL:.0%} CI {_rounded(share['low'])} to {_rounded(share['high'])})"
-
-
-def _rounded(share: float) -> str:
-    return f"{round(100 * share) + 0}%"
+    return np.array([prompts[key][layer] for layer in layers], dtype=np.float64).T
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
@@ -160,8 +135,15 @@ SUMMARY = File("summary.json", read_json)
 
 
 def _conclude(work: Work) -> str:
-    stability = work.read(HEAD_STABILITY) if work.folder.has(HEAD_STABILITY) else None
-    numbers = conclusions(work.read(TOP_HEADS), work.read(CONTROLS_FILE), stability)
+    best = work.read(STEP6_SUMMARY)
+    numbers = conclusions(
+        work.read(TOP_HEADS),
+        work.read(CONTROLS_FILE),
+        work.read(HEAD_STABILITY) if work.folder.has(HEAD_STABILITY) else None,
+        layer=best["best_layer"],
+        score_key=best["score_key"],
+        notes=work.read(FV_META).get("notes", ()),
+    )
     document = {"q_id": work.q_id, **numbers}
     work.write(SUMMARY, json_bytes(document), content=document)
     return document["verdict"]
@@ -171,6 +153,6 @@ STAGE = Stage(
     "summary",
     "What may be concluded, in numbers and in words.",
     _conclude,
-    reads=(TOP_HEADS, CONTROLS_FILE, HEAD_STABILITY),
+    reads=(TOP_HEADS, FV_META, CONTROLS_FILE, STEP6_SUMMARY, HEAD_STABILITY),
     writes=(SUMMARY,),
 )

@@ -1,0 +1,148 @@
+"""The verdict of summary.json: a few sentences that are never stronger than its numbers.
+
+Each of ``SENTENCES`` is a function of the document that gives one thought, or nothing where the numbers do not allow
+it. What a sentence needs, summary.py puts into the document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from relfv.stages.controls import CONTROLS
+from relfv.stats import LEVEL
+
+HELD_OUT = "held_out, layer_chosen_by_others"
+NOTHING = 0.05
+"""Of the gap: a vector whose mean share is surely smaller does nothing."""
+_SHORT = 0.05
+"""Of the hidden state's length: a shorter vector is named as one."""
+
+Numbers = Mapping[str, Any]
+
+
+def verdict(numbers: Numbers) -> str:
+    """What the content of summary.json says, in words."""
+    return " ".join(said for said in (sentence(numbers) for sentence in SENTENCES) if said)
+
+
+def _heads(numbers: Numbers) -> str:
+    n, called, overlap = numbers["n_heads"], numbers["n_heads_distinguishable"], numbers["half_overlap_of_top_heads"]
+    if called is None:
+        return ""
+    words = f"{called} of the top {n} heads are distinguishable from noise"
+    at_once = numbers["n_heads_called_at_once"]
+    if not called and at_once and at_once > 1:
+        words += f" (with {numbers['n_queries_of_trials']} queries {at_once} heads would have to be at once)"
+    few = numbers["n_heads_of_few_queries"]
+    if few:
+        words += f"; of {few} of the {n}, half the effect comes from one or two queries"
+    if overlap is not None:
+        chance = numbers["chance_overlap_of_top_heads"]
+        words += f"; two halves of the queries, with one clean mean for both, agree on {overlap:.0%} of the {n} (by "
+        words += f"chance {chance:.0%})"
+    return words + "."
+
+
+def _no_share(numbers: Numbers) -> str:
+    p = numbers["p"]
+    if numbers["share_of_gap"]["fv"]:
+        return ""
+    if p["clean"] - p["zero_shot"] <= 0:
+        return (
+            f"Demos do not help this model here (P {p['zero_shot']:.2f} without them, {p['clean']:.2f} with): "
+            "there is no gap for a function vector to close."
+        )
+    return (
+        f"The gap between zero-shot (P {p['zero_shot']:.2f}) and clean prompts with demos ({p['clean']:.2f}) is "
+        "too small or too uncertain to say what share of it the function vector closes."
+    )
+
+
+def _nothing(numbers: Numbers) -> str:
+    if not _does_nothing(numbers):
+        return ""
+    p, share = numbers["p"], numbers["share_of_gap"]["fv"]
+    what = "does nothing here" if share["value"] > -NOTHING else "does harm here"
+    return (
+        f"The function vector {what} where demos do much: P {p['zero_shot']:.3f} without it and {p['fv']:.3f} with it "
+        f"{_where(numbers)}, against {p['clean']:.2f} with demos. {_counted(share)}{_reason(numbers)}."
+    )
+
+
+def _closes(numbers: Numbers) -> str:
+    share = numbers["share_of_gap"]["fv"]
+    if not share or _does_nothing(numbers):
+        return ""
+    words = (
+        f"The function vector closes {_percent(share)} of the gap between zero-shot and clean prompts {_where(numbers)}"
+        f"{_unless_shown(share)}"
+    )
+    held_out = numbers["share_of_gap"].get(HELD_OUT)
+    if held_out:
+        left_out = "with each query's own trials left out of means, ranking and choice of layer"
+        words += f"; {_percent(held_out)} {left_out}{_unless_shown(held_out)}"
+    return f"{words}. {_counted(share)}."
+
+
+def _controls(numbers: Numbers) -> str:
+    share = numbers["share_of_gap"]
+    parts = [
+        f"{control.in_verdict} {_rounded(share[name]['value'])}"
+        for name, control in CONTROLS.items()
+        if control.in_verdict and share.get(name)
+    ]
+    return f"Controls at that layer: {', '.join(parts)}." if parts else ""
+
+
+def _against_random(numbers: Numbers) -> str:
+    share, against = numbers["share_of_gap"]["fv"], numbers["against_random"].values()
+    if not share or share["low"] <= 0 or _does_nothing(numbers) or not against:
+        return ""  # nothing is claimed that could be taken back
+    if any(rival["n_draws_as_good"] for rival in against):
+        reason = "A random draw does as well at the layer that is best for it"
+    elif not all(rival["share_of_gap_above"] and rival["share_of_gap_above"]["low"] > 0 for rival in against):
+        reason = "Query by query the vector is not clearly above a random control"
+    else:
+        return ""
+    return f"{reason}: that the effect is the relation's own is not shown."
+
+
+SENTENCES: tuple[Callable[[Numbers], str], ...] = (_heads, _no_share, _nothing, _closes, _controls, _against_random)
+"""In this order."""
+
+
+def _does_nothing(numbers: Numbers) -> bool:
+    share = numbers["share_of_gap"]["fv"]
+    return bool(share) and share["high_of_mean"] < NOTHING
+
+
+def _where(numbers: Numbers) -> str:
+    n = numbers["n_queries"]
+    return f"at layer {numbers['layer']}, the best of all on these very prompts ({n} distinct queries)"
+
+
+def _counted(share: Numbers) -> str:
+    n, closed, up_to = share["n_queries"], share["n_closing_half"], f"up to {_rounded(share['others_up_to'])} of others"
+    words = f"{closed} of {n} queries have half of their own gap closed or more"
+    return f"{words}; by their number alone, {up_to} may {'not' if 2 * closed >= n else ''}".rstrip()
+
+
+def _reason(numbers: Numbers) -> str:
+    """Why a vector may do nothing, where something is known."""
+    norm, reasons = numbers["norm"], [*numbers["notes"]]
+    if norm["fv"] < _SHORT * norm["hidden_state"]:
+        reasons.insert(0, f"its length is {norm['fv'] / norm['hidden_state']:.1%} of the hidden state's there")
+    return f". The likely reason: {'; '.join(reasons)}" if reasons else ""
+
+
+def _unless_shown(share: Numbers) -> str:
+    return "" if share["low"] > 0 else ", so that it closes any of it is not shown"
+
+
+def _percent(share: Numbers) -> str:
+    return f"{_rounded(share['value'])} ({LEVEL:.0%} CI {_rounded(share['low'])} to {_rounded(share['high'])})"
+
+
+def _rounded(share: float) -> str:
+    return f"{round(100 * share) + 0}%"
