@@ -50,6 +50,11 @@ class Architecture:
     """The family's constant factor on the logits (Cohere, Granite)."""
     logit_softcap: float | None = None
     """Cap c of c * tanh(logits / c) (Gemma 2)."""
+    attention_norms: tuple[nn.Module, ...] | None = None
+    """Per layer the norm that what attention writes goes through before it joins the residual stream (Gemma 2 and 3,
+    OLMo 2, GLM-4); None where there is none."""
+    residual_multiplier: float = 1.0
+    """What it is multiplied by on the way (Granite)."""
     notes: tuple[str, ...] = field(default=())
     """What a reader of the results should know about this model; artifacts carry it."""
 
@@ -121,6 +126,7 @@ def resolve(model: Any, spec_name: str) -> Architecture:
     if head is None:
         raise InputError(f"{type(model).__name__} has no output embeddings; relfv needs a causal language model")
     resid_dim = _out_features(out_projs[0])
+    norms, multiplier = _attention_norms(blocks), float(getattr(config, "residual_multiplier", 1.0))
     return Architecture(
         spec_name=spec.name if spec else "generic",
         decoder=_decoder_of(model, blocks[0]),
@@ -135,7 +141,9 @@ def resolve(model: Any, spec_name: str) -> Architecture:
         steady_up_to=_steady_up_to(model, config),
         logit_scale=_logit_scale(config),
         logit_softcap=getattr(config, "final_logit_softcapping", None),
-        notes=(*notes, *_what_lies_between(blocks[0], config)),
+        attention_norms=norms,
+        residual_multiplier=multiplier,
+        notes=(*notes, *_what_lies_between(norms, multiplier), *_in_other_sizes(model, config)),
     )
 
 
@@ -263,14 +271,39 @@ def _logit_scale(config: Any) -> float:
     return 1.0
 
 
-def _what_lies_between(block: nn.Module, config: Any) -> tuple[str, ...]:
+def _attention_norms(blocks: tuple[nn.Module, ...]) -> tuple[nn.Module, ...] | None:
+    """Told by a block's other norms: where there is none after the feed-forward part or by a name of its own,
+    ``post_attention_layernorm`` is the norm *before* the feed-forward part (Llama). Judged on opening
+    (engine/writing.py)."""
+    if hasattr(blocks[0], "post_self_attn_layernorm"):
+        return tuple(block.get_submodule("post_self_attn_layernorm") for block in blocks)
+    if hasattr(blocks[0], "post_feedforward_layernorm"):
+        return tuple(block.get_submodule("post_attention_layernorm") for block in blocks)
+    return None
+
+
+def _what_lies_between(norms: Any, multiplier: float) -> tuple[str, ...]:
     """A note for families that scale or norm what attention writes before it joins the residual stream."""
-    norms = ("post_feedforward_layernorm", "post_self_attn_layernorm")
-    scale = getattr(config, "residual_multiplier", 1.0)
-    if scale == 1.0 and not any(hasattr(block, name) for name in norms):
+    steps = [*(["norms"] if norms else []), *([f"multiplies by {multiplier}"] if multiplier != 1.0 else [])]
+    if not steps:
         return ()
-    what = f"multiplies by {scale}" if scale != 1.0 else "norms"
     return (
-        f"this family {what} what attention writes before adding it to the residual stream; the function vector is W_O "
-        "times the mean activation, as defined, without that step, so alpha = 1 is not the heads' natural size here",
+        f"this family {' and '.join(steps)} what attention writes before adding it to the residual stream; the "
+        "function vector is W_O times the mean activation, as defined, without that step, so alpha = 1 is not the "
+        "heads' natural size here; step6/controls.json has the heads put in place and the vector as written",
     )
+
+
+def _in_other_sizes(model: Any, config: Any) -> tuple[str, ...]:
+    """Notes on logits that are capped, and on embeddings that are scaled by a rounded number."""
+    notes = []
+    if cap := getattr(config, "final_logit_softcapping", None):
+        notes.append(f"this family caps its logits softly at {cap:g}: effects on logits near the cap come out small")
+    table = model.get_input_embeddings()
+    scale, stored = getattr(table, "scalar_embed_scale", None), getattr(table, "embed_scale", None)
+    if scale and isinstance(stored, torch.Tensor) and abs(float(stored) / scale - 1) > 1e-5:
+        notes.append(
+            f"this family scales its embeddings by {scale:.6g}, which its weights' {stored.dtype} rounds to "
+            f"{float(stored):.6g}; the rounded one is used in every precision, as in the model's own code"
+        )
+    return tuple(notes)
