@@ -26,14 +26,15 @@ class CleanRun:
     """float32 (layer, resid_dim): mean over prompts of the hidden state after each block, last token."""
     lengths: torch.Tensor
     """float64 (layer,): mean over prompts of the length of that hidden state."""
-    writing: Writing
-    """What stands between W_O z and the residual stream."""
+    writing: Writing | None
+    """What stands between W_O z and the residual stream; None where that is not known (writing_check.py)."""
     scores: TokenScores
     """(prompt,): the target after the prompt."""
 
     @property
     def written(self) -> torch.Tensor:
-        """float64 (prompt, layer, head, head_dim): z times what a norm after attention made of it on that prompt."""
+        """float64 (prompt, layer, head, head_dim): z times the factor of that prompt, where ``writing`` is known."""
+        assert self.writing
         return self.writing.factors[..., None, None] * self.activations
 
 

@@ -37,6 +37,7 @@ def writing_error(backbone: Backbone, prompt: Sequence[int], layers: Sequence[in
             zero = torch.zeros(1, 1, arch.n_heads * arch.head_dim, device=backbone.device)
             bias = arch.out_projs[layer](zero).cpu().double()[0, 0]
         writing = clean.writing
+        assert writing
         expected = writing.factors[0, layer] * writing.gained(layer, torch.stack([*parts, bias]).sum(0))
         start, end, inputs, outputs = seen[layer](arch.resid_dim)
         found = [*(x - start for x in inputs), *(end - start - y for y in outputs)]

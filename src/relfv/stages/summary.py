@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from relfv.stages.carrier import carrier_numbers, carrier_sentences
 from relfv.stages.controls import CONTROLS, CONTROLS_FILE
 from relfv.stages.function_vector import TOP_HEADS
 from relfv.stages.head_stability import HEAD_STABILITY
@@ -57,6 +58,7 @@ def conclusions(
         "share_of_gap": {name: share and vars(share) for name, share in shares.items()},
         "share_of_gap_of_draws": of_draws,
         "ci_level": LEVEL,
+        **carrier_numbers(controls, int(layers[best])),
     }
     document["verdict"] = _verdict(document)
     return document
@@ -81,8 +83,9 @@ def _by_layer(prompts: Mapping[str, Any], name: str, layers: Sequence[str]) -> n
 
 
 def _verdict(numbers: Mapping[str, Any]) -> str:
-    """One to three sentences. What a number does not allow is not said."""
-    return " ".join(part for part in (_of_heads(numbers), _of_vector(numbers), _of_controls(numbers)) if part)
+    """A few sentences. What a number does not allow is not said."""
+    parts = (_of_heads(numbers), _of_vector(numbers), _of_controls(numbers), carrier_sentences(numbers))
+    return " ".join(part for part in parts if part)
 
 
 def _of_heads(numbers: Mapping[str, Any]) -> str:

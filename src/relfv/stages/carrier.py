@@ -1,0 +1,176 @@
+"""What carries the relation, for summary.json: the heads put in place, the vector as written, the vector's length
+beside the hidden state's; and what the verdict says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from relfv.stats import Interval, layer_chosen_by_others, share_of_gap
+
+SHORT = 0.05
+"""A vector that is a smaller share of the hidden state's length is said to be."""
+_NOTHING = 0.05
+"""A share of the gap below it is next to nothing."""
+
+
+def carrier_numbers(controls: Mapping[str, Any], layer: int) -> dict[str, Any]:
+    """From controls.json, at the ``layer`` that the verdict speaks of: ``share_of_hidden``, what is added by the
+    hidden state's length; and of each edit at once, and of the vector as written at its own best layer, P, accuracy
+    and share of the gap. Empty for files of earlier versions."""
+    if "at_once" not in controls:
+        return {}
+    prompts, at_once, written = controls["by_prompt"], controls["at_once"], controls["as_written"]
+    carriers = {
+        name: {
+            **_of(numbers),
+            "share_of_gap": _share(prompts, at_once["by_prompt"][name]),
+            "share_of_gap_of_draws": _of_draws(prompts, numbers),
+        }
+        for name, numbers in at_once["numbers"].items()
+    }
+    if "as_written" in controls["meaning"]:
+        carriers |= _as_written(controls)
+    length, hidden = controls["mean_norm_added"]["fv"], controls["mean_norm_hidden"][str(layer)]
+    return {
+        "share_of_hidden": length / hidden if hidden else None,
+        "notes": controls["notes"],
+        "fv_is_as_written": written["same_as_fv"] if written["known"] else None,
+        "carriers": carriers,
+    }
+
+
+def _as_written(controls: Mapping[str, Any]) -> dict[str, Any]:
+    """At the layer where the vector as written is best; held out, at the layer that is best for the other queries."""
+    prompts, layers = controls["by_prompt"], list(controls["per_layer"])
+
+    def by_layer(name: str) -> np.ndarray:
+        return np.array([prompts[f"p_{name}"][layer] for layer in layers], dtype=np.float64).T
+
+    best = int(np.nan_to_num(by_layer("as_written").mean(0)).argmax())
+    found: dict[str, Any] = {}
+    for name in ("as_written", "random_heads_as_written"):
+        if name in controls["meaning"]:
+            numbers = controls["per_layer"][layers[best]][name]
+            found[name] = {
+                "layer": int(layers[best]),
+                **_of(numbers),
+                "share_of_gap": _share(prompts, by_layer(name)[:, best]),
+                "share_of_gap_of_draws": _of_draws(prompts, numbers),
+            }
+    if "as_written_held_out" in controls["meaning"]:
+        chosen = layer_chosen_by_others(by_layer("as_written_held_out"), prompts["query_source_index"])
+        found["as_written_held_out, layer_chosen_by_others"] = {"share_of_gap": _share(prompts, chosen)}
+    return found
+
+
+def _of(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    return {"p": numbers["mean_p"], "acc": numbers["acc"]}
+
+
+def _share(prompts: Mapping[str, Any], reached: Any) -> dict[str, float] | None:
+    zero, clean = np.array(prompts["p_zero_shot"]), np.array(prompts["p_clean"])
+    p = np.array(reached, dtype=np.float64)
+    share: Interval | None = None if np.isnan(p).any() else share_of_gap(zero, clean, p, prompts["query_source_index"])
+    return share and dict(vars(share))
+
+
+def _of_draws(prompts: Mapping[str, Any], numbers: Mapping[str, Any]) -> list[float]:
+    zero, clean = np.mean(prompts["p_zero_shot"]), np.mean(prompts["p_clean"])
+    return [float((p - zero) / (clean - zero)) for p in numbers.get("mean_p_of_draws", []) if p is not None]
+
+
+# --- sentences -------------------------------------------------------------------------------------------------------
+
+
+def carrier_sentences(numbers: Mapping[str, Any]) -> str:
+    """What the verdict says of the heads and of other carriers than the vector as defined. Nothing where there is no
+    share of a gap to speak of."""
+    fv = numbers["share_of_gap"].get("fv")
+    if not fv or not numbers.get("carriers"):
+        return ""
+    parts = [_length(numbers), _heads(numbers["carriers"]), _conclusion(numbers, fv), _written(numbers["carriers"])]
+    return " ".join(part for part in parts if part)
+
+
+def _length(numbers: Mapping[str, Any]) -> str:
+    share = numbers["share_of_hidden"]
+    if share is None or share >= SHORT:
+        return ""
+    return (
+        f"What is added is {_percent_of_length(share)} as long as the hidden state there (--alpha_sweep_relative tries "
+        "other lengths)."
+    )
+
+
+def _percent_of_length(share: float) -> str:
+    return f"{100 * share:.2g}%"
+
+
+def _heads(carriers: Mapping[str, Any]) -> str:
+    """What the heads do themselves."""
+    share, held_out = _in_place(carriers)
+    if not share:
+        return ""
+    how = "their mean activations instead of a vector, held out" if held_out else "their mean activations, no vector"
+    words = f"The heads themselves put in place ({how}) close {_interval(share)} of the gap"
+    rival = carriers.get("random_heads_in_place")
+    return words + (f", as many other heads {_percent(rival)}." if rival and rival["share_of_gap"] else ".")
+
+
+def _conclusion(numbers: Mapping[str, Any], fv: Mapping[str, float]) -> str:
+    """What their being better than the vector means."""
+    carriers = numbers["carriers"]
+    share, _ = _in_place(carriers)
+    if not share or share["low"] <= max(fv["high"], _NOTHING):
+        none = share and max(share["high"], fv["high"]) < _NOTHING
+        return "So neither the vector nor its heads carry the relation here." if none else ""
+    if _highest(carriers.get("random_heads_in_place")) >= share["low"]:
+        return "Other heads put in place do as much: that these heads carry the relation is not shown."
+    between = numbers["fv_is_as_written"] is False
+    where = "in this family, which norms or scales what attention writes" if between else "here"
+    return f"So the heads carry more of the relation than the vector: as defined it is the wrong carrier {where}."
+
+
+def _written(carriers: Mapping[str, Any]) -> str:
+    """The vector as written, where that is another one."""
+    own = carriers.get("as_written")
+    if not own or not own["share_of_gap"]:
+        return ""
+    held_out = carriers.get("as_written_held_out, layer_chosen_by_others") or {"share_of_gap": None}
+    by_layer = carriers.get("as_written_by_layer_held_out") or carriers["as_written_by_layer"]
+    rival = carriers.get("random_heads_as_written")
+    words = f"What they really write, added at layer {own['layer']}, closes {_interval(own['share_of_gap'])}"
+    if held_out["share_of_gap"]:
+        words += f" ({_percent(held_out)} held out)"
+    words += f"; each layer's part at its own layer {_percent(by_layer)}"
+    if rival and rival["share_of_gap"]:
+        words += f"; what as many other heads write {_percent(rival)}"
+        if _highest(rival) >= own["share_of_gap"]["low"]:
+            words += ", which reaches the former's interval"
+    return words + "."
+
+
+def _in_place(carriers: Mapping[str, Any]) -> tuple[dict[str, float] | None, bool]:
+    """The share of the gap that the heads put in place close, and whether it is held out."""
+    held_out = carriers.get("heads_in_place_held_out")
+    return (held_out or carriers["heads_in_place"])["share_of_gap"], held_out is not None
+
+
+def _highest(rival: Mapping[str, Any] | None) -> float:
+    """What a random control may reach: the upper end of its interval, or its best draw."""
+    if not rival or not rival["share_of_gap"]:
+        return -np.inf
+    return max([rival["share_of_gap"]["high"], *rival["share_of_gap_of_draws"]])
+
+
+def _percent(carrier: Mapping[str, Any]) -> str:
+    share = carrier["share_of_gap"]
+    return f"{round(100 * share['value']) + 0}%" if share else "an unknown share"
+
+
+def _interval(share: Mapping[str, float]) -> str:
+    low, high = (round(100 * share[end]) + 0 for end in ("low", "high"))
+    return f"{round(100 * share['value']) + 0}% (95% CI {low}% to {high}%)"
