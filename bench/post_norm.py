@@ -86,12 +86,12 @@ def rows_of(folder: Path) -> dict[str, str]:
 
     at_once = {name: said(numbers) for name, numbers in controls["at_once"]["numbers"].items()}
     written = controls["as_written"]
-    lengths = [*controls["mean_norm_hidden"].values()]
+    hidden = [*controls["mean_norm_hidden"].values()]
+    lengths = f"{written['fv_norm']:.0f}, {written['norm']:.0f}, {min(hidden):.0f} to {max(hidden):.0f}"
     return {
         "n prompts": str(controls["n_eval"]),
         "nothing": said(controls["zero_shot"]),
-        "length of the FV as defined, as written, of hidden states": f"{written['fv_norm']:.0f}, {written['norm']:.0f}, "
-        f"{min(lengths):.0f} to {max(lengths):.0f}",
+        "length of the FV as defined, as written, of hidden states": lengths,
         "the FV as defined, best layer": best("fv"),
         **{
             f"the same, {kind} {entry['value']:g}, best layer": f"{said(entry)} (layer {entry['best_layer']})"

@@ -25,7 +25,15 @@ OTHER = {
     "n_demos": 8, "corruption": "shuffle", "score_key": "mean_delta_logit", "topk": 19, "alpha": 2.5, "n_eval": 49,
     "allow_query_duplicates": True,
 }  # fmt: skip
-NOT_COUNTED = {"model", "device", "relation_csv_path", "trust_remote_code", "alpha_sweep", "k_sweep"}
+NOT_COUNTED = {
+    "model",
+    "device",
+    "relation_csv_path",
+    "trust_remote_code",
+    "alpha_sweep",
+    "alpha_sweep_relative",
+    "k_sweep",
+}
 ONLY_STEPD = {"layers", "heads"}
 """``relfv run`` has no flag for these; stepd refuses them."""
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from relfv.stats import Interval, layer_chosen_by_others, share_of_gap
+from relfv.stats import LEVEL, Interval, layer_chosen_by_others, share_of_gap
 
 SHORT = 0.05
 """A vector that is a smaller share of the hidden state's length is said to be."""
@@ -173,4 +173,4 @@ def _percent(carrier: Mapping[str, Any]) -> str:
 
 def _interval(share: Mapping[str, float]) -> str:
     low, high = (round(100 * share[end]) + 0 for end in ("low", "high"))
-    return f"{round(100 * share['value']) + 0}% (95% CI {low}% to {high}%)"
+    return f"{round(100 * share['value']) + 0}% ({LEVEL:.0%} CI {low}% to {high}%)"
