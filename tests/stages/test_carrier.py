@@ -55,7 +55,8 @@ def test_heads_that_carry_what_their_vector_does_not_are_told_from_heads_that_ca
         "The heads themselves put in place (their mean activations instead of a vector, held out) close 80%" in verdict
     )
     assert "as many other heads 0%" in verdict
-    assert "So the heads carry more of the relation than the vector: as defined it is the wrong carrier here" in verdict
+    assert "So the heads carry more of the relation than the vector: as defined" in verdict
+    assert "it is the wrong carrier here" in verdict
     nothing = said(controls(heads_in_place=0.1, heads_in_place_held_out=0.1))
     assert "So neither the vector nor its heads carry the relation here." in nothing
     assert "wrong carrier" not in nothing
@@ -80,8 +81,10 @@ def test_other_heads_that_do_as_much_take_the_claim_back() -> None:
 def test_a_vector_that_is_short_beside_the_hidden_state_is_called_so() -> None:
     found = controls(**IN_PLACE)
     assert carrier_numbers(found, 1)["share_of_hidden"] == pytest.approx(0.002)
-    assert "0.2% as long as the hidden state there" in said(found)
+    assert "0.2% as long as the hidden state there, 25% at the median layer" in said(found)
     assert "as long as" not in said(found, layer=0)
+    found["mean_norm_hidden"]["2"] = 20_000.0
+    assert "50% as long as the hidden state there, 0.25% at the median layer" in said(found, layer=0)
 
 
 def test_nothing_is_said_without_a_gap_or_of_files_of_earlier_versions() -> None:

@@ -17,9 +17,9 @@ _NOTHING = 0.05
 
 
 def carrier_numbers(controls: Mapping[str, Any], layer: int) -> dict[str, Any]:
-    """From controls.json, at the ``layer`` that the verdict speaks of: ``share_of_hidden``, what is added by the
-    hidden state's length; and of each edit at once, and of the vector as written at its own best layer, P, accuracy
-    and share of the gap. Empty for files of earlier versions."""
+    """From controls.json, at the ``layer`` that the verdict speaks of: ``share_of_hidden``, the length of what is
+    added by the hidden state's; and of each edit at once, and of the vector as written at its own best layer, P,
+    accuracy and share of the gap. Empty for files of earlier versions."""
     if "at_once" not in controls:
         return {}
     prompts, at_once, written = controls["by_prompt"], controls["at_once"], controls["as_written"]
@@ -33,9 +33,12 @@ def carrier_numbers(controls: Mapping[str, Any], layer: int) -> dict[str, Any]:
     }
     if "as_written" in controls["meaning"]:
         carriers |= _as_written(controls)
-    length, hidden = controls["mean_norm_added"]["fv"], controls["mean_norm_hidden"][str(layer)]
+    shares = {
+        at: controls["mean_norm_added"]["fv"] / hidden for at, hidden in controls["mean_norm_hidden"].items() if hidden
+    }
     return {
-        "share_of_hidden": length / hidden if hidden else None,
+        "share_of_hidden": shares.get(str(layer)),
+        "share_of_hidden_at_the_median_layer": float(np.median([*shares.values()])) if shares else None,
         "notes": controls["notes"],
         "fv_is_as_written": written["same_as_fv"] if written["known"] else None,
         "carriers": carriers,
@@ -96,17 +99,13 @@ def carrier_sentences(numbers: Mapping[str, Any]) -> str:
 
 
 def _length(numbers: Mapping[str, Any]) -> str:
-    share = numbers["share_of_hidden"]
-    if share is None or share >= SHORT:
+    there, median = numbers["share_of_hidden"], numbers["share_of_hidden_at_the_median_layer"]
+    if there is None or min(there, median) >= SHORT:
         return ""
     return (
-        f"What is added is {_percent_of_length(share)} as long as the hidden state there (--alpha_sweep_relative tries "
-        "other lengths)."
+        f"What is added is {100 * there:.2g}% as long as the hidden state there, "
+        f"{100 * median:.2g}% at the median layer."
     )
-
-
-def _percent_of_length(share: float) -> str:
-    return f"{100 * share:.2g}%"
 
 
 def _heads(carriers: Mapping[str, Any]) -> str:
@@ -131,7 +130,10 @@ def _conclusion(numbers: Mapping[str, Any], fv: Mapping[str, float]) -> str:
         return "Other heads put in place do as much: that these heads carry the relation is not shown."
     between = numbers["fv_is_as_written"] is False
     where = "in this family, which norms or scales what attention writes" if between else "here"
-    return f"So the heads carry more of the relation than the vector: as defined it is the wrong carrier {where}."
+    return (
+        "So the heads carry more of the relation than the vector: as defined, and of this length, it is the wrong "
+        f"carrier {where} (--alpha_sweep_relative tries other lengths)."
+    )
 
 
 def _written(carriers: Mapping[str, Any]) -> str:
