@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from parity import ENGINES, Truth, all_heads, assert_same, gaps, truth
+from conftest import llama
+from parity import ENGINES, Truth, all_heads, assert_same, assert_same_scores, gaps, truth
 from relfv.engine.base import Together
 from relfv.engine.readout import joined
 from relfv.engine.reference import naive_together
+from relfv.engine.shared_prefix import SharedPrefixEngine
 from relfv.types import Effects, HeadId, Prompts
-from zoo import ZOO
+from zoo import ZOO, backbone_of
 
 LLAMA = "Llama 2, Llama 3: grouped keys"
 QUICK = [
@@ -92,3 +94,14 @@ def test_one_head_and_one_vector_are_what_sweeps_and_injections_do(engine: str) 
     truth_of_both = joined([t.sweep.edited[:, one_head], t.injection.edited[:, 2]])
     expected = Effects(t.sweep.base, truth_of_both[torch.arange(6).view(2, 3).T])
     assert_same(gaps(found, expected))
+
+
+def test_prompts_that_must_not_be_split_are_run_whole() -> None:
+    rotary = {"rope_theta": 10000.0, "original_max_position_embeddings": 16, "rope_type": "dynamic", "factor": 4.0}
+    backbone = backbone_of(lambda: llama(300, head_dim=12, max_position_embeddings=16, rope_parameters=rotary))
+    prompt, head = [(7 * i) % 290 for i in range(20)], HeadId(1, 3)
+    values = torch.randn(1, 3, 8, 12, generator=torch.Generator().manual_seed(1))
+    found = SharedPrefixEngine(backbone).edit_together(Prompts([prompt], [5]), [Together.setting([[head]], values)])
+    with backbone.running():
+        true = naive_together(backbone, prompt, 5, {head: values[0, 1, 3]}, {})
+    assert_same_scores(found.edited[0], true)

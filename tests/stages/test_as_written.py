@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,16 @@ def test_each_layers_part_is_added_at_its_own_layer_times_alpha(olmo: LanguageMo
         part = vector_as_written(ground).by_layer.get(layer)
         expected = torch.zeros(olmo.arch.resid_dim) if part is None else 1.5 * torch.from_numpy(part)
         assert_close(version.added[0, layer], expected, scale=largest(version.added))
+
+
+def test_of_what_is_not_known_nothing_is_made(llama: LanguageModel) -> None:
+    ground, clean = ground_of(llama)
+    ground.clean = replace(clean, writing=None)
+    made = {name: kind.versions(ground, 1.0) for name, kind in AT_ONCE.items()}
+    assert {name for name, versions in made.items() if versions} == {
+        "heads_in_place", "heads_in_place_held_out", "random_heads_in_place"
+    }  # fmt: skip
+    assert "as_written" not in candidate_vectors(ground).names
 
 
 def test_a_finished_q_id_says_what_its_heads_do_by_themselves(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -31,7 +32,7 @@ class CleanRun:
     scores: TokenScores
     """(prompt,): the target after the prompt."""
 
-    @property
+    @cached_property
     def written(self) -> torch.Tensor:
         """float64 (prompt, layer, head, head_dim): z times the factor of that prompt, where ``writing`` is known."""
         assert self.writing

@@ -4,7 +4,7 @@ of what they really write (engine/writing.py). Made on the controls' ground, rec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -121,40 +121,42 @@ def _random_in_place(ground: Ground, _: float) -> list[Together]:
 
 
 def _by_layer(ground: Ground, alpha: float) -> list[Together]:
-    return _added([ground.all_trials(1)], [[ground.selected]], ground, alpha)
+    return _added(_parts(ground, alpha, ground.all_trials(1), [ground.selected]))
 
 
 def _by_layer_held_out(ground: Ground, alpha: float) -> list[Together]:
     if ground.held_out is None:
         return []
     shares, chosen, prompt = ground.held_out
-    return _added([shares], [chosen], ground, alpha, prompt)
+    parts = _parts(ground, alpha, shares, chosen)
+    return _added(parts[None, prompt] if len(parts) else [])
 
 
 def _random_by_layer(ground: Ground, alpha: float) -> list[Together]:
-    return _added([ground.all_trials(1)] * len(ground.draws), [[draw] for draw in ground.draws], ground, alpha)
+    return _added(_parts(ground, alpha, ground.all_trials(len(ground.draws)), ground.draws))
 
 
 def _put(sets: Sequence[Sequence[Sequence[HeadId]]], values: torch.Tensor) -> list[Together]:
+    """A version for each: a set of heads for each prompt, or one for all."""
     from relfv.engine.base import Together
 
     return [Together.setting(of_prompts, values) for of_prompts in sets]
 
 
-def _added(
-    shares: Sequence[np.ndarray],
-    sets: Sequence[Sequence[Sequence[HeadId]]],
-    ground: Ground,
-    alpha: float,
-    prompt: np.ndarray | None = None,
-) -> list[Together]:
+def _parts(ground: Ground, alpha: float, shares: np.ndarray, chosen: Sequence[Sequence[HeadId]]) -> torch.Tensor:
+    """float32 (set, layer, resid_dim): alpha times what each set writes; of no set where that is not known."""
+    if ground.clean.writing is None:
+        shares, chosen = shares[:0], []
+    return (
+        (alpha * parts_of_sets(ground, shares, chosen, written=ground.clean.writing is not None)).float().swapaxes(0, 1)
+    )
+
+
+def _added(versions: Iterable[torch.Tensor]) -> list[Together]:
+    """A version for each (prompt, layer, resid_dim), or (layer, resid_dim) for all prompts."""
     from relfv.engine.base import Together
 
-    if ground.clean.writing is None:
-        return []
-    rows = slice(None) if prompt is None else prompt
-    by_set = [parts_of_sets(ground, *each, written=True).transpose(0, 1) for each in zip(shares, sets, strict=True)]
-    return [Together(added=(alpha * parts[rows]).float()) for parts in by_set]
+    return [Together(added=parts if parts.dim() == 3 else parts[None]) for parts in versions]
 
 
 _LEFT_OUT = "; for each prompt means and ranking without its own query's trials, like held_out"
