@@ -124,7 +124,7 @@ FLAG_ROWS = [
     Row("an alpha that is not finite, or larger than models can add", "--alpha …: expected a finite number between -1e+06 and 1e+06", flags=[(f"--alpha={value}",) for value in ("nan", "inf", "-inf", "1e999", "1e7")]),
     Row("an alpha that is no number", "relfv run: error: argument --alpha: invalid float value: … (see relfv run --help)", flags=[("--alpha=",), ("--alpha=much",)]),
     Row("more heads than the model has", "--topk 100: $MODEL has 24 heads to choose from; expected at most that", flags=[("--topk", "100")]),
-    Row("a sweep that is no list of numbers", "relfv run: error: argument …: invalid value: …; expected numbers separated by commas, such as … (see relfv run --help)", flags=[(f"{flag}={value}",) for flag in ("--alpha_sweep", "--k_sweep") for value in ("", "1,,2", "much")] + [("--k_sweep=1.5",)]),
+    Row("a sweep that is no list of numbers", "relfv run: error: argument …: invalid value: …; expected numbers separated by commas, such as … (see relfv run --help)", flags=[(f"{flag}={value}",) for flag in ("--alpha_sweep", "--alpha_sweep_relative", "--k_sweep") for value in ("", "1,,2", "much")] + [("--k_sweep=1.5",)]),
     Row("a sweep over an alpha that is not finite, or too large", "--alpha_sweep …: expected a finite number between -1e+06 and 1e+06", flags=[(f"--alpha_sweep=1,{value}",) for value in ("nan", "inf", "1e7")]),
     Row("a sweep over a k out of range", "--k_sweep …: expected a whole number of at least 1 and at most 100000", flags=[(f"--k_sweep=1,{value}",) for value in ("0", "-1", "100001")]),
     Row("a sweep over more heads than the model has", "--k_sweep 25: $MODEL has 24 heads to choose from; expected at most that", flags=[("--k_sweep", "1,25")]),

@@ -17,6 +17,7 @@ def test_facts_say_what_every_record_says_of_an_opened_model(llama_path: Path) -
         "device": "cpu",
         "products": "the checkpoint's dtype",
         "kernels": False,
+        "notes": [],
     }
     assert model.facts() == facts
     assert list(model.facts()) == list(facts)

@@ -28,7 +28,15 @@ OTHER = {
 }  # fmt: skip
 NO_CHOICE = {"model_spec"}
 """The checkpoint has one family; another is refused as such."""
-NOT_COUNTED = {"model", "device", "relation_csv_path", "trust_remote_code", "alpha_sweep", "k_sweep"}
+NOT_COUNTED = {
+    "model",
+    "device",
+    "relation_csv_path",
+    "trust_remote_code",
+    "alpha_sweep",
+    "alpha_sweep_relative",
+    "k_sweep",
+}
 ONLY_STEPD = {"layers", "heads"}
 """``relfv run`` has no flag for these; stepd refuses them."""
 

@@ -66,12 +66,16 @@ def heatmap_png(scored: Sequence[ScoredHead], metric: str, top: Sequence[ScoredH
 
 
 def injection_curve_png(
-    layers: Mapping[int, Mapping[str, Any]], reference: Mapping[str, Any] | None, q_id: str
+    layers: Mapping[int, Mapping[str, Any]],
+    reference: Mapping[str, Any] | None,
+    q_id: str,
+    shares_of_hidden: Sequence[float] = (),
 ) -> bytes:
     """P(first answer token) and accuracy over the injection layer, with and without the vector.
 
     ``layers`` maps each layer to its eval_summary; ``reference`` is that of stepE_eval.json (clean 9-shot prompts of
-    the same trials), drawn as a line if there.
+    the same trials), drawn as a line if there; ``shares_of_hidden``, the length of what is added by the hidden state's,
+    are told in the title.
     """
     order = sorted(layers)
     figure, place = _figure(9.0, 3.4)
@@ -98,8 +102,10 @@ def injection_curve_png(
         axes.grid(alpha=0.25)
         axes.xaxis.set_major_locator(_whole_numbers(4.0))
     panels[0].legend(fontsize=8, framealpha=0.9)
+    low, high = (f"{100 * end(shares_of_hidden, default=0):.2g}" for end in (min, max))
+    size = f"; {low} to {high} % as long as the hidden state" if shares_of_hidden else ""
     figure.suptitle(
-        f"{q_id}: function vector added at each layer ({n_eval} zero-shot prompts)", fontsize=10, parse_math=False
+        f"{q_id}: function vector added at each layer ({n_eval} zero-shot prompts{size})", fontsize=10, parse_math=False
     )
     return _png(figure)
 

@@ -42,10 +42,10 @@ class LanguageModel:
         """``exact`` or ``fast``."""
         return self.backbone.arithmetic.precision
 
-    def facts(self) -> dict[str, str | bool]:
+    def facts(self) -> dict[str, str | bool | list[str]]:
         """What records say of an opened model: ``model``, ``model_spec``, ``engine``, ``precision``, ``dtype``,
         ``quant``, ``device`` (its type: ``cpu``, ``cuda``), ``products`` (what linear layers multiply in) and
-        ``kernels`` (whether fused kernels run), in this order."""
+        ``kernels`` (whether fused kernels run), ``notes`` (what a reader should know of this model), in this order."""
         return {
             "model": self.name,
             "model_spec": self.spec,
@@ -55,6 +55,7 @@ class LanguageModel:
             "quant": self.quant,
             "device": self.backbone.device.type,
             **self.backbone.arithmetic.facts(),
+            "notes": list(self.arch.notes),
         }
 
 

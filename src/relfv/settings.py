@@ -138,6 +138,10 @@ class Settings:
         (), "also add the vector with these factors, e.g. 0.5,1,2 or =-1,1: step6/sweeps.json", ("injection", ("run",)),
         low=-_MAX_ALPHA, high=_MAX_ALPHA, identity=False,
     )  # fmt: skip
+    alpha_sweep_relative: tuple[float, ...] = _setting(
+        (), "also add the vector at these shares of the hidden state's mean length, e.g. 0.1,0.5,1: step6/sweeps.json",
+        ("injection", ("run",)), low=-_MAX_ALPHA, high=_MAX_ALPHA, identity=False,
+    )  # fmt: skip
     k_sweep: tuple[int, ...] = _setting(
         (), "also add the vectors of these numbers of heads, e.g. 1,5,10,20,40: step6/sweeps.json",
         ("injection", ("run",)), low=1, high=MOST, identity=False,
@@ -152,15 +156,15 @@ class Settings:
     @property
     def sweeps(self) -> bool:
         """Whether other alphas or k are asked for."""
-        return bool(self.alpha_sweep or self.k_sweep)
+        return any(getattr(self, name) for name in SWEEPS)
 
     def with_sweeps_of(self, other: Settings) -> Settings:
         """With its own sweeps and those of ``other``: what has been swept once stays."""
-        return replace(
-            self,
-            alpha_sweep=tuple(sorted({*self.alpha_sweep, *other.alpha_sweep})),
-            k_sweep=tuple(sorted({*self.k_sweep, *other.k_sweep})),
-        )
+        return replace(self, **{name: tuple(sorted({*getattr(self, name), *getattr(other, name)})) for name in SWEEPS})
+
+    def without_sweeps(self) -> Settings:
+        """With none of them."""
+        return replace(self, **dict.fromkeys(SWEEPS, ()))
 
     def departures(self) -> list[str]:
         """In what these settings depart from what the spec fixes (section 2), in words."""
@@ -192,6 +196,8 @@ FLAGS: dict[str, Flag] = {one.name: one.metadata["flag"] for one in fields(Setti
 """The flag of each setting, in the order of the fields."""
 _DEFAULTS: dict[str, Any] = {one.name: one.default for one in fields(Settings)}
 
+SWEEPS = ("alpha_sweep", "alpha_sweep_relative", "k_sweep")
+"""The settings that ask for sweeps."""
 IDENTITY = tuple(name for name, flag in FLAGS.items() if flag.identity)
 """The settings that make an experiment."""
 MODEL_SETTINGS = tuple(name for name in IDENTITY if FLAGS[name].group == "model")

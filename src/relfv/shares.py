@@ -63,7 +63,7 @@ class Gap:
         """Mean ``effect`` (prompt, layer), a difference of P, at the ``layer`` that was chosen among them, over the
         mean gap; of one that was not chosen give that column alone. None where there is no gap, or a number at
         ``layer`` is not finite; other layers with such numbers are left out."""
-        finite = np.isfinite(effect).all(axis=0, keepdims=True)[0]
+        finite: np.ndarray = np.all(np.isfinite(effect), axis=0)
         if not self.is_there or not finite[layer]:
             return None
         totals = cluster_totals(effect[:, finite], self.clusters)

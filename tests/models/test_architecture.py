@@ -127,3 +127,19 @@ def test_families_that_norm_or_scale_what_attention_writes_say_so() -> None:
     config = tf.GraniteConfig(**SMALL, residual_multiplier=0.22)
     assert "multiplies by 0.22" in resolve(tf.GraniteForCausalLM(config), "auto").notes[0]
     assert resolve(llama(300), "auto").notes == ()
+
+
+def test_soft_caps_and_embeddings_whose_scale_is_rounded_are_noted() -> None:
+    config: dict[str, Any] = {**SMALL, "hidden_size": 40, "head_dim": 12, "pad_token_id": 0}
+    (_, capped) = resolve(tf.Gemma2ForCausalLM(tf.Gemma2Config(**config)), "auto").notes
+    assert "caps its logits softly at 30" in capped
+    model = tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**config))
+    assert len(resolve(model, "auto").notes) == 1
+    (_, rounded) = resolve(model.to(torch.bfloat16), "auto").notes
+    assert "scales its embeddings by 6.32456, which its weights' torch.bfloat16 rounds to 6.3125" in rounded
+
+
+def test_the_norm_after_attention_is_found_and_the_one_before_the_mlp_is_not_taken_for_it() -> None:
+    arch = resolve(tf.Olmo2ForCausalLM(tf.Olmo2Config(**SMALL)), "auto")
+    assert arch.attention_norms == tuple(block.post_attention_layernorm for block in arch.blocks)
+    assert resolve(llama(300), "auto").attention_norms is None

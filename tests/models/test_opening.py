@@ -124,6 +124,6 @@ def test_constants_rounded_to_the_weights_dtype_are_noted(save_model: Callable[.
     gemma = next(animal for animal in ZOO.values() if animal.family == "Gemma 3")
     path = str(save_model(scale_up(gemma.build()), make_tokenizer(vocab_size=300)))
     notes = {dtype: open_model(path, device="cpu", dtype=dtype).arch.notes for dtype in ("bfloat16", "float32")}
-    assert not any("rounded" in note for note in notes["float32"])
-    (note,) = [note for note in notes["bfloat16"] if "rounded" in note]
-    assert "embed_scale = " in note
+    assert not any("rounds to" in note for note in notes["float32"])
+    (note,) = [note for note in notes["bfloat16"] if "rounds to" in note]
+    assert "this family scales its embeddings by 6.9282, which its weights' torch.bfloat16 rounds to 6.9375" in note

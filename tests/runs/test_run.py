@@ -24,7 +24,7 @@ CONTRACT = [
     "stepD_mean_acts/qid_A1_clean_mean.pt", "stepD_mean_acts/global_clean_mean.pt", "top_heads.json",
     "fv_global_resid.pt", "fv_global_resid_meta.json", "fv_by_layer.pt", "stepE_eval.json", "qid_status.json",
     "aie_heatmap_A1.png", "step6/step6_all_layers_summary.json", "step6/injection_curve.png", "head_stability.json",
-    "step6/controls.json", "step6/answers.json", "summary.json",
+    "step6/controls.json", "step6/fv_as_written.pt", "step6/answers.json", "summary.json",
     *(f"step6/layer_{i}/{name}" for i in range(3) for name in ("eval_summary.json", "eval_trials.jsonl", "eval_meta.json")),  # noqa: E501
 ]  # fmt: skip
 
@@ -417,9 +417,13 @@ def test_sweeps_asked_for_later_leave_every_other_file_and_earlier_sweeps_as_the
     for layer, numbers in same["per_layer"].items():
         assert numbers["mean_p"] == pytest.approx(own["per_layer"][layer]["fv"]["mean_p"], rel=limit)
 
-    second = run_with("--alpha_sweep", "4")
+    second = run_with("--alpha_sweep", "4", "--alpha_sweep_relative", "0.1")
     grown = json.loads(second["step6/sweeps.json"])
     assert [entry["value"] for entry in grown["alpha"]] == [0.5, 2.0, 4.0]
+    (relative,) = grown["alpha_relative"]
+    for numbers in relative["per_layer"].values():
+        assert numbers["share_of_hidden"] == pytest.approx(0.1)
+        assert numbers["norm_added"] == pytest.approx(numbers["alpha"] * own["mean_norm_added"]["fv"])
     for before_k, after_k in zip(document["k"], grown["k"], strict=True):
         assert (after_k["value"], after_k["mean_p"]) == (
             before_k["value"],

@@ -12,6 +12,17 @@ from parity import rounding, size_in
 from relfv.stages.summary import conclusions
 
 N = 12
+CAVEATS = {
+    "scored_token": {"tells_answers_apart": True},
+    "corruption": {
+        "how": "derange",
+        "n_demos": 225,
+        "n_labels_in_place": 0,
+        "n_distinct_answers": 12,
+        "acc_clean": 0.9,
+        "acc_corrupted": 0.1,
+    },
+}
 DRAWN = ("random_heads", "random_heads_scaled", "random_direction")
 
 
@@ -23,7 +34,10 @@ def controls(zero: float, clean: float, draws: Sequence[float] = (0.1,) * 19, **
         "n_queries": N,
         "meaning": dict.fromkeys(reached, "..."),
         "mean_norm_added": {"fv": 10.0},
-        "mean_hidden_norm": {"0": 10.0, "1": 20.0},
+        "mean_norm_hidden": {"0": 10.0, "1": 20.0},
+        "as_written": {"known": True, "same_as_fv": True},
+        "at_once": {"numbers": {}, "by_prompt": {}},
+        "notes": [],
         "zero_shot": {"acc": 0.0, "mean_p": zero},
         "per_layer": {
             layer: {
@@ -52,10 +66,9 @@ def said(
     heads: dict[str, Any] | None = None,
     overlap: float | None = 0.81,
     layer: int = 1,
-    notes: Sequence[str] = (),
 ) -> str:
     stability = {"half_overlap": overlap, "chance_overlap": 0.02}
-    return conclusions(heads or top(), found, stability, layer=layer, notes=notes)["verdict"]
+    return conclusions(heads or top(), found, stability, CAVEATS, layer=layer)["verdict"]
 
 
 def test_the_verdict_says_what_the_numbers_say() -> None:
@@ -74,7 +87,7 @@ def test_the_verdict_says_what_the_numbers_say() -> None:
 
 
 def test_an_interval_is_no_narrower_than_twelve_queries_allow() -> None:
-    found = conclusions(top(), controls(0.1, 0.9, fv=0.884, held_out=0.884), None, layer=1)
+    found = conclusions(top(), controls(0.1, 0.9, fv=0.884, held_out=0.884), None, CAVEATS, layer=1)
     for share in (found["share_of_gap"]["fv"], found["share_of_gap"]["held_out, layer_chosen_by_others"]):
         assert share["value"] == pytest.approx(0.98)
         assert share["low"] < 0.75
@@ -95,13 +108,24 @@ def test_a_vector_that_does_nothing_is_said_to_do_nothing_and_why() -> None:
     assert "up to 22% of others may. Controls" in verdict
     assert "closes" not in verdict
     assert "shown" not in verdict
-    assert "likely reason" not in verdict
+    assert "as long as" not in verdict
     found["mean_norm_added"]["fv"] = 0.04
-    verdict = said(found, notes=["this family norms what attention writes"])
-    assert (
-        "The likely reason: its length is 0.2% of the hidden state's there; this family norms what attention writes."
-        in verdict
-    )
+    verdict = said(found)
+    assert "What is added is 0.2% as long as the hidden state there, 0.3% at the median layer." in verdict
+
+
+def test_where_first_tokens_cannot_tell_answers_apart_whole_answers_lead_and_no_share_is_claimed() -> None:
+    token = {"target": "first", "n_trials": 25, "n_answer_shares_it": 25, "n_white_space_alone": 0}
+    caveats = {
+        **CAVEATS,
+        "scored_token": {**token, "tells_answers_apart": False},
+        "whole_answers": {"base": 0.0, "with": 0.07},
+    }
+    found = controls(0.1, 0.9, fv=0.7, held_out=0.66, random_heads=0.14)
+    verdict = conclusions(top(), found, None, caveats, layer=1)["verdict"]
+    assert verdict.startswith("Whole answers: 0% right without and 7% with the function vector")
+    assert "closes" not in verdict
+    assert "Controls" not in verdict
 
 
 def test_a_vector_that_takes_away_what_is_there_does_harm() -> None:
@@ -152,7 +176,7 @@ def test_the_best_of_many_layers_of_noise_is_no_effect() -> None:
 def test_the_layer_is_the_one_of_step6_and_held_out_queries_follow_the_same_score() -> None:
     found = controls(0.1, 0.9, fv=0.7, held_out=0.6)
     found["by_prompt"]["logit_held_out"] = {"0": [2.0] * N, "1": [1.0] * N}
-    numbers = conclusions(top(), found, None, layer=0, score_key="mean_delta_logit")
+    numbers = conclusions(top(), found, None, CAVEATS, layer=0, score_key="mean_delta_logit")
     assert numbers["layer"] == 0
     assert numbers["share_of_gap"]["fv"]["value"] == pytest.approx(0)
     assert numbers["share_of_gap"]["held_out, layer_chosen_by_others"]["value"] == pytest.approx(0)

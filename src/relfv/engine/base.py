@@ -77,8 +77,29 @@ class Backbone:
         return self.arch.intermediate_size
 
 
+@dataclass(frozen=True)
+class Together:
+    """Edits of the last token that are made in one pass, all at once. Of every tensor a first axis of 1 is shared by
+    all prompts."""
+
+    chosen: torch.Tensor | None = None
+    """bool (prompt or 1, layer, head): the heads whose z is set."""
+    values: torch.Tensor | None = None
+    """(prompt or 1, layer, head, head_dim): what it is set to; of heads that are not chosen nothing is read."""
+    added: torch.Tensor | None = None
+    """(prompt or 1, layer, resid_dim): what is added to the hidden state after each block."""
+
+    @staticmethod
+    def setting(sets: Sequence[Sequence[HeadId]], values: torch.Tensor) -> Together:
+        """z := ``values`` of the heads of each set: a set and its values for each prompt, or one for all."""
+        chosen = torch.zeros(len(sets), *values.shape[1:3], dtype=torch.bool)
+        for row, heads in enumerate(sets):
+            chosen[row, [head.layer for head in heads], [head.head for head in heads]] = True
+        return Together(chosen, values)
+
+
 class Engine(Protocol):
-    """Two interventions at the last token, each compared with the same pass without it."""
+    """Interventions at the last token, each compared with the same pass without it."""
 
     name: str
     backbone: Backbone
@@ -115,6 +136,18 @@ class Engine(Protocol):
 
         ``layers`` ascend; the second axis of the result runs over layers, then vectors: column i * n_vectors + v.
         ``per_pass`` as in ``sweep_heads``.
+        """
+        ...
+
+    def edit_together(
+        self,
+        prompts: Prompts,
+        versions: Sequence[Together],
+        *,
+        per_pass: int | None = None,
+    ) -> Effects:
+        """For each prompt and version: all of the version's edits, in one pass; the second axis of the result runs over
+        ``versions``. ``per_pass`` as in ``sweep_heads``.
         """
         ...
 

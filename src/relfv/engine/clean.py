@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -10,6 +11,7 @@ from relfv.engine.base import Backbone
 from relfv.engine.memory import shrinking
 from relfv.engine.passes import capture_heads, reading_blocks
 from relfv.engine.readout import joined, read_targets
+from relfv.engine.writing import Writing, WritingRecorder
 from relfv.types import Prompts, TokenScores
 
 _PROMPTS_A_PASS = 25
@@ -17,14 +19,24 @@ _PROMPTS_A_PASS = 25
 
 @dataclass(frozen=True)
 class CleanRun:
-    """What the model does with clean prompts, in the precision of the head sweep."""
+    """What the model does with prompts that are left as they are, in the precision of the head sweep."""
 
     activations: torch.Tensor
     """float32 (prompt, layer, head, head_dim): z at the last token."""
     hidden: torch.Tensor
     """float32 (layer, resid_dim): mean over prompts of the hidden state after each block, last token."""
+    lengths: torch.Tensor
+    """float64 (layer,): mean over prompts of the length of that hidden state."""
+    writing: Writing | None
+    """What stands between W_O z and the residual stream; None where that is not known (writing_check.py)."""
     scores: TokenScores
     """(prompt,): the target after the prompt."""
+
+    @cached_property
+    def written(self) -> torch.Tensor:
+        """float64 (prompt, layer, head, head_dim): z times the factor of that prompt, where ``writing`` is known."""
+        assert self.writing
+        return self.writing.factors[..., None, None] * self.activations
 
 
 def run_clean(backbone: Backbone, prompts: Prompts) -> CleanRun:
@@ -34,13 +46,19 @@ def run_clean(backbone: Backbone, prompts: Prompts) -> CleanRun:
 
 
 def _run(backbone: Backbone, prompts: Prompts, size: int) -> CleanRun:
-    activations, hidden, scores = [], [], []
+    activations, hidden, scores, recorder = [], [], [], WritingRecorder(backbone)
     for part in backbone.passes(prompts.ids, size):
         some = prompts[part]
-        with reading_blocks(backbone, some.ids) as blocks:
+        with reading_blocks(backbone, some.ids) as blocks, recorder.reading(some.ids):
             z, final = capture_heads(backbone, some.ids)
         activations.append(z)
         hidden.append(torch.stack([blocks[layer] for layer in range(backbone.arch.n_layers)]).cpu())
         scores.append(read_targets(backbone, final[:, None], some.targets)[:, 0])
-    mean_hidden = torch.cat(hidden, dim=1).double().mean(1).float()
-    return CleanRun(torch.cat(activations), mean_hidden, joined(scores))
+    after_block = torch.cat(hidden, dim=1).double()
+    return CleanRun(
+        activations=torch.cat(activations),
+        hidden=after_block.mean(1).float(),
+        lengths=after_block.norm(dim=-1).mean(1),
+        writing=recorder.result(),
+        scores=joined(scores),
+    )

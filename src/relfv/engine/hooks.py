@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from relfv.errors import RunError
 
 @contextmanager
 def editing_inputs(
-    edits: list[tuple[nn.Module, Callable[[torch.Tensor], torch.Tensor | None]]],
+    edits: Sequence[tuple[nn.Module, Callable[[torch.Tensor], torch.Tensor | None]]],
 ) -> Iterator[None]:
     """While open, each module's first argument goes through its function; None leaves it as it is.
 
@@ -28,7 +28,7 @@ def editing_inputs(
 
 @contextmanager
 def editing_outputs(
-    edits: list[tuple[nn.Module, Callable[[torch.Tensor], torch.Tensor | None]]],
+    edits: Sequence[tuple[nn.Module, Callable[[torch.Tensor], torch.Tensor | None]]],
 ) -> Iterator[None]:
     """The same for each module's output, be it a tensor or a tuple that begins with one."""
     with ExitStack() as stack:
@@ -76,7 +76,7 @@ def _post_hook(module: nn.Module, edit: Callable[[torch.Tensor], torch.Tensor | 
         handle.remove()
 
 
-def _require_fired(fired: list[list[bool]], edits: list[Any]) -> None:
+def _require_fired(fired: list[list[bool]], edits: Sequence[Any]) -> None:
     silent = [type(module).__name__ for (module, _), flag in zip(edits, fired, strict=True) if not flag[0]]
     if silent:
         raise RunError(

@@ -52,17 +52,23 @@ def reading_blocks(backbone: Backbone, prompts: TokenIds) -> Iterator[dict[int, 
         yield seen
 
 
+def last_tokens(backbone: Backbone, prompts: TokenIds) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Takes (N, P, width) to float32 (N, width) at each prompt's last token."""
+    rows = torch.arange(len(prompts), device=backbone.device)
+    last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=backbone.device)
+    return lambda values: values[rows, last].float()
+
+
 def _recorder(
     backbone: Backbone, prompts: TokenIds
 ) -> tuple[dict[int, torch.Tensor], Callable[[int], Callable[[torch.Tensor], None]]]:
     """A dict, layer -> float32 (N, width) at each prompt's last token, and the hook that fills it, by layer."""
-    rows = torch.arange(len(prompts), device=backbone.device)
-    last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=backbone.device)
+    at_last = last_tokens(backbone, prompts)
     seen: dict[int, torch.Tensor] = {}
 
     def reader(layer: int) -> Callable[[torch.Tensor], None]:
         def read(values: torch.Tensor) -> None:
-            seen[layer] = values[rows, last].float()
+            seen[layer] = at_last(values)
 
         return read
 

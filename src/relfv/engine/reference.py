@@ -7,7 +7,7 @@ projections, and runs the families whose attention the shared-prefix engine cann
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -15,9 +15,10 @@ from itertools import groupby
 
 import torch
 
-from relfv.engine.base import Array, Backbone, Vectors, in_parts, of_layer_and_prompts, values_of
+from relfv.engine.base import Array, Backbone, Together, Vectors, in_parts, of_layer_and_prompts, values_of
 from relfv.engine.hooks import editing_inputs, editing_outputs
 from relfv.engine.readout import joined, read_targets
+from relfv.engine.together import Edit, editing_together
 from relfv.types import Effects, HeadId, Prompts, TokenScores
 
 
@@ -25,28 +26,48 @@ def naive_head_patch(
     backbone: Backbone, prompt: Sequence[int], target: int, head: HeadId, activation: torch.Tensor
 ) -> TokenScores:
     """One forward pass with one head's last-token output set to ``activation`` (head_dim,). Fields are (1,)."""
-    start = head.head * backbone.arch.head_dim
-
-    def patch(z: torch.Tensor) -> torch.Tensor:
-        z = z.clone()
-        z[:, -1, start : start + backbone.arch.head_dim] = activation.to(z)
-        return z
-
-    with editing_inputs([(backbone.arch.out_projs[head.layer], patch)]):
-        return _score_rows(backbone, prompt, target, n_rows=1)
+    return naive_together(backbone, prompt, target, {head: activation}, {})
 
 
 def naive_injection(
     backbone: Backbone, prompt: Sequence[int], target: int, layer: int, vector: torch.Tensor
 ) -> TokenScores:
     """One forward pass with ``vector`` (resid_dim,) added to the last token after block ``layer``. Fields are (1,)."""
+    return naive_together(backbone, prompt, target, {}, {layer: vector})
 
-    def add(hidden: torch.Tensor) -> torch.Tensor:
-        hidden = hidden.clone()
-        hidden[:, -1] += vector.to(hidden)
-        return hidden
 
-    with editing_outputs([(backbone.arch.blocks[layer], add)]):
+def naive_together(
+    backbone: Backbone,
+    prompt: Sequence[int],
+    target: int,
+    activations: Mapping[HeadId, torch.Tensor],
+    vectors: Mapping[int, torch.Tensor],
+) -> TokenScores:
+    """One forward pass with several heads' last-token outputs set to their ``activations`` (head_dim,), and
+    ``vectors`` (resid_dim,) added to the last token after the blocks of these layers. Fields are (1,)."""
+    dim = backbone.arch.head_dim
+
+    def patching(layer: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        def patch(z: torch.Tensor) -> torch.Tensor:
+            z = z.clone()
+            for head, activation in activations.items():
+                if head.layer == layer:
+                    z[:, -1, head.head * dim : (head.head + 1) * dim] = activation.to(z)
+            return z
+
+        return patch
+
+    def adding(vector: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        def add(hidden: torch.Tensor) -> torch.Tensor:
+            hidden = hidden.clone()
+            hidden[:, -1] += vector.to(hidden)
+            return hidden
+
+        return add
+
+    inputs = [(backbone.arch.out_projs[layer], patching(layer)) for layer in sorted({h.layer for h in activations})]
+    outputs = [(backbone.arch.blocks[layer], adding(vector)) for layer, vector in vectors.items()]
+    with editing_inputs(inputs), editing_outputs(outputs):
         return _score_rows(backbone, prompt, target, n_rows=1)
 
 
@@ -116,6 +137,20 @@ class ReferenceEngine:
 
         edits = [(n_vectors, partial(adding, index, layer)) for index, layer in enumerate(layers)]
         return self._run(prompts, 1 + n_vectors, edits)
+
+    def edit_together(self, prompts: Prompts, versions: Sequence[Together], *, per_pass: int | None = None) -> Effects:
+        def at_last(edit: Edit) -> Edit:
+            def on_rows(values: torch.Tensor) -> torch.Tensor:
+                values = values.clone()
+                values[:, -1] = edit(values[None, :, -1])[0]
+                return values
+
+            return on_rows
+
+        def editing(prompt: int) -> AbstractContextManager[None]:
+            return editing_together(self.backbone, versions, slice(prompt, prompt + 1), at_last)
+
+        return self._run(prompts, 1 + len(versions), [(len(versions), editing)])
 
     def finer(self) -> ReferenceEngine:
         """Itself: whole passes have no differences to round."""

@@ -8,16 +8,23 @@ from __future__ import annotations
 
 import logging
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from relfv.engine.arithmetic import widened
-from relfv.engine.base import Backbone, Engine, TokenIds
+from relfv.engine.base import Backbone, Engine, Together, TokenIds
 from relfv.engine.passes import capture_heads
 from relfv.engine.readout import joined
-from relfv.engine.reference import ReferenceEngine, naive_baseline, naive_head_patch, naive_injection
+from relfv.engine.reference import (
+    ReferenceEngine,
+    naive_baseline,
+    naive_head_patch,
+    naive_injection,
+    naive_together,
+)
 from relfv.engine.shared_prefix import SharedPrefixEngine
+from relfv.engine.writing_check import writing_error
 from relfv.errors import RunError
 from relfv.types import Effects, HeadId, Prompts
 
@@ -54,6 +61,13 @@ class SelfCheck:
     """The same difference for the reference engine, where that is the one in use."""
     rounding: float | None = None
     """The same difference in the arithmetic in use, where that has kernels."""
+    writing_error: float | None = None
+    """How far the heads' parts as written are from what attention adds to the residual stream (writing_check.py)."""
+
+    @property
+    def knows_writing(self) -> bool:
+        """Whether what each head adds to the residual stream is known."""
+        return self.writing_error is not None and self.writing_error <= PROJECTION_TOLERANCE
 
 
 def choose_engine(backbone: Backbone, prompts: TokenIds) -> tuple[Engine, SelfCheck]:
@@ -67,6 +81,15 @@ def choose_engine(backbone: Backbone, prompts: TokenIds) -> tuple[Engine, SelfCh
     trial = _interventions(float32, prompts)
     _check_readout(float32, trial)
     _check_projection(float32, trial.z[0], sorted({head.layer for head in trial.heads}))
+    engine, check = _choice(backbone, trial, float32)
+    check = replace(check, writing_error=writing_error(float32, prompts[0], trial.layers))
+    if not check.knows_writing:
+        log.warning("what attention adds to the residual stream of this family is not known: nothing is said of it")
+    return engine, check
+
+
+def _choice(backbone: Backbone, trial: _Interventions, float32: Backbone) -> tuple[Engine, SelfCheck]:
+    """The engine that agrees with ``trial``, and how well it does."""
     wrong, error = "", None
     for candidate in [backbone.plain()] if backbone.arithmetic.is_plain else [backbone, backbone.plain()]:
         before = wrong
@@ -94,17 +117,23 @@ class _Interventions:
     vector: torch.Tensor
     """(1, resid_dim)"""
     truth: Effects
-    """Columns: the patches of ``heads``, then the injections after ``layers``."""
+    """Columns: the patches of ``heads``, then the injections after ``layers``, then all of them at once."""
     max_effect: float
 
     def error_of(self, engine: Engine) -> float:
         """Largest difference between what ``engine`` measures and the truth, as in ``SelfCheck.max_error``."""
         swept = engine.sweep_heads(self.prompts, self.replacement, self.heads)
         injected = engine.inject(self.prompts, self.vector, self.layers)
-        n = len(self.heads)
+        added = torch.zeros(1, len(self.replacement), self.vector.shape[1])
+        added[:, self.layers] = self.vector.to(added)
+        together = engine.edit_together(
+            self.prompts, [replace(Together.setting([self.heads], self.replacement[None]), added=added)]
+        )
+        n, m = len(self.heads), len(self.heads) + len(self.layers)
         return max(
             _difference(swept, self.truth, slice(0, n)),
-            _difference(injected, self.truth, slice(n, None)),
+            _difference(injected, self.truth, slice(n, m)),
+            _difference(together, self.truth, slice(m, None)),
         )
 
 
@@ -195,14 +224,14 @@ def _naive(
     layers: list[int],
 ) -> Effects:
     base, edited = [], []
+    activations = {head: replacement[head.layer, head.head] for head in heads}
     with backbone.running():
         for prompt, target in zip(prompts.ids, prompts.targets, strict=True):
             base.append(naive_baseline(backbone, prompt, target))
-            patched = [
-                naive_head_patch(backbone, prompt, target, head, replacement[head.layer, head.head]) for head in heads
-            ]
+            patched = [naive_head_patch(backbone, prompt, target, head, z) for head, z in activations.items()]
             injected = [naive_injection(backbone, prompt, target, layer, vector) for layer in layers]
-            edited.append(joined([*patched, *injected])[None])
+            together = naive_together(backbone, prompt, target, activations, dict.fromkeys(layers, vector))
+            edited.append(joined([*patched, *injected, together])[None])
     return Effects(base=joined(base), edited=joined(edited))
 
 

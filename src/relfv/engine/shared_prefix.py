@@ -18,8 +18,8 @@ copy 0 + vector. The model's own modules do all the work, driven by hooks; what 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
@@ -32,6 +32,7 @@ from relfv.engine.attention import Prefix, attending_to
 from relfv.engine.base import (
     Array,
     Backbone,
+    Together,
     TokenIds,
     Vectors,
     in_parts,
@@ -44,6 +45,7 @@ from relfv.engine.memory import shrinking
 from relfv.engine.passes import pad_right
 from relfv.engine.readout import joined, read_targets
 from relfv.engine.reference import ReferenceEngine
+from relfv.engine.together import editing_together
 from relfv.errors import RunError
 from relfv.types import Effects, HeadId, Prompts, TokenScores
 
@@ -109,6 +111,13 @@ class SharedPrefixEngine:
             len(layers) * sum(part.shape[-2] for part in parts),
             per_pass,
             lambda some: _residual_additions(self.backbone, layers, parts, some),
+        )
+
+    def edit_together(self, prompts: Prompts, versions: Sequence[Together], *, per_pass: int | None = None) -> Effects:
+        if self.backbone.depends_on_company(prompts.ids):
+            return ReferenceEngine(self.backbone).edit_together(prompts, versions)
+        return self.finer()._in_chunks(
+            prompts, len(versions), per_pass, lambda some: _versions(self.backbone, versions, some)
         )
 
     def finer(self) -> SharedPrefixEngine:
@@ -253,6 +262,17 @@ def _residual_additions(
             for i, layer in enumerate(layers)
         ]
     )
+
+
+@contextmanager
+def _versions(backbone: Backbone, versions: Sequence[Together], prompts: slice) -> Iterator[None]:
+    """Before the first block: a copy of the token for each version; from there on each is edited in all layers."""
+
+    def grow(hidden: torch.Tensor) -> torch.Tensor:
+        return _grown(hidden, hidden[:, :1], len(versions))
+
+    with editing_inputs([(backbone.arch.blocks[0], grow)]), editing_together(backbone, versions, prompts):
+        yield
 
 
 def _grown(hidden: torch.Tensor, more: torch.Tensor, count: int) -> torch.Tensor:

@@ -14,6 +14,7 @@ from torch import nn
 
 from relfv.errors import InputError
 from relfv.models.families import FAMILIES, FamilySpec, family_name
+from relfv.models.notes import rounded_or_capped, what_lies_between
 
 _UNSCALED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """dtypes of weights that can be multiplied as they are. A float8 weight has a scale, kept elsewhere in its module."""
@@ -50,6 +51,11 @@ class Architecture:
     """The family's constant factor on the logits (Cohere, Granite)."""
     logit_softcap: float | None = None
     """Cap c of c * tanh(logits / c) (Gemma 2)."""
+    attention_norms: tuple[nn.Module, ...] | None = None
+    """Per layer the norm that what attention writes goes through before it joins the residual stream (Gemma 2 and 3,
+    OLMo 2, GLM-4); None where there is none."""
+    residual_multiplier: float = 1.0
+    """What it is multiplied by on the way (Granite)."""
     notes: tuple[str, ...] = field(default=())
     """What a reader of the results should know about this model; artifacts carry it."""
 
@@ -121,6 +127,7 @@ def resolve(model: Any, spec_name: str) -> Architecture:
     if head is None:
         raise InputError(f"{type(model).__name__} has no output embeddings; relfv needs a causal language model")
     resid_dim = _out_features(out_projs[0])
+    norms, multiplier = _attention_norms(blocks), float(getattr(config, "residual_multiplier", 1.0))
     return Architecture(
         spec_name=spec.name if spec else "generic",
         decoder=_decoder_of(model, blocks[0]),
@@ -135,7 +142,9 @@ def resolve(model: Any, spec_name: str) -> Architecture:
         steady_up_to=_steady_up_to(model, config),
         logit_scale=_logit_scale(config),
         logit_softcap=getattr(config, "final_logit_softcapping", None),
-        notes=(*notes, *_what_lies_between(blocks[0], config)),
+        attention_norms=norms,
+        residual_multiplier=multiplier,
+        notes=(*notes, *what_lies_between(norms, multiplier), *rounded_or_capped(model, config)),
     )
 
 
@@ -259,14 +268,12 @@ def _logit_scale(config: Any) -> float:
     return 1.0
 
 
-def _what_lies_between(block: nn.Module, config: Any) -> tuple[str, ...]:
-    """A note for families that scale or norm what attention writes before it joins the residual stream."""
-    norms = ("post_feedforward_layernorm", "post_self_attn_layernorm")
-    scale = getattr(config, "residual_multiplier", 1.0)
-    if scale == 1.0 and not any(hasattr(block, name) for name in norms):
-        return ()
-    what = f"multiplies by {scale}" if scale != 1.0 else "norms"
-    return (
-        f"this family {what} what attention writes before adding it to the residual stream; the function vector is W_O "
-        "times the mean activation, as defined, without that step, so alpha = 1 is not the heads' natural size here",
-    )
+def _attention_norms(blocks: tuple[nn.Module, ...]) -> tuple[nn.Module, ...] | None:
+    """Told by a block's other norms: where there is none after the feed-forward part or by a name of its own,
+    ``post_attention_layernorm`` is the norm *before* the feed-forward part (Llama). Judged on opening
+    (engine/writing.py)."""
+    if hasattr(blocks[0], "post_self_attn_layernorm"):
+        return tuple(block.get_submodule("post_self_attn_layernorm") for block in blocks)
+    if hasattr(blocks[0], "post_feedforward_layernorm"):
+        return tuple(block.get_submodule("post_attention_layernorm") for block in blocks)
+    return None

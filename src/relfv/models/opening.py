@@ -76,31 +76,15 @@ def load_checkpoint(
     if adapter:
         model = merged(model, adapter, place).eval().requires_grad_(False)
     arch = resolve(model, spec)
-    notes = [*arch.notes, *_rounded_constants(model), *([adapter.note] if adapter else [])]
-    arch = replace(arch, notes=tuple(notes))
-    for note in notes:
+    if adapter:
+        arch = replace(arch, notes=(*arch.notes, adapter.note))
+    for note in arch.notes:
         log.warning("%s", note)
     stored = next(p.dtype for p in model.parameters() if p.is_floating_point())
     if exact and place.type == "cpu" and stored.itemsize == 2 and not _is_packed(model) and _fits_widened(model):
         model.float()
     tokens = Tokens(tokenizer, n_embeddings=model.get_input_embeddings().weight.shape[0])
     return Checkpoint(model, tokens, arch, place, str(stored).removeprefix("torch."))
-
-
-def _rounded_constants(model: torch.nn.Module) -> list[str]:
-    """A note for constants that transformers rounds to the weights' dtype (Gemma's factor on its embeddings): with
-    another --dtype they are other numbers, and differences in P exceed the noise floor a thousand times."""
-    rounded = [
-        f"{name} = {buffer.item():g}"
-        for name, buffer in model.named_buffers()
-        if buffer.numel() == 1 and buffer.dtype in (torch.bfloat16, torch.float16)
-    ]
-    if not rounded:
-        return []
-    return [
-        f"constants rounded to the weights' 16 bits: {', '.join(rounded)}; so transformers runs the model in this "
-        "dtype, and with --dtype fp32 it is a slightly different one"
-    ]
 
 
 def _is_packed(model: Any) -> bool:

@@ -80,6 +80,7 @@ def _content(folder: Path, artifacts_dirs: list[Path]) -> dict[str, Any]:
         "relation": folder.resolve().name,
         "version": __version__,
         "model": _model(settings.model, settings.precision, _opened_model(folder)),
+        "notes": _opened_model(folder).get("notes", []),
         "is_demo": settings.model == "demo",
         "departures": settings.departures(),
         "counts": f"{len(states)} q_ids: {counts}",

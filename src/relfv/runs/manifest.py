@@ -78,6 +78,7 @@ def model_description(model: LanguageModel) -> dict[str, Any]:
         "cpu_threads": torch.get_num_threads(),
         "engine": facts["engine"],
         "self_check": vars(model.check),
+        "notes": facts["notes"],
     }
 
 

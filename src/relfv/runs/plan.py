@@ -71,7 +71,7 @@ class Plan:
     def new_status(self, q_id: str) -> QidStatus:
         """A pending status for a q_id that has none."""
         relation, settings = self.relations[q_id], self.request.settings
-        settings = replace(settings, alpha_sweep=(), k_sweep=())  # what has been swept
+        settings = settings.without_sweeps()  # what has been swept
         rows = rows_sha256(relation, settings.corruption)
         fields = fingerprint_fields(settings, rows_sha256=rows, model_identity=self.model_identity)
         return QidStatus(self.artifacts_dir(q_id), q_id, settings, fields, q_row_count=len(relation.pairs))

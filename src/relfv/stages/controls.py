@@ -7,26 +7,36 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from relfv.settings import MODEL_SETTINGS
+from relfv.stages.as_written import (
+    FV_AS_WRITTEN,
+    as_written,
+    as_written_held_out,
+    describe,
+    edit_at_once,
+    parts_add_up,
+    parts_of_sets,
+    random_heads_as_written,
+)
 from relfv.stages.cie import METRICS
 from relfv.stages.function_vector import FV, TOP_HEADS, heads_of
-from relfv.stages.injection import length
-from relfv.stages.judging import judge_vectors, mean_over_draws
+from relfv.stages.judging import judge_candidates
 from relfv.stages.means import clean_run
 from relfv.stages.scores import measure_of, trial_scores
-from relfv.stages.stage import Stage, Work
+from relfv.stages.stage import Finding, Stage, Work
 from relfv.stages.trials import TRIALS
 from relfv.stages.zeroshot import ZERO_SHOT_TRIALS, evaluated_prompts
-from relfv.store.folder import File
-from relfv.store.formats import finite, json_bytes, read_json
-from relfv.types import Effects, HeadId, Prompts
+from relfv.store.folder import File, QidFolder
+from relfv.store.formats import json_bytes, read_json
+from relfv.store.status import QidStatus
+from relfv.types import HeadId
 
 if TYPE_CHECKING:
     import torch
@@ -69,23 +79,27 @@ class Ground:
     @cached_property
     def of_draws(self) -> torch.Tensor:
         """float64 (draw, resid_dim): the vectors of heads drawn at random."""
-        n_trials = len(self.trial_queries)
-        shares = np.full((len(self.draws), n_trials), 1 / n_trials)
-        return self.vectors(shares, self.draws)
+        return self.vectors(self.all_trials(len(self.draws)), self.draws)
 
-    def vectors(self, shares: np.ndarray, chosen: Sequence[Sequence[HeadId]]) -> torch.Tensor:
-        """Each set's heads, and its ``shares`` (set, trial) of the mean over the clean activations -> float64
-        (set, resid_dim): sums of projected means. Each head's columns of the output projection are read once."""
-        import torch
+    @cached_property
+    def held_out(self) -> tuple[np.ndarray, list[list[HeadId]], np.ndarray] | None:
+        """With each query's own trials left out: shares (query, trial) of the mean over trials, the query's selected
+        heads, and the query of each prompt (prompt,). None where all trials have one query."""
+        if len(set(self.trial_queries)) < 2:
+            return None
+        left_out, prompt = np.unique(np.asarray(self.prompt_queries), return_inverse=True)
+        kept = (np.asarray(self.trial_queries)[None] != left_out[:, None]).astype(np.float64)
+        shares = kept / kept.sum(1, keepdims=True)
+        order = np.argsort(-(shares @ self.scores), axis=1, kind="stable")  # of equal scores the first head
+        return shares, [[self.heads[i] for i in row[: len(self.selected)]] for row in order], prompt
 
-        heads = sorted({head for heads_of_set in chosen for head in heads_of_set})
-        z = self.clean.activations[:, [head.layer for head in heads], [head.head for head in heads]].double()
-        means = (torch.from_numpy(shares) @ z.flatten(1)).view(len(chosen), *z.shape[1:])
-        total = torch.zeros(len(chosen), self.arch.resid_dim, dtype=torch.float64)
-        for i, head in enumerate(heads):
-            users = [n for n, heads_of_set in enumerate(chosen) if head in heads_of_set]
-            total[users] += self.arch.project_head(head.layer, head.head, means[users, i])
-        return total
+    def all_trials(self, n_sets: int) -> np.ndarray:
+        """Equal shares (set, trial) of all trials."""
+        return np.full((n_sets, len(self.trial_queries)), 1 / len(self.trial_queries))
+
+    def vectors(self, shares: np.ndarray, chosen: Sequence[Sequence[HeadId]], *, written: bool = False) -> torch.Tensor:
+        """float64 (set, resid_dim): ``parts_of_sets`` summed over layers."""
+        return parts_of_sets(self, shares, chosen, written=written).sum(0)
 
 
 def _matched_draws(heads: Sequence[HeadId], selected: Sequence[HeadId], rng: random.Random) -> list[list[HeadId]]:
@@ -137,16 +151,10 @@ def _random_direction(ground: Ground) -> torch.Tensor:
 
 def _held_out(ground: Ground) -> torch.Tensor | None:
     """For each prompt the vector of the trials with other queries; None where all trials have one query."""
-    import torch
-
-    if len(set(ground.trial_queries)) < 2:
+    if ground.held_out is None:
         return None
-    left_out, prompt = np.unique(np.asarray(ground.prompt_queries), return_inverse=True)
-    kept = (np.asarray(ground.trial_queries)[None] != left_out[:, None]).astype(np.float64)
-    shares = kept / kept.sum(1, keepdims=True)
-    order = np.argsort(-(shares @ ground.scores), axis=1, kind="stable")  # of equal scores the first head
-    chosen = [[ground.heads[i] for i in row[: len(ground.selected)]] for row in order]
-    return ground.vectors(shares, chosen)[torch.from_numpy(prompt)][None, :, None]
+    shares, chosen, prompt = ground.held_out
+    return ground.vectors(shares, chosen)[prompt][None, :, None]
 
 
 CONTROLS = {
@@ -185,6 +193,16 @@ CONTROLS = {
         lambda ground: ground.clean.hidden[:, None, None],
         "the mean hidden state",
     ),
+    "as_written": Control(
+        "the vector of what the selected heads really add to the residual stream, where the family norms or scales it "
+        "on the way; elsewhere that is fv",
+        as_written,
+    ),
+    "as_written_held_out": Control("the same, held out like held_out", as_written_held_out),
+    "random_heads_as_written": Control(
+        "the vector as written of heads drawn like random_heads; mean over draws",
+        random_heads_as_written,
+    ),
 }
 """By name; injected in this order. Those with a vector for each prompt or layer come after those with one for all."""
 
@@ -213,37 +231,6 @@ def candidate_vectors(ground: Ground) -> Candidates:
     parts = {name: vectors.float() for name, vectors in made.items() if vectors is not None}
     names = tuple(name for name, part in parts.items() for _ in range(part.shape[2]))
     return Candidates(names, tuple(parts.values()))
-
-
-def judge_candidates(
-    effects: Effects,
-    prompts: Prompts,
-    names: Sequence[str],
-    clean: CleanRun,
-    clean_queries: Sequence[int],
-    measure: str = "p",
-) -> dict[str, Any]:
-    """``effects`` of every vector of ``names`` after every layer -> the numbers of controls.json.
-
-    ``clean`` are the clean prompts' scores with their queries, the reference of each prompt's own query. ``measure`` is
-    what layers are compared by: prompt by prompt it is kept beside P.
-    """
-    p_clean, queries_of_clean = clean.scores.measure("p"), np.asarray(clean_queries)
-    of_query = {query: p_clean[queries_of_clean == query].mean() for query in set(clean_queries)}
-    by_prompt = {
-        f"{m}_{name}": {str(layer): [finite(value) for value in values] for layer, values in enumerate(of_name.T)}
-        for m in dict.fromkeys(("p", measure))
-        for name, of_name in mean_over_draws(effects, names, m).items()
-    }
-    return {
-        **judge_vectors(effects, prompts, names),
-        "by_prompt": {
-            "query_source_index": list(prompts.clusters),
-            "p_zero_shot": effects.base.measure("p").tolist(),
-            "p_clean": [float(of_query[query]) for query in prompts.clusters],
-            **by_prompt,
-        },
-    }
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
@@ -282,12 +269,19 @@ def _compare(work: Work) -> str:
         "n_queries": len(set(prompts.clusters)),
         "precision": model.precision,
         "mean_norm_added": {name: settings.alpha * norm for name, norm in candidates.norms().items()},
-        "mean_hidden_norm": {str(layer): length(hidden.numpy()) for layer, hidden in enumerate(clean.hidden)},
+        "notes": list(model.arch.notes),
+        **describe(work, ground),
         **judge_candidates(effects, prompts, candidates.names, clean, trial_queries, measure_of(settings.score_key)),
+        "at_once": edit_at_once(work, ground),
     }
     work.write(CONTROLS_FILE, json_bytes(document), content=document)
     work.trials_per_pass["step6_controls"] = effects.per_pass
     return f"{len(candidates.names)} vectors at {model.arch.n_layers} layers"
+
+
+def _agrees(folder: QidFolder, _: QidStatus) -> Iterator[Finding]:
+    path = folder.path(FV_AS_WRITTEN)
+    yield Finding(path, "layers' parts that sum to its vector", parts_add_up(folder.read(FV_AS_WRITTEN)))
 
 
 STAGE = Stage(
@@ -295,6 +289,7 @@ STAGE = Stage(
     "The vector held out and beside vectors that carry no relation, at every layer.",
     _compare,
     reads=(TRIALS, ZERO_SHOT_TRIALS, METRICS, FV, TOP_HEADS),
-    writes=(CONTROLS_FILE,),
+    writes=(CONTROLS_FILE, FV_AS_WRITTEN),
     settings=(*MODEL_SETTINGS, "alpha", "n_eval", "allow_query_duplicates", "seed", "score_key"),
+    agrees=_agrees,
 )

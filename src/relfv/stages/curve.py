@@ -6,7 +6,7 @@ from pathlib import Path
 
 from relfv.stages.function_vector import STEP_E_EVAL
 from relfv.stages.stage import Stage, Work
-from relfv.stages.step6 import EVAL_SUMMARY
+from relfv.stages.step6 import EVAL_META, EVAL_SUMMARY
 from relfv.stages.step6_summary import STEP6_SUMMARY
 from relfv.store.folder import File
 
@@ -18,7 +18,9 @@ def _draw(work: Work) -> str:
 
     layers = {layer: work.read(EVAL_SUMMARY, layer) for layer in work.read(STEP6_SUMMARY)["completed_layers"]}
     reference = work.read(STEP_E_EVAL).get("reference")
-    work.write(CURVE, injection_curve_png(layers, reference, work.q_id))
+    meta = [work.read(EVAL_META, layer) for layer in layers if work.folder.has(EVAL_META, layer)]
+    shares = [one["share_of_hidden"] for one in meta if one.get("share_of_hidden") is not None]  # not in other tools'
+    work.write(CURVE, injection_curve_png(layers, reference, work.q_id, shares))
     return f"{len(layers)} layers"
 
 
@@ -26,6 +28,6 @@ STAGE = Stage(
     "injection_curve",
     "P and accuracy over layers.",
     _draw,
-    reads=(STEP6_SUMMARY, STEP_E_EVAL, EVAL_SUMMARY),
+    reads=(STEP6_SUMMARY, STEP_E_EVAL, EVAL_SUMMARY, EVAL_META),
     writes=(CURVE,),
 )

@@ -27,13 +27,17 @@ from relfv.store.status import QidStatus
 from relfv.types import MEASURES, FunctionVector, HeadId, MeanActivations, ScoredHead, TokenScores
 
 if TYPE_CHECKING:
+    from relfv.engine.writing import Writing
     from relfv.models.architecture import Architecture
 
 
-def build_function_vector(arch: Architecture, means: MeanActivations, heads: Sequence[HeadId]) -> FunctionVector:
+def build_function_vector(
+    arch: Architecture, means: MeanActivations, heads: Sequence[HeadId], writing: Writing | None = None
+) -> FunctionVector:
     """Sum over ``heads`` of W_O[layer][:, slice of head] @ mean activation, without the output bias.
 
-    Summed in float64 and kept as float32 (resid_dim,), as a whole and split by layer.
+    Summed in float64 and kept as float32 (resid_dim,), as a whole and split by layer. With ``writing`` each part times
+    the gain of its layer's norm.
     """
     import torch
 
@@ -41,6 +45,7 @@ def build_function_vector(arch: Architecture, means: MeanActivations, heads: Seq
     by_layer: dict[int, torch.Tensor] = {}
     for head in sorted(heads):
         part = arch.project_head(head.layer, head.head, activations[head.layer, head.head])
+        part = writing.gained(head.layer, part) if writing else part
         by_layer[head.layer] = by_layer.get(head.layer, torch.zeros_like(part)) + part
     total = torch.stack(list(by_layer.values())).sum(0)
     return FunctionVector(

@@ -4,13 +4,16 @@ interval."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from relfv.stats import LEVEL, clustered_mean
 from relfv.store.formats import finite
 from relfv.types import Effects, Prompts
+
+if TYPE_CHECKING:
+    from relfv.engine.clean import CleanRun
 
 
 def judge_vectors(effects: Effects, prompts: Prompts, names: Sequence[str]) -> dict[str, Any]:
@@ -37,6 +40,37 @@ def judge_vectors(effects: Effects, prompts: Prompts, names: Sequence[str]) -> d
                 numbers["mean_p_of_draws"] = [finite(p) for p in reached[:, layer, draws].mean(0)]
     zero_shot = {"acc": float(effects.base.correct(prompts.right).mean()), "mean_p": float(base.mean())}
     return {"ci_level": LEVEL, "zero_shot": zero_shot, "per_layer": per_layer}
+
+
+def judge_candidates(
+    effects: Effects,
+    prompts: Prompts,
+    names: Sequence[str],
+    clean: CleanRun,
+    clean_queries: Sequence[int],
+    measure: str = "p",
+) -> dict[str, Any]:
+    """``effects`` of every vector of ``names`` after every layer -> the numbers of controls.json.
+
+    ``clean`` are the clean prompts' scores with their queries, the reference of each prompt's own query. ``measure`` is
+    what layers are compared by: prompt by prompt it is kept beside P.
+    """
+    p_clean, queries_of_clean = clean.scores.measure("p"), np.asarray(clean_queries)
+    of_query = {query: p_clean[queries_of_clean == query].mean() for query in set(clean_queries)}
+    by_prompt = {
+        f"{m}_{name}": {str(layer): [finite(value) for value in values] for layer, values in enumerate(of_name.T)}
+        for m in dict.fromkeys(("p", measure))
+        for name, of_name in mean_over_draws(effects, names, m).items()
+    }
+    return {
+        **judge_vectors(effects, prompts, names),
+        "by_prompt": {
+            "query_source_index": list(prompts.clusters),
+            "p_zero_shot": effects.base.measure("p").tolist(),
+            "p_clean": [float(of_query[query]) for query in prompts.clusters],
+            **by_prompt,
+        },
+    }
 
 
 def mean_over_draws(effects: Effects, names: Sequence[str], measure: str = "p") -> dict[str, np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,8 @@ def clean_run(work: Work) -> CleanRun:
     """The frozen trials' clean prompts, run; several stages need what they give (``work.once(clean_run)``)."""
     from relfv.engine.clean import run_clean
 
-    return run_clean(work.model.backbone, work.tokenised(work.read(TRIALS), clean=True))
+    clean = run_clean(work.model.backbone, work.tokenised(work.read(TRIALS), clean=True))
+    return clean if work.model.check.knows_writing else replace(clean, writing=None)
 
 
 # --- files ---------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from relfv.settings import MODEL_SETTINGS
 from relfv.stages.function_vector import FV
 from relfv.stages.injection import TOKEN_RULE, Injections, inject_at_every_layer, length, summarize
 from relfv.stages.stage import Finding, Stage, Work
-from relfv.stages.zeroshot import ZERO_SHOT_TRIALS, evaluated, evaluated_prompts
+from relfv.stages.zeroshot import ZERO_SHOT_TRIALS, evaluated, evaluated_prompts, zero_shot_run
 from relfv.store.files import write_together
 from relfv.store.folder import File, QidFolder
 from relfv.store.formats import json_bytes, jsonl_bytes, read_json, read_jsonl
@@ -101,7 +101,8 @@ def _per_qid(work: Work, effects: Effects) -> dict[str, dict[str, Any]]:
 
 
 def _meta(work: Work, layer: int) -> dict[str, Any]:
-    settings, facts = work.settings, work.model.facts()
+    settings, facts, norm = work.settings, work.model.facts(), length(work.read(FV))
+    hidden = float(work.once(zero_shot_run).lengths[layer])
     return {
         "model": facts["model"],
         "model_spec": facts["model_spec"],
@@ -109,7 +110,9 @@ def _meta(work: Work, layer: int) -> dict[str, Any]:
         "alpha": settings.alpha,
         "seed": settings.seed,
         "token_position_rule": TOKEN_RULE,
-        "fv_norm": length(work.read(FV)),
+        "fv_norm": norm,
+        "mean_norm_hidden": hidden,
+        "share_of_hidden": abs(settings.alpha) * norm / hidden if hidden else None,
         **{name: facts[name] for name in ("dtype", "quant", "precision", "engine", "device")},
         "n_eval": len(work.once(evaluated).questions),
         "requested_n_eval": settings.n_eval,

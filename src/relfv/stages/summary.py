@@ -8,12 +8,16 @@ from typing import Any
 import numpy as np
 
 from relfv.shares import Gap, Share
+from relfv.stages.answers import ANSWERS
+from relfv.stages.carrier import carrier_numbers
+from relfv.stages.caveats import caveat_numbers
 from relfv.stages.controls import CONTROLS, CONTROLS_FILE
-from relfv.stages.function_vector import FV_META, TOP_HEADS
+from relfv.stages.function_vector import STEP_E_EVAL, TOP_HEADS
 from relfv.stages.head_stability import HEAD_STABILITY
 from relfv.stages.scores import measure_of
 from relfv.stages.stage import Stage, Work
 from relfv.stages.step6_summary import STEP6_SUMMARY
+from relfv.stages.trials import TRIALS
 from relfv.stages.verdict import HELD_OUT, verdict
 from relfv.stats import FEW_QUERIES, LEVEL
 from relfv.store.folder import File
@@ -24,16 +28,16 @@ def conclusions(
     top_heads: Mapping[str, Any],
     controls: Mapping[str, Any],
     stability: Mapping[str, Any] | None,
+    caveats: Mapping[str, Any],
     *,
     layer: int,
     score_key: str = "mean_delta_p",
-    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """From top_heads.json, controls.json and head_stability.json the numbers that the verdict rests on, and the
     verdict.
 
     ``layer`` is the best by ``score_key`` of step6_all_layers_summary.json, and stands for the best in every file.
-    ``notes`` are what is known of the model's family.
+    ``caveats`` are the numbers of ``caveat_numbers``.
     """
     prompts, layers = controls["by_prompt"], list(controls["per_layer"])
     effects = {name: _effect(prompts, name, layers) for name in controls["meaning"]}
@@ -68,11 +72,8 @@ def conclusions(
             for name, control in CONTROLS.items()
             if control.rival and shares.get(name)
         },
-        "norm": {
-            "fv": controls["mean_norm_added"]["fv"],
-            "hidden_state": controls["mean_hidden_norm"][layers[best]],
-        },
-        "notes": list(notes),
+        **carrier_numbers(controls, layer, gap, effects),
+        **caveats,
         "ci_level": LEVEL,
     }
     document["verdict"] = verdict(document)
@@ -140,9 +141,9 @@ def _conclude(work: Work) -> str:
         work.read(TOP_HEADS),
         work.read(CONTROLS_FILE),
         work.read(HEAD_STABILITY) if work.folder.has(HEAD_STABILITY) else None,
+        caveat_numbers(work.read(TRIALS), work.read(STEP_E_EVAL)["reference"], work.read(ANSWERS)),
         layer=best["best_layer"],
         score_key=best["score_key"],
-        notes=work.read(FV_META).get("notes", ()),
     )
     document = {"q_id": work.q_id, **numbers}
     work.write(SUMMARY, json_bytes(document), content=document)
@@ -153,6 +154,6 @@ STAGE = Stage(
     "summary",
     "What may be concluded, in numbers and in words.",
     _conclude,
-    reads=(TOP_HEADS, FV_META, CONTROLS_FILE, STEP6_SUMMARY, HEAD_STABILITY),
+    reads=(TRIALS, TOP_HEADS, STEP_E_EVAL, CONTROLS_FILE, STEP6_SUMMARY, ANSWERS, HEAD_STABILITY),
     writes=(SUMMARY,),
 )

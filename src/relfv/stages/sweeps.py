@@ -3,70 +3,101 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from relfv.settings import MODEL_SETTINGS
+from relfv.settings import MODEL_SETTINGS, Settings
 from relfv.stages.function_vector import build_function_vector
 from relfv.stages.injection import length
 from relfv.stages.judging import judge_vectors
 from relfv.stages.means import MEANS
 from relfv.stages.scores import CIE, rank_heads, select_heads
 from relfv.stages.stage import Finding, Stage, Work
-from relfv.stages.zeroshot import ZERO_SHOT_TRIALS, evaluated_prompts
+from relfv.stages.zeroshot import ZERO_SHOT_TRIALS, evaluated_prompts, zero_shot_run
 from relfv.store.folder import File, QidFolder
-from relfv.store.formats import json_bytes, read_json
+from relfv.store.formats import finite, json_bytes, read_json
 from relfv.store.status import QidStatus
 from relfv.types import MeanActivations, ScoredHead
 
 if TYPE_CHECKING:
     from relfv.models.architecture import Architecture
 
+KINDS = ("alpha", "alpha_relative", "k")
 CAUTION = (
     "The best of several alphas, k and layers on the same prompts is better than it would be on new ones; a choice "
     "made here has to be tested on other prompts."
 )
 
 
-def sweep_vectors(
-    arch: Architecture,
-    means: MeanActivations,
-    ranked: Sequence[ScoredHead],
-    *,
-    topk: int,
-    alpha: float,
-    alphas: Sequence[float],
-    ks: Sequence[int],
-) -> np.ndarray:
-    """float32 (alphas then ks, resid_dim), ready to be added: the ``topk`` heads' vector at each of ``alphas``, then
-    the vector of each of ``ks`` best heads at ``alpha``. Raises InputError for a k of more heads than were scored."""
-    of_k = {k: build_function_vector(arch, means, [h.id for h in select_heads(ranked, k)]).total for k in {topk, *ks}}
-    return np.stack([*(np.float32(a) * of_k[topk] for a in alphas), *(np.float32(alpha) * of_k[k] for k in ks)])
+@dataclass(frozen=True)
+class Swept:
+    """One vector of a sweep, and how many times it is added."""
+
+    kind: str
+    """``alpha``, ``alpha_relative`` or ``k``."""
+    value: float
+    vector: np.ndarray
+    """float32 (resid_dim,)"""
+    alpha: np.ndarray
+    """float32 (layer,)"""
+
+    @property
+    def name(self) -> str:
+        """``alpha 0.5``."""
+        return f"{self.kind} {self.value}"
+
+    @property
+    def added(self) -> np.ndarray:
+        """float32 (layer, resid_dim)."""
+        return self.alpha[:, None] * self.vector
 
 
-def tabulate(
-    per_layer: Mapping[str, Mapping[str, Any]], names: Sequence[str], values: Sequence[float], vectors: np.ndarray
-) -> list[dict[str, Any]]:
-    """One entry for each of ``values``: its vector's length as added, its best layer by P, and its numbers at every
-    layer.
+def swept_vectors(
+    arch: Architecture, means: MeanActivations, ranked: Sequence[ScoredHead], hidden: np.ndarray, settings: Settings
+) -> list[Swept]:
+    """The run's own vector at each of ``alpha_sweep``; at each of ``alpha_sweep_relative`` times the length ``hidden``
+    (layer,) of the hidden state after each layer; and the vectors of each of ``k_sweep`` best heads at the run's alpha.
+    Raises InputError for a k of more heads than were scored."""
 
-    ``per_layer`` are the numbers by layer and name; ``names`` and ``vectors`` (value, resid_dim) go with ``values``.
+    def vector(k: int) -> np.ndarray:
+        return build_function_vector(arch, means, [head.id for head in select_heads(ranked, k)]).total
+
+    def times(alpha: float) -> np.ndarray:
+        return np.full(len(hidden), alpha, np.float32)
+
+    own = vector(settings.topk)
+    norm = length(own)
+    return [
+        *(Swept("alpha", value, own, times(value)) for value in settings.alpha_sweep),
+        *(
+            Swept("alpha_relative", value, own, (value * hidden / norm if norm else times(0)).astype(np.float32))
+            for value in settings.alpha_sweep_relative
+        ),
+        *(Swept("k", k, vector(k), times(settings.alpha)) for k in settings.k_sweep),
+    ]
+
+
+def tabulate(per_layer: Mapping[str, Mapping[str, Any]], swept: Swept, hidden: np.ndarray) -> dict[str, Any]:
+    """The entry of one vector: its numbers at every layer and its best by P, with how many times it was added there,
+    the length of that, and its share of the hidden state's length.
+
+    ``per_layer`` are the numbers by layer and name, ``hidden`` (layer,) the hidden states' lengths.
     """
-    entries = []
-    for name, value, vector in zip(names, values, vectors, strict=True):
-        at = {layer: numbers[name] for layer, numbers in per_layer.items()}
-        best = max(at, key=lambda layer: at[layer]["mean_p"] or 0.0)  # None: the vector overflows
-        entries.append(
-            {
-                "value": value,
-                "norm_added": length(vector),
-                "best_layer": int(best),
-                **{key: at[best][key] for key in ("acc", "mean_p")},
-                "per_layer": at,
-            }
-        )
-    return entries
+    norm = length(swept.vector)
+    at = {
+        layer: {
+            **numbers[swept.name],
+            "alpha": float(alpha),
+            "norm_added": abs(float(alpha)) * norm,
+            "share_of_hidden": finite(abs(float(alpha)) * norm / size) if size else None,
+        }
+        for (layer, numbers), alpha, size in zip(per_layer.items(), swept.alpha, hidden.tolist(), strict=True)
+    }
+    best = max(at, key=lambda layer: at[layer]["mean_p"] or 0.0)  # None: the vector overflows
+    kept = {key: at[best][key] for key in ("alpha", "norm_added", "share_of_hidden", "acc", "mean_p")}
+    return {"value": swept.value, "best_layer": int(best), **kept, "per_layer": at}
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
@@ -78,33 +109,30 @@ SWEEPS_FILE = File("step6/sweeps.json", read_json)
 
 def _sweep(work: Work) -> str:
     model, settings, prompts = work.model, work.settings, work.once(evaluated_prompts)
-    alphas, ks = settings.alpha_sweep, settings.k_sweep
-    ranked = rank_heads(work.read(CIE), settings.score_key)
-    vectors = sweep_vectors(
-        model.arch, work.read(MEANS), ranked, topk=settings.topk, alpha=settings.alpha, alphas=alphas, ks=ks
-    )
+    ranked, hidden = rank_heads(work.read(CIE), settings.score_key), work.once(zero_shot_run).lengths.numpy()
+    swept = swept_vectors(model.arch, work.read(MEANS), ranked, hidden, settings)
     known = work.trials_per_pass.get(STAGE.name)
-    effects = model.engine.inject(prompts, vectors, range(model.arch.n_layers), per_pass=known)
-    names = [*(f"alpha {alpha}" for alpha in alphas), *(f"k {k}" for k in ks)]
-    numbers = judge_vectors(effects, prompts, names)
-    per_layer, n = numbers.pop("per_layer"), len(alphas)
+    vectors = np.stack([one.added for one in swept], axis=1)[:, None]
+    effects = model.engine.inject(prompts, [vectors], range(model.arch.n_layers), per_pass=known)
+    numbers = judge_vectors(effects, prompts, [one.name for one in swept])
+    per_layer = numbers.pop("per_layer")
     document = {
         "q_id": work.q_id,
-        "meaning": "alpha: the function vector added so many times. k: the vector of so many best heads, added as many "
-        "times as the run's own alpha says. norm_added: length of what is added; acc and mean_p are those of the "
-        "best layer by mean P.",
+        "meaning": "alpha: the function vector added so many times. alpha_relative: the same stretched to so many "
+        "times the mean length of the hidden state that it is added to. k: the vector of so many best heads, added as "
+        "many times as the run's own alpha says. norm_added: length of what is added; share_of_hidden: that by the "
+        "hidden state's; both, with alpha, acc and mean_p, are those of the best layer by mean P.",
         "caution": CAUTION,
         "own": {"alpha": settings.alpha, "k": settings.topk},
         "n_eval": len(prompts),
         "n_queries": len(set(prompts.clusters)),
         "precision": model.precision,
         **numbers,
-        "alpha": tabulate(per_layer, names[:n], alphas, vectors[:n]),
-        "k": tabulate(per_layer, names[n:], ks, vectors[n:]),
+        **{kind: [tabulate(per_layer, one, hidden) for one in swept if one.kind == kind] for kind in KINDS},
     }
     work.write(SWEEPS_FILE, json_bytes(document), content=document)
     work.trials_per_pass[STAGE.name] = effects.per_pass
-    return "; ".join(filter(None, (_best(document[name], name) for name in ("alpha", "k"))))
+    return "; ".join(filter(None, (_best(document[kind], kind) for kind in KINDS)))
 
 
 def _best(entries: Sequence[Mapping[str, Any]], name: str) -> str:
@@ -117,14 +145,14 @@ def _best(entries: Sequence[Mapping[str, Any]], name: str) -> str:
 
 def _agrees(folder: QidFolder, status: QidStatus) -> Iterator[Finding]:
     document, settings = folder.read(SWEEPS_FILE), status.settings
-    swept = tuple(tuple(entry["value"] for entry in document[name]) for name in ("alpha", "k"))
-    same = swept == (settings.alpha_sweep, settings.k_sweep)
+    swept = [tuple(entry["value"] for entry in document.get(kind, ())) for kind in KINDS]
+    same = swept == [settings.alpha_sweep, settings.alpha_sweep_relative, settings.k_sweep]
     yield Finding(folder.path(SWEEPS_FILE), "the alphas and k of qid_status.json", same)
 
 
 STAGE = Stage(
     "step6_sweeps",
-    "Other alphas and numbers of heads, at every layer (--alpha_sweep, --k_sweep).",
+    "Other alphas and numbers of heads, at every layer (--alpha_sweep, --alpha_sweep_relative, --k_sweep).",
     _sweep,
     reads=(ZERO_SHOT_TRIALS, CIE, MEANS),
     writes=(SWEEPS_FILE,),

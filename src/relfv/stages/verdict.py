@@ -1,7 +1,7 @@
 """The verdict of summary.json: a few sentences that are never stronger than its numbers.
 
-Each of ``SENTENCES`` is a function of the document that gives one thought, or nothing where the numbers do not allow
-it. What a sentence needs, summary.py puts into the document.
+Each sentence is a function of the document that gives one thought, or nothing where the numbers do not allow it. What
+it needs, summary.py puts into the document.
 """
 
 from __future__ import annotations
@@ -9,21 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from relfv.stages.carrier import carrier_sentences
+from relfv.stages.caveats import leading_sentence, tells_apart, trial_sentences
 from relfv.stages.controls import CONTROLS
 from relfv.stats import LEVEL
 
 HELD_OUT = "held_out, layer_chosen_by_others"
 NOTHING = 0.05
 """Of the gap: a vector whose mean share is surely smaller does nothing."""
-_SHORT = 0.05
-"""Of the hidden state's length: a shorter vector is named as one."""
 
 Numbers = Mapping[str, Any]
 
 
 def verdict(numbers: Numbers) -> str:
     """What the content of summary.json says, in words."""
-    return " ".join(said for said in (sentence(numbers) for sentence in SENTENCES) if said)
+    sentences = (leading_sentence, _heads, *(OF_SHARES if tells_apart(numbers) else ()), trial_sentences)
+    return " ".join(said for said in (sentence(numbers) for sentence in sentences) if said)
 
 
 def _heads(numbers: Numbers) -> str:
@@ -66,7 +67,7 @@ def _nothing(numbers: Numbers) -> str:
     what = "does nothing here" if share["value"] > -NOTHING else "does harm here"
     return (
         f"The function vector {what} where demos do much: P {p['zero_shot']:.3f} without it and {p['fv']:.3f} with it "
-        f"{_where(numbers)}, against {p['clean']:.2f} with demos. {_counted(share)}{_reason(numbers)}."
+        f"{_where(numbers)}, against {p['clean']:.2f} with demos. {_counted(share)}."
     )
 
 
@@ -108,8 +109,15 @@ def _against_random(numbers: Numbers) -> str:
     return f"{reason}: that the effect is the relation's own is not shown."
 
 
-SENTENCES: tuple[Callable[[Numbers], str], ...] = (_heads, _no_share, _nothing, _closes, _controls, _against_random)
-"""In this order."""
+OF_SHARES: tuple[Callable[[Numbers], str], ...] = (
+    _no_share,
+    _nothing,
+    _closes,
+    _controls,
+    _against_random,
+    carrier_sentences,
+)
+"""What rests on scores of single tokens: said only where those tell answers apart."""
 
 
 def _does_nothing(numbers: Numbers) -> bool:
@@ -126,14 +134,6 @@ def _counted(share: Numbers) -> str:
     n, closed, up_to = share["n_queries"], share["n_closing_half"], f"up to {_rounded(share['others_up_to'])} of others"
     words = f"{closed} of {n} queries have half of their own gap closed or more"
     return f"{words}; by their number alone, {up_to} may {'not' if 2 * closed >= n else ''}".rstrip()
-
-
-def _reason(numbers: Numbers) -> str:
-    """Why a vector may do nothing, where something is known."""
-    norm, reasons = numbers["norm"], [*numbers["notes"]]
-    if norm["fv"] < _SHORT * norm["hidden_state"]:
-        reasons.insert(0, f"its length is {norm['fv'] / norm['hidden_state']:.1%} of the hidden state's there")
-    return f". The likely reason: {'; '.join(reasons)}" if reasons else ""
 
 
 def _unless_shown(share: Numbers) -> str:

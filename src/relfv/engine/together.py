@@ -1,0 +1,72 @@
+"""Several edits of the last token in one pass, as hooks: what both engines make of ``Together``.
+
+Versions of the last token stand side by side, (prompt, 1 + version, width), the first of them unedited: as copies in
+the shared-prefix engine, as rows of a batch in the reference engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from relfv.engine.base import Backbone, Together
+from relfv.engine.hooks import editing_inputs, editing_outputs
+
+Edit = Callable[[torch.Tensor], torch.Tensor]
+"""(prompt, 1 + version, width) -> the same, the first of each prompt unchanged."""
+
+
+@contextmanager
+def editing_together(
+    backbone: Backbone, versions: Sequence[Together], prompts: slice, where: Callable[[Edit], Edit] = lambda edit: edit
+) -> Iterator[None]:
+    """While open, each version's edits are made in passes over these ``prompts``; ``where`` finds the versions in what
+    the engine's modules get."""
+    arch = backbone.arch
+    inputs, outputs = [], []
+    for layer in range(arch.n_layers):
+        if edit := _setting(backbone, versions, layer, prompts):
+            inputs.append((arch.out_projs[layer], where(edit)))
+        if edit := _adding(backbone, versions, layer, prompts):
+            outputs.append((arch.blocks[layer], where(edit)))
+    with editing_inputs(inputs), editing_outputs(outputs):
+        yield
+
+
+def _setting(backbone: Backbone, versions: Sequence[Together], layer: int, prompts: slice) -> Edit | None:
+    """z of the chosen heads := their values, at the input of the layer's output projection."""
+    n_heads, head_dim = backbone.arch.n_heads, backbone.arch.head_dim
+    chosen = _of_layer([v.chosen for v in versions], layer, prompts, torch.zeros(n_heads, dtype=torch.bool))
+    if not chosen.any():
+        return None
+    values = _of_layer([v.values for v in versions], layer, prompts, torch.zeros(n_heads, head_dim))
+    chosen, values = chosen[..., None].to(backbone.device), values.to(backbone.device)
+
+    def edit(z: torch.Tensor) -> torch.Tensor:
+        by_head = z.unflatten(-1, (n_heads, head_dim))
+        edited = torch.where(chosen, values.to(z.dtype), by_head[:, 1:])
+        return torch.cat([by_head[:, :1], edited], dim=1).flatten(2)
+
+    return edit
+
+
+def _adding(backbone: Backbone, versions: Sequence[Together], layer: int, prompts: slice) -> Edit | None:
+    """Hidden state after the block += the version's vector."""
+    added = _of_layer([v.added for v in versions], layer, prompts, torch.zeros(backbone.arch.resid_dim))
+    if not added.any():
+        return None
+    added = added.to(backbone.device)
+
+    def edit(hidden: torch.Tensor) -> torch.Tensor:
+        return torch.cat([hidden[:, :1], hidden[:, 1:] + added.to(hidden.dtype)], dim=1)
+
+    return edit
+
+
+def _of_layer(tensors: Sequence[torch.Tensor | None], layer: int, prompts: slice, absent: torch.Tensor) -> torch.Tensor:
+    """(prompt or 1, version, ...); ``absent`` stands for versions without."""
+    rows = [absent[None] if t is None else t[prompts if len(t) > 1 else slice(None), layer] for t in tensors]
+    n = max(map(len, rows))
+    return torch.stack([row.expand(n, *row.shape[1:]) for row in rows], dim=1)

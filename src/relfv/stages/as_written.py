@@ -1,0 +1,245 @@
+"""What the selected heads do when the spec's vector is not what carries it: put in place themselves, and as the vector
+of what they really write (engine/writing.py). Made on the controls' ground, recorded with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from relfv.stages.function_vector import build_function_vector
+from relfv.stages.injection import length
+from relfv.stages.judging import judge_vectors, mean_over_draws
+from relfv.stages.zeroshot import evaluated_prompts, zero_shot_run
+from relfv.store.folder import File
+from relfv.store.formats import finite, read_tensors, tensor_bytes
+from relfv.types import FunctionVector, HeadId, MeanActivations
+
+if TYPE_CHECKING:
+    import torch
+
+    from relfv.engine.base import Together
+    from relfv.stages.controls import Ground
+    from relfv.stages.stage import Work
+
+# --- made from clean activations -------------------------------------------------------------------------------------
+
+
+def means(ground: Ground, shares: np.ndarray) -> torch.Tensor:
+    """float32 (set, layer, head, head_dim): mean clean activations by each set's ``shares`` (set, trial) of the
+    trials."""
+    import torch
+
+    z = ground.clean.activations.double()
+    return (torch.from_numpy(shares) @ z.flatten(1)).view(len(shares), *z.shape[1:]).float()
+
+
+def parts_of_sets(
+    ground: Ground, shares: np.ndarray, chosen: Sequence[Sequence[HeadId]], *, written: bool
+) -> torch.Tensor:
+    """Each set's heads, and its ``shares`` (set, trial) of the mean over the clean activations -> float64
+    (layer, set, resid_dim): sums of projected means, as defined or as ``written``. Each head's columns of the output
+    projection are read once."""
+    import torch
+
+    arch, clean = ground.arch, ground.clean
+    heads = sorted({head for heads_of_set in chosen for head in heads_of_set})
+    z = clean.written if written else clean.activations
+    z = z[:, [head.layer for head in heads], [head.head for head in heads]].double()
+    mean = (torch.from_numpy(shares) @ z.flatten(1)).view(len(chosen), *z.shape[1:])
+    parts = torch.zeros(arch.n_layers, len(chosen), arch.resid_dim, dtype=torch.float64)
+    for i, head in enumerate(heads):
+        users = [n for n, heads_of_set in enumerate(chosen) if head in heads_of_set]
+        part = arch.project_head(head.layer, head.head, mean[users, i])
+        parts[head.layer, users] += clean.writing.gained(head.layer, part) if written and clean.writing else part
+    return parts
+
+
+def vector_as_written(ground: Ground) -> FunctionVector:
+    """Of what the selected heads write; from the same float32 means as the spec's vector, to the same digits where
+    nothing stands between."""
+    written = MeanActivations(ground.clean.written.mean(0).float().numpy(), len(ground.trial_queries))
+    return build_function_vector(ground.arch, written, ground.selected, ground.clean.writing)
+
+
+# --- vectors, added after one layer like all controls -----------------------------------------------------------------
+
+
+def differs(ground: Ground) -> bool:
+    """Whether what heads write is known, and is not W_O z as it is: otherwise the spec's vector is the one as
+    written."""
+    return ground.clean.writing is not None and not ground.clean.writing.is_plain
+
+
+def as_written(ground: Ground) -> torch.Tensor | None:
+    import torch
+
+    return torch.from_numpy(vector_as_written(ground).total).double()[None, None, None] if differs(ground) else None
+
+
+def as_written_held_out(ground: Ground) -> torch.Tensor | None:
+    if not differs(ground) or ground.held_out is None:
+        return None
+    shares, chosen, prompt = ground.held_out
+    return ground.vectors(shares, chosen, written=True)[prompt][None, :, None]
+
+
+def random_heads_as_written(ground: Ground) -> torch.Tensor | None:
+    if not differs(ground) or not ground.draws:
+        return None
+    return ground.vectors(ground.all_trials(len(ground.draws)), ground.draws, written=True)[None, None]
+
+
+# --- several edits in one pass ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AtOnce:
+    """One kind of edit of several heads or layers, in one pass."""
+
+    meaning: str
+    versions: Callable[[Ground, float], list[Together]]
+    """Given alpha; none where there is none, several where they are draws."""
+
+
+def _in_place(ground: Ground, _: float) -> list[Together]:
+    return _put([[ground.selected]], means(ground, ground.all_trials(1)))
+
+
+def _in_place_held_out(ground: Ground, _: float) -> list[Together]:
+    if ground.held_out is None:
+        return []
+    shares, chosen, prompt = ground.held_out
+    return _put([[chosen[i] for i in prompt]], means(ground, shares)[prompt])
+
+
+def _random_in_place(ground: Ground, _: float) -> list[Together]:
+    return _put([[draw] for draw in ground.draws], means(ground, ground.all_trials(1)))
+
+
+def _by_layer(ground: Ground, alpha: float) -> list[Together]:
+    return _added(_parts(ground, alpha, ground.all_trials(1), [ground.selected]))
+
+
+def _by_layer_held_out(ground: Ground, alpha: float) -> list[Together]:
+    if ground.held_out is None:
+        return []
+    shares, chosen, prompt = ground.held_out
+    parts = _parts(ground, alpha, shares, chosen)
+    return _added(parts[None, prompt] if len(parts) else [])
+
+
+def _random_by_layer(ground: Ground, alpha: float) -> list[Together]:
+    return _added(_parts(ground, alpha, ground.all_trials(len(ground.draws)), ground.draws))
+
+
+def _put(sets: Sequence[Sequence[Sequence[HeadId]]], values: torch.Tensor) -> list[Together]:
+    """A version for each: a set of heads for each prompt, or one for all."""
+    from relfv.engine.base import Together
+
+    return [Together.setting(of_prompts, values) for of_prompts in sets]
+
+
+def _parts(ground: Ground, alpha: float, shares: np.ndarray, chosen: Sequence[Sequence[HeadId]]) -> torch.Tensor:
+    """float32 (set, layer, resid_dim): alpha times what each set writes; of no set where that is not known."""
+    if ground.clean.writing is None:
+        shares, chosen = shares[:0], []
+    return (
+        (alpha * parts_of_sets(ground, shares, chosen, written=ground.clean.writing is not None)).float().swapaxes(0, 1)
+    )
+
+
+def _added(versions: Iterable[torch.Tensor]) -> list[Together]:
+    """A version for each (prompt, layer, resid_dim), or (layer, resid_dim) for all prompts."""
+    from relfv.engine.base import Together
+
+    return [Together(added=parts if parts.dim() == 3 else parts[None]) for parts in versions]
+
+
+_LEFT_OUT = "; for each prompt means and ranking without its own query's trials, like held_out"
+AT_ONCE = {
+    "heads_in_place": AtOnce(
+        "z of every selected head := its clean mean at the last token, all in one pass, no vector added: what the "
+        "heads can do whatever the vector's size",
+        _in_place,
+    ),
+    "heads_in_place_held_out": AtOnce("the same" + _LEFT_OUT, _in_place_held_out),
+    "random_heads_in_place": AtOnce("the same with heads drawn like random_heads; mean over draws", _random_in_place),
+    "as_written_by_layer": AtOnce(
+        "alpha times what each layer's selected heads really write, added after their own layer, all in one pass",
+        _by_layer,
+    ),
+    "as_written_by_layer_held_out": AtOnce("the same" + _LEFT_OUT, _by_layer_held_out),
+    "random_heads_as_written_by_layer": AtOnce(
+        "the same with heads drawn like random_heads; mean over draws", _random_by_layer
+    ),
+}
+"""By name."""
+
+
+def edit_at_once(work: Work, ground: Ground) -> dict[str, Any]:
+    """Make all of them -> their numbers, for controls.json."""
+    model, prompts = work.model, work.once(evaluated_prompts)
+    made = {name: kind.versions(ground, work.settings.alpha) for name, kind in AT_ONCE.items()}
+    names = [name for name, versions in made.items() for _ in versions]
+    versions = [version for of_name in made.values() for version in of_name]
+    effects = model.engine.edit_together(prompts, versions, per_pass=work.trials_per_pass.get("step6_at_once"))
+    work.trials_per_pass["step6_at_once"] = effects.per_pass
+    return {
+        "meaning": {name: AT_ONCE[name].meaning for name in dict.fromkeys(names)},
+        "numbers": judge_vectors(effects, prompts, names)["per_layer"]["0"],
+        "by_prompt": {
+            name: [finite(p) for p in of_name[:, 0]] for name, of_name in mean_over_draws(effects, names).items()
+        },
+    }
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+FV_AS_WRITTEN = File("step6/fv_as_written.pt", read_tensors)
+
+
+def describe(work: Work, ground: Ground) -> dict[str, Any]:
+    """Write fv_as_written.pt, and say for controls.json how it differs from the spec's vector. Without a vector where
+    what heads write is not known."""
+    arch, known = work.model.arch, ground.clean.writing is not None
+    written = vector_as_written(ground) if known else None
+    content = {
+        "fv_as_written": None if written is None else written.total,
+        "by_layer": {} if written is None else written.by_layer,
+        "same_as_fv": known and not differs(ground),
+        "n_heads": arch.n_heads,
+        "head_dim": arch.head_dim,
+        "resid_dim": arch.resid_dim,
+    }
+    work.write(FV_AS_WRITTEN, tensor_bytes(content), content=content)
+    lengths = work.once(zero_shot_run).lengths
+    return {
+        "mean_norm_hidden": {str(layer): float(norm) for layer, norm in enumerate(lengths)},
+        "as_written": {
+            "meaning": "what the selected heads really add to the residual stream, mean over clean prompts: W_O z "
+            "through the norm and the multiplier that the family puts between, with each prompt's own norm factor",
+            "known": known,
+            "same_as_fv": content["same_as_fv"],
+            **({} if written is None else _compared(ground.fv.numpy(), written.total)),
+        },
+    }
+
+
+def _compared(fv: np.ndarray, written: np.ndarray) -> dict[str, float | None]:
+    fv_norm, norm = length(fv), length(written)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        cosine = np.float64(fv @ written.astype(np.float64)) / (fv_norm * norm)
+    return {"fv_norm": fv_norm, "norm": norm, "cosine_with_fv": finite(float(cosine))}
+
+
+def parts_add_up(content: Mapping[str, Any]) -> bool:
+    """Whether the layers' parts of a fv_as_written.pt sum to its vector, but for rounding."""
+    total = content["fv_as_written"]
+    if total is None:
+        return not content["by_layer"]
+    rest = sum(part.astype(np.float64) for part in content["by_layer"].values()) - total.astype(np.float64)
+    return bool(np.linalg.norm(rest) <= 1e-5 * np.linalg.norm(total.astype(np.float64)))

@@ -1,0 +1,107 @@
+"""Several edits in one pass, by both engines, against one hooked, unpadded, whole forward pass each."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import llama
+from parity import ENGINES, Truth, all_heads, assert_same, assert_same_scores, gaps, truth
+from relfv.engine.base import Together
+from relfv.engine.readout import joined
+from relfv.engine.reference import naive_together
+from relfv.engine.shared_prefix import SharedPrefixEngine
+from relfv.types import Effects, HeadId, Prompts
+from zoo import ZOO, backbone_of
+
+LLAMA = "Llama 2, Llama 3: grouped keys"
+QUICK = [
+    LLAMA,
+    "GPT-2: Conv1D, learned positions",
+    "Gemma 2: soft caps, window in some layers, norms after attention",
+    "Falcon: ALiBi (rw)",
+]
+
+
+def versions_and_truth(t: Truth) -> tuple[list[Together], Effects]:
+    """Three versions: some heads set, for all prompts alike; other heads and values for each prompt; both, with
+    vectors after two blocks."""
+    arch, heads = t.backbone.arch, all_heads(t.backbone)
+    sets = [[heads[(5 * n + i) % len(heads)] for i in (0, 4, 9)] for n in range(len(t.prompts))]
+    own = torch.stack([(1 + n) * t.values for n in range(len(t.prompts))])
+    added = torch.zeros(1, arch.n_layers, arch.resid_dim)
+    added[0, 0], added[0, 2] = t.vectors
+    some = Together.setting([heads[::3]], t.values[None])
+    each_its_own = Together.setting(sets, own)
+    versions = [some, each_its_own, replace(each_its_own, added=added)]
+    edited, base = [], t.injection.base
+
+    def of(chosen: list[HeadId], values: torch.Tensor) -> dict[HeadId, torch.Tensor]:
+        return {head: values[head.layer, head.head] for head in chosen}
+
+    backbone = t.backbone.in_float32()
+    with backbone.running():
+        for n, (prompt, target) in enumerate(zip(t.prompts, t.targets, strict=True)):
+            vectors = {0: t.vectors[0], 2: t.vectors[1]}
+            rows = [
+                naive_together(backbone, prompt, target, of(heads[::3], t.values), {}),
+                naive_together(backbone, prompt, target, of(sets[n], own[n]), {}),
+                naive_together(backbone, prompt, target, of(sets[n], own[n]), vectors),
+            ]
+            edited.append(joined(rows)[None])
+    return versions, Effects(base, joined(edited))
+
+
+def cases() -> list[Any]:
+    """Every model of the zoo by each engine that can run it; ``make test-quick`` takes some."""
+    return [
+        pytest.param(name, engine, marks=() if name in QUICK else pytest.mark.slow)
+        for name, animal in ZOO.items()
+        for engine in ENGINES
+        if engine in ("reference", animal.engine)
+    ]
+
+
+@pytest.mark.parametrize(("family", "engine"), cases())
+def test_several_edits_at_once_do_what_plain_hooks_do(family: str, engine: str) -> None:
+    t = truth(family)
+    versions, true = versions_and_truth(t)
+    assert_same(gaps(ENGINES[engine](t.backbone).edit_together(Prompts(t.prompts, t.targets), versions), true))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("per_pass", [1, 2])
+def test_each_prompt_has_its_own_edits_whatever_shares_its_pass(engine: str, per_pass: int) -> None:
+    t = truth(LLAMA)
+    versions, true = versions_and_truth(t)
+    found: Any = ENGINES[engine](t.backbone).edit_together(Prompts(t.prompts, t.targets), versions, per_pass=per_pass)
+    assert_same(gaps(found, true))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_one_head_and_one_vector_are_what_sweeps_and_injections_do(engine: str) -> None:
+    t = truth(LLAMA)
+    prompts, head = Prompts(t.prompts, t.targets), HeadId(1, 3)
+    added = torch.zeros(1, t.backbone.arch.n_layers, t.backbone.arch.resid_dim)
+    added[0, 1] = t.vectors[0]
+    found = ENGINES[engine](t.backbone).edit_together(
+        prompts, [Together.setting([[head]], t.values[None]), Together(added=added)]
+    )
+    one_head = all_heads(t.backbone).index(head)
+    truth_of_both = joined([t.sweep.edited[:, one_head], t.injection.edited[:, 2]])
+    expected = Effects(t.sweep.base, truth_of_both[torch.arange(6).view(2, 3).T])
+    assert_same(gaps(found, expected))
+
+
+def test_prompts_that_must_not_be_split_are_run_whole() -> None:
+    rotary = {"rope_theta": 10000.0, "original_max_position_embeddings": 16, "rope_type": "dynamic", "factor": 4.0}
+    backbone = backbone_of(lambda: llama(300, head_dim=12, max_position_embeddings=16, rope_parameters=rotary))
+    prompt, head = [(7 * i) % 290 for i in range(20)], HeadId(1, 3)
+    values = torch.randn(1, 3, 8, 12, generator=torch.Generator().manual_seed(1))
+    found = SharedPrefixEngine(backbone).edit_together(Prompts([prompt], [5]), [Together.setting([[head]], values)])
+    with backbone.running():
+        true = naive_together(backbone, prompt, 5, {head: values[0, 1, 3]}, {})
+    assert_same_scores(found.edited[0], true)
