@@ -82,7 +82,7 @@ def test_an_architecture_without_a_spec_is_found_by_its_shape() -> None:
         vocab_size=300, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64
     )
     arch = resolve(tf.BioGptForCausalLM(config), "auto")
-    assert arch.spec_name == "generic"
+    assert arch.family == "generic"
     assert (arch.n_layers, arch.n_heads, arch.head_dim) == (3, 4, 12)
     assert arch.notes
 

@@ -77,7 +77,7 @@ def test_a_multimodal_checkpoint_opens_for_its_text_model(
     folder = save_model(scale_up(build()), make_tokenizer(vocab_size=290))
     model = open_model(str(folder), spec, device="cpu")
     assert model.engine.name == "shared_prefix"
-    assert (model.arch.spec_name, model.arch.n_layers, model.arch.n_heads) == (spec, 3, 4)
+    assert (model.arch.family, model.arch.n_layers, model.arch.n_heads) == (spec, 3, 4)
 
 
 def test_a_model_that_predicts_no_next_token_is_bad_input(save_model: Callable[..., Path]) -> None:

@@ -59,3 +59,8 @@ _SPECS = (
 
 FAMILIES: dict[str, FamilySpec] = {spec.name: spec for spec in _SPECS}
 SPEC_NAMES: tuple[str, ...] = ("auto", *FAMILIES)
+
+
+def family_of(model_type: str) -> FamilySpec | None:
+    """The family that ``auto`` means for a checkpoint of this ``model_type``; None if no spec has it."""
+    return next((spec for spec in FAMILIES.values() if model_type in spec.model_types), None)
