@@ -55,7 +55,52 @@ def _layers(one: str, other: str, name: str = "layer_types") -> dict[str, Any]:
     return {name: [one, other, one, other]}
 
 
-SPECIAL: dict[str, dict[str, Any]] = {}
+_MAMBA = {"mamba_d_head": 12, "mamba_n_heads": 8}  # 8 heads of 12: twice the stream
+SPECIAL: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(
+        "axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 dots3_note_text glm4_moe_lite glm_moe_dsa "
+        "longcat_flash minicpm3 youtu hy_v4".split(),
+        LATENT,
+    ),
+    "bailing_hybrid": {**LATENT, **_layers("linear_attention", "full_attention")},
+    "bamba": {**_MAMBA, "attn_layer_indices": [1, 3]},
+    "codegen": {"rotary_dim": 4},
+    "cohere_compass_text": {
+        **_layers("sliding_attention", "full_attention"),
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("sliding_attention", "full_attention")
+        },
+    },
+    "cpmant": {"position_bias_num_buckets": 8, "segment_types": 2, "prompt_types": 2, "dim_ff": 64},
+    "falcon_h1": {**_MAMBA, "mamba_d_ssm": 96, "lm_head_multiplier": 2.0},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gemma4_unified_text": {"global_head_dim": 12},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 6},
+    "granite": {"logits_scaling": 2.0},
+    "gptj": {"rotary_dim": 4},
+    "granitemoehybrid": {**_MAMBA, **_layers("linear_attention", "full_attention")},
+    "hyperclovax": {"logits_scaling": 2.0},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "kimi_linear": {**LATENT, **_layers("linear_attention", "full_attention")},
+    "lfm2": _layers("conv", "full_attention"),
+    "lfm2_moe": _layers("conv", "full_attention"),
+    "mamba2": {"num_heads": 8},
+    "minimax": _layers("linear_attention", "full_attention"),
+    "olmo_hybrid": _layers("linear_attention", "full_attention"),
+    "qwen3_5_moe_text": _layers("linear_attention", "full_attention"),
+    "qwen3_5_text": _layers("linear_attention", "full_attention"),
+    "qwen3_next": _layers("linear_attention", "full_attention"),
+    "qwen4_exp_text": {**_layers("linear_attention", "indexed_attention"), "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 12, "indexer_budget": 8, "indexer_compress_ratio": 2},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    "reformer": {"axial_pos_embds": False, "attention_head_size": 12, "attn_layers": ["local"] * 4},
+    "roc_bert": {"pronunciation_vocab_size": 20, "shape_vocab_size": 20, "shape_embed_dim": 8, "pronunciation_embed_dim": 8},
+    "stablelm": {"partial_rotary_factor": 0.5},
+    "xlm": {"causal": True},
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+    "zamba": _layers("linear_attention", "hybrid", "layers_block_type"),
+    "zamba2": _layers("linear_attention", "hybrid", "layers_block_type"),
+    "zaya": {"num_experts_per_tok": 1},
+}
 """By ``model_type``."""
 
 
@@ -71,8 +116,11 @@ def tiny_config(config_class: Any) -> Any:
     return config_class(**{**sizes, **own})
 
 
-def tiny_part(default: Any) -> Any:
-    return default
+def tiny_part(spec: Any) -> Any:
+    """A part of a composite config: text, vision, audio."""
+    if spec.optional:
+        return None
+    return tiny_config(CONFIG_MAPPING[spec.model_type] if spec.model_type in CONFIG_MAPPING else spec.config_class)
 
 
 def tiny_model(model_type: str) -> Any:

@@ -66,7 +66,7 @@ def _post_hook(module: nn.Module, edit: Callable[[torch.Tensor], torch.Tensor | 
         # Blocks return a bare tensor in some families and versions, a tuple or a list in others.
         if isinstance(output, tuple | list):
             new = edit(output[0])
-            return None if new is None else type(output)((new, *output[1:]))
+            return None if new is None else [new, *output[1:]] if isinstance(output, list) else (new, *output[1:])
         return edit(output)
 
     handle = module.register_forward_hook(hook)

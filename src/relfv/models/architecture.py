@@ -19,6 +19,15 @@ from relfv.models.layout import find_layout
 _UNSCALED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """dtypes of weights that can be multiplied as they are. A float8 weight has a scale, kept elsewhere in its module."""
 
+_LOGIT_FACTORS = (
+    ("cohere", "logit_scale", False),
+    ("falcon_h1", "lm_head_multiplier", False),
+    ("hyperclovax", "logits_scaling", False),
+    ("granite", "logits_scaling", True),
+    ("minicpm3", "logits_scaling", True),
+)
+"""Beginning of the ``model_type``, name of the factor in the config, and whether logits are divided by it."""
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -48,9 +57,9 @@ class Architecture:
     ``longrope``). A prompt that is longer must neither share a batch nor be split into prefix and last token. None: no
     limit."""
     logit_scale: float = 1.0
-    """The family's constant factor on the logits (Cohere, Granite)."""
+    """The family's constant factor on the logits (Cohere, Granite, Falcon-H1 ...)."""
     logit_softcap: float | None = None
-    """Cap c of c * tanh(logits / c) (Gemma 2)."""
+    """Cap c of c * tanh(logits / c) (Gemma 2, RecurrentGemma)."""
     notes: tuple[str, ...] = field(default=())
     """What a reader of the results should know about this model; artifacts carry it."""
 
@@ -123,7 +132,7 @@ def resolve(model: Any, spec_name: str) -> Architecture:
         lm_head=head,
         steady_up_to=_steady_up_to(model, config),
         logit_scale=_logit_scale(config),
-        logit_softcap=getattr(config, "final_logit_softcapping", None),
+        logit_softcap=_logit_softcap(config),
         notes=(*layout.notes, *_what_lies_between(blocks[0], config)),
     )
 
@@ -195,12 +204,16 @@ def _steady_up_to(model: Any, config: Any) -> int | None:
 
 
 def _logit_scale(config: Any) -> float:
-    """Cohere multiplies its logits by ``logit_scale``; Granite divides them by ``logits_scaling``."""
-    if getattr(config, "logit_scale", None) is not None and config.model_type.startswith("cohere"):
-        return float(config.logit_scale)
-    if getattr(config, "logits_scaling", None) is not None and config.model_type.startswith("granite"):
-        return 1.0 / float(config.logits_scaling)
+    for model_type, name, divides in _LOGIT_FACTORS:
+        factor = getattr(config, name, None)
+        if factor is not None and config.model_type.startswith(model_type):
+            return 1.0 / float(factor) if divides else float(factor)
     return 1.0
+
+
+def _logit_softcap(config: Any) -> float | None:
+    names = ("final_logit_softcapping", "logits_soft_cap")
+    return next((cap for name in names if (cap := getattr(config, name, None)) is not None), None)
 
 
 def _what_lies_between(block: nn.Module, config: Any) -> tuple[str, ...]:

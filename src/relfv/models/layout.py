@@ -1,13 +1,14 @@
 """Where an opened model keeps its blocks, and in which of them is an attention output projection.
 
 Paths come from the family's spec (families.py). Where there is none, or the modules are not where it says, they are
-found by their shape: the outermost list with an entry for each layer, and in each block the attention's last linear
-layer. Hybrids (Jamba, Qwen3-Next, Bamba, LFM2 ...) have attention in some blocks and recurrence or convolution in the
+found by their shape: the outermost list with an entry for each layer and attention in some, and in each block the
+attention's last linear layer. Hybrids (Jamba, Qwen3-Next, Bamba, LFM2 ...) have attention in some blocks and recurrence or convolution in the
 others: linear attention, a recurrence too, mixes tokens without softmax and its heads are not what is measured here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,14 +41,15 @@ def find_layout(model: Any, config: Any, spec_name: str) -> Layout:
     attention, and for one whose layers share an attention module.
     """
     spec, own = _choose_spec(spec_name, config.model_type)
+    family_name = type(model).__name__.partition("For")[0]
     blocks, notes = _blocks_by_spec(model, spec), []
     if own is None:
         notes.append(f"model_type {config.model_type!r} has no family spec; its blocks were found by their shape")
     elif blocks is None:
         notes.append(f"the blocks are not where family {own.name} has them; they were found by their shape")
     if blocks is None:
-        blocks = _blocks_by_shape(model, config)
-    found = {layer: path for layer, block in enumerate(blocks) if (path := _out_path(block, spec)) is not None}
+        blocks = _blocks_by_shape(model, config, family_name)
+    found = _out_paths(blocks, spec, family_name)
     _require_attention_of_its_own(model, config, blocks, found)
     if len(found) < len(blocks):
         notes.append(
@@ -85,7 +87,7 @@ def _blocks_by_spec(model: Any, spec: FamilySpec | None) -> tuple[nn.Module, ...
     return None
 
 
-def _blocks_by_shape(model: nn.Module, config: Any) -> tuple[nn.Module, ...]:
+def _blocks_by_shape(model: nn.Module, config: Any, family_name: str) -> tuple[nn.Module, ...]:
     depth = int(config.num_hidden_layers)
     lists = [
         (name, module)
@@ -94,12 +96,18 @@ def _blocks_by_shape(model: nn.Module, config: Any) -> tuple[nn.Module, ...]:
     ]
     if not lists:
         raise InputError(f"{_what(model, config)}: no list of {depth} blocks found, its num_hidden_layers")
-    return tuple(min(lists, key=lambda item: item[0].count("."))[1])
+    lists.sort(key=lambda item: (not _out_paths(item[1], None, family_name), item[0].count(".")))
+    return tuple(lists[0][1])
 
 
-def _out_path(block: nn.Module, spec: FamilySpec | None) -> str | None:
+def _out_paths(blocks: Iterable[nn.Module], spec: FamilySpec | None, family_name: str) -> dict[int, str]:
+    paths = {layer: _out_path(block, spec, family_name) for layer, block in enumerate(blocks)}
+    return {layer: path for layer, path in paths.items() if path is not None}
+
+
+def _out_path(block: nn.Module, spec: FamilySpec | None, family_name: str) -> str | None:
     """By the spec, else the first leaf with a usual name inside a module that is softmax attention by its own name or
-    its class's; None if there is none."""
+    its class's, without the family's (RecurrentGemma, KimiLinear); None if there is none."""
     modules = dict(block.named_modules())
     if spec and spec.out_proj in modules:
         return spec.out_proj
@@ -108,7 +116,8 @@ def _out_path(block: nn.Module, spec: FamilySpec | None) -> str | None:
         if parts[-1].lower() not in _OUT_PROJ_NAMES or list(module.children()):
             continue
         around = [".".join(parts[:end]) for end in range(1, len(parts))]
-        names = "".join(f"{name.rpartition('.')[2]} {type(modules[name]).__name__} " for name in around).lower()
+        classes = [type(modules[name]).__name__.removeprefix(family_name) for name in around]
+        names = " ".join([*parts[:-1], *classes]).lower()
         if "att" in names and not any(word in names for word in _NOT_SOFTMAX):
             return path
     return None
