@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 MODEL_TYPES: tuple[str, ...] = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-MAX_PARAMETERS = 3_000_000
+MAX_PARAMETERS = 10_000_000
 N_LAYERS = 4
 
 
@@ -37,7 +37,8 @@ SIZES: dict[str, Any] = {
     **_fields(8, "qk_rope_head_dim qk_nope_head_dim rotary_dim patch_size adapter_rank"),
     # the Mamba, convolution and linear-attention layers of hybrids
     **_fields(12, "mamba_d_head linear_head_dim linear_key_head_dim linear_value_head_dim"),
-    **_fields(8, "mamba_n_heads n_mamba_heads mamba_d_state ssm_state_size mamba_num_heads chunk_size mamba_chunk_size"),
+    **_fields(8, "mamba_n_heads n_mamba_heads mamba_num_heads mamba_d_state ssm_state_size"),
+    **_fields(8, "chunk_size mamba_chunk_size"),
     **_fields(4, "linear_num_heads linear_num_key_heads linear_num_value_heads"),
     "mamba_head_dim": 12,
     "n_groups": 1,
@@ -57,11 +58,8 @@ def _layers(one: str, other: str, name: str = "layer_types") -> dict[str, Any]:
 
 _MAMBA = {"mamba_d_head": 12, "mamba_n_heads": 8}  # 8 heads of 12: twice the stream
 SPECIAL: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(
-        "axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 dots3_note_text glm4_moe_lite glm_moe_dsa "
-        "longcat_flash minicpm3 youtu hy_v4".split(),
-        LATENT,
-    ),
+    **_fields(LATENT, "axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 dots3_note_text glm4_moe_lite glm_moe_dsa"),
+    **_fields(LATENT, "hy_v4 longcat_flash youtu"),
     "bailing_hybrid": {**LATENT, **_layers("linear_attention", "full_attention")},
     "bamba": {**_MAMBA, "attn_layer_indices": [1, 3]},
     "codegen": {"rotary_dim": 4},
@@ -85,15 +83,22 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "lfm2": _layers("conv", "full_attention"),
     "lfm2_moe": _layers("conv", "full_attention"),
     "mamba2": {"num_heads": 8},
+    "minicpm3": {**LATENT, "dim_model_base": 24},
     "minimax": _layers("linear_attention", "full_attention"),
     "olmo_hybrid": _layers("linear_attention", "full_attention"),
     "qwen3_5_moe_text": _layers("linear_attention", "full_attention"),
     "qwen3_5_text": _layers("linear_attention", "full_attention"),
     "qwen3_next": _layers("linear_attention", "full_attention"),
-    "qwen4_exp_text": {**_layers("linear_attention", "indexed_attention"), "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 12, "indexer_budget": 8, "indexer_compress_ratio": 2},
+    "qwen4_exp_text": {
+        **_layers("linear_attention", "indexed_attention"),
+        **{"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 12},
+        **{"indexer_budget": 8, "indexer_compress_ratio": 2},
+    },
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "reformer": {"axial_pos_embds": False, "attention_head_size": 12, "attn_layers": ["local"] * 4},
-    "roc_bert": {"pronunciation_vocab_size": 20, "shape_vocab_size": 20, "shape_embed_dim": 8, "pronunciation_embed_dim": 8},
+    "roc_bert": {
+        **{"pronunciation_vocab_size": 20, "pronunciation_embed_dim": 8, "shape_vocab_size": 20, "shape_embed_dim": 8}
+    },
     "stablelm": {"partial_rotary_factor": 0.5},
     "xlm": {"causal": True},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
@@ -120,7 +125,7 @@ def tiny_part(spec: Any) -> Any:
     """A part of a composite config: text, vision, audio."""
     if spec.optional:
         return None
-    return tiny_config(CONFIG_MAPPING[spec.model_type] if spec.model_type in CONFIG_MAPPING else spec.config_class)
+    return tiny_config(CONFIG_MAPPING.get(spec.model_type, spec.config_class))
 
 
 def tiny_model(model_type: str) -> Any:

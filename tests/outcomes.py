@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -19,6 +19,8 @@ from relfv.engine.base import Backbone, Engine
 from relfv.engine.clean import run_clean
 from relfv.engine.selfcheck import choose_engine
 from relfv.errors import RelfvError
+from relfv.models.architecture import text_config
+from relfv.models.size import depth_of
 from relfv.types import HeadId, Prompts
 from zoo import plain_backbone
 
@@ -39,6 +41,10 @@ class Outcome:
     """The largest true effect, in log-probability."""
     layers: tuple[int, ...] = ()
     """Those with heads."""
+    depth: int = 0
+    """Number of layers."""
+    has_layers_in_names: bool = False
+    """Whether its weights' names number as many layers as its config asks for."""
     refusal: str = ""
     """relfv's one line."""
     not_built: str = ""
@@ -48,10 +54,10 @@ class Outcome:
     def words(self) -> str:
         """For the page: the same on every machine."""
         if self.not_built:
-            return f"not tried: {self.not_built}"
+            return f"not tried: {self.not_built[:120]}"
         if self.refusal:
             return f"refused: {re.sub(r'by [0-9.e+-]*[0-9]', 'by much', self.refusal)}"
-        layers = "" if self.layers == tuple(range(len(self.layers))) else f", heads in layers {self.layers}"
+        layers = "" if len(self.layers) == self.depth else f"; heads in layers {', '.join(map(str, self.layers))} alone"
         return f"{self.engine.replace('_', ' ')}{layers}"
 
 
@@ -68,7 +74,8 @@ def outcome(model_type: str) -> Outcome:
         engine, _ = choose_engine(plain_backbone(scale_up(model)), ids)
     except RelfvError as refusal:
         return Outcome(refusal=str(refusal))
-    return _judged(engine, ids[:2])
+    enough = (depth_of(model.state_dict()) or 0) >= text_config(model.config).num_hidden_layers
+    return replace(_judged(engine, ids[:2]), has_layers_in_names=enough)
 
 
 def _judged(engine: Engine, ids: list[list[int]]) -> Outcome:
@@ -83,9 +90,9 @@ def _judged(engine: Engine, ids: list[list[int]]) -> Outcome:
     vector = torch.randn(1, arch.resid_dim, generator=torch.Generator().manual_seed(2))
     swept = engine.sweep_heads(prompts, values, heads)
     injected = engine.inject(prompts, vector, range(arch.n_layers))
-    true = []
+    true, rows = [], [*zip(heads, values, strict=True)]
     for prompt, target in zip(ids, targets, strict=True):
-        patches = [(arch.out_projs[h.layer], True, _put(value, h.head * width)) for h, value in zip(heads, values)]
+        patches = [(arch.out_projs[h.layer], True, _put(value, h.head * width)) for h, value in rows]
         adds = [(block, False, _add(vector[0])) for block in arch.blocks]
         true.append([float(_plain(plain, prompt, [edit])[target]) for edit in (*patches, *adds)])
     found = torch.cat([swept.edited.logprob, injected.edited.logprob], dim=1)
@@ -98,7 +105,7 @@ def _judged(engine: Engine, ids: list[list[int]]) -> Outcome:
         scale * float((means - torch.stack(z)).abs().max() / torch.stack(z).abs().max()),
     )
     effect = float((torch.tensor(true) - before[:, None]).abs().max())
-    return Outcome(engine.name, gap, rounding(scale), effect, tuple(layers))
+    return Outcome(engine.name, gap, rounding(scale, n=256), effect, tuple(layers), arch.n_layers)
 
 
 def _plain(backbone: Backbone, prompt: list[int], edits: list[tuple[nn.Module, bool, Edit]]) -> torch.Tensor:

@@ -9,7 +9,6 @@ import transformers as tf
 
 from conftest import llama, scale_up
 from parity import assert_close
-from relfv.errors import InputError
 from relfv.models.architecture import resolve
 
 SMALL: dict[str, Any] = {
@@ -58,23 +57,6 @@ def test_projected_heads_and_the_bias_once_make_the_projections_output(build) ->
     assert_close(total, expected)
     if bias is not None:
         assert bias.abs().max() > 0.01
-
-
-@pytest.mark.parametrize(
-    ("spec", "missing"), [("gpt2", "transformer.h"), ("neox", "gpt_neox.layers"), ("phi", "self_attn.dense")]
-)
-def test_a_spec_that_does_not_fit_says_which_module_is_missing_where(spec: str, missing: str) -> None:
-    with pytest.raises(InputError) as caught:
-        resolve(llama(300), spec)
-    message = str(caught.value)
-    assert f"--model_spec '{spec}'" in message
-    assert f"no module '{missing}'" in message
-    assert "model_type 'llama'" in message
-
-
-def test_an_unknown_spec_names_the_known_ones() -> None:
-    with pytest.raises(InputError, match="unknown family; expected one of auto, llama3"):
-        resolve(llama(300), "lama")
 
 
 def test_an_architecture_without_a_spec_is_found_by_its_shape() -> None:

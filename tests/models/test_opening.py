@@ -39,7 +39,7 @@ def test_the_dtype_asked_for_is_the_dtype_of_the_weights(llama_path: Path) -> No
     [
         ({"name": "someone/some-model-that-is-nowhere"}, "cannot open its config"),
         ({"quant": "4bit"}, "bitsandbytes"),
-        ({"spec": "gpt2"}, "no module 'transformer.h'"),
+        ({"spec": "gpt2"}, "expected llama3 or llama: use --model_spec llama3, or auto"),
     ],
 )
 def test_what_cannot_be_opened_is_said_in_one_line(llama_path: Path, change: dict[str, str], words: str) -> None:

@@ -2,8 +2,9 @@
 
 Paths come from the family's spec (families.py). Where there is none, or the modules are not where it says, they are
 found by their shape: the outermost list with an entry for each layer and attention in some, and in each block the
-attention's last linear layer. Hybrids (Jamba, Qwen3-Next, Bamba, LFM2 ...) have attention in some blocks and recurrence or convolution in the
-others: linear attention, a recurrence too, mixes tokens without softmax and its heads are not what is measured here.
+attention's last linear layer. Hybrids (Jamba, Qwen3-Next, Bamba, LFM2 ...) have attention in some blocks, and in the
+others recurrence, convolution or linear attention, which is a recurrence too: what is measured here is heads that
+attend by softmax.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ deep."""
 
 
 def check_size(name: str, source: str, config: Any, place: torch.device, dtype: torch.dtype | None) -> None:
-    """Before the model in ``source`` is built on ``place`` from ``config``, the text model's; ``dtype`` None: as stored.
+    """Before the model in ``source`` is built on ``place`` from ``config``, the text model's; ``dtype`` None is the
+    stored one.
 
     Raises InputError if the config asks for more layers than a folder's weights have; warns of a model that is
     unusually deep, or larger than this machine's memory.
@@ -51,8 +53,7 @@ def check_size(name: str, source: str, config: Any, place: torch.device, dtype: 
 
 
 def stored_depth(folder: Path) -> int | None:
-    """One more than the largest number of a layer in the names of the folder's tensors, be it of the text model or of
-    another part; None where the names are not to be had quickly, or hold no number."""
+    """``depth_of`` the names of the folder's tensors; None where they are not to be had quickly."""
     names: list[str] = []
     try:
         if indexes := sorted(folder.glob("*.index.json")):
@@ -65,6 +66,12 @@ def stored_depth(folder: Path) -> int | None:
                     names += tensors.keys()
     except Exception:  # damaged in one of many ways, which loading will explain
         return None
+    return depth_of(names)
+
+
+def depth_of(names: Iterable[str]) -> int | None:
+    """One more than the largest number of a layer in names of tensors, be it of the text model or of another part;
+    None where no name has a number."""
     numbers = [int(found[1]) for name in names if (found := re.search(r"\.(\d+)\.", f".{name}"))]
     return 1 + max(numbers) if numbers else None
 

@@ -35,8 +35,8 @@ def heads_to_sweep(model: LanguageModel, settings: Settings) -> list[HeadId]:
     with_heads = [*model.arch.out_projs]
     if not set(layers) & set(with_heads):
         raise InputError(
-            f"--layers {settings.layers}: {model.name} has attention in layers {', '.join(map(str, with_heads))} alone; "
-            "expected one of them"
+            f"--layers {settings.layers}: {model.name} has attention in layers {', '.join(map(str, with_heads))} "
+            "alone; expected one of them"
         )
     return [HeadId(layer, head) for layer in layers if layer in with_heads for head in heads]
 
