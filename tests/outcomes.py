@@ -57,7 +57,7 @@ class Outcome:
             return f"not tried: {self.not_built[:120]}"
         if self.refusal:
             return f"refused: {re.sub(r'by [0-9.e+-]*[0-9]', 'by much', self.refusal)}"
-        layers = "" if len(self.layers) == self.depth else f"; heads in layers {', '.join(map(str, self.layers))} alone"
+        layers = "" if len(self.layers) == self.depth else f"; heads in {', '.join(map(str, self.layers))} alone"
         return f"{self.engine.replace('_', ' ')}{layers}"
 
 

@@ -23,7 +23,8 @@ def test_a_causal_model_is_measured_as_plain_hooks_measure_it_or_refused_in_one_
         pytest.skip(f"transformers gives no small {model_type}: {found.not_built}")
     if found.refusal:
         assert "\n" not in found.refusal
-        assert "expected" in found.refusal or "cannot be measured correctly" in found.refusal
+        says = ("expected", "cannot be measured correctly", "would be wrong")
+        assert any(words in found.refusal for words in says)
         return
     assert found.gap <= found.limit < 1e-3
     assert found.effect > 0.01

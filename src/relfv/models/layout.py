@@ -96,7 +96,10 @@ def _blocks_by_shape(model: nn.Module, config: Any, family_name: str) -> tuple[n
         if isinstance(module, nn.ModuleList) and len(module) == depth
     ]
     if not lists:
-        raise InputError(f"{_what(model, config)}: no list of {depth} blocks found, its num_hidden_layers")
+        raise InputError(
+            f"{_what(model, config)}: no list of {depth} blocks found; expected one with an entry for each of the layers "
+            "that num_hidden_layers counts"
+        )
     lists.sort(key=lambda item: (not _out_paths(item[1], None, family_name), item[0].count(".")))
     return tuple(lists[0][1])
 
