@@ -125,7 +125,9 @@ def tiny_part(spec: Any) -> Any:
     """A part of a composite config: text, vision, audio."""
     if spec.optional:
         return None
-    return tiny_config(CONFIG_MAPPING.get(spec.model_type, spec.config_class))
+    if spec.model_type in CONFIG_MAPPING:
+        return tiny_config(CONFIG_MAPPING[spec.model_type])
+    return tiny_config(spec.config_class)
 
 
 def tiny_model(model_type: str) -> Any:

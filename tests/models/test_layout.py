@@ -51,6 +51,7 @@ def test_a_model_type_that_no_spec_has_is_generic_under_every_name() -> None:
     model = zoo("Nemotron")
     assert resolve(model, "llama3").family == resolve(model, "auto").family == "generic"
     assert resolve(model, "llama3").blocks == resolve(model, "auto").blocks
+    assert "its blocks were found where llama3 has them" in resolve(model, "llama3").notes[0]
 
 
 @pytest.mark.parametrize("spec", ["gpt2", "neox"])

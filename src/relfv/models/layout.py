@@ -45,7 +45,8 @@ def find_layout(model: Any, config: Any, spec_name: str) -> Layout:
     family_name = type(model).__name__.partition("For")[0]
     blocks, notes = _blocks_by_spec(model, spec), []
     if own is None:
-        notes.append(f"model_type {config.model_type!r} has no family spec; its blocks were found by their shape")
+        where = f"where {spec.name} has them" if spec and blocks else "by their shape"
+        notes.append(f"model_type {config.model_type!r} has no family spec; its blocks were found {where}")
     elif blocks is None:
         notes.append(f"the blocks are not where family {own.name} has them; they were found by their shape")
     if blocks is None:
@@ -97,8 +98,8 @@ def _blocks_by_shape(model: nn.Module, config: Any, family_name: str) -> tuple[n
     ]
     if not lists:
         raise InputError(
-            f"{_what(model, config)}: no list of {depth} blocks found; expected one with an entry for each of the layers "
-            "that num_hidden_layers counts"
+            f"{_what(model, config)}: no list of {depth} blocks found; expected one with an entry for each of "
+            "the layers that num_hidden_layers counts"
         )
     lists.sort(key=lambda item: (not _out_paths(item[1], None, family_name), item[0].count(".")))
     return tuple(lists[0][1])
