@@ -237,7 +237,7 @@ def test_every_model_type_that_has_a_spec_is_tested() -> None:
 
 @pytest.mark.parametrize("family", [name for name, animal in ZOO.items() if animal.family in ("Nemotron", "Helium")])
 def test_an_architecture_that_no_spec_names_is_measured_all_the_same(family: str) -> None:
-    assert truth(family).backbone.arch.spec_name == "generic"
+    assert truth(family).backbone.arch.family == "generic"
     assert_same(sweep_gaps(family, "shared_prefix"))
 
 

@@ -9,7 +9,6 @@ import transformers as tf
 
 from conftest import llama, scale_up
 from parity import assert_close
-from relfv.errors import InputError
 from relfv.models.architecture import resolve
 
 SMALL: dict[str, Any] = {
@@ -60,31 +59,12 @@ def test_projected_heads_and_the_bias_once_make_the_projections_output(build) ->
         assert bias.abs().max() > 0.01
 
 
-@pytest.mark.parametrize(
-    ("spec", "missing"), [("gpt2", "transformer.h"), ("neox", "gpt_neox.layers"), ("phi", "self_attn.dense")]
-)
-def test_a_spec_that_does_not_fit_says_which_module_is_missing_where(spec: str, missing: str) -> None:
-    model = llama(300)
-    model.config.model_type = "of_our_own"
-    with pytest.raises(InputError) as caught:
-        resolve(model, spec)
-    message = str(caught.value)
-    assert f"--model_spec '{spec}'" in message
-    assert f"no module '{missing}'" in message
-    assert "model_type 'of_our_own'" in message
-
-
-def test_an_unknown_spec_names_the_known_ones() -> None:
-    with pytest.raises(InputError, match="unknown family; expected one of auto, llama3"):
-        resolve(llama(300), "lama")
-
-
 def test_an_architecture_without_a_spec_is_found_by_its_shape() -> None:
     config = tf.BioGptConfig(
         vocab_size=300, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64
     )
     arch = resolve(tf.BioGptForCausalLM(config), "auto")
-    assert arch.spec_name == "generic"
+    assert arch.family == "generic"
     assert (arch.n_layers, arch.n_heads, arch.head_dim) == (3, 4, 12)
     assert arch.notes
 

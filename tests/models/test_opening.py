@@ -45,7 +45,7 @@ def test_the_dtype_asked_for_is_the_dtype_of_the_weights(llama_path: Path) -> No
     [
         ({"name": "someone/some-model-that-is-nowhere"}, "cannot open its config"),
         ({"quant": "4bit"}, "bitsandbytes"),
-        ({"spec": "gpt2"}, "another family (its config says model_type 'llama'); expected --model_spec llama3"),
+        ({"spec": "gpt2"}, "expected llama3 or llama: use --model_spec llama3, or auto"),
     ],
 )
 def test_what_cannot_be_opened_is_said_in_one_line(llama_path: Path, change: dict[str, str], words: str) -> None:
@@ -83,7 +83,7 @@ def test_a_multimodal_checkpoint_opens_for_its_text_model(
     folder = save_model(scale_up(build()), make_tokenizer(vocab_size=290))
     model = open_model(str(folder), spec, device="cpu")
     assert model.engine.name == "shared_prefix"
-    assert (model.arch.spec_name, model.arch.n_layers, model.arch.n_heads) == (spec, 3, 4)
+    assert (model.arch.family, model.arch.n_layers, model.arch.n_heads) == (spec, 3, 4)
 
 
 def test_a_model_that_predicts_no_next_token_is_bad_input(save_model: Callable[..., Path]) -> None:

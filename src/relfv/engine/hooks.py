@@ -30,7 +30,7 @@ def editing_inputs(
 def editing_outputs(
     edits: Sequence[tuple[nn.Module, Callable[[torch.Tensor], torch.Tensor | None]]],
 ) -> Iterator[None]:
-    """The same for each module's output, be it a tensor or a tuple that begins with one."""
+    """The same for each module's output, be it a tensor, or a tuple or list that begins with one."""
     with ExitStack() as stack:
         fired = [stack.enter_context(_post_hook(module, edit)) for module, edit in edits]
         yield
@@ -63,10 +63,10 @@ def _post_hook(module: nn.Module, edit: Callable[[torch.Tensor], torch.Tensor | 
 
     def hook(_: nn.Module, __: Any, output: Any) -> Any:
         fired[0] = True
-        # Blocks return a bare tensor in some families and versions, a tuple in others.
-        if isinstance(output, tuple):
+        # Blocks return a bare tensor in some families and versions, a tuple or a list in others.
+        if isinstance(output, tuple | list):
             new = edit(output[0])
-            return None if new is None else (new, *output[1:])
+            return None if new is None else [new, *output[1:]] if isinstance(output, list) else (new, *output[1:])
         return edit(output)
 
     handle = module.register_forward_hook(hook)

@@ -33,13 +33,15 @@ def last_hidden(backbone: Backbone, prompts: TokenIds) -> torch.Tensor:
 def capture_heads(backbone: Backbone, prompts: TokenIds) -> tuple[torch.Tensor, torch.Tensor]:
     """z of every head at the last token, and the final hidden state there.
 
-    -> float32 (N, layer, head, head_dim) on the CPU, and (N, resid_dim) on the device.
+    -> float32 (N, layer, head, head_dim) on the CPU, zero in layers without attention, and (N, resid_dim) on the
+    device.
     """
     arch = backbone.arch
     captured, reader = _recorder(backbone, prompts)
-    with editing_inputs([(projection, reader(layer)) for layer, projection in enumerate(arch.out_projs)]):
+    with editing_inputs([(projection, reader(layer)) for layer, projection in arch.out_projs.items()]):
         hidden = last_hidden(backbone, prompts)
-    z = torch.stack([captured[layer] for layer in range(arch.n_layers)], dim=1).cpu()
+    z = torch.zeros(len(prompts), arch.n_layers, arch.n_heads * arch.head_dim)
+    z[:, list(captured)] = torch.stack([*captured.values()], dim=1).cpu()
     return z.view(len(prompts), arch.n_layers, arch.n_heads, arch.head_dim), hidden
 
 

@@ -12,8 +12,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from relfv.engine.arithmetic import widened
 from relfv.engine.base import Backbone, Engine, Together, TokenIds
+from relfv.engine.fitness import (
+    RELATIVE_TOLERANCE,
+    TOLERANCE,
+    check_blocks,
+    check_capture,
+    check_projection,
+    check_readout,
+    is_packed,
+)
 from relfv.engine.passes import capture_heads
 from relfv.engine.readout import joined
 from relfv.engine.reference import (
@@ -30,15 +38,13 @@ from relfv.types import Effects, HeadId, Prompts
 
 log = logging.getLogger(__name__)
 
-TOLERANCE = 1e-3
-"""Largest accepted difference in log-probability (nats), float32 both ways, as a share of the intervention's effect
-where that is above one nat. A wrong mask, position or cache is off by far more; float32 rounding by far less."""
-
 ROUNDING = {"exact": 0.2, "fast": 1.0}
-"""The same for the arithmetic in use: too wide to measure its rounding, and narrow enough to show a broken kernel."""
+"""As ``TOLERANCE``, for the arithmetic in use: too wide to measure its rounding, and narrow enough to show a broken
+kernel."""
 
-PROJECTION_TOLERANCE = 0.02
-"""Accepted relative error of projected heads. 8-bit products reach a percent; a missing scale is off by far more."""
+WRONG = 0.05
+"""The same difference for the reference engine, above which a model is refused. Between experts that are nearly tied a
+router's choice is rounding, which moves scores by less."""
 
 MIN_EFFECT = 0.1
 """Interventions are enlarged until one of them moves a log-probability by at least this much."""
@@ -67,7 +73,7 @@ class SelfCheck:
     @property
     def knows_writing(self) -> bool:
         """Whether what each head adds to the residual stream is known."""
-        return self.writing_error is not None and self.writing_error <= PROJECTION_TOLERANCE
+        return self.writing_error is not None and self.writing_error <= RELATIVE_TOLERANCE
 
 
 def choose_engine(backbone: Backbone, prompts: TokenIds) -> tuple[Engine, SelfCheck]:
@@ -78,11 +84,10 @@ def choose_engine(backbone: Backbone, prompts: TokenIds) -> tuple[Engine, SelfCh
     logits or projections relfv would misread, or whose logits are not finite.
     """
     float32 = backbone.plain().in_float32()
-    trial = _interventions(float32, prompts)
-    _check_readout(float32, trial)
-    _check_projection(float32, trial.z[0], sorted({head.layer for head in trial.heads}))
+    trial = _checked_interventions(float32, prompts)
     engine, check = _choice(backbone, trial, float32)
-    check = replace(check, writing_error=writing_error(float32, prompts[0], trial.layers))
+    with_heads = sorted({head.layer for head in trial.heads})
+    check = replace(check, writing_error=writing_error(float32, prompts[0], with_heads))
     if not check.knows_writing:
         log.warning("what attention adds to the residual stream of this family is not known: nothing is said of it")
     return engine, check
@@ -101,6 +106,29 @@ def _choice(backbone: Backbone, trial: _Interventions, float32: Backbone) -> tup
             check = SelfCheck("shared_prefix", error, trial.max_effect, reason, rounding=rounding)
             return SharedPrefixEngine(candidate), check
     return _fallback(backbone.plain(), wrong, error, trial.error_of(ReferenceEngine(float32)), trial.max_effect)
+
+
+def _checked_interventions(float32: Backbone, prompts: TokenIds) -> _Interventions:
+    """The interventions, after the checks that concern both engines. Raises RunError for a model that fails one, or
+    that does not run at all."""
+    try:
+        check_blocks(float32, prompts[0])
+        trial = _interventions(float32, prompts)
+        check_readout(float32, trial.prompts, trial.truth.base.logprob)
+        check_projection(float32, trial.z[0], sorted({head.layer for head in trial.heads}))
+        check_capture(float32, prompts, trial.z)
+    except (RunError, torch.OutOfMemoryError):
+        raise
+    except Exception as problem:  # modules by others may want more than token ids, or not be where hooks expect them
+        raise RunError(
+            f"{type(float32.model).__name__} does not run on plain token ids with hooks on its blocks and attention "
+            f"({_first_line(problem)}); expected a decoder that does, so relfv cannot measure this model"
+        ) from problem
+    return trial
+
+
+def _first_line(problem: Exception) -> str:
+    return f"{type(problem).__name__}: {problem}".split("\n")[0]
 
 
 @dataclass(frozen=True)
@@ -170,8 +198,7 @@ def _judge(candidate: Backbone, trial: _Interventions) -> tuple[float | None, fl
         error = trial.error_of(SharedPrefixEngine(candidate.in_float32()))
         rounding = trial.error_of(SharedPrefixEngine(candidate)) if has_kernels else None
     except Exception as problem:  # an unfit model may fail anywhere in its modules, a kernel in its compiler
-        first_line = f"{type(problem).__name__}: {problem}".split("\n")[0]
-        return None, None, f"the shared-prefix engine cannot run this model ({first_line})"
+        return None, None, f"the shared-prefix engine cannot run this model ({_first_line(problem)})"
     wrong = ""
     if not error <= TOLERANCE:
         wrong = f"the shared-prefix engine is off by {error:.2g} in log-probability on this model"
@@ -183,7 +210,15 @@ def _judge(candidate: Backbone, trial: _Interventions) -> tuple[float | None, fl
 def _fallback(
     backbone: Backbone, reason: str, shared_prefix_error: float | None, reference_error: float, max_effect: float
 ) -> tuple[Engine, SelfCheck]:
-    """The reference engine, and in its reason how far *it* is from one forward pass at a time."""
+    """The reference engine, and in its reason how far *it* is from one forward pass at a time.
+
+    Raises RunError if it is far off although no weights are packed: then more than rounding is at work.
+    """
+    if not reference_error <= WRONG and not is_packed(backbone):
+        raise RunError(
+            f"{type(backbone.model).__name__}: {reason}, and the reference engine by {reference_error:.2g}: what it "
+            "computes for a prompt depends on what shares the batch, so this model cannot be measured correctly"
+        )
     if reference_error <= TOLERANCE:
         log.warning(
             "%s; using the reference engine, which agrees with plain hooks to %.1e and is slower",
@@ -193,24 +228,26 @@ def _fallback(
     else:
         reason += (
             f"; the reference engine differs by {reference_error:.2g} from one forward pass at a time, because this "
-            "model's results depend on what shares its batch (8-bit weights do that): take scores below that for noise"
+            "model's results depend on what shares its batch (8-bit weights do that, and nearly tied experts): take "
+            "scores below that for noise"
         )
         log.warning("%s", reason)
     return ReferenceEngine(backbone), SelfCheck("reference", shared_prefix_error, max_effect, reason, reference_error)
 
 
 def _sample(backbone: Backbone) -> tuple[list[HeadId], list[int]]:
-    """Heads over the whole depth, first and last layer among them, and the first, middle and last layer."""
-    n_layers, n_heads = backbone.arch.n_layers, backbone.arch.n_heads
+    """Heads over all layers with attention, the first and last among them; and the first, middle and last layer."""
+    n_layers, n_heads, with_heads = backbone.arch.n_layers, backbone.arch.n_heads, [*backbone.arch.out_projs]
     rng = random.Random(0)
-    chosen = {round(i * (n_layers - 1) / (N_HEADS - 1)) for i in range(N_HEADS)}
+    chosen = {with_heads[round(i * (len(with_heads) - 1) / (N_HEADS - 1))] for i in range(N_HEADS)}
     heads = [HeadId(layer, rng.randrange(n_heads)) for layer in sorted(chosen)]
     return heads, sorted({0, n_layers // 2, n_layers - 1})
 
 
 def _direction(backbone: Backbone, activations: torch.Tensor) -> torch.Tensor:
-    """A residual-stream vector of a usual size: what the heads of the middle layer would write."""
-    layer = backbone.arch.n_layers // 2
+    """A residual-stream vector of a usual size: what the heads of the middle layer with attention would write."""
+    with_heads = [*backbone.arch.out_projs]
+    layer = with_heads[len(with_heads) // 2]
     parts = [backbone.arch.project_head(layer, head, activations[layer, head]) for head in range(backbone.arch.n_heads)]
     return torch.stack(parts).sum(0).float()
 
@@ -233,44 +270,6 @@ def _naive(
             together = naive_together(backbone, prompt, target, activations, dict.fromkeys(layers, vector))
             edited.append(joined([*patched, *injected, together])[None])
     return Effects(base=joined(base), edited=joined(edited))
-
-
-def _check_readout(backbone: Backbone, trial: _Interventions) -> None:
-    """The model's own logits against relfv's read-out, which both engines share and so cannot judge.
-
-    Raises RunError: with an unknown last step no engine would be right.
-    """
-    for index, (prompt, target) in enumerate(zip(trial.prompts.ids, trial.prompts.targets, strict=True)):
-        with backbone.running():
-            ids = torch.tensor([list(prompt)], device=backbone.device)
-            logits = backbone.model(input_ids=ids, use_cache=False).logits[0, -1].float()
-        gap = abs(float(logits.log_softmax(-1)[target]) - float(trial.truth.base.logprob[index]))
-        if not gap <= TOLERANCE:
-            raise RunError(
-                f"{type(backbone.model).__name__} turns hidden states into logits in a way relfv does not know "
-                f"(log-probabilities differ by {gap:.2g}); this model cannot be measured correctly"
-            )
-
-
-def _check_projection(backbone: Backbone, z: torch.Tensor, layers: list[int]) -> None:
-    """The heads' projected parts must sum to the projection's output for all of them, without its bias.
-
-    ``z`` is (layer, head, head_dim). Raises RunError: the function vector would be wrong.
-    """
-    arch = backbone.arch
-    for layer in layers:
-        parts = torch.stack([arch.project_head(layer, head, z[layer, head]) for head in range(arch.n_heads)]).sum(0)
-        rows = torch.stack([z[layer].flatten(), torch.zeros(arch.n_heads * arch.head_dim)])[:, None]
-        with torch.inference_mode(), widened(arch.out_projs[layer]):
-            out = arch.out_projs[layer](rows.to(backbone.device)).cpu().double()[:, 0]
-        whole = out[0] - out[1]
-        gap = float((parts - whole).norm() / whole.norm().clamp_min(1e-12))
-        if not gap <= PROJECTION_TOLERANCE:
-            raise RunError(
-                f"{type(backbone.model).__name__}, layer {layer}: the projected heads are off by {gap:.2g} of the "
-                "output projection's own result, so a function vector would be wrong; this weight format is not "
-                "supported"
-            )
 
 
 def _difference(measured: Effects, truth: Effects, columns: slice) -> float:

@@ -188,10 +188,12 @@ class SharedPrefixEngine:
 def prefill(backbone: Backbone, prompts: TokenIds) -> Prefix:
     """Run all but the last token of each prompt and keep their keys and values.
 
-    Raises RunError for a prompt of fewer than two tokens, which has no prefix.
+    Raises RunError for a prompt of fewer than two tokens, which has no prefix, and for a hybrid model.
     """
     if min(len(prompt) for prompt in prompts) < 2:
         raise RunError("a prompt has a single token; the shared-prefix engine needs at least two")
+    if len(backbone.arch.out_projs) < backbone.arch.n_layers:
+        raise RunError("some layers have no attention, and what they keep of earlier tokens is not keys and values")
     ids, mask, lengths = pad_right([prompt[:-1] for prompt in prompts], backbone.device)
     # A DynamicCache made from a config lets sliding-window layers drop keys; this one keeps all of them, and the
     # window is applied in the attention of the last token.

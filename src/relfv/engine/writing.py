@@ -59,13 +59,13 @@ class WritingRecorder:
         else:
             before: dict[int, torch.Tensor] = {}
             after: dict[int, torch.Tensor] = {}
-            norms = [*enumerate(arch.attention_norms)]
+            norms = [*arch.attention_norms.items()]
             with (
                 editing_inputs([(norm, self._reader(before, layer, prompts)) for layer, norm in norms]),
                 editing_outputs([(norm, self._reader(after, layer, prompts, norm)) for layer, norm in norms]),
             ):
                 yield
-            for layer in range(arch.n_layers):
+            for layer, _ in norms:
                 gained = self._gains[layer] * before[layer]
                 # Least squares: one number for resid_dim equations that all have the same solution.
                 factors[:, layer] = (gained * after[layer]).sum(1) / (gained**2).sum(1).clamp_min(1e-300)
@@ -86,5 +86,9 @@ class WritingRecorder:
 
     def result(self) -> Writing:
         """Of all passes read."""
-        gains = torch.stack([self._gains[layer] for layer in sorted(self._gains)]) if self._gains else None
+        arch, gains = self._backbone.arch, None
+        if self._gains:
+            gains = torch.ones(arch.n_layers, arch.resid_dim, dtype=torch.float64)
+            for layer, gain in self._gains.items():
+                gains[layer] = gain
         return Writing(torch.cat(self._factors), gains)

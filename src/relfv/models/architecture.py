@@ -1,11 +1,12 @@
 """The parts of an opened model: its blocks, attention output projections and vocabulary projection, and their sizes.
 
-``resolve`` finds them by the family's paths (families.py), or by their shape where no spec knows the ``model_type``.
+``resolve`` finds them (layout.py) and checks that their sizes fit each other.
 What a family does beside the common form (scaled logits, soft caps, norms after attention) is read here as well.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,28 +14,37 @@ import torch
 from torch import nn
 
 from relfv.errors import InputError
-from relfv.models.families import FAMILIES, FamilySpec, family_name
+from relfv.models.layout import find_layout
 from relfv.models.notes import rounded_or_capped, what_lies_between
 
 _UNSCALED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """dtypes of weights that can be multiplied as they are. A float8 weight has a scale, kept elsewhere in its module."""
 
-_OUT_PROJ_NAMES = ("o_proj", "out_proj", "c_proj", "dense", "wo")
+_LOGIT_FACTORS = (
+    ("cohere", "logit_scale", False),
+    ("falcon_h1", "lm_head_multiplier", False),
+    ("hyperclovax", "logits_scaling", False),
+    ("granite", "logits_scaling", True),
+    ("minicpm3", "logits_scaling", True),
+)
+"""Beginning of the ``model_type``, name of the factor in the config, and whether logits are divided by it."""
 
 
 @dataclass(frozen=True)
 class Architecture:
     """The parts of one opened model that relfv reads and edits."""
 
-    spec_name: str
-    """The family whose paths fit, or ``generic`` where the blocks were found by their shape."""
+    family: str
+    """The family of the checkpoint's ``model_type``, whichever name it was opened by: ``llama3`` for ``auto``,
+    ``llama`` and ``llama3``; ``generic`` where no spec has the ``model_type``."""
     decoder: nn.Module
     """The text model without its vocabulary projection."""
     blocks: tuple[nn.Module, ...]
-    attentions: tuple[nn.Module, ...]
-    """Per layer the attention module: the one that holds the output projection."""
-    out_projs: tuple[nn.Module, ...]
-    """Per layer the attention output projection; its input is (..., n_heads * head_dim)."""
+    attentions: Mapping[int, nn.Module]
+    """Layer -> attention module: the one that holds the output projection."""
+    out_projs: Mapping[int, nn.Module]
+    """Layer -> attention output projection; its input is (..., n_heads * head_dim). Ascending; of a hybrid's layers
+    only those with attention."""
     n_heads: int
     head_dim: int
     """From the projection's input width: hidden_size / n_heads is wrong for Gemma, Qwen3 and Mistral-Nemo."""
@@ -48,12 +58,12 @@ class Architecture:
     ``longrope``). A prompt that is longer must neither share a batch nor be split into prefix and last token. None: no
     limit."""
     logit_scale: float = 1.0
-    """The family's constant factor on the logits (Cohere, Granite)."""
+    """The family's constant factor on the logits (Cohere, Granite, Falcon-H1 ...)."""
     logit_softcap: float | None = None
-    """Cap c of c * tanh(logits / c) (Gemma 2)."""
-    attention_norms: tuple[nn.Module, ...] | None = None
-    """Per layer the norm that what attention writes goes through before it joins the residual stream (Gemma 2 and 3,
-    OLMo 2, GLM-4); None where there is none."""
+    """Cap c of c * tanh(logits / c) (Gemma 2, RecurrentGemma)."""
+    attention_norms: Mapping[int, nn.Module] | None = None
+    """Of each layer with attention the norm that what attention writes goes through before it joins the residual stream
+    (Gemma 2 and 3, OLMo 2, GLM-4); None where there is none."""
     residual_multiplier: float = 1.0
     """What it is multiplied by on the way (Granite)."""
     notes: tuple[str, ...] = field(default=())
@@ -104,47 +114,36 @@ class Architecture:
 def resolve(model: Any, spec_name: str) -> Architecture:
     """Find the parts of ``model`` under ``spec_name``.
 
-    Raises InputError if the spec does not fit the model, with the module that is missing and where it was expected.
+    Raises InputError if the spec is not the checkpoint's family, or the model has no heads of one size in its layers.
     """
     config = text_config(model.config)
-    spec, notes = _choose_spec(spec_name, config.model_type)
-    if spec is None:
-        blocks, out_path = _find_blocks(model, config)
-    else:
-        blocks, out_path = _blocks_of(model, spec, spec_name, config.model_type), spec.out_proj
-    out_projs = tuple(
-        _submodule(block, out_path, f"block {index} of {type(model).__name__}", spec_name, config.model_type)
-        for index, block in enumerate(blocks)
-    )
-    n_heads = int(config.num_attention_heads)
-    width = _in_features(out_projs[0])
-    if width % n_heads or any(_in_features(projection) != width for projection in out_projs):
-        raise InputError(
-            f"{type(model).__name__}: the input of '{out_path}' is {width} wide, which {n_heads} heads do not divide "
-            "evenly in every layer; relfv needs the same number of equal heads in all layers"
-        )
+    layout = find_layout(model, config, spec_name)
+    blocks, paths = layout.blocks, layout.out_paths
+    out_projs = {layer: blocks[layer].get_submodule(path) for layer, path in paths.items()}
+    n_heads, head_dim = _head_sizes(model, config, out_projs)
     head = model.get_output_embeddings()
     if head is None:
         raise InputError(f"{type(model).__name__} has no output embeddings; relfv needs a causal language model")
-    resid_dim = _out_features(out_projs[0])
-    norms, multiplier = _attention_norms(blocks), float(getattr(config, "residual_multiplier", 1.0))
+    resid_dim = _out_features(next(iter(out_projs.values())))
+    norms = _attention_norms({layer: blocks[layer] for layer in paths})
+    multiplier = float(getattr(config, "residual_multiplier", 1.0))
     return Architecture(
-        spec_name=spec.name if spec else "generic",
+        family=layout.family,
         decoder=_decoder_of(model, blocks[0]),
         blocks=blocks,
-        attentions=tuple(block.get_submodule(out_path.rpartition(".")[0]) for block in blocks),
+        attentions={layer: blocks[layer].get_submodule(path.rpartition(".")[0]) for layer, path in paths.items()},
         out_projs=out_projs,
         n_heads=n_heads,
-        head_dim=width // n_heads,
+        head_dim=head_dim,
         resid_dim=resid_dim,
         intermediate_size=_intermediate_size(config, resid_dim),
         lm_head=head,
         steady_up_to=_steady_up_to(model, config),
         logit_scale=_logit_scale(config),
-        logit_softcap=getattr(config, "final_logit_softcapping", None),
+        logit_softcap=_logit_softcap(config),
         attention_norms=norms,
         residual_multiplier=multiplier,
-        notes=(*notes, *what_lies_between(norms, multiplier), *rounded_or_capped(model, config)),
+        notes=(*layout.notes, *what_lies_between(norms, multiplier), *rounded_or_capped(model, config)),
     )
 
 
@@ -153,62 +152,17 @@ def text_config(config: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def _choose_spec(name: str, model_type: str) -> tuple[FamilySpec | None, tuple[str, ...]]:
-    """The spec, or None where ``auto`` knows none for this ``model_type``; and notes."""
-    family = family_name(name, model_type)
-    if family in FAMILIES:
-        return FAMILIES[family], ()
-    return None, (f"model_type {model_type!r} has no family spec; its blocks were found by their shape",)
-
-
-def _blocks_of(model: Any, spec: FamilySpec, spec_name: str, model_type: str) -> tuple[nn.Module, ...]:
-    for path in spec.blocks:
-        try:
-            blocks = model.get_submodule(path)
-        except AttributeError:
-            continue
-        if isinstance(blocks, nn.ModuleList) and len(blocks):
-            return tuple(blocks)
-    raise _misfit(type(model).__name__, " or ".join(spec.blocks), model, spec_name, model_type)
-
-
-def _submodule(root: nn.Module, path: str, where: str, spec_name: str, model_type: str) -> nn.Module:
-    try:
-        return root.get_submodule(path)
-    except AttributeError:
-        raise _misfit(where, path, root, spec_name, model_type) from None
-
-
-def _misfit(where: str, missing: str, root: nn.Module, spec_name: str, model_type: str) -> InputError:
-    children = ", ".join(name for name, _ in root.named_children()) or "no submodules"
-    return InputError(
-        f"--model_spec {spec_name!r} does not fit this model (its config says model_type {model_type!r}): "
-        f"no module {missing!r} in {where}, which has {children}; use --model_spec auto or the model's own family"
-    )
-
-
-def _find_blocks(model: nn.Module, config: Any) -> tuple[tuple[nn.Module, ...], str]:
-    """Without a spec: the outermost list with one entry per layer, and the path of its attention output projection."""
-    depth = int(config.num_hidden_layers)
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth
-    ]
-    if not lists:
+def _head_sizes(model: Any, config: Any, out_projs: Mapping[int, nn.Module]) -> tuple[int, int]:
+    """Number of heads, and their width in the projections' input. Raises InputError unless all layers agree."""
+    n_heads = getattr(config, "num_attention_heads", None)
+    widths = {_in_features(projection) for projection in out_projs.values()}
+    if not isinstance(n_heads, int) or len(widths) > 1 or max(widths) % n_heads:
         raise InputError(
-            f"{type(model).__name__} (model_type {config.model_type!r}): no list of {depth} blocks found; "
-            f"name a family with --model_spec, one of {', '.join(FAMILIES)}"
+            f"{type(model).__name__}: its attention output projections take inputs of width "
+            f"{', '.join(map(str, sorted(widths)))} for {n_heads} heads; expected the same number of equal heads in "
+            "all layers with attention"
         )
-    name, blocks = min(lists, key=lambda item: item[0].count("."))
-    for path, module in blocks[0].named_modules():
-        parts = path.split(".")
-        if parts[-1] in _OUT_PROJ_NAMES and any("att" in part for part in parts[:-1]) and not list(module.children()):
-            return tuple(blocks), path
-    raise InputError(
-        f"{type(model).__name__}: no attention output projection ({', '.join(_OUT_PROJ_NAMES)}) in {name}.0; "
-        f"name a family with --model_spec, one of {', '.join(FAMILIES)}"
-    )
+    return n_heads, max(widths) // n_heads
 
 
 def _decoder_of(model: Any, block: nn.Module) -> nn.Module:
@@ -260,20 +214,27 @@ def _steady_up_to(model: Any, config: Any) -> int | None:
 
 
 def _logit_scale(config: Any) -> float:
-    """Cohere multiplies its logits by ``logit_scale``; Granite divides them by ``logits_scaling``."""
-    if getattr(config, "logit_scale", None) is not None and config.model_type.startswith("cohere"):
-        return float(config.logit_scale)
-    if getattr(config, "logits_scaling", None) is not None and config.model_type.startswith("granite"):
-        return 1.0 / float(config.logits_scaling)
+    for model_type, name, divides in _LOGIT_FACTORS:
+        factor = getattr(config, name, None)
+        if factor is not None and config.model_type.startswith(model_type):
+            return 1.0 / float(factor) if divides else float(factor)
     return 1.0
 
 
-def _attention_norms(blocks: tuple[nn.Module, ...]) -> tuple[nn.Module, ...] | None:
+def _attention_norms(blocks: Mapping[int, nn.Module]) -> dict[int, nn.Module] | None:
     """Told by a block's other norms: where there is none after the feed-forward part or by a name of its own,
     ``post_attention_layernorm`` is the norm *before* the feed-forward part (Llama). Judged on opening
     (engine/writing.py)."""
-    if hasattr(blocks[0], "post_self_attn_layernorm"):
-        return tuple(block.get_submodule("post_self_attn_layernorm") for block in blocks)
-    if hasattr(blocks[0], "post_feedforward_layernorm"):
-        return tuple(block.get_submodule("post_attention_layernorm") for block in blocks)
-    return None
+    one = next(iter(blocks.values()))
+    if hasattr(one, "post_self_attn_layernorm"):
+        name = "post_self_attn_layernorm"
+    elif hasattr(one, "post_feedforward_layernorm"):
+        name = "post_attention_layernorm"
+    else:
+        return None
+    return {layer: block.get_submodule(name) for layer, block in blocks.items()}
+
+
+def _logit_softcap(config: Any) -> float | None:
+    names = ("final_logit_softcapping", "logits_soft_cap")
+    return next((cap for name in names if (cap := getattr(config, name, None)) is not None), None)

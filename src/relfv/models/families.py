@@ -63,6 +63,11 @@ FAMILIES: dict[str, FamilySpec] = {spec.name: spec for spec in _SPECS}
 SPEC_NAMES: tuple[str, ...] = ("auto", *FAMILIES)
 
 
+def family_of(model_type: str) -> FamilySpec | None:
+    """The family that ``auto`` means for a checkpoint of this ``model_type``; None if no spec has it."""
+    return next((spec for spec in FAMILIES.values() if model_type in spec.model_types), None)
+
+
 def family_name(asked: str, model_type: str) -> str:
     """The family of a checkpoint with this ``model_type`` where the user asked for ``asked``: a name, or ``auto``.
 
@@ -71,12 +76,13 @@ def family_name(asked: str, model_type: str) -> str:
     """
     if asked not in SPEC_NAMES:
         raise InputError(f"--model_spec {asked!r}: unknown family; expected one of {', '.join(SPEC_NAMES)}")
-    right = next((name for name, spec in FAMILIES.items() if model_type in spec.model_types), None)
-    if right is None:
+    own = family_of(model_type)
+    if own is None:
         return asked
     if asked != "auto" and model_type not in FAMILIES[asked].model_types:
+        right = " or ".join(spec.name for spec in FAMILIES.values() if model_type in spec.model_types)
         raise InputError(
-            f"--model_spec {asked!r}: this checkpoint is of another family (its config says model_type "
-            f"{model_type!r}); expected --model_spec {right}, or auto"
+            f"--model_spec {asked!r} does not fit this checkpoint, whose config says model_type {model_type!r}; "
+            f"expected {right}: use --model_spec {own.name}, or auto"
         )
-    return right
+    return own.name

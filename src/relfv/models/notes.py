@@ -24,7 +24,8 @@ def rounded_or_capped(model: Any, config: Any) -> tuple[str, ...]:
     notes = []
     if cap := getattr(config, "final_logit_softcapping", None):
         notes.append(f"this family caps its logits softly at {cap:g}: effects on logits near the cap come out small")
-    table = model.get_input_embeddings()
+    scaled = (module for module in model.modules() if getattr(module, "scalar_embed_scale", None))
+    table = next(scaled, None)
     scale, stored = getattr(table, "scalar_embed_scale", None), getattr(table, "embed_scale", None)
     if scale and isinstance(stored, torch.Tensor) and abs(float(stored) / scale - 1) > 1e-5:
         notes.append(

@@ -20,6 +20,7 @@ from relfv.errors import InputError
 from relfv.models.adapters import adapter_in, merged, require_peft
 from relfv.models.architecture import Architecture, resolve, text_config
 from relfv.models.memory import available_bytes
+from relfv.models.size import check_size
 from relfv.models.sources import base_source, dtype_name, hub_commit, model_source, unreadable
 from relfv.models.tokens import Tokens
 
@@ -161,7 +162,9 @@ def _load_weights(
         options["quantization_config"] = _quantization(quant, place, quant_compute)
     # For tensors that are missing or of another shape transformers draws random ones, with a warning at most.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    auto_class = _auto_class(source, name, origin)
+    config = _config(source, name, origin)
+    auto_class = _auto_class(config, name)
+    check_size(name, source, text_config(config), place, None if dtype == "auto" else _torch_dtype(dtype))
     try:
         model, loading_info = auto_class.from_pretrained(source, **origin, **options)
     except torch.OutOfMemoryError:
@@ -192,7 +195,16 @@ def _require_whole(name: str, loading_info: Any) -> None:
         log.warning(unused, name, len(unexpected), unexpected[0])
 
 
-def _auto_class(source: str, name: str, origin: dict[str, Any]) -> Any:
+def _config(source: str, name: str, origin: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(source, **origin)
+    except Exception as problem:  # of many kinds: missing, damaged, or in need of code from the checkpoint
+        raise unreadable(name, "config", problem) from problem
+
+
+def _auto_class(config: Any, name: str) -> Any:
     """transformers' class for a causal language model, or for a multimodal one, of which relfv uses the text model.
 
     Raises InputError for any other kind of model, such as an encoder, with or without a decoder.
@@ -200,10 +212,6 @@ def _auto_class(source: str, name: str, origin: dict[str, Any]) -> Any:
     import transformers
     from transformers.models.auto import modeling_auto as known
 
-    try:
-        config = transformers.AutoConfig.from_pretrained(source, **origin)
-    except Exception as problem:  # of many kinds: missing, damaged, or in need of code from the checkpoint
-        raise unreadable(name, "config", problem) from problem
     brings_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if config.model_type in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or brings_code:
         return transformers.AutoModelForCausalLM

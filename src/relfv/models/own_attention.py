@@ -32,8 +32,8 @@ def attending_by(arch: Architecture, attend: Attend, width: int) -> Iterator[Non
     ``width`` is the number of key positions, that of the last token included: ALiBi depends on the keys' positions.
     """
     with ExitStack() as stack:
-        if drive := _DRIVERS.get(arch.spec_name):
-            for layer, module in enumerate(arch.attentions):
+        if drive := _DRIVERS.get(arch.family):
+            for layer, module in arch.attentions.items():
                 stack.enter_context(_replaced(module, *drive(module, layer, attend, width)))
         yield
 

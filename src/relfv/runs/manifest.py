@@ -67,9 +67,10 @@ def model_description(model: LanguageModel) -> dict[str, Any]:
     device, arch, facts = model.backbone.device, model.arch, model.facts()
     return {
         "class": type(model.backbone.model).__name__,
-        "family": arch.spec_name,
+        "family": arch.family,
         "n_layers": arch.n_layers,
         "n_heads": arch.n_heads,
+        "layers_with_attention": [*arch.out_projs],
         "head_dim": arch.head_dim,
         "resid_dim": arch.resid_dim,
         **{name: facts[name] for name in ("dtype", "quant", "precision")},

@@ -28,10 +28,17 @@ if TYPE_CHECKING:
 
 
 def heads_to_sweep(model: LanguageModel, settings: Settings) -> list[HeadId]:
-    """``--layers`` x ``--heads``. Raises InputError for indices that the model does not have."""
+    """``--layers`` x ``--heads``, of a hybrid's layers those with attention. Raises InputError for indices that the
+    model does not have, or if none of the layers has attention."""
     layers = parse_index_list(settings.layers, model.arch.n_layers, "--layers")
     heads = parse_index_list(settings.heads, model.arch.n_heads, "--heads")
-    return [HeadId(layer, head) for layer in layers for head in heads]
+    with_heads = [*model.arch.out_projs]
+    if not set(layers) & set(with_heads):
+        raise InputError(
+            f"--layers {settings.layers}: {model.name} has attention in layers {', '.join(map(str, with_heads))} "
+            "alone; expected one of them"
+        )
+    return [HeadId(layer, head) for layer in layers if layer in with_heads for head in heads]
 
 
 def head_effects(

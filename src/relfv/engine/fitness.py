@@ -1,0 +1,125 @@
+"""What must be true of a model before any engine can be right about it.
+
+Both engines read heads at the output projections' inputs, add vectors to what blocks pass on, and turn the last hidden
+state into logits themselves. Each check compares one of these with what the model's own plain pass does. A model that
+fails is refused: comparing the engines with each other could not show it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from relfv.engine.arithmetic import widened
+from relfv.engine.base import Backbone, TokenIds
+from relfv.engine.hooks import editing_outputs
+from relfv.engine.passes import capture_heads
+from relfv.errors import RunError
+from relfv.types import Prompts
+
+TOLERANCE = 1e-3
+"""Largest accepted difference in log-probability (nats), float32 both ways, as a share of the intervention's effect
+where that is above one nat. A wrong mask, position or cache is off by far more; float32 rounding by far less."""
+
+RELATIVE_TOLERANCE = 0.02
+"""Accepted relative error of projected heads and hidden states. 8-bit products reach a percent; a missing scale or a
+wrong mask is off by far more."""
+
+
+def is_packed(backbone: Backbone) -> bool:
+    """Whether weights are in 8 or 4 bits: their products depend on what shares the batch, by a percent or so."""
+    return bool(getattr(backbone.model, "is_quantized", False))
+
+
+def check_blocks(backbone: Backbone, prompt: Sequence[int]) -> None:
+    """Blocks must pass on one residual stream, (prompts, tokens, resid_dim), and no token may see a later one.
+
+    Raises RunError. A vector added at the last token of several streams (Gemma 3n, hyper-connections) would land
+    elsewhere; and a model that looks ahead (BERT) does at a token what it could not do there while it writes.
+    """
+    shapes: dict[int, tuple[int, ...] | str] = {}
+
+    def reader(layer: int) -> Callable[[torch.Tensor], None]:
+        def read(hidden: torch.Tensor) -> None:
+            shapes[layer] = tuple(hidden.shape) if isinstance(hidden, torch.Tensor) else type(hidden).__name__
+
+        return read
+
+    name, expected = type(backbone.model).__name__, (1, len(prompt), backbone.arch.resid_dim)
+    with backbone.running():
+        with editing_outputs([(block, reader(layer)) for layer, block in enumerate(backbone.arch.blocks)]):
+            whole = _hidden(backbone, prompt)
+        shorter = _hidden(backbone, prompt[:-1])
+    for layer, shape in sorted(shapes.items()):
+        if shape != expected:
+            raise RunError(
+                f"{name}: block {layer} passes on {shape}, expected one residual stream, {expected}, to which a vector "
+                "can be added at one token; this model cannot be measured correctly"
+            )
+    gap = _relative(whole[:, :-1], shorter)
+    if not gap <= RELATIVE_TOLERANCE and not is_packed(backbone):
+        raise RunError(
+            f"{name} lets tokens see later ones (one more token changes those before it by {gap:.2g}); expected a "
+            "causal language model (for BERT's kin: is_decoder true in its config)"
+        )
+
+
+def check_readout(backbone: Backbone, prompts: Prompts, logprobs: torch.Tensor) -> None:
+    """The model's own log-probability of each target against relfv's, ``logprobs`` (prompt,).
+
+    Raises RunError: with an unknown last step no engine would be right.
+    """
+    for prompt, target, ours in zip(prompts.ids, prompts.targets, logprobs.tolist(), strict=True):
+        with backbone.running():
+            ids = torch.tensor([list(prompt)], device=backbone.device)
+            logits = backbone.model(input_ids=ids, use_cache=False).logits[0, -1].float()
+        gap = abs(float(logits.log_softmax(-1)[target]) - ours)
+        if not gap <= TOLERANCE:
+            raise RunError(
+                f"{type(backbone.model).__name__} turns hidden states into logits in a way relfv does not know "
+                f"(log-probabilities differ by {gap:.2g}); this model cannot be measured correctly"
+            )
+
+
+def check_projection(backbone: Backbone, z: torch.Tensor, layers: list[int]) -> None:
+    """The heads' projected parts must sum to the projection's output for all of them, without its bias.
+
+    ``z`` is (layer, head, head_dim). Raises RunError: the function vector would be wrong.
+    """
+    arch = backbone.arch
+    for layer in layers:
+        parts = torch.stack([arch.project_head(layer, head, z[layer, head]) for head in range(arch.n_heads)]).sum(0)
+        rows = torch.stack([z[layer].flatten(), torch.zeros(arch.n_heads * arch.head_dim)])[:, None]
+        with torch.inference_mode(), widened(arch.out_projs[layer]):
+            out = arch.out_projs[layer](rows.to(backbone.device)).cpu().double()[:, 0]
+        gap = _relative(parts, out[0] - out[1])
+        if not gap <= RELATIVE_TOLERANCE:
+            raise RunError(
+                f"{type(backbone.model).__name__}, layer {layer}: the projected heads are off by {gap:.2g} of the "
+                "output projection's own result, so a function vector would be wrong; this weight format is not "
+                "supported"
+            )
+
+
+def check_capture(backbone: Backbone, prompts: TokenIds, z: torch.Tensor) -> None:
+    """What the heads do in one padded batch, ``z`` (prompt, layer, head, head_dim), against one prompt at a time.
+
+    Raises RunError: clean means would depend on which prompts share a batch.
+    """
+    with backbone.running():
+        alone = torch.cat([capture_heads(backbone, [prompt])[0] for prompt in prompts])
+    gap = _relative(z, alone)
+    if not gap <= RELATIVE_TOLERANCE and not is_packed(backbone):
+        raise RunError(
+            f"{type(backbone.model).__name__}: heads do other things in a padded batch of prompts than for one prompt "
+            f"alone (off by {gap:.2g}), so their means would be wrong; this model cannot be measured correctly"
+        )
+
+
+def _hidden(backbone: Backbone, prompt: Sequence[int]) -> torch.Tensor:
+    return backbone.decoder(input_ids=torch.tensor([list(prompt)], device=backbone.device), use_cache=False)[0]
+
+
+def _relative(found: torch.Tensor, true: torch.Tensor) -> float:
+    return float((found - true).norm() / true.norm().clamp_min(1e-12))
