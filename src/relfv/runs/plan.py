@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -63,7 +63,16 @@ class Plan:
 
     def skip_reason(self, q_id: str) -> str | None:
         """Why a q_id cannot run under these settings, or None."""
-        return ineligible_reason(self.relations[q_id], self.request.settings.n_demos)
+        return ineligible_reason(self.relations[q_id], self.request.settings.n_demos) or self._was_skipped(q_id)
+
+    def _was_skipped(self, q_id: str) -> str | None:
+        """Why an earlier run of the same experiment skipped it: its prompts are too long, which only the model's
+        tokenizer could tell."""
+        status = None
+        if not self.request.force:
+            with suppress(RelfvError):  # said elsewhere
+                status = self.status_on_disk(q_id)
+        return status.reason if status and status.status == "skipped" and not self.differences(status) else None
 
     def new_status(self, q_id: str) -> QidStatus:
         """A pending status for a q_id that has none."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from relfv.errors import RelfvError, RunError
+from relfv.models.context import TooLong
 from relfv.settings import Settings
 from relfv.signals import raise_received
 from relfv.stages import sweeps, trials
@@ -129,9 +130,14 @@ def run_step(work: Work, step: Step, status: QidStatus | None = None) -> None:
 @contextmanager
 def settling(status: QidStatus) -> Iterator[None]:
     """Afterwards say where the q_id stands: completed if everything is there and intact, else pending with what comes
-    next, or failed with the reason."""
+    next, or failed, or skipped if its prompts are too long for the model, with the reason."""
     try:
         yield
+    except TooLong as problem:
+        if not status.has_results():  # what is there is not forgotten
+            status.stages.clear()
+        _record(status, "failed" if status.stages else "skipped", str(problem))
+        raise
     except Exception as problem:
         _record(status, "failed", in_words(problem))
         raise

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from relfv.errors import InputError, RelfvError
 from relfv.logs import Progress, logging_to, remembering, showing
+from relfv.models.context import TooLong
 from relfv.report.page import page_path, write_report
 from relfv.report.table import find_statuses
 from relfv.runs.manifest import model_description, run_description, sound_manifest, write_manifest
@@ -226,6 +227,12 @@ def _run_locked(plan: Plan, status: QidStatus, model: LanguageModel) -> str:
                 run_qid(status, work)
             complete = True
             add_sweeps(status, work, plan.request.settings)
+        except TooLong as problem:
+            if status.status == "skipped":
+                log.warning("%s skipped: %s", q_id, problem)
+            else:
+                log.error("%s failed: %s", q_id, problem)
+            return status.status
         except Exception as problem:  # a q_id's failure, whatever it is, is recorded and does not stop the others
             log.error("%s failed: %s", q_id, in_words(problem))
             log.debug("traceback", exc_info=not isinstance(problem, RelfvError))

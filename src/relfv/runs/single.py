@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from relfv.errors import InputError
 from relfv.logs import logging_to
+from relfv.models.context import TooLong
 from relfv.models.sources import model_identity
 from relfv.relations import file_sha256, load_relations, require_q_ids, rows_sha256
 from relfv.runs.qid import open_for, require_frozen_trials, run_step, run_steps, work_on
@@ -71,8 +72,12 @@ def run_step_d(settings: Settings, q_id: str, out_base_dir: Path) -> int:
         status.expected_layers = list(range(model.arch.n_layers))
         status.set("running")
         work = work_on(status, lambda: model, relation=relation, csv_sha256=file_sha256(csv_path))
-        with settled_aloud(status):
-            run_steps(status, work, STEP_D)
+        try:
+            with settled_aloud(status):
+                run_steps(status, work, STEP_D)
+        except TooLong:
+            if not _said_to_be_skipped(status):
+                raise
     print(folder.artifacts)
     return 0
 

@@ -67,7 +67,15 @@ class Work:
     def tokenised(self, snapshot: Snapshot, *, clean: bool = False) -> Prompts:
         """A snapshot's prompts, or its clean ones, as token ids with their targets and queries."""
         texts = snapshot.clean_prompts if clean else snapshot.prompts
-        return Prompts([self.model.tokens.encode(text) for text in texts], snapshot.targets, snapshot.clusters)
+        ids = [self.model.tokens.encode(text) for text in texts]
+        answers = (question.answer_ids for question in snapshot.questions)
+        self.model.context.require_room(max(map(with_answer, ids, answers)))
+        return Prompts(ids, snapshot.targets, snapshot.clusters)
+
+
+def with_answer(prompt: Sequence[int], answer: Sequence[int]) -> int:
+    """The tokens that a prompt and its answer take."""
+    return len(prompt) + len(answer)
 
 
 def _opened(work: Work) -> LanguageModel:

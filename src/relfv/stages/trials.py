@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from relfv.errors import RunError
 from relfv.stages.prompts import PREFIXES, SEPARATORS, first_token_collisions, prompt_trial
 from relfv.stages.snapshot import read_snapshot
-from relfv.stages.stage import Finding, Stage, Work
+from relfv.stages.stage import Finding, Stage, Work, with_answer
 from relfv.store.folder import File, QidFolder
 from relfv.store.formats import json_bytes, read_json
 from relfv.store.status import QidStatus
@@ -198,9 +198,13 @@ def _freeze(work: Work) -> str:
         corruption=settings.corruption,  # type: ignore[arg-type]
     )
     prompted = [prompt_trial(trial, work.model.tokens) for trial in trials]
+    length, notes = _longest(work, prompted)
     collisions = _collisions(relation, work.model)
     _warn(work.q_id, prompted, collisions)
-    document = _document(prompted, _meta(work, prompted, collisions))
+    for note in notes:
+        log.warning("%s: %s", work.q_id, note)
+    meta = {**_meta(work, prompted, collisions), "longest_prompt_tokens": length, "context_notes": notes}
+    document = _document(prompted, meta)
     path = work.folder.path(TRIALS)
     if not path.exists():
         work.folder.write(TRIALS, json_bytes(document), read_only=True)
@@ -211,6 +215,18 @@ def _freeze(work: Work) -> str:
         )
     n_queries = len({trial.query.input for trial in trials})
     return f"{len(trials)} trials over {n_queries} queries of {len(relation.pairs)} rows"
+
+
+def _longest(work: Work, prompted: Sequence[PromptedTrial]) -> tuple[int, list[str]]:
+    """-> (tokens of the longest prompt and its answer, what a reader should know of that). Raises TooLong."""
+    encode, context = work.model.tokens.encode, work.model.context
+    lengths = [
+        with_answer(encode(prompt), item.target.answer_ids)
+        for item in prompted
+        for prompt in (item.clean_prompt, item.corrupted_prompt)
+    ]
+    context.require_room(max(lengths))
+    return max(lengths), context.notes(max(lengths))
 
 
 def _collisions(relation: Relation, model: LanguageModel) -> list[dict[str, Any]]:
