@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
-from folders import arguments, contents, status
+from folders import arguments, contents, status, write_status
 from parity import rounding, size_in
 from relfv.cli import main
 
@@ -363,7 +363,7 @@ def test_what_was_made_from_a_file_that_changed_is_made_again_whenever_that_is_n
     document["stages"]["stepD_cie"]["files"]["cie_scores.csv"] = hashlib.sha256(
         (artifacts / "cie_scores.csv").read_bytes()
     ).hexdigest()
-    (artifacts / "qid_status.json").write_text(json.dumps(document))
+    write_status(copied, "A1", document)
     started = {name: record["started_at"] for name, record in document["stages"].items()}
     assert main(arguments(llama_path, csv_path, copied.parent)) == 0
     again = {name for name, record in status(copied, "A1")["stages"].items() if record["started_at"] != started[name]}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from folders import contents, status
+from folders import contents, status, write_status
 from parity import rounding, size_in
 from relfv.cli import main
 from relfv.stages import step6
@@ -231,7 +231,7 @@ def test_a_layer_evaluated_again_with_other_settings_has_one_result(folder: QidF
     document["stages"] = {
         name: record for name, record in document["stages"].items() if not name.startswith(from_step6_on)
     }
-    (folder.artifacts / "qid_status.json").write_text(json.dumps(document))
+    write_status(folder.artifacts.parents[1], folder.artifacts.parent.name, document)
     assert run_step6(folder, llama_path, 0, "--n_eval", "4") == 0
     assert run_step6(folder, llama_path, 0, "--n_eval", "6") == 0
     results = list((folder.artifacts / "step6/layer_0").glob("step6_results_*.json"))

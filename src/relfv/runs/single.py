@@ -20,7 +20,7 @@ from relfv.models.context import TooLong
 from relfv.models.sources import model_identity
 from relfv.relations import file_sha256, load_relations, require_q_ids, rows_sha256
 from relfv.runs.qid import open_for, require_frozen_trials, run_step, run_steps, work_on
-from relfv.runs.recorded import Overlay, recorded, require_free, require_same, settings_within, settled_aloud
+from relfv.runs.recorded import Overlay, noted, recorded, require_free, require_same, settings_within, settled_aloud
 from relfv.settings import FLAGS, Settings, fingerprint_fields
 from relfv.stages import function_vector, heatmap, step6, zeroshot
 from relfv.stages.cie import METRICS, heads_to_sweep
@@ -95,7 +95,7 @@ def _begun(folder: QidFolder, settings: Settings, fields: Mapping[str, Any]) -> 
 
 def run_heatmap(in_dir: Path, metric: str, topk: int, out_name: str | None) -> int:
     """The heatmap of ``in_dir``'s scores. Under the q_id's own name it must be drawn as the q_id's settings say."""
-    if out_name is not None and Path(out_name).name != out_name:
+    if out_name is not None and (Path(out_name).name != out_name or "\0" in out_name):
         raise InputError(f"--out_name {out_name!r}: expected a file name without a folder; it goes into --in_dir")
     status = read_status(in_dir)
     if _said_to_be_skipped(status):
@@ -114,7 +114,7 @@ def run_heatmap(in_dir: Path, metric: str, topk: int, out_name: str | None) -> i
         run_step(_loose_work(folder, overlay(Settings())), heatmap.STAGE.step())
     elif out != QidFolder(in_dir, q_id).path(HEATMAP):
         # No stage, but what is being written in a q_id's folder can only be read under its lock.
-        with folder.locked():
+        with noted(folder, out):
             run_step(_loose_work(folder, overlay(status.settings)), heatmap.STAGE.step())
     else:
         with recorded(folder, overlay, [heatmap.STAGE], [AIE]) as status:
@@ -168,7 +168,7 @@ def run_zero_shot(sampled_trials_path: Path, out_path: Path | None) -> int:
         run_step(_loose_work(folder, Settings()), zeroshot.STAGE.step())
     elif out.resolve() != (home / ZERO_SHOT_TRIALS.name).resolve():
         require_frozen_trials(status)
-        with folder.locked():
+        with noted(folder, out):
             run_step(_loose_work(folder, status.settings), zeroshot.STAGE.step())
     else:
         with recorded(folder, lambda base: base, [zeroshot.STAGE], [TRIALS]) as status:

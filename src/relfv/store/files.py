@@ -161,7 +161,8 @@ def remove_temporaries(folder: Path, *, below: bool = True) -> None:
 def temporaries(folder: Path, *, below: bool = True) -> list[Path]:
     """What a process is writing in ``folder``, or was when it was killed."""
     pattern = f"{_TEMP_PREFIX}*{_TEMP_SUFFIX}"
-    return list(folder.rglob(pattern) if below else folder.glob(pattern))
+    found = folder.rglob(pattern) if below else folder.glob(pattern)
+    return [path for path in found if path.is_symlink() or not path.is_dir()]  # no folder is ours
 
 
 def read_bytes(path: Path) -> bytes:
