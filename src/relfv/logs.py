@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from relfv.errors import RunError
 from relfv.store.files import explained, make_folder, remedy
 
 _ROOT = logging.getLogger("relfv")
@@ -134,6 +136,27 @@ class _Formatter(logging.Formatter):
         text = super().format(record)
         # A traceback is many lines; what stands in them is escaped all the same.
         return "\n".join(map(printable, text.split("\n"))) if record.exc_info else printable(text)
+
+
+def show(text: object) -> None:
+    """A command's result on stdout: what the encoding lacks as escapes. Where stdout is closed nobody wants it. Raises
+    RunError if it cannot be written, BrokenPipeError if its reader has gone."""
+    if sys.stdout is None:
+        return
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        print(str(text).encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as problem:
+        drop_output()
+        said = "the output (stdout) cannot be written (%s), and everything else was done; %s"
+        raise RunError(said % (problem.strerror, remedy(problem))) from None
+
+
+def drop_output() -> None:
+    """Forget what was shown and could not be written: Python would try again at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def printable(text: str) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from relfv.errors import InputError, RelfvError
-from relfv.logs import Progress, showing
+from relfv.logs import Progress, show, showing
 from relfv.models.sources import model_identity
 from relfv.report.page import write_report
 from relfv.report.table import find_statuses
@@ -66,7 +66,7 @@ def cross(folder: Path, q_list: Sequence[str] | None, overlay: Callable[[Setting
             raise InputError(f"{folder / CROSS}: is being written by {holder}; wait for it to end, then run again")
         _Crossing(folder, statuses, named=q_list is not None).run(lambda: open_for(settings))
     log.info("report: %s", write_report(folder))
-    print(folder / CROSS)
+    show(folder / CROSS)
     return 0
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from relfv.errors import InputError, RelfvError
-from relfv.logs import printable
 from relfv.models.sources import model_identity
 from relfv.relations import file_sha256, load_relations, relation_name, require_q_ids, rows_sha256
 from relfv.runs.manifest import MANIFEST
@@ -148,34 +147,3 @@ def require_same_experiment(plan: Plan, besides: Collection[str]) -> None:
             f"{f'; and {len(problems) - 5} more' if len(problems) > 5 else ''}. Use another --out_root, or --force to "
             "move those folders aside"
         )
-
-
-def say_plan(plan: Plan) -> int:
-    """``--dry_run``: a line for each q_id on stdout. Returns the exit code."""
-    lines = [
-        f"output  {plan.folder}",
-        f"model   {plan.request.settings.model} ({plan.model_identity[:40]})",
-        *(f"departs from the spec: {departure}" for departure in plan.request.settings.departures()),
-    ]
-    unusable = plan.unusable_statuses()
-    for q_id, relation in plan.relations.items():
-        lines.append(f"{q_id:<8} {len(relation.pairs):>4} rows  {unusable.get(q_id) or _what_would_happen(plan, q_id)}")
-    print("\n".join(map(printable, lines)))
-    return 0
-
-
-def _what_would_happen(plan: Plan, q_id: str) -> str:
-    if reason := plan.skip_reason(q_id):
-        return f"skip: {reason}"
-    status = plan.status_with_results(q_id)
-    if status is None:
-        return "run (new)"
-    if plan.request.force:
-        return "move the earlier results aside, then run"
-    if differing := plan.differences(status):
-        return f"refuse: {', '.join(differing)}"
-    if plan.is_done(status):
-        return "completed, nothing to do"
-    if status.status == "completed" and is_complete(status):
-        return "completed, sweeps to be added"
-    return f"run (now {status.status})"

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 from relfv.errors import InputError, RelfvError
 from relfv.logs import Progress, logging_to, remembering, showing
 from relfv.models.context import TooLong
+from relfv.relations import named
 from relfv.report.page import is_up_to_date, page_path, write_report
 from relfv.runs.manifest import model_description, run_description, sound_manifest, write_manifest
-from relfv.runs.plan import Plan, RunRequest, make_plan, require_same_experiment, say_plan
+from relfv.runs.plan import Plan, RunRequest, make_plan, require_same_experiment
 from relfv.runs.qid import add_sweeps, in_words, open_for, run_qid, settling, work_on
-from relfv.stages.cie import heads_to_sweep
+from relfv.runs.rehearsal import rehearse, require_enough_heads
 from relfv.store.files import move_aside, temporaries
 from relfv.store.locks import sole_writer
 from relfv.store.status import DamagedStatus, QidStatus, now
@@ -37,7 +38,7 @@ def run(request: RunRequest) -> int:
     """
     plan = make_plan(request)
     if request.dry_run:
-        return say_plan(plan)
+        return rehearse(plan)
     started_at = now()
     unusable = {} if request.force else plan.unusable_statuses()
     if not request.force:
@@ -81,7 +82,7 @@ def _queue(plan: Plan, unreadable: Collection[str], afresh: Collection[str]) -> 
 
 def _say_queue(plan: Plan, skipped: Mapping[str, str], todo: Sequence[str], n_unreadable: int) -> None:
     if skipped:
-        log.info("skipped: %s", "; ".join(f"{q_id} ({reason})" for q_id, reason in skipped.items()))
+        log.info("skipped: %s", named([f"{q_id} ({reason})" for q_id, reason in skipped.items()], "; "))
     if todo:
         done = len(plan.relations) - len(skipped) - len(todo) - n_unreadable
         log.info("%d q_ids to run, %d completed before, %d skipped", len(todo), done, len(skipped))
@@ -89,12 +90,8 @@ def _say_queue(plan: Plan, skipped: Mapping[str, str], todo: Sequence[str], n_un
 
 def _open_model(plan: Plan) -> LanguageModel:
     """The model of the request. Raises InputError if it cannot be opened, or has too few heads."""
-    settings = plan.request.settings
-    model = open_for(settings)
-    n_heads = len(heads_to_sweep(model, settings))
-    for flag, k in (("--topk", settings.topk), *(("--k_sweep", k) for k in settings.k_sweep)):
-        if k > n_heads:
-            raise InputError(f"{flag} {k}: {model.name} has {n_heads} heads to choose from; expected at most that")
+    model = open_for(plan.request.settings)
+    require_enough_heads(model, plan.request.settings)
     return model
 
 
@@ -178,8 +175,8 @@ def _run_todo(plan: Plan, todo: Sequence[str], model: LanguageModel, started_at:
     page = write_report(plan.folder)
     failed = [q_id for q_id, outcome in outcomes.items() if outcome == "failed"]
     if failed:
-        names = ", ".join(failed)
-        log.error("%d of %d q_ids failed: %s; the same command tries them again", len(failed), len(todo), names)
+        said = "%d of %d q_ids failed: %s; the same command tries them again"
+        log.error(said, len(failed), len(todo), named(failed))
     log.info("report: %s", page)
     return 1 if failed else 0
 

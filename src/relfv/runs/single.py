@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from relfv.errors import InputError
-from relfv.logs import logging_to
+from relfv.logs import logging_to, show
 from relfv.models.context import TooLong
 from relfv.models.sources import model_identity
 from relfv.relations import file_sha256, load_relations, require_q_ids, rows_sha256
@@ -67,7 +67,7 @@ def run_step_d(settings: Settings, q_id: str, out_base_dir: Path) -> int:
             log.info("%s skipped: %s", q_id, reason)
             status.set("pending")
             status.set("skipped", reason)
-            print(status.path)
+            show(status.path)
             return 0
         status.expected_layers = list(range(model.arch.n_layers))
         status.set("running")
@@ -78,7 +78,7 @@ def run_step_d(settings: Settings, q_id: str, out_base_dir: Path) -> int:
         except TooLong:
             if not _said_to_be_skipped(status):
                 raise
-    print(folder.artifacts)
+    show(folder.artifacts)
     return 0
 
 
@@ -119,7 +119,7 @@ def run_heatmap(in_dir: Path, metric: str, topk: int, out_name: str | None) -> i
     else:
         with recorded(folder, overlay, [heatmap.STAGE], [AIE]) as status:
             run_step(work_on(status, _no_model), heatmap.STAGE.step(), status)
-    print(out)
+    show(out)
     return 0
 
 
@@ -147,7 +147,7 @@ def run_step_e(stepd_artifacts_dir: Path, sampled_trials_path: Path, out_dir: Pa
             work = work_on(status, lambda: model)
             for stage in stages:
                 run_step(work, stage.step(), status)
-    print(folder.path(FV))
+    show(folder.path(FV))
     return 0
 
 
@@ -173,7 +173,7 @@ def run_zero_shot(sampled_trials_path: Path, out_path: Path | None) -> int:
     else:
         with recorded(folder, lambda base: base, [zeroshot.STAGE], [TRIALS]) as status:
             run_step(work_on(status, _no_model), zeroshot.STAGE.step(), status)
-    print(out)
+    show(out)
     return 0
 
 
@@ -207,7 +207,7 @@ def run_step6(fv_path: Path, trials_path: Path, edit_layer: int, out_dir: Path, 
             layers = [step6.STAGE.step(layer) for layer in status.expected_layers]
             if all(is_done(status, one) for one in layers):
                 run_steps(status, work, STAGES[STAGES.index(step6.STAGE) + 1 :])
-    print(out_dir)
+    show(out_dir)
     return 0
 
 
