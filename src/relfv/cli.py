@@ -93,7 +93,8 @@ def _execute(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int
         return 141
     except OSError as problem:
         log.debug("traceback", exc_info=True)
-        log.error("%s: %s; %s", problem.filename, problem.strerror, remedy(problem))
+        where = f"{problem.filename}: " if problem.filename else ""
+        log.error("%s%s; %s", where, problem.strerror or problem, remedy(problem))
         return 1
     except Exception as problem:  # the last line of defence: one line for the user, all of it under --debug
         log.debug("traceback", exc_info=True)

@@ -59,6 +59,11 @@ def settings_from(args: argparse.Namespace, base: Settings = DEFAULTS) -> Settin
         text = os.environ.get(flag.environment or "") if args.command_name in flag.commands else None
         if text and field not in given:
             given[field] = _of_environment(text, type(getattr(DEFAULTS, field)), flag)
+    for field, value in given.items():
+        if isinstance(value, str) and not _is_text(value):
+            raise InputError(
+                f"--{field} {value!a}: is not UTF-8; expected a name that is, so rename the file or folder"
+            )
     settings = replace(base, **given)
     for field, names in (("quant", QUANTS), ("model_spec", SPEC_NAMES)):
         if (value := getattr(settings, field)) not in names:
@@ -80,7 +85,20 @@ def path_flag(text: str) -> Path:
     """A path flag. An empty one would be the current folder, which an unset variable in a shell does not mean."""
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError("is empty or has a NUL in it; expected a path")
+    if not _is_text(text):
+        raise argparse.ArgumentTypeError(
+            f"{text!a} is not UTF-8; expected a path that is, so rename the file or folder"
+        )
     return Path(text)
+
+
+def _is_text(text: str) -> bool:
+    """False for what the system gave as bytes that are not UTF-8: JSON files could not name it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:

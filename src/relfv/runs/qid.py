@@ -21,6 +21,7 @@ from relfv.signals import raise_received
 from relfv.stages import sweeps, trials
 from relfv.stages.stage import Stage, Step, Work
 from relfv.stages.table import STAGES, is_complete, is_done, not_done, steps
+from relfv.store.files import require_temporary_folder
 from relfv.store.folder import File, QidFolder
 from relfv.store.status import QidStatus
 from relfv.types import Relation
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 
 def open_for(settings: Settings) -> LanguageModel:
     """The model that ``settings`` name."""
+    require_temporary_folder()
     from relfv.language_model import open_model
 
     return open_model(

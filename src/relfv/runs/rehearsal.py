@@ -11,6 +11,7 @@ from relfv.runs.qid import require_frozen_trials
 from relfv.settings import Settings
 from relfv.stages.cie import heads_to_sweep
 from relfv.stages.table import is_complete
+from relfv.store.files import require_temporary_folder
 from relfv.store.status import DamagedStatus
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def require_enough_heads(model: LanguageModel | Outline, settings: Settings) -> 
 
 
 def _require_model(settings: Settings) -> None:
+    require_temporary_folder()
     from relfv.models.outline import outline
 
     found = outline(
