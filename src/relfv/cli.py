@@ -14,7 +14,7 @@ from typing import Any
 from relfv import __version__
 from relfv.errors import InputError, RelfvError
 from relfv.flags import DEFAULTS, add_setting, path_flag, q_ids_from, settings_from, whole_number
-from relfv.logs import drop_output, printable, set_up_logging, show
+from relfv.logs import drop_output, printable, set_up_logging, shortened, show
 from relfv.settings import DEFAULT_OUT_ROOT, FLAGS, MAX_SEED, MOST, SCORE_KEYS, SPEC_CSV
 from relfv.signals import Terminated, as_exceptions
 from relfv.store.files import remedy
@@ -55,7 +55,7 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(*args, **kwargs)
 
     def error(self, message: str) -> Any:
-        self.exit(2, printable(f"{self.prog}: error: {message} (see {self.prog} --help)") + "\n")
+        self.exit(2, printable(shortened(f"{self.prog}: error: {message} (see {self.prog} --help)")) + "\n")
 
 
 def _add(parser: argparse.ArgumentParser, name: str) -> None:

@@ -61,9 +61,7 @@ def settings_from(args: argparse.Namespace, base: Settings = DEFAULTS) -> Settin
             given[field] = _of_environment(text, type(getattr(DEFAULTS, field)), flag)
     for field, value in given.items():
         if isinstance(value, str) and not _is_text(value):
-            raise InputError(
-                f"--{field} {value!a}: is not UTF-8; expected a name that is, so rename the file or folder"
-            )
+            raise InputError(f"--{field} {value!a}: {_NOT_TEXT}")
     settings = replace(base, **given)
     for field, names in (("quant", QUANTS), ("model_spec", SPEC_NAMES)):
         if (value := getattr(settings, field)) not in names:
@@ -86,10 +84,11 @@ def path_flag(text: str) -> Path:
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError("is empty or has a NUL in it; expected a path")
     if not _is_text(text):
-        raise argparse.ArgumentTypeError(
-            f"{text!a} is not UTF-8; expected a path that is, so rename the file or folder"
-        )
+        raise argparse.ArgumentTypeError(f"{text!a}: {_NOT_TEXT}")
     return Path(text)
+
+
+_NOT_TEXT = "is not UTF-8; expected a name that is, so rename the file or folder"
 
 
 def _is_text(text: str) -> bool:

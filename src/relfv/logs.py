@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -135,7 +136,9 @@ class _Formatter(logging.Formatter):
         record.level_word = "" if record.levelno in (logging.INFO, logging.DEBUG) else f"{record.levelname}: "
         text = super().format(record)
         # A traceback is many lines; what stands in them is escaped all the same.
-        return "\n".join(map(printable, text.split("\n"))) if record.exc_info else printable(text)
+        if record.exc_info:
+            return "\n".join(map(printable, text.split("\n")))
+        return printable(shortened(text) if record.levelno >= logging.WARNING else text)
 
 
 def show(text: object) -> None:
@@ -157,6 +160,11 @@ def show(text: object) -> None:
 def drop_output() -> None:
     """Forget what was shown and could not be written: Python would try again at its end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def shortened(text: str) -> str:
+    """``text`` with words, such as paths, of more than 300 characters cut in their middle."""
+    return re.sub(r"\S{301,}", lambda long: f"{long[0][:120]}…{long[0][-120:]}", text)
 
 
 def printable(text: str) -> str:

@@ -9,6 +9,7 @@ never opened.
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,7 +94,7 @@ def _completed(folder: Path, q_list: Sequence[str] | None) -> dict[str, QidStatu
             left_out[q_id] = status.status
         elif not is_complete(status):
             raise InputError(
-                f"{path}: completed, but not as its status says ('relfv verify {path.parent}' names what); the same "
+                f"{path}: completed, but not as its status says ('relfv verify {shlex.quote(str(path.parent))}' names what); the same "
                 "'relfv run' mends it, or leave the q_id out by --q_list"
             )
         else:

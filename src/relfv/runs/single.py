@@ -14,6 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from relfv.errors import InputError
 from relfv.logs import logging_to, show
 from relfv.models.context import TooLong
@@ -187,6 +189,7 @@ def run_step6(fv_path: Path, trials_path: Path, edit_layer: int, out_dir: Path, 
     if _said_to_be_skipped(status):
         return 0
     _require_files(fv_path, trials_path)
+    _require_vector(fv_path)
     at: dict[File[Any], Path] = {FV: fv_path, ZERO_SHOT_TRIALS: trials_path}
     step = step6.STAGE.step(edit_layer)
     if status is None:
@@ -232,6 +235,16 @@ def _said_to_be_skipped(status: QidStatus | None) -> bool:
         return False
     log.info("%s skipped: %s", status.q_id, status.reason)
     return True
+
+
+def _require_vector(path: Path) -> None:
+    """Raise InputError for a vector that adds nothing, or whose length is too large for float32: models compute nothing
+    but overflow with it."""
+    with np.errstate(over="ignore"):
+        length = np.linalg.norm(FV.read(path))
+    if not 0 < length < np.inf:
+        what = "holds zeros alone" if length == 0 else "is too long for float32"
+        raise InputError(f"{path}: its vector {what}; expected a function vector as StepE writes it")
 
 
 def _require_files(*paths: Path) -> None:

@@ -219,11 +219,8 @@ def _sync_folder(folder: Path) -> None:
         # CIFS and some FUSE drives cannot: content is synced all the same, and names when the drive sees fit.
         if (device := os.fstat(descriptor).st_dev) not in _cannot_sync:
             _cannot_sync.add(device)
-            log.warning(
-                "%s: this drive cannot sync folders (%s); a power cut, and nothing else, may lose the newest files there",
-                folder,
-                problem.strerror,
-            )
+            said = "%s: this drive cannot sync folders (%s); a power cut, and nothing else, may lose the newest files"
+            log.warning(said, folder, problem.strerror)
     finally:
         os.close(descriptor)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -168,7 +169,7 @@ class DamagedStatus(RunError):
     def __init__(self, path: Path, what: str) -> None:
         super().__init__(
             f"{path}: {what}, so nothing says whether the results beside it are whole and of these settings; put it "
-            f"back, or let 'relfv run --q_list {path.parent.parent.name}' keep them in a folder aside and compute "
+            f"back, or let 'relfv run --q_list {shlex.quote(path.parent.parent.name)}' keep them in a folder aside and compute "
             "them afresh"
         )
 
