@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from folders import contents, status, write_status
@@ -19,6 +20,7 @@ from relfv.stages.table import STAGES
 from relfv.stages.trials import TRIALS
 from relfv.stages.zeroshot import ZERO_SHOT_TRIALS
 from relfv.store.folder import QidFolder
+from relfv.store.formats import tensor_bytes
 
 
 def in_process(name: str, *arguments: str | Path) -> int:
@@ -336,3 +338,18 @@ def test_two_layers_at_once_are_both_recorded(folder: QidFolder, llama_path: Pat
     ]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     assert status(folder.artifacts.parents[1], "A1")["status"] == "completed"
+
+
+@pytest.mark.parametrize(("factor", "says"), [(0.0, "holds zeros alone"), (1e30, "is too long for float32")])
+def test_a_vector_that_adds_nothing_or_overflows_is_refused_before_the_model_is_opened(
+    factor: float, says: str, folder: QidFolder, llama_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = tmp_path / "odd.pt"
+    odd.write_bytes(tensor_bytes({"fv_global_resid": np.full(48, factor, np.float32)}))
+    trials = ("--sampled_trials_path", folder.path(ZERO_SHOT_TRIALS), "--model", llama_path)
+    out = tmp_path / "out"
+    assert in_process("step6", "--fv_global_path", odd, *trials, "--edit_layer", "1", "--out_dir", out) == 2
+    said = capsys.readouterr().err
+    assert f"{odd}: its vector {says}; expected a function vector as StepE writes it" in said
+    assert "opened" not in said
+    assert not out.exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,7 +37,7 @@ def outline(name: str, spec: str, *, device: str, quant: str, trust_remote_code:
     if adapter := adapter_in(source):
         require_peft(adapter)
         source, revision = base_source(adapter), adapter.revision
-    origin = {"trust_remote_code": trust_remote_code}
+    origin: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if not Path(source).is_dir():
         origin["revision"] = hub_commit(source, revision)
     with quiet_transformers():

@@ -94,8 +94,8 @@ def _completed(folder: Path, q_list: Sequence[str] | None) -> dict[str, QidStatu
             left_out[q_id] = status.status
         elif not is_complete(status):
             raise InputError(
-                f"{path}: completed, but not as its status says ('relfv verify {shlex.quote(str(path.parent))}' names what); the same "
-                "'relfv run' mends it, or leave the q_id out by --q_list"
+                f"{path}: completed, but not as its status says ('relfv verify {shlex.quote(str(path.parent))}' names "
+                "what); the same 'relfv run' mends it, or leave the q_id out by --q_list"
             )
         else:
             statuses[q_id] = status

@@ -169,8 +169,8 @@ class DamagedStatus(RunError):
     def __init__(self, path: Path, what: str) -> None:
         super().__init__(
             f"{path}: {what}, so nothing says whether the results beside it are whole and of these settings; put it "
-            f"back, or let 'relfv run --q_list {shlex.quote(path.parent.parent.name)}' keep them in a folder aside and compute "
-            "them afresh"
+            f"back, or let 'relfv run --q_list {shlex.quote(path.parent.parent.name)}' keep them in a folder aside and "
+            "compute them afresh"
         )
 
 
