@@ -446,7 +446,7 @@ def test_sweeps_that_fail_leave_the_q_id_completed(
     found = status(copied, "A1")
     assert (found["status"], found["config"]["k_sweep"]) == ("completed", [])
     assert "step6_sweeps" not in found["stages"]
-    assert {**found, "updated_at": ""} == {**before, "updated_at": ""}
+    assert {key for key in found if found[key] != before[key]} <= {"updated_at", "sha256_of_the_rest"}
     assert main(command) == 0
     assert "everything is completed" in capsys.readouterr().err
     in_the_way.rmdir()
@@ -463,7 +463,7 @@ def test_sweeps_killed_on_the_way_are_made_by_whichever_run_comes_next(
     killed = json.loads(path.read_text())
     killed["config"]["alpha_sweep"] = [0.5, 2.0]  # as it is written when the stage begins
     killed["stages"]["step6_sweeps"] |= {"status": "running", "finished_at": None}
-    path.write_text(json.dumps(killed))
+    write_status(copied, "A1", killed)
     assert main(["verify", str(copied)]) == 1
     assert main(command) == 0
     swept = json.loads((copied / "A1/artifacts/step6/sweeps.json").read_text())
@@ -471,5 +471,5 @@ def test_sweeps_killed_on_the_way_are_made_by_whichever_run_comes_next(
     assert main(["verify", str(copied)]) == 0
     document = json.loads(path.read_text())
     document["config"]["alpha_sweep"].append(4.0)
-    path.write_text(json.dumps(document))
+    write_status(copied, "A1", document)
     assert main(["verify", str(copied)]) == 1
