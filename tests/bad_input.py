@@ -138,6 +138,9 @@ FLAG_ROWS = [
     Row("results into a file", "--out_root: $CSV is a file; expected a folder for the results, there or yet to be made", flags=[("--out_root", "$CSV"), ("--out_root", "$CSV/deeper")]),
     Row("an empty path, as an unset variable gives", "relfv …: error: argument …: is empty or has a NUL in it; expected a path (see relfv … --help)", flags=[("--out_root", ""), ("--out_root", "a\0b")]),
     Row("the same for one stage", "relfv heatmap: error: argument --in_dir: is empty or has a NUL in it; expected a path (see relfv heatmap --help)", command=("heatmap", "--in_dir", "")),
+    Row("a name that is not UTF-8", "relfv run: error: argument --out_root: …: is not UTF-8; expected a name that is, so rename the file or folder (see relfv run --help)", flags=[("--out_root", "a\udcff")]),
+    Row("the same for the model or the CSV", "--…: is not UTF-8; expected a name that is, so rename the file or folder", flags=[("--model", "a\udcff"), ("--relation_csv_path", "a\udcff")]),
+    Row("a file name with a folder, or a NUL, in it", "--out_name …: expected a file name without a folder; it goes into --in_dir", command=("heatmap", "--in_dir", "$OUT"), flags=[("--out_name", "a\0b"), ("--out_name", "a/b")]),
     Row("a terminal's escape in a flag", "relfv: error: unrecognized arguments: \\x1b[31m\\n\\u202e (see relfv --help)", flags=[("\x1b[31m\n\u202e",)]),
     Row("a heatmap of no heads", "relfv heatmap: error: argument --topk: invalid value: …; expected a whole number from 1 to 100000 (see relfv heatmap --help)",
         command=("heatmap", "--in_dir", "$OUT"), flags=[(f"--topk={value}",) for value in ("0", "-1", "nan", "inf", "100001")]),
@@ -150,6 +153,8 @@ FLAG_ROWS = [
     Row("status of a folder without results", "$OUT: no qid_status.json here or below; expected the folder that relfv run wrote to", command=("status", "$OUT")),
     Row("report of a folder without results", "$OUT: no q_id here; expected a relation's results folder, e.g. results_fv/relation_qwise/relationA_ex", command=("report", "$OUT")),
     Row("crossing a folder without results", "$OUT: no q_id here; expected a relation's results folder, e.g. results_fv/relation_qwise/relationA_ex", command=("cross", "$OUT")),
+    Row("training with a log that cannot be written", "--log_path $OUT/there/log: cannot be written (No such file or directory); expected a file in a folder that is there",
+        command=("demo-model", "train", "--out_dir", "$OUT", "--relation_csv_path", "$CSV", "--log_path", "$OUT/there/log")),
     Row("training with numbers that make no sense", "relfv demo-model: error: argument …: invalid value: …; expected a whole number from … to … (see relfv demo-model --help)",
         command=("demo-model", "train", "--out_dir", "$OUT"), flags=[("--steps=0",), ("--steps=inf",), ("--seed=-1",), ("--seed=nan",)]),
 ]  # fmt: skip
@@ -171,9 +176,23 @@ def _cut(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:5000])
 
 
+def _config(**changes: object) -> Callable[[Path], None]:
+    """Change a model's config."""
+
+    def do(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+    return do
+
+
+def _adapter_of_a_number(folder: Path) -> None:
+    config = {"peft_type": "LORA", "base_model_name_or_path": 5}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
 def _smaller_vocabulary(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 300}))
+    _config(vocab_size=300)(folder)
     _rewrite(lambda t: t.update({"model.embed_tokens.weight": t["model.embed_tokens.weight"][:300].clone()}))(folder)
 
 
@@ -223,7 +242,11 @@ MODEL_ROWS = [
     Row("a file", "--model '$CSV': is a file; expected a Hugging Face model folder or a hub id", flags=[("--model", "$CSV")]),
     Row("a hub id, and no network", "--model 'someone/nothing': cannot open its config (HF_HUB_OFFLINE is set): …; " + _OUT_OF_REACH, flags=[("--model", "someone/nothing")]),
     Row("no config", "--model '$MODEL': the folder has no config.json; expected a Hugging Face model folder", model=lambda folder: (folder / "config.json").unlink()),
-    Row("a damaged config", "--model '$MODEL': cannot open its …: …; " + _OUT_OF_REACH, model=lambda folder: (folder / "config.json").write_text("{")),
+    Row("a user that is not known", "--model '~nosuchuser/x': cannot be opened (…); expected a model folder, a hub id or 'demo'", flags=[("--model", "~nosuchuser/x")]),
+    Row("an adapter whose base model is a number", "$MODEL/adapter_config.json: names no base model; write the base model's folder into base_model_name_or_path", model=_adapter_of_a_number),
+    Row("a config of 10,000 layers", "--model '$MODEL': its config asks for 10000 layers; expected at most 2000, so is the config.json damaged?", model=_config(num_hidden_layers=10_000)),
+    Row("a config that asks for code from elsewhere (it is not fetched)", "--model '$MODEL': its config asks for attn_implementation 'someone/kernel', which is no part of transformers; expected one of eager, …: take it out of config.json, or allow code from elsewhere by --trust_remote_code", model=_config(attn_implementation="someone/kernel")),
+    Row("a damaged config", "--model '$MODEL': cannot open its config: …; " + _OUT_OF_REACH, model=lambda folder: (folder / "config.json").write_text("{")),
     Row("a config without weights", "--model '$MODEL': cannot open its model: …; " + _OUT_OF_REACH, model=lambda folder: (folder / "model.safetensors").unlink()),
     Row("weights cut short", "--model '$MODEL': cannot open its model: …; " + _OUT_OF_REACH, model=_cut),
     Row("empty weights", "--model '$MODEL': cannot open its model: …; " + _OUT_OF_REACH, model=lambda folder: (folder / "model.safetensors").write_bytes(b"")),
@@ -283,4 +306,7 @@ def page() -> str:
         "A q_id that is named twice in `--q_list`, or a layer in `--layers`, is taken once.", "",
         "## What only shows with the words and the tokenizer together", "",
         "Such a q_id is recorded as failed, with the reason, and the others run.", "", *table(FAILED_ROWS), "",
+        "A q_id whose longest prompt, with its answer, is longer than the model has positions for (`max_position_embeddings` and its "
+        "other names; none with ALiBi) is skipped with that reason before anything is computed. Beyond a sliding window, or beyond the length that a "
+        "model was made with before its rotary positions were scaled, it runs, and `context_notes` in `sampled_trials.json` says so.", "",
     ])  # fmt: skip

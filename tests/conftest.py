@@ -34,11 +34,12 @@ PLACES = [
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """``--write-families`` and ``--write-bad-input`` make their pages in docs/ anew instead of comparing them;
-    ``--kills`` and ``--faults`` make tests/runs/test_crashes.py thorough."""
+    ``--kills``, ``--faults`` and ``--cuts`` make tests/runs/test_crashes.py thorough."""
     parser.addoption("--write-bad-input", action="store_true", help="write docs/bad_input.md from the tests' list")
     parser.addoption("--write-stages", action="store_true", help="write docs/stages.md from the table of stages")
     parser.addoption("--write-families", action="store_true", help="write docs/families.md from what the tests find")
     parser.addoption("--kills", type=int, default=50, help="how many times test_crashes kills a run")
+    parser.addoption("--cuts", type=int, default=100, help="after how many power cuts it looks at what is left")
     parser.addoption("--faults", type=int, default=24, help="in how many trees it fails an operation on a file")
 
 

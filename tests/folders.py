@@ -7,6 +7,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from relfv.store.formats import SEAL, sealed
+
 
 def contents(artifacts: Path) -> dict[str, bytes]:
     """Every file but the status, which holds times."""
@@ -21,6 +23,12 @@ def status(folder: Path, q_id: str) -> dict:  # type: ignore[type-arg]
     return json.loads((folder / q_id / "artifacts/qid_status.json").read_text())
 
 
+def write_status(folder: Path, q_id: str, document: dict) -> None:  # type: ignore[type-arg]
+    """A status with other content, as if relfv itself had written it."""
+    rest = {key: value for key, value in document.items() if key != SEAL}
+    (folder / q_id / "artifacts/qid_status.json").write_text(json.dumps(sealed(rest)))
+
+
 def arguments(llama_path: Path, csv_path: Path, out: Path, *more: str) -> list[str]:
     return ["run", "--model", str(llama_path), "--relation_csv_path", str(csv_path), "--out_root", str(out), *more]
 
@@ -32,4 +40,5 @@ def rewrite(artifacts: Path, name: str, change: Callable[[Path], None]) -> None:
     path.chmod(0o644)
     change(path)
     new = hashlib.sha256(path.read_bytes()).hexdigest()
-    status_path.write_text(status_path.read_text().replace(old, new))
+    document = json.loads(status_path.read_text().replace(old, new))
+    write_status(artifacts.parents[1], artifacts.parent.name, document)

@@ -16,7 +16,7 @@ from bad_input import ACCEPTED, CSV_ROWS, FAILED_ROWS, FLAG_ROWS, GOOD, HEADER, 
 from conftest import ROOT, make_tokenizer
 from relfv.cli import main
 from relfv.errors import InputError
-from relfv.relations import load_relations
+from relfv.relations import load_relations, require_q_ids
 
 
 class Given:
@@ -211,3 +211,32 @@ def test_the_page_is_the_list(pytestconfig: pytest.Config) -> None:
     if pytestconfig.getoption("--write-bad-input"):
         path.write_text(wanted)
     assert path.read_text() == wanted, "pytest tests/test_bad_input.py --write-bad-input writes it anew"
+
+
+def test_a_file_of_bad_rows_does_not_fill_the_memory(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.csv"
+    path.write_text(HEADER + "Q,\n" * 1_000_000)
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match=r"1000000 problem\(s\)"):
+            load_relations(path)
+        assert tracemalloc.get_traced_memory()[1] < 128 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_q_ids_are_looked_up_and_not_searched_for(tmp_path: Path) -> None:
+    compared = 0
+
+    class Counted(str):
+        __slots__ = ()
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            nonlocal compared
+            compared += 1
+            return str.__eq__(self, other)
+
+    wanted = [Counted(f"Q{i}") for i in range(1000)]
+    require_q_ids(wanted, [f"Q{i}" for i in range(1000)], "--q_list", tmp_path)
+    assert compared < 10_000

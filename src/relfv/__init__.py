@@ -5,6 +5,6 @@ Method: Todd, Li, Sharma, Mueller, Wallace and Bau, "Function Vectors in Large L
 
 __version__ = "0.1.0"
 
-ALGORITHM_VERSION = 4
+ALGORITHM_VERSION = 5
 """Raised when a change in relfv changes the numbers it writes. It is part of every fingerprint, so results of
 another algorithm are never mixed; a change that leaves the numbers alone never invalidates anybody's results."""

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from relfv import __version__
 from relfv.errors import InputError, RelfvError
 from relfv.flags import DEFAULTS, add_setting, path_flag, q_ids_from, settings_from, whole_number
-from relfv.logs import printable, set_up_logging
+from relfv.logs import drop_output, printable, set_up_logging, shortened, show
 from relfv.settings import DEFAULT_OUT_ROOT, FLAGS, MAX_SEED, MOST, SCORE_KEYS, SPEC_CSV
 from relfv.signals import Terminated, as_exceptions
 from relfv.store.files import remedy
@@ -57,7 +55,7 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(*args, **kwargs)
 
     def error(self, message: str) -> Any:
-        self.exit(2, printable(f"{self.prog}: error: {message} (see {self.prog} --help)") + "\n")
+        self.exit(2, printable(shortened(f"{self.prog}: error: {message} (see {self.prog} --help)")) + "\n")
 
 
 def _add(parser: argparse.ArgumentParser, name: str) -> None:
@@ -79,9 +77,7 @@ def _execute(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int
         with as_exceptions():  # from the first moment: an interrupt while flags are read is an interrupt, too
             args = parser.parse_args(argv)
             set_up_logging(debug=args.debug)
-            code = args.run_command(args)
-            sys.stdout.flush()
-            return code
+            return args.run_command(args)
     except RelfvError as problem:
         log.debug("traceback", exc_info=True)
         log.error("%s", problem)
@@ -93,11 +89,12 @@ def _execute(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int
         log.error("terminated")
         return 143
     except BrokenPipeError:  # whoever read our output, say head, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         return 141
     except OSError as problem:
         log.debug("traceback", exc_info=True)
-        log.error("%s: %s; %s", problem.filename, problem.strerror, remedy(problem))
+        where = f"{problem.filename}: " if problem.filename else ""
+        log.error("%s%s; %s", where, problem.strerror or problem, remedy(problem))
         return 1
     except Exception as problem:  # the last line of defence: one line for the user, all of it under --debug
         log.debug("traceback", exc_info=True)
@@ -220,7 +217,7 @@ def _status_flags(parser: argparse.ArgumentParser) -> None:
 def _status(args: argparse.Namespace) -> int:
     from relfv.report.table import status_table
 
-    print(status_table(args.out_root))
+    show(status_table(args.out_root))
     return 0
 
 
@@ -235,7 +232,7 @@ def _verify(args: argparse.Namespace) -> int:
     from relfv.runs.verify import verify
 
     verification = verify(args.folder)
-    print(verification.to_json() if args.json else verification.to_text())
+    show(verification.to_json() if args.json else verification.to_text())
     return 0 if verification.holds else 1
 
 
@@ -248,7 +245,7 @@ def _report_flags(parser: argparse.ArgumentParser) -> None:
 def _report(args: argparse.Namespace) -> int:
     from relfv.report.page import write_report
 
-    print(write_report(args.folder))
+    show(write_report(args.folder))
     return 0
 
 
@@ -269,7 +266,7 @@ def _demo(args: argparse.Namespace) -> int:
 
     options = {name: getattr(args, name) for name in ("seed", "steps", "device", "log_path")}
     train_demo_model(args.out_dir, csv_path=args.relation_csv_path, log=log.info, **options)
-    print(args.out_dir)
+    show(args.out_dir)
     return 0
 
 

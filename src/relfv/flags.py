@@ -59,6 +59,9 @@ def settings_from(args: argparse.Namespace, base: Settings = DEFAULTS) -> Settin
         text = os.environ.get(flag.environment or "") if args.command_name in flag.commands else None
         if text and field not in given:
             given[field] = _of_environment(text, type(getattr(DEFAULTS, field)), flag)
+    for field, value in given.items():
+        if isinstance(value, str) and not _is_text(value):
+            raise InputError(f"--{field} {value!a}: {_NOT_TEXT}")
     if given.get("model", base.model) != base.model:  # the base's family is that of its own model
         given.setdefault("model_spec", "auto")
     settings = replace(base, **given)
@@ -82,7 +85,21 @@ def path_flag(text: str) -> Path:
     """A path flag. An empty one would be the current folder, which an unset variable in a shell does not mean."""
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError("is empty or has a NUL in it; expected a path")
+    if not _is_text(text):
+        raise argparse.ArgumentTypeError(f"{text!a}: {_NOT_TEXT}")
     return Path(text)
+
+
+_NOT_TEXT = "is not UTF-8; expected a name that is, so rename the file or folder"
+
+
+def _is_text(text: str) -> bool:
+    """False for what the system gave as bytes that are not UTF-8: JSON files could not name it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:

@@ -10,6 +10,7 @@ from relfv.engine.arithmetic import Arithmetic, Precision
 from relfv.engine.base import Backbone, Engine
 from relfv.engine.selfcheck import SelfCheck, choose_engine
 from relfv.models.architecture import Architecture
+from relfv.models.context import Context, context_of
 from relfv.models.opening import load_checkpoint
 from relfv.models.tokens import Tokens
 
@@ -36,6 +37,11 @@ class LanguageModel:
     def arch(self) -> Architecture:
         """Blocks, projections and dimensions."""
         return self.backbone.arch
+
+    @property
+    def context(self) -> Context:
+        """How long a prompt it takes."""
+        return context_of(self.backbone.model.config)
 
     @property
     def precision(self) -> str:
@@ -86,7 +92,7 @@ def open_model(
     arch, tokens = checkpoint.arch, checkpoint.tokens
     arithmetic = Arithmetic.with_kernels(checkpoint.model, arch, precision)
     backbone = Backbone(checkpoint.model, arch, checkpoint.device, arithmetic)
-    engine, check = choose_engine(backbone, tokens.self_check_prompts())
+    engine, check = choose_engine(backbone, tokens.self_check_prompts(context_of(checkpoint.model.config).limit))
     log.info(
         "opened %s: %s, %d layers x %d heads of %d, residual %d, %s on %s, %s arithmetic, %.1f s",
         name,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from relfv.errors import RunError
 from relfv.store.files import explained, make_folder, remedy
 
 _ROOT = logging.getLogger("relfv")
@@ -133,7 +136,35 @@ class _Formatter(logging.Formatter):
         record.level_word = "" if record.levelno in (logging.INFO, logging.DEBUG) else f"{record.levelname}: "
         text = super().format(record)
         # A traceback is many lines; what stands in them is escaped all the same.
-        return "\n".join(map(printable, text.split("\n"))) if record.exc_info else printable(text)
+        if record.exc_info:
+            return "\n".join(map(printable, text.split("\n")))
+        return printable(shortened(text) if record.levelno >= logging.WARNING else text)
+
+
+def show(text: object) -> None:
+    """A command's result on stdout: what the encoding lacks as escapes. Where stdout is closed nobody wants it. Raises
+    RunError if it cannot be written, BrokenPipeError if its reader has gone."""
+    if sys.stdout is None:
+        return
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        print(str(text).encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as problem:
+        drop_output()
+        said = "the output (stdout) cannot be written (%s), and everything else was done; %s"
+        raise RunError(said % (problem.strerror, remedy(problem))) from None
+
+
+def drop_output() -> None:
+    """Forget what was shown and could not be written: Python would try again at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def shortened(text: str) -> str:
+    """``text`` with words, such as paths, of more than 300 characters cut in their middle."""
+    return re.sub(r"\S{301,}", lambda long: f"{long[0][:120]}…{long[0][-120:]}", text)
 
 
 def printable(text: str) -> str:

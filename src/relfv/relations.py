@@ -8,7 +8,7 @@ import io
 import re
 import stat
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from relfv.errors import InputError
@@ -41,7 +41,7 @@ def load_relations(path: Path) -> dict[str, Relation]:
     bad line (the first ten, then a count).
     """
     reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
-    problems: list[tuple[int, str]] = []
+    problems = _Problems()
     pairs: dict[str, list[WordPair]] = {}
     line = 1  # where the row at hand begins: a quoted cell may hold line breaks, or, never closed, the rest of the file
     try:
@@ -51,16 +51,17 @@ def load_relations(path: Path) -> dict[str, Relation]:
             cells = [cell.strip() for cell in row]
             problem = _row_problem(cells, len(column), column) if any(cells) else None
             if problem:
-                problems.append((line, problem))
+                problems.add(line, problem)
             elif any(cells):
                 pair = WordPair(cells[column["input"]], cells[column["output"]])
                 pairs.setdefault(cells[column["q_id"]], []).append(pair)
             line = reader.line_num + 1
     except csv.Error as problem:
-        problems.append((line, f"not readable as CSV ({problem}; is a quote never closed?)"))
-    problems += [(0, problem) for problem in _case_clashes(list(pairs))]
-    if problems:
-        raise InputError(f"{path}: {len(problems)} problem(s): {_listed(problems)}")
+        problems.add(line, f"not readable as CSV ({problem}; is a quote never closed?)")
+    for problem in _case_clashes(pairs):
+        problems.add(0, problem)
+    if problems.n:
+        raise InputError(f"{path}: {problems.n} problem(s): {problems.listed()}")
     if not pairs:
         raise InputError(f"{path}: no word pairs; expected a header id,ex_A,ex_B and one pair a row")
     answers = tuple(dict.fromkeys(pair.output for rows in pairs.values() for pair in rows))
@@ -74,17 +75,18 @@ def is_q_id(text: object) -> bool:
 
 def require_q_ids(wanted: Iterable[str], relations: Iterable[str], flag: str, path: Path) -> None:
     """Raise InputError naming ``flag`` for q_ids that the CSV at ``path`` does not have."""
-    there = list(relations)
+    there = dict.fromkeys(relations)
     unknown = [q_id for q_id in wanted if q_id not in there]
     if unknown:
         raise InputError(
-            f"{flag}: {_named(unknown)} not in {path}, which has {_named(there)}; expected q_ids of the CSV"
+            f"{flag}: {named(unknown)} not in {path}, which has {named(list(there))}; expected q_ids of the CSV"
         )
 
 
-def _named(q_ids: list[str]) -> str:
+def named(q_ids: Sequence[str], between: str = ", ") -> str:
+    """The first twenty, then a count."""
     more = len(q_ids) - _MAX_NAMED
-    return ", ".join([*q_ids[:_MAX_NAMED], f"and {more} more"] if more > 0 else q_ids)
+    return between.join([*q_ids[:_MAX_NAMED], f"and {more} more"] if more > 0 else q_ids)
 
 
 def relation_name(path: Path) -> str:
@@ -115,17 +117,28 @@ def rows_sha256(relation: Relation, corruption: str = "derange") -> str:
     return digest.hexdigest()
 
 
-def _listed(problems: list[tuple[int, str]]) -> str:
-    """The first ten, lines with one and the same problem together, then a count."""
-    lines_of: dict[str, list[int]] = {}
-    for line, problem in problems[:_MAX_ERRORS]:
-        lines_of.setdefault(problem, []).append(line)
-    shown = [
-        f"line {', '.join(map(str, lines))}: {problem}" if all(lines) else problem
-        for problem, lines in lines_of.items()
-    ]
-    more = len(problems) - _MAX_ERRORS
-    return "; ".join([*shown, f"and {more} more"] if more > 0 else shown)
+class _Problems:
+    """What is wrong with a file: the first ten, and how many there are. A file of nothing else must not fill the
+    memory."""
+
+    def __init__(self) -> None:
+        self.n = 0
+        self._lines_of: dict[str, list[int]] = {}
+
+    def add(self, line: int, problem: str) -> None:
+        """``line`` is 0 for what no line says by itself."""
+        self.n += 1
+        if self.n <= _MAX_ERRORS:
+            self._lines_of.setdefault(problem, []).append(line)
+
+    def listed(self) -> str:
+        """The first ten, lines with one and the same problem together, then a count."""
+        shown = [
+            f"line {', '.join(map(str, lines))}: {problem}" if all(lines) else problem
+            for problem, lines in self._lines_of.items()
+        ]
+        more = self.n - _MAX_ERRORS
+        return "; ".join([*shown, f"and {more} more"] if more > 0 else shown)
 
 
 def _read_text(path: Path) -> str:
@@ -220,12 +233,10 @@ def _taken(q_id: str) -> str | None:
     return "Windows keeps for itself" if _OF_WINDOWS.fullmatch(q_id) else None
 
 
-def _case_clashes(q_ids: list[str]) -> list[str]:
+def _case_clashes(q_ids: Iterable[str]) -> Iterator[str]:
     """Q1 and q1 would share a folder on some file systems, and are one relation typed two ways on all of them."""
     seen: dict[str, str] = {}
-    problems = []
     for q_id in q_ids:
         other = seen.setdefault(q_id.lower(), q_id)
         if other != q_id:
-            problems.append(f"q_id {q_id!r} and {other!r} differ only in case; use one spelling")
-    return problems
+            yield f"q_id {q_id!r} and {other!r} differ only in case; use one spelling"

@@ -89,6 +89,11 @@ class Target:
         """What the model reads after the prompt's text."""
         return self.space_ids + self.answer_ids[: self.n_fed]
 
+    @property
+    def n_to_come(self) -> int:
+        """Tokens of the answer after what is fed."""
+        return len(self.answer_ids) - self.n_fed
+
 
 @dataclass(frozen=True)
 class PromptedTrial:

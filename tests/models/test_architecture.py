@@ -121,5 +121,5 @@ def test_soft_caps_and_embeddings_whose_scale_is_rounded_are_noted() -> None:
 
 def test_the_norm_after_attention_is_found_and_the_one_before_the_mlp_is_not_taken_for_it() -> None:
     arch = resolve(tf.Olmo2ForCausalLM(tf.Olmo2Config(**SMALL)), "auto")
-    assert arch.attention_norms == tuple(block.post_attention_layernorm for block in arch.blocks)
+    assert arch.attention_norms == {i: block.post_attention_layernorm for i, block in enumerate(arch.blocks)}
     assert resolve(llama(300), "auto").attention_norms is None

@@ -53,7 +53,9 @@ def test_a_family_is_the_checkpoints_by_whichever_of_its_names(tmp_path: Path) -
 
 def test_another_family_is_refused_and_the_right_one_named(tmp_path: Path) -> None:
     folder = configured(tmp_path, model_type="gemma3_text")
-    with pytest.raises(InputError, match=r"'llama3'.*model_type 'gemma3_text'; expected gemma: use --model_spec gemma, or auto"):
+    with pytest.raises(
+        InputError, match=r"'llama3'.*model_type 'gemma3_text'; expected gemma: use --model_spec gemma, or auto"
+    ):
         of(folder, "llama3")
 
 

@@ -26,10 +26,12 @@ from crashes import (
     require_kept,
     require_undisturbed,
 )
+from power_cuts import Disk
 from relfv.cli import main
 from relfv.stages import sweeps
 from relfv.stages.table import steps
 from relfv.store.files import temporaries
+from relfv.store.status import read_status
 
 pytestmark = pytest.mark.slow
 HOWS = ("before", "after", "ENOSPC", "EIO")
@@ -67,11 +69,11 @@ def operations(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Operations
     def body() -> int:
         seen.install()
         code = main([*job.flags, "--out_root", str(folder / "out")])
-        (folder / "seen").write_bytes(pickle.dumps((seen.seen, seen.statuses)))
+        (folder / "seen").write_bytes(pickle.dumps((seen.seen, seen.statuses, seen.written)))
         return code
 
     assert Fork(body, folder / "said").wait() == 0
-    seen.seen, seen.statuses = pickle.loads((folder / "seen").read_bytes())
+    seen.seen, seen.statuses, seen.written = pickle.loads((folder / "seen").read_bytes())
     return seen
 
 
@@ -264,3 +266,35 @@ def test_what_a_status_promises_would_survive_a_power_cut(operations: Operations
                     above = above.parent
     assert promises > 100
     assert not any(unsynced_names.values())
+
+
+def test_after_a_power_cut_at_any_operation_what_is_recorded_is_there_and_the_run_goes_on(
+    job: Job, operations: Operations, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """``--cuts`` says at how many; every tenth is resumed to its end, too."""
+    rng, n_cuts, n = random.Random(0), request.config.getoption("--cuts"), len(operations.seen)
+    cuts, recorded = Counter(sorted(rng.randrange(1, n + 1) for _ in range(n_cuts))), 0
+    disk, number = Disk(operations.root), 0
+    for index, operation in enumerate(operations.seen, start=1):
+        disk.do(operation, operations.written.get(index - 1))
+        for _ in range(cuts[index]):
+            left = tmp_path / f"cut{number}"
+            left.mkdir()
+            disk.cut(rng, left)
+            out = left / "out"
+            for path in out.glob("*/*/artifacts/qid_status.json"):
+                status = read_status(path.parent)
+                assert status
+                for name, record in status.stages.items():
+                    if record.status == "completed":
+                        recorded += 1
+                        assert status.intact(name), (index, operation, name)
+            if number % 10 == 0:
+                before = finished_work(out)
+                job.run(out)
+                require_kept(before, out)
+                require_undisturbed(out, job, may_lack=(".log", ".lock"))
+            shutil.rmtree(left)
+            number += 1
+    print(number, "power cuts,", recorded, "recorded stages that had to be whole,", n, "operations")
+    assert recorded > n_cuts

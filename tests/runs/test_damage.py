@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from conftest import WORDS
-from folders import contents, status
+from folders import contents, status, write_status
 from relfv.cli import main
 
 FILES = [
@@ -127,7 +127,8 @@ def test_a_status_that_cannot_be_trusted_is_not_taken_for_one(wide: tuple[list[s
     from relfv.errors import RunError
     from relfv.store.status import read_status
 
-    original = status(wide[1], "F0")
+    original, artifacts = status(wide[1], "F0"), tmp_path / "artifacts"
+    artifacts.mkdir()
     changes = [
         {"status": "complexed"},
         {"expected_layers": [0, 1, 6]},
@@ -140,12 +141,12 @@ def test_a_status_that_cannot_be_trusted_is_not_taken_for_one(wide: tuple[list[s
         {"q_id": None, "stages": None},
     ]
     for change in [{}, *changes]:
-        (tmp_path / "qid_status.json").write_text(json.dumps({**original, **change}))
+        write_status(tmp_path.parent, tmp_path.name, {**original, **change})
         if not change:
-            assert read_status(tmp_path)
+            assert read_status(artifacts)
             continue
         with pytest.raises(RunError, match="is damaged"):
-            read_status(tmp_path)
+            read_status(artifacts)
 
 
 @pytest.mark.slow

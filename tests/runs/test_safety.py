@@ -18,6 +18,7 @@ import pytest
 
 from bad_input import GOOD
 from conftest import ROOT
+from folders import status, write_status
 from relfv.cli import main
 from relfv.errors import RunError
 from relfv.logs import set_up_logging
@@ -174,8 +175,7 @@ def test_tables_on_the_terminal_are_escaped(
 ) -> None:
     copy = tmp_path / "out\u202e" / "pairs"
     shutil.copytree(finished, copy)
-    path = copy / "C3/artifacts/qid_status.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "reason": "\x1b[2Jgone\u202e"}))
+    write_status(copy, "C3", {**status(copy, "C3"), "reason": "\x1b[2Jgone\u202e"})
     assert main(["status", str(copy)]) == 0
     arguments = ["--relation_csv_path", str(csv_path), "--model", str(llama_path), "--out_root", str(copy.parent)]
     assert main(["run", *arguments, "--dry_run"]) == 0
@@ -221,9 +221,9 @@ def test_hostile_words_make_no_element_and_no_attribute(hostile: Path, tmp_path:
         pages.append(Tags(write_report(copy).read_text()).found)
     assert all(page == pages[0] for page in pages)
     assert ("bdi", ()) in pages[0]  # a word that turns the direction of writing does so to itself alone
-    status = json.loads((copy / "A1/artifacts/qid_status.json").read_text())
-    status["config"]["model"] = "".join(HOSTILE)
-    (copy / "A1/artifacts/qid_status.json").write_text(json.dumps(status))
+    found = status(copy, "A1")
+    found["config"]["model"] = "".join(HOSTILE)
+    write_status(copy, "A1", found)
     assert Tags(write_report(copy).read_text()).found == pages[0]
 
 

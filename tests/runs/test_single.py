@@ -8,9 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from folders import contents, status
+from folders import contents, status, write_status
 from parity import rounding, size_in
 from relfv.cli import main
 from relfv.stages import step6
@@ -19,6 +20,7 @@ from relfv.stages.table import STAGES
 from relfv.stages.trials import TRIALS
 from relfv.stages.zeroshot import ZERO_SHOT_TRIALS
 from relfv.store.folder import QidFolder
+from relfv.store.formats import tensor_bytes
 
 
 def in_process(name: str, *arguments: str | Path) -> int:
@@ -178,7 +180,9 @@ def test_later_settings_may_be_chosen_until_a_stage_has_used_them(
     # a figure of other settings may not take the place of the recorded one, but may lie beside it
     assert in_process("heatmap", "--in_dir", paths.artifacts, "--topk", "9") == 2
     assert in_process("heatmap", "--in_dir", paths.artifacts, "--topk", "9", "--out_name", "mine.png") == 0
-    assert status(tmp_path, "A1") == document
+    now = status(tmp_path, "A1")
+    assert {key for key in now if now[key] != document[key]} == {"updated_at", "other_files", "sha256_of_the_rest"}
+    assert [*now["other_files"]] == ["mine.png"]
 
 
 @pytest.mark.parametrize("missing", ["fv_global_resid.pt", "sampled_trials_zeroshot.json"])
@@ -231,7 +235,7 @@ def test_a_layer_evaluated_again_with_other_settings_has_one_result(folder: QidF
     document["stages"] = {
         name: record for name, record in document["stages"].items() if not name.startswith(from_step6_on)
     }
-    (folder.artifacts / "qid_status.json").write_text(json.dumps(document))
+    write_status(folder.artifacts.parents[1], folder.artifacts.parent.name, document)
     assert run_step6(folder, llama_path, 0, "--n_eval", "4") == 0
     assert run_step6(folder, llama_path, 0, "--n_eval", "6") == 0
     results = list((folder.artifacts / "step6/layer_0").glob("step6_results_*.json"))
@@ -336,3 +340,18 @@ def test_two_layers_at_once_are_both_recorded(folder: QidFolder, llama_path: Pat
     ]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     assert status(folder.artifacts.parents[1], "A1")["status"] == "completed"
+
+
+@pytest.mark.parametrize(("factor", "says"), [(0.0, "holds zeros alone"), (1e30, "is too long for float32")])
+def test_a_vector_that_adds_nothing_or_overflows_is_refused_before_the_model_is_opened(
+    factor: float, says: str, folder: QidFolder, llama_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = tmp_path / "odd.pt"
+    odd.write_bytes(tensor_bytes({"fv_global_resid": np.full(48, factor, np.float32)}))
+    trials = ("--sampled_trials_path", folder.path(ZERO_SHOT_TRIALS), "--model", llama_path)
+    out = tmp_path / "out"
+    assert in_process("step6", "--fv_global_path", odd, *trials, "--edit_layer", "1", "--out_dir", out) == 2
+    said = capsys.readouterr().err
+    assert f"{odd}: its vector {says}; expected a function vector as StepE writes it" in said
+    assert "opened" not in said
+    assert not out.exists()

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from folders import contents, rewrite, status
+from folders import contents, rewrite, status, write_status
 from relfv.cli import main
+from relfv.store.formats import sealed
 
 
 @pytest.fixture
@@ -117,7 +118,7 @@ def test_each_other_finding_is_named_in_the_q_ids_line(copied: Path, capsys: pyt
     (artifacts / "cie_scores.csv").write_text("x")
     document = status(copied, "B2")
     document["stages"]["stepE"]["inputs"]["cie_scores.csv"] = "0" * 64
-    (copied / "B2/artifacts/qid_status.json").write_text(json.dumps({**document, "status": "failed", "reason": "why"}))
+    write_status(copied, "B2", {**document, "status": "failed", "reason": "why"})
     shutil.rmtree(copied / "C3")
     assert main(["verify", str(copied)]) == 1
     a1, b2, c3, manifest, _, last = capsys.readouterr().out.splitlines()
@@ -134,7 +135,7 @@ def test_settings_that_no_run_of_the_manifest_had_are_noticed(copied: Path, caps
     document = json.loads(path.read_text())
     document["settings"]["seed"] = 5
     document.pop("sha256_of_the_rest")
-    path.write_text(json.dumps(document))
+    path.write_text(json.dumps(sealed(document)))
     assert main(["verify", str(copied)]) == 1
     assert capsys.readouterr().out.count("its settings are those of a run in the manifest") == 2
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 
 from conftest import ROOT
-from folders import arguments, contents, status
+from folders import arguments, contents, status, write_status
 from relfv.cli import main
 from relfv.settings import FLAGS, IDENTITY
 from relfv.stages.stage import Stage
@@ -164,7 +163,7 @@ def test_a_record_without_a_file_that_its_stage_writes_today_makes_that_stage_al
         del record["files"][name]
         for other in document["stages"].values():
             other["inputs"].pop(name, None)
-    (artifacts / "qid_status.json").write_text(json.dumps(document))
+    write_status(relation, "A1", document)
     started = {name: record["started_at"] for name, record in document["stages"].items()}
     assert main(arguments(llama_path, csv_path, tmp_path, "--q_list", "A1")) == 0
     now = status(relation, "A1")["stages"]
@@ -180,7 +179,7 @@ def test_a_step_that_a_later_version_recorded_does_not_count(finished: Path, tmp
     document = status(relation, "A1")
     document["stages"]["of_the_future"] = document["stages"]["summary"]
     path = relation / "A1/artifacts/qid_status.json"
-    path.write_text(json.dumps(document))
+    write_status(relation, "A1", document)
     found = read_status(path.parent)
     assert found is not None
     assert is_complete(found)

@@ -90,7 +90,10 @@ def test_nesting_without_end_is_a_damaged_file(tmp_path: Path, text: str) -> Non
 def test_a_sealed_document_tells_that_it_was_changed(tmp_path: Path) -> None:
     document = sealed({"a": 1, "b": [0.1]})
     assert unsealed(document, tmp_path) == {"a": 1, "b": [0.1]}
-    assert unsealed({"a": 1}, tmp_path) == {"a": 1}
+    assert unsealed({"a": 1}, tmp_path, older=True) == {"a": 1}
+    for without in ({"a": 1}, {"a": 1, "sha256_of_the_resu": document["sha256_of_the_rest"]}):
+        with pytest.raises(RunError, match="does not match its sha256_of_the_rest"):
+            unsealed(without, tmp_path)
     for change in ({"a": 2}, {"c": 0}, {"a": float("nan")}, {"sha256_of_the_rest": "0" * 64}):
         with pytest.raises(RunError, match="has been changed since it was written"):
             unsealed({**document, **change}, tmp_path)

@@ -4,14 +4,14 @@ import errno
 import fcntl
 import os
 import socket
-import subprocess
-import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from relfv.errors import RunError
-from relfv.store.locks import holder_is_alive, lock
+from relfv.store.locks import held_by, lock
 
 
 def test_a_lock_is_held_once_and_says_by_whom(tmp_path: Path) -> None:
@@ -36,18 +36,37 @@ def test_a_file_system_without_locks_is_named_and_not_taken_for_another_process(
         pass
 
 
-def test_whoever_locked_last_is_known_to_be_alive_or_dead(tmp_path: Path) -> None:
-    path, here = tmp_path / "q", socket.gethostname()
-    assert not holder_is_alive(path)
+def test_the_lock_says_who_is_at_work_and_not_the_number_of_a_process(tmp_path: Path) -> None:
+    """A number may be another process's by now, or another container's."""
+    path = tmp_path / "q"
+    assert held_by(path) is None
     with lock(path):
-        assert holder_is_alive(path)
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    for text, alive in (
-        (f"process {ended.pid} on {here}", False),
-        (f"process {ended.pid} on another-{here}", True),
-        ("", False),
-        ("some other words in it", False),
+        assert held_by(path) == f"process {os.getpid()} on {socket.gethostname()}"
+    for text in (
+        f"process {os.getpid()} on {socket.gethostname()}",
+        f"process 1 on another-{socket.gethostname()}",
+        "",
     ):
         path.write_text(text)
-        assert holder_is_alive(path) is alive
+        assert held_by(path) is None
+    assert path.read_text() == ""
+    with path.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert held_by(path) == "another process"
+
+
+def test_a_look_at_a_lock_does_not_keep_a_run_from_it(tmp_path: Path) -> None:
+    path = tmp_path / "q"
+    with path.open("w") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        threading.Timer(0.1, lambda: fcntl.flock(looking, fcntl.LOCK_UN)).start()
+        with lock(path) as holder:
+            assert holder is None
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_what_is_no_file_is_no_lock(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path / "q")
+    assert held_by(tmp_path / "q") is None
+    with pytest.raises(RunError, match="q: cannot be written"), lock(tmp_path / "q"):
+        pass

@@ -62,10 +62,12 @@ def train_demo_model(
     ``threads`` is the number of CPU threads. The matrices are so small that a second one saves only a quarter of the
     time, and it splits sums differently: with one thread the weights do not depend on the number of cores.
 
-    Raises InputError if ``out_dir`` already holds something, the CSV cannot be read, or none of its relations is large
-    enough to train on.
+    Raises InputError if ``out_dir`` already holds something, ``log_path`` cannot be written, the CSV cannot be read, or
+    none of its relations is large enough to train on.
     """
     _require_free(Path(out_dir))
+    if log_path is not None:
+        _require_writable(Path(log_path))
     config = config or DemoTrainingConfig()
     if steps is not None:
         config = dataclasses.replace(config, steps=steps)
@@ -215,3 +217,16 @@ def _require_free(out_dir: Path) -> None:
     """Raise InputError for a place that holds something."""
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise InputError(f"{out_dir}: already there and not empty; expected a new folder for the model")
+
+
+def _require_writable(log_path: Path) -> None:
+    """Raise InputError for a log that could not be written once the training is over. What is there is kept."""
+    there = log_path.exists()
+    try:
+        os.close(os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK, 0o666))  # a pipe without a reader: no wait
+    except OSError as problem:
+        raise InputError(
+            f"--log_path {log_path}: cannot be written ({problem.strerror}); expected a file in a folder that is there"
+        ) from None
+    if not there:
+        log_path.unlink()

@@ -56,7 +56,7 @@ def adapter_in(source: str) -> Adapter | None:
         kind, base, revision = config["peft_type"], config["base_model_name_or_path"], config.get("revision")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         raise InputError(f"{path}: not the config of an adapter ({type(problem).__name__}: {problem})") from problem
-    if not base:
+    if not base or not isinstance(base, str):
         raise InputError(f"{path}: names no base model; write the base model's folder into base_model_name_or_path")
     beside = folder / str(base)  # a relative path counts from the working directory first, then from the adapter
     return Adapter(folder, str(kind), str(beside if not Path(base).exists() and beside.is_dir() else base), revision)

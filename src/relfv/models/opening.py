@@ -26,6 +26,11 @@ from relfv.models.tokens import Tokens
 
 log = logging.getLogger(__name__)
 
+_MOST_LAYERS = 2000
+"""Several times what the deepest language models have."""
+_BUILT_IN = ("eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm")
+"""Ways to compute attention and experts whose code is in PyTorch and transformers themselves."""
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -67,7 +72,8 @@ def load_checkpoint(
     origin: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if not Path(source).is_dir():
         origin["revision"] = hub_commit(source, adapter.revision if adapter else None)
-    with _quiet_transformers():
+    with quiet_transformers():
+        model_class(source, name, origin)  # first, or its errors would be blamed on the tokenizer, which reads it, too
         if adapter and adapter.has_tokenizer:
             tokenizer = _load_tokenizer(str(adapter.folder), name, {"trust_remote_code": trust_remote_code})
         else:
@@ -122,7 +128,7 @@ def choose_device(device: str) -> torch.device:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """While open, transformers shows no warnings and no progress bars.
 
     It would print a table of missing and unexpected tensors; ``_require_whole`` says what matters of it in one line.
@@ -159,11 +165,10 @@ def _load_weights(
     options: dict[str, Any] = {"torch_dtype" if _old_transformers() else "dtype": _torch_dtype(dtype)}
     options["device_map"] = {"": str(place)}
     if quant != "none":
-        options["quantization_config"] = _quantization(quant, place, quant_compute)
+        options["quantization_config"] = quantization(quant, place, quant_compute)
     # For tensors that are missing or of another shape transformers draws random ones, with a warning at most.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    config = _config(source, name, origin)
-    auto_class = _auto_class(config, name)
+    auto_class, config = model_class(source, name, origin)
     check_size(name, source, text_config(config), place, None if dtype == "auto" else _torch_dtype(dtype))
     try:
         model, loading_info = auto_class.from_pretrained(source, **origin, **options)
@@ -195,28 +200,26 @@ def _require_whole(name: str, loading_info: Any) -> None:
         log.warning(unused, name, len(unexpected), unexpected[0])
 
 
-def _config(source: str, name: str, origin: dict[str, Any]) -> Any:
-    from transformers import AutoConfig
+def model_class(source: str, name: str, origin: dict[str, Any]) -> tuple[Any, Any]:
+    """transformers' class for a causal language model, or for a multimodal one, of which relfv uses the text model; and
+    the model's config.
 
-    try:
-        return AutoConfig.from_pretrained(source, **origin)
-    except Exception as problem:  # of many kinds: missing, damaged, or in need of code from the checkpoint
-        raise unreadable(name, "config", problem) from problem
-
-
-def _auto_class(config: Any, name: str) -> Any:
-    """transformers' class for a causal language model, or for a multimodal one, of which relfv uses the text model.
-
-    Raises InputError for any other kind of model, such as an encoder, with or without a decoder.
+    Raises InputError for any other kind of model, such as an encoder, with or without a decoder, and for a config that
+    asks for more layers than any model has, or for code from elsewhere that the user has not agreed to.
     """
     import transformers
     from transformers.models.auto import modeling_auto as known
 
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, **origin)
+    except Exception as problem:  # of many kinds: missing, damaged, or in need of code from the checkpoint
+        raise unreadable(name, "config", problem) from problem
+    _require_sane(name, config, trusted=origin["trust_remote_code"])
     brings_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if config.model_type in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or brings_code:
-        return transformers.AutoModelForCausalLM
+        return transformers.AutoModelForCausalLM, config
     if config.model_type in known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and not config.is_encoder_decoder:
-        return transformers.AutoModelForImageTextToText
+        return transformers.AutoModelForImageTextToText, config
     raise InputError(
         f"--model {name!r}: its model_type is {config.model_type!r}, which transformers {transformers.__version__} "
         "does not know as a causal language model, nor as a multimodal one with such a model inside; expected a "
@@ -224,12 +227,33 @@ def _auto_class(config: Any, name: str) -> Any:
     )
 
 
+def _require_sane(name: str, config: Any, *, trusted: bool) -> None:
+    """Raise InputError for what would be built for minutes before it fails, or would fetch code and run it."""
+    inner = [getattr(config, key, None) for key in (getattr(config, "sub_configs", None) or ())]
+    for part in (config, *(part for part in inner if part is not None)):
+        layers = getattr(part, "num_hidden_layers", None)
+        if isinstance(layers, int) and layers > _MOST_LAYERS:
+            raise InputError(
+                f"--model {name!r}: its config asks for {layers} layers; expected at most {_MOST_LAYERS}, so is the "
+                "config.json damaged?"
+            )
+        for what in ("attn", "experts"):
+            # transformers takes any other name for a kernel on the hub, and loads the code that it finds there.
+            asked = getattr(part, f"_{what}_implementation", None)
+            if not trusted and asked is not None and asked not in _BUILT_IN:
+                raise InputError(
+                    f"--model {name!r}: its config asks for {what}_implementation {str(asked)[:80]!r}, which is no "
+                    f"part of transformers; expected one of {', '.join(_BUILT_IN)}: take it out of config.json, or "
+                    "allow code from elsewhere by --trust_remote_code"
+                )
+
+
 def _torch_dtype(dtype: str) -> Any:
     name = dtype_name(dtype)
     return name if name == "auto" else getattr(torch, name)
 
 
-def _quantization(quant: str, place: torch.device, compute: torch.dtype) -> Any:
+def quantization(quant: str, place: torch.device, compute: torch.dtype) -> Any:
     """The config for bitsandbytes. Raises InputError where that is not installed or cannot run."""
     if place.type != "cuda":
         raise InputError(f"--quant {quant}: bitsandbytes needs a CUDA device, this run is on {place}; use --quant none")

@@ -37,12 +37,14 @@ def model_source(name: str) -> str:
     """Where ``from_pretrained`` finds the model: a folder or a hub id. Raises InputError for a path that is missing."""
     if name == DEMO:
         return str(Path(__file__).parents[1] / "demo" / "weights")
-    path = Path(name).expanduser()
+    path = Path(name)
     try:
+        path = path.expanduser()
         path.stat()
     except FileNotFoundError:
         pass
-    except (OSError, ValueError) as problem:  # a name that is too long or holds a NUL, a folder that may not be read
+    # A name that is too long or holds a NUL, a folder that may not be read, a user that is not known.
+    except (OSError, ValueError, RuntimeError) as problem:
         why = problem.strerror if isinstance(problem, OSError) else problem
         raise InputError(
             f"--model {name[:200]!r}: cannot be opened ({why}); expected a model folder, a hub id or 'demo'"

@@ -89,11 +89,14 @@ class Tokens:
         text, line_break, _ = self.joined(token_ids[:end]).partition("\n")
         return None if end is None and not line_break else text.strip()
 
-    def self_check_prompts(self) -> list[list[int]]:
-        """Two prompts of different length, in the format of real ones, for the engine's self-check."""
+    def self_check_prompts(self, longest: int | None = None) -> list[list[int]]:
+        """Two prompts of different length, in the format of real ones and of at most ``longest`` tokens, for the
+        engine's self-check."""
         words = ["up", "down", "hot", "cold", "day", "night", "old", "new", "left", "right", "big", "small"]
         pairs = [f"Q: {a}\nA: {b}\n\n" for a, b in pairwise(words)]
-        return [self.encode("".join(pairs) + "Q: in\nA:"), self.encode(pairs[0] + "Q: high\nA:")]
+        prompts = [self.encode("".join(pairs) + "Q: in\nA:"), self.encode(pairs[0] + "Q: high\nA:")]
+        room = min(longest or len(prompts[0]), len(prompts[0]))
+        return [prompts[0][:room], prompts[1][: max(1, room - 1)]]
 
     def _encode(self, text: str) -> list[int]:
         ids = self._ids(text, special=True)

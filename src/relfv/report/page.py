@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from relfv import __version__
 from relfv.errors import InputError, RelfvError
@@ -22,7 +25,7 @@ from relfv.stages.step6_summary import STEP6_SUMMARY
 from relfv.stages.summary import SUMMARY
 from relfv.stages.sweeps import SWEEPS_FILE
 from relfv.stages.trials import TRIALS
-from relfv.store.files import require_no_links, sha256_file, write_atomic
+from relfv.store.files import read_bytes, require_no_links, sha256_bytes, sha256_file, write_atomic
 from relfv.store.folder import File, QidFolder
 from relfv.store.formats import read_json
 from relfv.store.locks import sole_writer
@@ -43,20 +46,86 @@ def write_report(folder: Path) -> Path:
             f"{folder}: no q_id here; expected a relation's results folder, e.g. results_fv/relation_qwise/relationA_ex"
         )
     require_no_links(folder / "report", below=folder)
-    environment = Environment(
-        loader=PackageLoader("relfv.report"), undefined=StrictUndefined, autoescape=True, trim_blocks=True
-    )
-    template = environment.get_template("page.html.j2")
     # What is written last must also have been read last, or one of two runs would leave out what the other did.
     path = page_path(folder)
     with sole_writer(path.parent):
-        page = template.render(**_content(folder, artifacts_dirs))
-        return write_atomic(path, page.encode())
+        made_from = _made_from(folder, artifacts_dirs)
+        page = _template().render(**_content(folder, artifacts_dirs))
+        return write_atomic(path, _with_seal(page, made_from))
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=PackageLoader("relfv.report"), undefined=StrictUndefined, autoescape=True, trim_blocks=True
+    )
+    return environment.get_template("page.html.j2")
 
 
 def page_path(folder: Path) -> Path:
     """Where the page of ``folder`` is."""
     return folder / "report" / "index.html"
+
+
+_SEAL = re.compile(rb"<!-- made from (\w{64}), sha256 of what is above: (\w{64}) -->\n")
+
+
+def page_problem(folder: Path) -> str | None:
+    """What is wrong with the page of ``folder``; None for a page as it was written, of an earlier version, or none."""
+    try:
+        page = read_bytes(page_path(folder))
+    except FileNotFoundError:
+        return None
+    except OSError as problem:
+        return f"cannot be read ({problem.strerror})"
+    if _sealed_from(page) or page.endswith(b"</html>"):  # as earlier versions ended theirs
+        return None
+    return "is not as it was written; 'relfv report' or the next 'relfv run' makes it again"
+
+
+def is_up_to_date(folder: Path) -> bool:
+    """Whether the page is whole, and made from what now lies beside it."""
+    try:
+        page = read_bytes(page_path(folder))
+    except OSError:
+        return False
+    return _sealed_from(page) == _made_from(folder, find_statuses(folder))
+
+
+def _with_seal(page: str, made_from: str) -> bytes:
+    above = page.encode() + b"\n"
+    return above + f"<!-- made from {made_from}, sha256 of what is above: {sha256_bytes(above)} -->\n".encode()
+
+
+def _sealed_from(page: bytes) -> str | None:
+    """What a page was made from, if it is as it was written."""
+    above, _, last = page.removesuffix(b"\n").rpartition(b"\n")
+    found = _SEAL.fullmatch(last + b"\n")
+    return found[1].decode() if found and found[2].decode() == sha256_bytes(above + b"\n") else None
+
+
+def _made_from(folder: Path, artifacts_dirs: list[Path]) -> str:
+    """A hash of what the page tells of, but for times: a status that was only written again asks for no new page."""
+    told: list[Any] = [__version__, sha256_file(folder / CROSS)]
+    for artifacts_dir in artifacts_dirs:
+        try:
+            status = read_status(artifacts_dir)
+            assert status is not None
+            files = [record.files for record in status.stages.values()]
+            where = [status.q_id, status.status, status.reason, status.q_row_count]
+            told.append([*where, status.settings.to_json(), files])
+        except RelfvError as problem:
+            told.append([artifacts_dir.parent.name, str(problem)])
+    return sha256_bytes(json.dumps(told).encode())
+
+
+def shown(folder: Path, status: QidStatus) -> dict[str, Any]:
+    """What the page of a relation's ``folder`` shows of a completed q_id. Raises an exception of any kind where its
+    files are of another shape than relfv writes."""
+    content = _completed(folder, status)
+    # On a page of its own: what the template cannot show must not take the others with it.
+    _template().render(**_frame(folder, with_cross=False), **_counted([content], [], status.settings))
+    return content
 
 
 def _content(folder: Path, artifacts_dirs: list[Path]) -> dict[str, Any]:
@@ -69,24 +138,36 @@ def _content(folder: Path, artifacts_dirs: list[Path]) -> dict[str, Any]:
             assert status is not None
             settings = status.settings
             if status.status == "completed":
-                completed.append(_completed(folder, status))
+                completed.append(shown(folder, status))
             else:
                 others.append({"q_id": status.q_id, "status": status.status, "reason": status.reason or ""})
-        except (RelfvError, KeyError, TypeError, ValueError, IndexError, AttributeError) as problem:
-            others.append({"q_id": artifacts_dir.parent.name, "status": "unreadable", "reason": str(problem)})
-    states = ["completed"] * len(completed) + [other["status"] for other in others]
-    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+        except Exception as problem:
+            said = str(problem) if isinstance(problem, RelfvError) else f"{type(problem).__name__}: {problem}"
+            others.append({"q_id": artifacts_dir.parent.name, "status": "unreadable", "reason": said})
+    return {**_frame(folder), **_counted(completed, others, settings)}
+
+
+def _frame(folder: Path, *, with_cross: bool = True) -> dict[str, Any]:
+    """What the page says of the relation as a whole."""
     return {
         "relation": folder.resolve().name,
         "version": __version__,
-        "model": _model(settings.model, settings.precision, _opened_model(folder)),
-        "notes": _opened_model(folder).get("notes", []),
+        "opened": _opened_model(folder),
+        "cross": _cross(folder) if with_cross else None,
+    }
+
+
+def _counted(completed: list[dict[str, Any]], others: list[dict[str, str]], settings: Settings) -> dict[str, Any]:
+    """What it says of the q_ids; ``settings`` are those of the last of them."""
+    states = ["completed"] * len(completed) + [other["status"] for other in others]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    return {
+        "model": {"name": settings.model, "precision": settings.precision},
         "is_demo": settings.model == "demo",
         "departures": settings.departures(),
         "counts": f"{len(states)} q_ids: {counts}",
         "completed": completed,
         "others": others,
-        "cross": _cross(folder),
     }
 
 
@@ -107,17 +188,14 @@ def _cross(folder: Path) -> dict[str, Any] | None:
 
 
 def _opened_model(folder: Path) -> dict[str, Any]:
-    """What the manifest says of the model; empty where there is none."""
+    """What the manifest says of the model's shape, device and peculiarities, as far as it can be read."""
     try:
-        return read_json(folder / "run_manifest.json").get("model", {})
-    except RelfvError:
-        return {}
-
-
-def _model(name: str, precision: str, opened: dict[str, Any]) -> dict[str, str]:
-    shape = f"{opened['n_layers']} layers × {opened['n_heads']} heads" if opened else "shape not recorded"
-    device = f"{opened['device']}, {opened['device_name']}" if opened else "a device not recorded"
-    return {"name": name, "shape": shape, "precision": precision, "device": device}
+        opened = read_json(folder / "run_manifest.json")["model"]
+        shape = f"{opened['n_layers']} layers × {opened['n_heads']} heads"
+        device, notes = f"{opened['device']}, {opened['device_name']}", list(map(str, opened.get("notes", [])))
+        return {"shape": shape, "device": device, "notes": notes}
+    except (RelfvError, KeyError, TypeError):
+        return {"shape": "shape not recorded", "device": "a device not recorded", "notes": []}
 
 
 def _completed(folder: Path, status: QidStatus) -> dict[str, Any]:

@@ -8,10 +8,8 @@ from pathlib import Path
 from relfv.errors import InputError, RelfvError
 from relfv.logs import printable
 from relfv.stages.step6_summary import STEP6_SUMMARY
-from relfv.store.files import REPLACED
-from relfv.store.folder import QidFolder
-from relfv.store.formats import read_json
-from relfv.store.locks import holder_is_alive
+from relfv.store.folder import QidFolder, was_moved_aside
+from relfv.store.locks import held_by
 from relfv.store.status import STATUS_FILE, QidStatus, read_status
 
 _HEADER = ("q_id", "status", "rows", "best layer", "score", "accuracy", "updated", "reason")
@@ -21,7 +19,7 @@ def find_statuses(root: Path) -> list[Path]:
     """Artifacts folders below ``root`` that have a status: given a results root, a relation's folder or a q_id's."""
     patterns = (f"artifacts/{STATUS_FILE}", f"*/artifacts/{STATUS_FILE}", f"*/*/artifacts/{STATUS_FILE}")
     folders = [path.parent for pattern in patterns for path in root.glob(pattern)]
-    kept = [folder for folder in folders if REPLACED not in folder.parent.name]
+    kept = [folder for folder in folders if not was_moved_aside(folder.parent)]
     return sorted(kept, key=lambda folder: (folder.parent.parent.name, natural_key(folder.parent.name)))
 
 
@@ -49,13 +47,13 @@ def _row(folder: Path) -> tuple[str, ...]:
         status = read_status(folder)
         assert status is not None
         best = _best(status)
-    except (RelfvError, KeyError, TypeError, ValueError) as problem:
-        return (folder.parent.name, "unreadable", "", "", "", "", "", str(problem))
-    updated = read_json(status.path)["updated_at"][:19].replace("T", " ")
+    except Exception as problem:  # whatever one folder holds, the others get their row
+        said = str(problem) if isinstance(problem, RelfvError) else f"{type(problem).__name__}: {problem}"
+        return (folder.parent.name, "unreadable", "", "", "", "", "", said)
+    updated = status.updated_at[:19].replace("T", " ")
     reason = status.reason or ""
-    if status.status == "running":
-        alive = holder_is_alive(QidFolder(folder, status.q_id).lock)
-        reason = "" if alive else "its process is gone; the same command goes on from here"
+    if status.status == "running" and held_by(QidFolder(folder, folder.parent.name).lock) is None:
+        reason = "its process is gone; the same command goes on from here"
     return (status.q_id, status.status, str(status.q_row_count), *best, updated, reason)
 
 

@@ -9,6 +9,7 @@ never opened.
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from relfv.errors import InputError, RelfvError
-from relfv.logs import Progress, showing
+from relfv.logs import Progress, show, showing
 from relfv.models.sources import model_identity
 from relfv.models.stored import resolved
 from relfv.report.page import write_report
@@ -67,7 +68,7 @@ def cross(folder: Path, q_list: Sequence[str] | None, overlay: Callable[[Setting
             raise InputError(f"{folder / CROSS}: is being written by {holder}; wait for it to end, then run again")
         _Crossing(folder, statuses, named=q_list is not None).run(lambda: open_for(settings))
     log.info("report: %s", write_report(folder))
-    print(folder / CROSS)
+    show(folder / CROSS)
     return 0
 
 
@@ -94,8 +95,8 @@ def _completed(folder: Path, q_list: Sequence[str] | None) -> dict[str, QidStatu
             left_out[q_id] = status.status
         elif not is_complete(status):
             raise InputError(
-                f"{path}: completed, but not as its status says ('relfv verify {path.parent}' names what); the same "
-                "'relfv run' mends it, or leave the q_id out by --q_list"
+                f"{path}: completed, but not as its status says ('relfv verify {shlex.quote(str(path.parent))}' names "
+                "what); the same 'relfv run' mends it, or leave the q_id out by --q_list"
             )
         else:
             statuses[q_id] = status

@@ -117,7 +117,20 @@ def read_manifest(path: Path) -> dict[str, Any]:
     content = read_json(path)
     if not isinstance(content, dict) or not {"settings", "q_list"} <= content.keys():
         raise RunError(f"{path}: is damaged or not a manifest of relfv")
-    return unsealed(content, path)  # manifests of relfv 0.1.0 have no seal
+    # The first ones had no seal.
+    return unsealed(content, path, older=content.get("algorithm_version") in (None, 1))
+
+
+def manifest_runs(folder: Path) -> list[dict[str, Any]]:
+    """The last run that ``folder``'s manifest describes, and the earlier ones. Raises RelfvError."""
+    manifest = read_manifest(folder / MANIFEST)
+    runs = [manifest, *manifest.get("earlier_runs", [])]
+    if not all(
+        isinstance(run, dict) and isinstance(run.get("settings"), dict) and isinstance(run.get("q_list"), list)
+        for run in runs
+    ):
+        raise RunError(f"{folder / MANIFEST}: is damaged or not a manifest of relfv")
+    return runs
 
 
 def _version(name: str) -> str | None:

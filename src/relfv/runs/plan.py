@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from relfv.errors import InputError, RelfvError
-from relfv.logs import printable
 from relfv.models.sources import model_identity
 from relfv.models.stored import resolved
 from relfv.relations import file_sha256, load_relations, relation_name, require_q_ids, rows_sha256
@@ -66,7 +65,17 @@ class Plan:
     def skip_reason(self, q_id: str) -> str | None:
         """Why a q_id cannot run under these settings, or None."""
         settings = self.request.settings
-        return ineligible_reason(self.relations[q_id], settings.n_demos, settings.corruption)
+        reason = ineligible_reason(self.relations[q_id], settings.n_demos, settings.corruption)
+        return reason or self._was_skipped(q_id)
+
+    def _was_skipped(self, q_id: str) -> str | None:
+        """Why an earlier run of the same experiment skipped it: its prompts are too long, which only the model's
+        tokenizer could tell."""
+        status = None
+        if not self.request.force:
+            with suppress(RelfvError):  # said elsewhere
+                status = self.status_on_disk(q_id)
+        return status.reason if status and status.status == "skipped" and not self.differences(status) else None
 
     def new_status(self, q_id: str) -> QidStatus:
         """A pending status for a q_id that has none."""
@@ -144,34 +153,3 @@ def require_same_experiment(plan: Plan, besides: Collection[str]) -> None:
             f"{f'; and {len(problems) - 5} more' if len(problems) > 5 else ''}. Use another --out_root, or --force to "
             "move those folders aside"
         )
-
-
-def say_plan(plan: Plan) -> int:
-    """``--dry_run``: a line for each q_id on stdout. Returns the exit code."""
-    lines = [
-        f"output  {plan.folder}",
-        f"model   {plan.request.settings.model} ({plan.model_identity[:40]})",
-        *(f"departs from the spec: {departure}" for departure in plan.request.settings.departures()),
-    ]
-    unusable = plan.unusable_statuses()
-    for q_id, relation in plan.relations.items():
-        lines.append(f"{q_id:<8} {len(relation.pairs):>4} rows  {unusable.get(q_id) or _what_would_happen(plan, q_id)}")
-    print("\n".join(map(printable, lines)))
-    return 0
-
-
-def _what_would_happen(plan: Plan, q_id: str) -> str:
-    if reason := plan.skip_reason(q_id):
-        return f"skip: {reason}"
-    status = plan.status_with_results(q_id)
-    if status is None:
-        return "run (new)"
-    if plan.request.force:
-        return "move the earlier results aside, then run"
-    if differing := plan.differences(status):
-        return f"refuse: {', '.join(differing)}"
-    if plan.is_done(status):
-        return "completed, nothing to do"
-    if status.status == "completed" and is_complete(status):
-        return "completed, sweeps to be added"
-    return f"run (now {status.status})"

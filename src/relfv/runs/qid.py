@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from relfv.errors import RelfvError, RunError
+from relfv.models.context import TooLong
 from relfv.settings import Settings
 from relfv.signals import raise_received
 from relfv.stages import sweeps, trials
 from relfv.stages.stage import Stage, Step, Work
 from relfv.stages.table import STAGES, is_complete, is_done, not_done, steps
+from relfv.store.files import require_temporary_folder
 from relfv.store.folder import File, QidFolder
 from relfv.store.status import QidStatus
 from relfv.types import Relation
@@ -32,6 +34,7 @@ log = logging.getLogger(__name__)
 
 def open_for(settings: Settings) -> LanguageModel:
     """The model that ``settings`` name."""
+    require_temporary_folder()
     from relfv.language_model import open_model
 
     return open_model(
@@ -129,9 +132,14 @@ def run_step(work: Work, step: Step, status: QidStatus | None = None) -> None:
 @contextmanager
 def settling(status: QidStatus) -> Iterator[None]:
     """Afterwards say where the q_id stands: completed if everything is there and intact, else pending with what comes
-    next, or failed with the reason."""
+    next, or failed, or skipped if its prompts are too long for the model, with the reason."""
     try:
         yield
+    except TooLong as problem:
+        if not status.has_results():  # what is there is not forgotten
+            status.stages.clear()
+        _record(status, "failed" if status.stages else "skipped", str(problem))
+        raise
     except Exception as problem:
         _record(status, "failed", in_words(problem))
         raise

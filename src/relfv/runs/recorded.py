@@ -56,6 +56,15 @@ def recorded(
 
 
 @contextmanager
+def noted(folder: QidFolder, out: Path) -> Iterator[None]:
+    """Under the lock of a q_id's folder; afterwards its status knows of ``out``, made under a name of its own."""
+    with folder.locked():
+        yield
+        if status := read_status(folder.artifacts):
+            status.note(out)
+
+
+@contextmanager
 def settled_aloud(status: QidStatus) -> Iterator[None]:
     with settling(status):
         yield

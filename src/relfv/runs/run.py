@@ -8,21 +8,22 @@ never opened.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from relfv.errors import InputError, RelfvError
 from relfv.logs import Progress, logging_to, remembering, showing
-from relfv.report.page import page_path, write_report
-from relfv.report.table import find_statuses
+from relfv.models.context import TooLong
+from relfv.relations import named
+from relfv.report.page import is_up_to_date, page_path, write_report
 from relfv.runs.manifest import model_description, run_description, sound_manifest, write_manifest
-from relfv.runs.plan import Plan, RunRequest, make_plan, require_same_experiment, say_plan
+from relfv.runs.plan import Plan, RunRequest, make_plan, require_same_experiment
 from relfv.runs.qid import add_sweeps, in_words, open_for, run_qid, settling, work_on
-from relfv.stages.cie import heads_to_sweep
+from relfv.runs.rehearsal import rehearse, require_enough_heads
 from relfv.store.files import move_aside, temporaries
 from relfv.store.locks import sole_writer
-from relfv.store.status import STATUS_FILE, DamagedStatus, QidStatus, now
+from relfv.store.status import DamagedStatus, QidStatus, now
 
 if TYPE_CHECKING:
     from relfv.language_model import LanguageModel
@@ -37,7 +38,7 @@ def run(request: RunRequest) -> int:
     """
     plan = make_plan(request)
     if request.dry_run:
-        return say_plan(plan)
+        return rehearse(plan)
     started_at = now()
     unusable = {} if request.force else plan.unusable_statuses()
     if not request.force:
@@ -52,15 +53,15 @@ def run(request: RunRequest) -> int:
         _move_all_aside(plan)
     with logging_to(plan.folder / "run.log", said):
         left_alone = _move_damaged_aside(plan, unusable)
+        left_alone |= _write_waiting(plan, skipped, [q_id for q_id in todo if q_id not in left_alone])
         todo = [q_id for q_id in todo if q_id not in left_alone]
-        _write_waiting(plan, skipped, todo)
         if model and todo:
             code = _run_todo(plan, todo, model, started_at)
         else:
             code = 0
             _finish_earlier_run(plan, started_at)
             everything = "nothing else to do" if left_alone else "everything is completed"
-            n_done = len(plan.relations) - len(skipped) - len(left_alone)
+            n_done = len(plan.relations) - len(skipped.keys() | left_alone)
             log.info("%s: %d q_ids done, %d skipped, in %s", everything, n_done, len(skipped), plan.folder)
         return 1 if left_alone else code
 
@@ -81,7 +82,7 @@ def _queue(plan: Plan, unreadable: Collection[str], afresh: Collection[str]) -> 
 
 def _say_queue(plan: Plan, skipped: Mapping[str, str], todo: Sequence[str], n_unreadable: int) -> None:
     if skipped:
-        log.info("skipped: %s", "; ".join(f"{q_id} ({reason})" for q_id, reason in skipped.items()))
+        log.info("skipped: %s", named([f"{q_id} ({reason})" for q_id, reason in skipped.items()], "; "))
     if todo:
         done = len(plan.relations) - len(skipped) - len(todo) - n_unreadable
         log.info("%d q_ids to run, %d completed before, %d skipped", len(todo), done, len(skipped))
@@ -89,12 +90,8 @@ def _say_queue(plan: Plan, skipped: Mapping[str, str], todo: Sequence[str], n_un
 
 def _open_model(plan: Plan) -> LanguageModel:
     """The model of the request. Raises InputError if it cannot be opened, or has too few heads."""
-    settings = plan.request.settings
-    model = open_for(settings)
-    n_heads = len(heads_to_sweep(model, settings))
-    for flag, k in (("--topk", settings.topk), *(("--k_sweep", k) for k in settings.k_sweep)):
-        if k > n_heads:
-            raise InputError(f"{flag} {k}: {model.name} has {n_heads} heads to choose from; expected at most that")
+    model = open_for(plan.request.settings)
+    require_enough_heads(model, plan.request.settings)
     return model
 
 
@@ -110,40 +107,55 @@ def _move_all_aside(plan: Plan) -> None:
                     log.info("%s: earlier results moved to %s", q_id, move_aside(plan.folder / q_id))
 
 
-def _move_damaged_aside(plan: Plan, unusable: Collection[str]) -> list[str]:
+def _move_damaged_aside(plan: Plan, unusable: Collection[str]) -> set[str]:
     """Results whose status is damaged are neither trusted nor overwritten: their folder gets a dated name, and the q_id
     starts afresh. What only cannot be read is left alone. -> q_ids left alone, which were named in the log."""
-    left_alone = []
+    left_alone: set[str] = set()
     for q_id in unusable:
-        with plan.locked(q_id) as holder:
+        with _its_own_trouble(q_id, left_alone), plan.locked(q_id) as holder:
             try:  # under the lock: another run may have been here since
                 plan.status_on_disk(q_id)
             except RelfvError as problem:
                 if holder or not isinstance(problem, DamagedStatus):
                     log.error("%s%s", problem, f"; it is being written by {holder}" if holder else "")
-                    left_alone.append(q_id)
+                    left_alone.add(q_id)
                 else:
                     aside = move_aside(plan.folder / q_id)
                     log.warning("%s. They are now in %s; %s starts afresh", problem, aside, q_id)
     return left_alone
 
 
-def _write_waiting(plan: Plan, skipped: Mapping[str, str], todo: Sequence[str]) -> None:
-    """Write skipped and pending statuses, where they do not say so already."""
+@contextmanager
+def _its_own_trouble(q_id: str, failed: set[str]) -> Iterator[None]:
+    """What stands in one q_id's way, such as a folder in the place of its lock, is said and does not stop the
+    others."""
+    try:
+        yield
+    except (RelfvError, OSError) as problem:
+        log.error("%s failed: %s", q_id, in_words(problem))
+        failed.add(q_id)
+
+
+def _write_waiting(plan: Plan, skipped: Mapping[str, str], todo: Sequence[str]) -> set[str]:
+    """Write skipped and pending statuses, where they do not say so already. -> q_ids where that failed."""
+    failed: set[str] = set()
     for q_id, reason in skipped.items():
-        status = plan.status_on_disk(q_id)
-        if status is None or (status.status, status.reason) != ("skipped", reason):
-            with plan.locked(q_id) as holder:
-                if holder is None:
-                    status = plan.new_status(q_id)
-                    status.set("pending")
-                    status.set("skipped", reason)
+        with _its_own_trouble(q_id, failed):
+            status = plan.status_on_disk(q_id)
+            if status is None or (status.status, status.reason) != ("skipped", reason):
+                with plan.locked(q_id) as holder:
+                    if holder is None:
+                        status = plan.new_status(q_id)
+                        status.set("pending")
+                        status.set("skipped", reason)
     for q_id in todo:
-        if plan.status_with_results(q_id) is None:
-            with plan.locked(q_id) as holder:
-                # Another run may have come and gone meanwhile, and its results must not be forgotten.
-                if holder is None and plan.status_with_results(q_id) is None:
-                    plan.new_status(q_id).write()
+        with _its_own_trouble(q_id, failed):
+            if plan.status_with_results(q_id) is None:
+                with plan.locked(q_id) as holder:
+                    # Another run may have come and gone meanwhile, and its results must not be forgotten.
+                    if holder is None and plan.status_with_results(q_id) is None:
+                        plan.new_status(q_id).write()
+    return failed
 
 
 def _run_todo(plan: Plan, todo: Sequence[str], model: LanguageModel, started_at: str) -> int:
@@ -154,15 +166,17 @@ def _run_todo(plan: Plan, todo: Sequence[str], model: LanguageModel, started_at:
     with showing(progress):
         for q_id in todo:
             progress.begin()
-            outcomes[q_id] = _run_one(plan, q_id, model)
+            outcomes[q_id] = "failed"
+            with _its_own_trouble(q_id, set()):
+                outcomes[q_id] = _run_one(plan, q_id, model)
             log.info("%s %s in %.1f s", q_id, outcomes[q_id], progress.seconds())
             progress.end()
     write_manifest(plan.folder, {**description, "finished_at": now(), "outcomes": outcomes})
     page = write_report(plan.folder)
     failed = [q_id for q_id, outcome in outcomes.items() if outcome == "failed"]
     if failed:
-        names = ", ".join(failed)
-        log.error("%d of %d q_ids failed: %s; the same command tries them again", len(failed), len(todo), names)
+        said = "%d of %d q_ids failed: %s; the same command tries them again"
+        log.error(said, len(failed), len(todo), named(failed))
     log.info("report: %s", page)
     return 1 if failed else 0
 
@@ -186,10 +200,7 @@ def _finish_earlier_run(plan: Plan, started_at: str) -> None:
     if temporaries(plan.folder, below=False):
         with sole_writer(plan.folder):
             pass
-    page = page_path(plan.folder)
-    statuses = [folder / STATUS_FILE for folder in find_statuses(plan.folder)]
-    newest = max((path.stat().st_mtime_ns for path in statuses), default=0)
-    if not page.exists() or page.stat().st_mtime_ns < newest or temporaries(page.parent):
+    if not is_up_to_date(plan.folder) or temporaries(page_path(plan.folder).parent):
         log.info("report: %s", write_report(plan.folder))
 
 
@@ -201,11 +212,7 @@ def _run_one(plan: Plan, q_id: str, model: LanguageModel) -> str:
             log.warning("%s is being run by %s, which goes on with it%s", q_id, holder, also)
             return "left to another run"
         # Read under the lock: since the plan was made another run may have come and gone, with other settings.
-        try:
-            status = plan.status_with_results(q_id) or plan.new_status(q_id)
-        except RelfvError as problem:
-            log.error("%s failed: %s", q_id, problem)
-            return "failed"
+        status = plan.status_with_results(q_id) or plan.new_status(q_id)
         if differing := plan.differences(status):
             log.error("%s was meanwhile begun by another run: %s; left alone", q_id, ", ".join(differing))
             return "failed"
@@ -226,6 +233,12 @@ def _run_locked(plan: Plan, status: QidStatus, model: LanguageModel) -> str:
                 run_qid(status, work)
             complete = True
             add_sweeps(status, work, plan.request.settings)
+        except TooLong as problem:
+            if status.status == "skipped":
+                log.warning("%s skipped: %s", q_id, problem)
+            else:
+                log.error("%s failed: %s", q_id, problem)
+            return status.status
         except Exception as problem:  # a q_id's failure, whatever it is, is recorded and does not stop the others
             log.error("%s failed: %s", q_id, in_words(problem))
             log.debug("traceback", exc_info=not isinstance(problem, RelfvError))

@@ -14,13 +14,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from relfv.errors import InputError
-from relfv.logs import logging_to
+from relfv.logs import logging_to, show
+from relfv.models.context import TooLong
 from relfv.models.sources import model_identity
 from relfv.models.stored import resolved
 from relfv.relations import file_sha256, load_relations, require_q_ids, rows_sha256
 from relfv.runs.qid import open_for, require_frozen_trials, run_step, run_steps, work_on
-from relfv.runs.recorded import Overlay, recorded, require_free, require_same, settings_within, settled_aloud
+from relfv.runs.recorded import Overlay, noted, recorded, require_free, require_same, settings_within, settled_aloud
 from relfv.settings import FLAGS, Settings, fingerprint_fields
 from relfv.stages import function_vector, heatmap, step6, zeroshot
 from relfv.stages.cie import METRICS, heads_to_sweep
@@ -67,14 +70,18 @@ def run_step_d(settings: Settings, q_id: str, out_base_dir: Path) -> int:
             log.info("%s skipped: %s", q_id, reason)
             status.set("pending")
             status.set("skipped", reason)
-            print(status.path)
+            show(status.path)
             return 0
         status.expected_layers = list(range(model.arch.n_layers))
         status.set("running")
         work = work_on(status, lambda: model, relation=relation, csv_sha256=file_sha256(csv_path))
-        with settled_aloud(status):
-            run_steps(status, work, STEP_D)
-    print(folder.artifacts)
+        try:
+            with settled_aloud(status):
+                run_steps(status, work, STEP_D)
+        except TooLong:
+            if not _said_to_be_skipped(status):
+                raise
+    show(folder.artifacts)
     return 0
 
 
@@ -91,7 +98,7 @@ def _begun(folder: QidFolder, settings: Settings, fields: Mapping[str, Any]) -> 
 
 def run_heatmap(in_dir: Path, metric: str, topk: int, out_name: str | None) -> int:
     """The heatmap of ``in_dir``'s scores. Under the q_id's own name it must be drawn as the q_id's settings say."""
-    if out_name is not None and Path(out_name).name != out_name:
+    if out_name is not None and (Path(out_name).name != out_name or "\0" in out_name):
         raise InputError(f"--out_name {out_name!r}: expected a file name without a folder; it goes into --in_dir")
     status = read_status(in_dir)
     if _said_to_be_skipped(status):
@@ -110,12 +117,12 @@ def run_heatmap(in_dir: Path, metric: str, topk: int, out_name: str | None) -> i
         run_step(_loose_work(folder, overlay(Settings())), heatmap.STAGE.step())
     elif out != QidFolder(in_dir, q_id).path(HEATMAP):
         # No stage, but what is being written in a q_id's folder can only be read under its lock.
-        with folder.locked():
+        with noted(folder, out):
             run_step(_loose_work(folder, overlay(status.settings)), heatmap.STAGE.step())
     else:
         with recorded(folder, overlay, [heatmap.STAGE], [AIE]) as status:
             run_step(work_on(status, _no_model), heatmap.STAGE.step(), status)
-    print(out)
+    show(out)
     return 0
 
 
@@ -142,7 +149,7 @@ def run_step_e(stepd_artifacts_dir: Path, sampled_trials_path: Path, out_dir: Pa
             work = work_on(status, lambda: model)
             for stage in stages:
                 run_step(work, stage.step(), status)
-    print(folder.path(FV))
+    show(folder.path(FV))
     return 0
 
 
@@ -163,12 +170,12 @@ def run_zero_shot(sampled_trials_path: Path, out_path: Path | None) -> int:
         run_step(_loose_work(folder, Settings()), zeroshot.STAGE.step())
     elif out.resolve() != (home / ZERO_SHOT_TRIALS.name).resolve():
         require_frozen_trials(status)
-        with folder.locked():
+        with noted(folder, out):
             run_step(_loose_work(folder, status.settings), zeroshot.STAGE.step())
     else:
         with recorded(folder, lambda base: base, [zeroshot.STAGE], [TRIALS]) as status:
             run_step(work_on(status, _no_model), zeroshot.STAGE.step(), status)
-    print(out)
+    show(out)
     return 0
 
 
@@ -182,6 +189,7 @@ def run_step6(fv_path: Path, trials_path: Path, edit_layer: int, out_dir: Path, 
     if _said_to_be_skipped(status):
         return 0
     _require_files(fv_path, trials_path)
+    _require_vector(fv_path)
     at: dict[File[Any], Path] = {FV: fv_path, ZERO_SHOT_TRIALS: trials_path}
     step = step6.STAGE.step(edit_layer)
     if status is None:
@@ -202,7 +210,7 @@ def run_step6(fv_path: Path, trials_path: Path, edit_layer: int, out_dir: Path, 
             layers = [step6.STAGE.step(layer) for layer in status.expected_layers]
             if all(is_done(status, one) for one in layers):
                 run_steps(status, work, STAGES[STAGES.index(step6.STAGE) + 1 :])
-    print(out_dir)
+    show(out_dir)
     return 0
 
 
@@ -221,6 +229,16 @@ def _said_to_be_skipped(status: QidStatus | None) -> bool:
         return False
     log.info("%s skipped: %s", status.q_id, status.reason)
     return True
+
+
+def _require_vector(path: Path) -> None:
+    """Raise InputError for a vector that adds nothing, or whose length is too large for float32: models compute nothing
+    but overflow with it."""
+    with np.errstate(over="ignore"):
+        length = np.linalg.norm(FV.read(path))
+    if not 0 < length < np.inf:
+        what = "holds zeros alone" if length == 0 else "is too long for float32"
+        raise InputError(f"{path}: its vector {what}; expected a function vector as StepE writes it")
 
 
 def _require_files(*paths: Path) -> None:

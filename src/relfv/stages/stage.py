@@ -69,7 +69,11 @@ class Work:
         """A snapshot's prompts, or its clean ones, as token ids with their targets and queries."""
         texts, questions = snapshot.clean_prompts if clean else snapshot.prompts, snapshot.questions
         targets, right = [question.target for question in questions], [question.right_ids for question in questions]
-        return prompts_to_read(texts, targets, self.model.tokens, snapshot.clusters, right)
+        prompts = prompts_to_read(texts, targets, self.model.tokens, snapshot.clusters, right)
+        self.model.context.require_room(
+            max(len(ids) + t.n_to_come for ids, t in zip(prompts.ids, targets, strict=True))
+        )
+        return prompts
 
 
 def _opened(work: Work) -> LanguageModel:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from relfv.errors import RunError
-from relfv.stages.prompts import PREFIXES, SEPARATORS, AnswerTokens
+from relfv.stages.prompts import PREFIXES, SEPARATORS, AnswerTokens, prompts_to_read
 from relfv.stages.snapshot import read_snapshot, target_keys
 from relfv.stages.stage import Finding, Stage, Work
 from relfv.store.folder import File, QidFolder
@@ -227,8 +227,12 @@ def _freeze(work: Work) -> str:
         {"token_id": token, "token": work.model.tokens.text(token), "answers": alike}
         for token, alike in answers.collisions()
     ]
+    length, notes = _longest(work, prompted)
     _warn(work.q_id, prompted, collisions)
-    document = _document(prompted, _meta(work, prompted, collisions))
+    for note in notes:
+        log.warning("%s: %s", work.q_id, note)
+    meta = {**_meta(work, prompted, collisions), "longest_prompt_tokens": length, "context_notes": notes}
+    document = _document(prompted, meta)
     path = work.folder.path(TRIALS)
     if not path.exists():
         work.folder.write(TRIALS, json_bytes(document), read_only=True)
@@ -239,6 +243,18 @@ def _freeze(work: Work) -> str:
         )
     n_queries = len({trial.query.input for trial in trials})
     return f"{len(trials)} trials over {n_queries} queries of {len(relation.pairs)} rows"
+
+
+def _longest(work: Work, prompted: Sequence[PromptedTrial]) -> tuple[int, list[str]]:
+    """-> (tokens of the longest prompt and its answer, what a reader should know of that). Raises TooLong."""
+    context, targets = work.model.context, [item.target for item in prompted]
+    lengths = [
+        len(ids) + target.n_to_come
+        for texts in ([item.clean_prompt for item in prompted], [item.corrupted_prompt for item in prompted])
+        for ids, target in zip(prompts_to_read(texts, targets, work.model.tokens, ()).ids, targets, strict=True)
+    ]
+    context.require_room(max(lengths))
+    return max(lengths), context.notes(max(lengths))
 
 
 def _warn(q_id: str, prompted: Sequence[PromptedTrial], collisions: Sequence[Mapping[str, Any]]) -> None:

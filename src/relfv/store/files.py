@@ -5,20 +5,28 @@ from __future__ import annotations
 import errno
 import hashlib
 import itertools
+import logging
 import os
 import secrets
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import TypeVar
 
 from relfv.errors import InputError, RunError
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _TEMP_PREFIX, _TEMP_SUFFIX = ".relfv-", ".tmp"
 REPLACED = ".replaced-"
 """In the names of what was moved aside."""
 
+_TRIES = 5
+_cannot_sync: set[int] = set()
+"""Devices of which it was said that their folders cannot be synced."""
 _MOST_BYTES = 4 << 30
 """No artifact is larger; what is comes from somebody else and would fill the memory."""
 
@@ -43,7 +51,7 @@ def write_together(contents: Mapping[Path, bytes], *, read_only: bool = False) -
         make_folder(folder)
     for path, data in contents.items():
         with explained(path):
-            _replace(path, data, read_only=read_only)
+            _again(lambda path=path, data=data: _replace(path, data, read_only=read_only))
     with explained(folder):
         _sync_folder(folder)
     return list(contents)
@@ -161,7 +169,8 @@ def remove_temporaries(folder: Path, *, below: bool = True) -> None:
 def temporaries(folder: Path, *, below: bool = True) -> list[Path]:
     """What a process is writing in ``folder``, or was when it was killed."""
     pattern = f"{_TEMP_PREFIX}*{_TEMP_SUFFIX}"
-    return list(folder.rglob(pattern) if below else folder.glob(pattern))
+    found = folder.rglob(pattern) if below else folder.glob(pattern)
+    return [path for path in found if path.is_symlink() or not path.is_dir()]  # no folder is ours
 
 
 def read_bytes(path: Path) -> bytes:
@@ -174,7 +183,7 @@ def read_bytes(path: Path) -> bytes:
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     if status.st_size > _MOST_BYTES:
         raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
-    return path.read_bytes()
+    return _again(path.read_bytes)
 
 
 def sha256_file(path: Path) -> str | None:
@@ -190,9 +199,35 @@ def sha256_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def require_temporary_folder() -> None:
+    """Raise RunError where there is none: PyTorch asks for it as soon as it is imported."""
+    import tempfile
+
     try:
-        os.fsync(descriptor)
+        tempfile.gettempdir()
+    except OSError as problem:
+        raise RunError(f"{problem.strerror}; set TMPDIR to a folder that can be written") from None
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = _again(lambda: os.open(folder, os.O_RDONLY))
+    try:
+        _again(lambda: os.fsync(descriptor))
+    except OSError as problem:
+        if problem.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+        # CIFS and some FUSE drives cannot: content is synced all the same, and names when the drive sees fit.
+        if (device := os.fstat(descriptor).st_dev) not in _cannot_sync:
+            _cannot_sync.add(device)
+            said = "%s: this drive cannot sync folders (%s); a power cut, and nothing else, may lose the newest files"
+            log.warning(said, folder, problem.strerror)
     finally:
         os.close(descriptor)
+
+
+def _again(act: Callable[[], T]) -> T:
+    """``act``; an interrupted system call (EINTR), which some drives pass on, is tried again a few times."""
+    for _ in range(_TRIES - 1):
+        with suppress(InterruptedError):
+            return act()
+    return act()

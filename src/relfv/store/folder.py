@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 
 from relfv.errors import InputError
 from relfv.store.files import (
+    REPLACED,
     read_bytes,
     remove_temporaries,
     require_no_links,
@@ -47,6 +48,20 @@ class File(Generic[T]):
         """Whether ``name``, relative to ``artifacts/``, is this file of some layer."""
         pattern = re.escape(self.name).replace(r"\{q_id\}", re.escape(q_id)).replace(r"\{layer\}", r"\d+")
         return re.fullmatch(pattern.replace(r"\*", "[^/]*"), name) is not None
+
+
+def is_of_a_qid(folder: Path) -> bool:
+    """Whether ``folder`` is a q_id's. A relation, too, may hold a folder ``artifacts``: that of the q_id of this name;
+    and a relation may have this name."""
+    inside = folder / "artifacts"
+    if not inside.is_dir():
+        return False
+    return not any(below.name == "artifacts" or (below / "artifacts").is_dir() for below in inside.iterdir())
+
+
+def was_moved_aside(folder: Path) -> bool:
+    """Whether a q_id's ``folder`` was given a dated name by relfv: no q_id has one."""
+    return REPLACED in folder.name
 
 
 @dataclass(frozen=True)

@@ -109,12 +109,14 @@ SEAL = "sha256_of_the_rest"
 """The key of a file's hash of itself."""
 
 
-def unsealed(content: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The inverse of ``sealed`` for what was read from ``path``; content without a seal is returned as it is. Raises
-    RunError if it is not as it was written."""
+def unsealed(content: dict[str, Any], path: Path, *, older: bool = False) -> dict[str, Any]:
+    """The inverse of ``sealed`` for what was read from ``path``. Raises RunError if it is not as it was written, or its
+    seal is gone; ``older`` is for what an earlier version wrote without one."""
     rest = {key: value for key, value in content.items() if key != SEAL}
+    if SEAL not in content and older:
+        return rest
     try:
-        holds = SEAL not in content or content[SEAL] == sha256_bytes(json_bytes(rest))
+        holds = content.get(SEAL) == sha256_bytes(json_bytes(rest))
     except ValueError:  # NaN, which parses and is never written
         holds = False
     if not holds:

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,17 +17,20 @@ from relfv.errors import RunError
 from relfv.store.files import explained, make_folder, remove_temporaries
 
 _SHARED_WAIT_S = 60.0
+_BLINK_S = 0.3
+"""Somebody who only looks (``held_by``) has a lock for an instant, which is no reason to leave a q_id out."""
 
 
 @contextmanager
-def lock(path: Path, *, wait_s: float = 0.0) -> Iterator[str | None]:
+def lock(path: Path, *, wait_s: float = _BLINK_S) -> Iterator[str | None]:
     """Hold an exclusive lock while open. Yields None if held, or who else holds it after ``wait_s`` seconds of trying.
 
     The kernel drops the lock when the process ends, however it ends, so a killed run blocks nobody. Raises RunError
-    where the file system has no locks.
+    where the file system has no locks, or something else than a file has its name.
     """
     with explained(path):
         make_folder(path.parent)
+        _require_file(path)
         opened = path.open("a+")
     with opened as file:
         give_up = time.monotonic() + wait_s
@@ -34,7 +38,7 @@ def lock(path: Path, *, wait_s: float = 0.0) -> Iterator[str | None]:
             if time.monotonic() >= give_up:
                 yield _holder(file) or "another process"
                 return
-            time.sleep(0.1)
+            time.sleep(0.05)
         with suppress(OSError):  # a full disk: the lock holds all the same, and is nameless
             os.ftruncate(file.fileno(), 0)
             os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
@@ -53,9 +57,29 @@ def sole_writer(folder: Path) -> Iterator[None]:
         yield
 
 
-def _locked(file: IO[str]) -> bool:
+def held_by(path: Path) -> str | None:
+    """Who holds this lock, or None. The lock itself is asked: a process number may be another one's by now, and says
+    nothing of another container or host."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _require_file(path)
+        with path.open() as file:
+            return None if _locked(file, shared=True) else _holder(file) or "another process"
+    except (OSError, RunError):  # nobody has ever locked it, or nobody can
+        return None
+
+
+def _require_file(path: Path) -> None:
+    """Raise OSError for a pipe or a device, which might never open, or a folder."""
+    with suppress(FileNotFoundError):
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+            raise OSError(code, os.strerror(code) if stat.S_ISDIR(mode) else "not a regular file", str(path))
+
+
+def _locked(file: IO[str], *, shared: bool = False) -> bool:
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as problem:
         if problem.errno in (errno.EWOULDBLOCK, errno.EACCES):  # fcntl's word for it, which NFS and SMB pass on
             return False
@@ -73,20 +97,3 @@ def _holder(file: IO[str]) -> str:
         return file.read().strip()
     except OSError:
         return ""
-
-
-def holder_is_alive(path: Path) -> bool:
-    """Whether the process that last held this lock still runs; True where that cannot be known (another host)."""
-    try:
-        _, pid, _, host = path.read_text().split()
-    except (OSError, ValueError):
-        return False
-    if host != socket.gethostname():
-        return True
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from relfv.errors import RelfvError, RunError
 from relfv.relations import is_q_id
 from relfv.settings import Settings, fingerprint
 from relfv.store.files import move_aside, read_bytes, remedy, sha256_file, write_atomic
-from relfv.store.formats import json_bytes
+from relfv.store.formats import SEAL, json_bytes, sealed, unsealed
 
 State = Literal["pending", "running", "completed", "failed", "skipped"]
 STATUS_FILE = "qid_status.json"
@@ -56,6 +57,11 @@ class QidStatus:
     expected_layers: list[int] = field(default_factory=list)
     stages: dict[str, StageRecord] = field(default_factory=dict)
     q_row_count: int = 0
+    other_files: dict[str, str] = field(default_factory=dict)
+    """What a command was told to make here under a name of its own: path relative to ``artifacts/`` -> sha256."""
+    updated_at: str = ""
+    is_sealed: bool = True
+    """False for one of an earlier version, which has no hash of itself."""
     trials_per_pass: dict[str, int] = field(default_factory=dict)
     """By the kind of pass (stepD_cie, stepE_heads, stepE, step6, ...) how many prompts shared a forward pass. Batch
     shapes change low-order bits, so a stage that is repeated, on whatever device, uses the number it was first made
@@ -72,27 +78,31 @@ class QidStatus:
         self.write()
 
     def write(self) -> None:
-        """Write atomically."""
-        departures = self.settings.departures()
+        """Write atomically, with a hash of itself."""
+        departures, self.updated_at = self.settings.departures(), now()
         write_atomic(
             self.path,
             json_bytes(
-                {
-                    "q_id": self.q_id,
-                    "status": self.status,
-                    "reason": self.reason,
-                    "created_at": self.created_at,
-                    "updated_at": now(),
-                    "q_row_count": self.q_row_count,
-                    "spec_conformant": not departures,
-                    "departures": departures,
-                    "config": self.settings.to_json(),
-                    "fingerprint": fingerprint(self.fingerprint_fields),
-                    "fingerprint_fields": self.fingerprint_fields,
-                    "expected_layers": self.expected_layers,
-                    "trials_per_pass": self.trials_per_pass,
-                    "stages": {name: vars(record) for name, record in self.stages.items()},
-                }
+                sealed(
+                    {
+                        "status_format": 2,  # 1, which did not say so, had no hash of itself
+                        "q_id": self.q_id,
+                        "status": self.status,
+                        "reason": self.reason,
+                        "created_at": self.created_at,
+                        "updated_at": self.updated_at,
+                        "q_row_count": self.q_row_count,
+                        "spec_conformant": not departures,
+                        "departures": departures,
+                        "config": self.settings.to_json(),
+                        "fingerprint": fingerprint(self.fingerprint_fields),
+                        "fingerprint_fields": self.fingerprint_fields,
+                        "expected_layers": self.expected_layers,
+                        "trials_per_pass": self.trials_per_pass,
+                        "stages": {name: vars(record) for name, record in self.stages.items()},
+                        "other_files": self.other_files,
+                    }
+                )
             ),
         )
 
@@ -119,6 +129,12 @@ class QidStatus:
             (self.artifacts_dir / name).unlink(missing_ok=True)
         self.stages[stage] = StageRecord("completed", previous.started_at, now(), hashes, self._hashes(inputs))
         self.write()
+
+    def note(self, path: Path) -> None:
+        """Record a file that a command was told to make under a name of its own, if it lies in this folder."""
+        if path.resolve().is_relative_to(self.artifacts_dir.resolve()):
+            self.other_files[str(path.resolve().relative_to(self.artifacts_dir.resolve()))] = _require_hash(path)
+            self.write()
 
     def intact(self, stage: str) -> bool:
         """True if ``stage`` is done, every file it promised is there, and neither those nor its inputs have changed."""
@@ -153,8 +169,8 @@ class DamagedStatus(RunError):
     def __init__(self, path: Path, what: str) -> None:
         super().__init__(
             f"{path}: {what}, so nothing says whether the results beside it are whole and of these settings; put it "
-            f"back, or let 'relfv run --q_list {path.parent.parent.name}' keep them in a folder aside and compute "
-            "them afresh"
+            f"back, or let 'relfv run --q_list {shlex.quote(path.parent.parent.name)}' keep them in a folder aside and "
+            "compute them afresh"
         )
 
 
@@ -174,6 +190,8 @@ def read_status(artifacts_dir: Path) -> QidStatus | None:
         raise RunError(f"{path}: cannot be read ({problem.strerror}); {remedy(problem)}") from None
     try:
         values = json.loads(data)
+        is_sealed = SEAL in values
+        values = unsealed(values, path, older="status_format" not in values)
         if not is_q_id(values["q_id"]):  # file names are made of it
             raise ValueError(f"q_id {values['q_id']!r} is none")
         status = QidStatus(
@@ -187,11 +205,15 @@ def read_status(artifacts_dir: Path) -> QidStatus | None:
             expected_layers=values["expected_layers"],
             stages={name: StageRecord(**record) for name, record in values["stages"].items()},
             q_row_count=values["q_row_count"],
+            other_files=values.get("other_files", {}),
+            updated_at=values["updated_at"],
+            is_sealed=is_sealed,
             trials_per_pass=values.get("trials_per_pass", {}),
         )
         _require_sound(status, values["fingerprint"])
     except (RelfvError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
-        raise DamagedStatus(path, f"is damaged or not a status file of relfv ({problem})") from None
+        why = str(problem).removeprefix(f"{path}: ")
+        raise DamagedStatus(path, f"is damaged or not a status file of relfv ({why})") from None
     return status
 
 
@@ -218,11 +240,14 @@ def read_status_of_results(artifacts_dir: Path) -> QidStatus | None:
 def _require_sound(status: QidStatus, recorded_fingerprint: str) -> None:
     """Raise ValueError for what parses and still cannot have been written by ``write``: a flipped bit, a wrong edit."""
     fields, config = status.fingerprint_fields, status.settings.to_json()
-    records = status.stages.values()
-    hashes = [item for record in records for item in [*record.files.items(), *record.inputs.items()]]
+    promised = [(record.files, record.inputs) for record in status.stages.values()]
+    hashes = [item for one in [*(d for pair in promised for d in pair), status.other_files] for item in one.items()]
+    words = [status.created_at, status.updated_at, status.reason or "", *(r.status for r in status.stages.values())]
     faults = {
         f"the status is {status.status!r}": status.status not in get_args(State),
         "the fingerprint is not that of its fields": recorded_fingerprint != fingerprint(fields),
+        "a time, reason or stage's state is no text": not all(isinstance(word, str) for word in words),
+        "the number of rows is none": not isinstance(status.q_row_count, int),
         "config and fingerprint differ": any(config.get(name, value) != value for name, value in fields.items()),
         "the layers are not 0 to L-1": status.expected_layers != list(range(len(status.expected_layers))),
         "a file's name leads out of the folder": any(_leads_out(name) for name, _ in hashes),

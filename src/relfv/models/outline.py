@@ -1,0 +1,51 @@
+"""A model without its weights: what can be known of it in a moment, whatever its size."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from relfv.models.adapters import adapter_in, require_peft
+from relfv.models.architecture import Architecture, resolve
+from relfv.models.opening import choose_device, model_class, quantization, quiet_transformers
+from relfv.models.sources import base_source, hub_commit, model_source
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A model's parts, with shapes and without numbers."""
+
+    name: str
+    arch: Architecture
+
+
+def outline(name: str, spec: str, *, device: str, quant: str, trust_remote_code: bool) -> Outline | None:
+    """The model that ``open_model`` would open, built from its config alone; None where only its weights can tell.
+
+    Raises InputError for a device that is not there, a config that cannot be read, or a spec that does not fit it.
+    """
+    place = choose_device(device)
+    if quant != "none":
+        quantization(quant, place, torch.float32)
+    source, revision = model_source(name), None
+    if adapter := adapter_in(source):
+        require_peft(adapter)
+        source, revision = base_source(adapter), adapter.revision
+    origin: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if not Path(source).is_dir():
+        origin["revision"] = hub_commit(source, revision)
+    with quiet_transformers():
+        kind, config = model_class(source, name, origin)
+        try:
+            with torch.device("meta"):
+                model = kind.from_config(config, trust_remote_code=trust_remote_code)
+        except Exception as problem:  # of a config alone not every family can be built
+            log.debug("no outline of %s: %s", name, problem)
+            return None
+    return Outline(name, resolve(model, spec))
