@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT, llama
-from folders import arguments, contents, status
+from folders import arguments, contents, status, write_status
 from relfv import ALGORITHM_VERSION
 from relfv.cli import main
 from relfv.errors import InputError
@@ -86,7 +86,7 @@ def without(folder: Path, q_id: str, *names: str) -> Path:
     for name in names:
         del document["config"][name], document["fingerprint_fields"][name]
     document["fingerprint"] = fingerprint(document["fingerprint_fields"])
-    path.write_text(json.dumps(document))
+    write_status(folder, q_id, document)
     return path
 
 

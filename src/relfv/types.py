@@ -39,7 +39,7 @@ class Relation:
 
     q_id: str
     pairs: tuple[WordPair, ...]
-    csv_answers: tuple[str, ...] = field(default=(), repr=False)
+    csv_answers: tuple[str, ...] = field(default=(), repr=False, compare=False)
     """The distinct answers of all relations of the CSV: labels that have nothing to do with this one."""
 
     def answers_to(self, word: str) -> tuple[str, ...]:

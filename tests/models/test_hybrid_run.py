@@ -19,6 +19,9 @@ from relfv.stages.means import MEANS
 from relfv.store.folder import QidFolder
 from relfv.types import HeadId
 
+FEW = ("--n_trials_per_q=5", "--n_demos=2", "--topk=4")
+"""The tiny model has positions for 64 tokens."""
+
 
 @pytest.fixture(scope="module")
 def hybrid_path(save_model: Callable[..., Path]) -> Path:
@@ -30,7 +33,7 @@ def test_heads_are_those_of_the_layers_with_attention_and_vectors_go_into_all(
     hybrid_path: Path, csv_path: Path, tmp_path: Path
 ) -> None:
     given = {"model": hybrid_path, "model_spec": "auto", "relation_csv_path": csv_path, "out_root": tmp_path}
-    assert main(["run", *(f"--{flag}={value}" for flag, value in given.items()), "--n_trials_per_q=5", "--topk=4"]) == 0
+    assert main(["run", *(f"--{flag}={value}" for flag, value in given.items()), *FEW]) == 0
     (manifest,) = tmp_path.rglob("run_manifest.json")
     assert json.loads(manifest.read_text())["model"]["layers_with_attention"] == [1, 3]
     status = min(tmp_path.rglob("qid_status.json"))

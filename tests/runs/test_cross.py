@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from conftest import PLACES, WORDS, llama
-from folders import rewrite, status
+from folders import rewrite, status, write_status
 from relfv.cli import main
 from relfv.engine.reference import naive_baseline, naive_injection
 from relfv.language_model import open_model
@@ -348,8 +348,7 @@ def test_a_q_id_that_is_being_run_again_does_not_narrow_what_is_there(
     copied: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = (copied / "cross_fv.json").read_bytes()
-    path = copied / "B2/artifacts/qid_status.json"
-    path.write_text(path.read_text().replace('"status": "completed"', '"status": "running"', 1))
+    write_status(copied, "B2", {**status(copied, "B2"), "status": "running"})
     assert main(["cross", str(copied)]) == 2
     assert "cross_fv.json has B2, not completed now; let 'relfv run' finish, or name by --q_list" in (
         capsys.readouterr().err

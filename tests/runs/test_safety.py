@@ -133,7 +133,7 @@ def hostile(llama_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_words_in_logs_cannot_steer_a_terminal(hostile: Path) -> None:
     for log in (hostile / "run.log", hostile / "A1/logs/stepD_aie.log"):
         text = log.read_text()
-        assert "answers begin with the token" in text  # so words stand in it
+        assert "answers are told by the same token" in text  # so words stand in it
         assert "\\u202e" in text
         assert all(line.isprintable() for line in text.splitlines())
 

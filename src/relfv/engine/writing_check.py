@@ -55,7 +55,7 @@ def _everything(block: nn.Module) -> Iterator[Any]:
     own: dict[str, torch.Tensor] = {}
 
     def first(values: Any) -> torch.Tensor | None:
-        values = values[0] if isinstance(values, tuple) and values else values
+        values = values[0] if isinstance(values, tuple | list) and values else values
         is_hidden = isinstance(values, torch.Tensor) and values.is_floating_point() and values.dim() >= 2
         return values.reshape(-1, values.shape[-1])[-1].double().cpu() if is_hidden else None
 
