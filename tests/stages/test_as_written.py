@@ -83,15 +83,15 @@ def test_a_heads_part_is_what_the_norm_makes_of_it_on_each_prompt(olmo: Language
             olmo.backbone.running(),
             editing_inputs(
                 [
-                    (arch.out_projs[1], lambda z, seen=seen: seen.update(z=z[0, -1].double())),
-                    (norm, lambda u, seen=seen: seen.update(u=u[0, -1].double())),
+                    (arch.out_projs[1], lambda z, seen=seen: seen.update(z=z[0, -1].double().cpu())),
+                    (norm, lambda u, seen=seen: seen.update(u=u[0, -1].double().cpu())),
                 ]
             ),
         ):
-            olmo.backbone.decoder(input_ids=torch.tensor([ids]), use_cache=False)
+            olmo.backbone.decoder(input_ids=torch.tensor([ids], device=olmo.backbone.device), use_cache=False)
         z = seen["z"].view(arch.n_heads, arch.head_dim)[head.head]
         factor = 1 / (seen["u"].pow(2).mean() + norm.variance_epsilon).sqrt()
-        parts.append(norm.weight.detach().double() * factor * arch.project_head(1, head.head, z))
+        parts.append(norm.weight.detach().double().cpu() * factor * arch.project_head(1, head.head, z))
     assert_close(found[1, 0], torch.stack(parts).mean(0))
     assert not found[[0, 2]].any()
     defined = parts_of_sets(ground, ground.all_trials(1), [[head]], written=False)[1, 0]
