@@ -69,9 +69,9 @@ CSV_ROWS = [
     Row("no header", _HEADER_SAYS, csv="Q1,dog,puppy\nQ1,cat,kitten\n"),
     Row("a column is missing", _HEADER_SAYS, csv="id,ex_A\nQ1,a\n"),
     Row("a column is there twice", _HEADER_SAYS, csv="id,ex_A,ex_B,input\nQ1,a,b,c\n"),
-    Row("semicolons or tabs between columns", _HEADER_SAYS + "; columns are separated by commas, not by semicolons or tabs", csv=GOOD.replace(",", ";")),
-    Row("a row with too few columns", "$CSV: 1 problem(s): line 2: 2 columns, expected 3 (quote words that contain a comma)", csv=HEADER + "Q1,a\n"),
-    Row("a row with too many columns", "$CSV: 1 problem(s): line 3: 4 columns, expected 3 (quote words that contain a comma)", csv=HEADER + "Q1,a,b\nQ1,new delhi,x,y\n"),
+    Row("bars between columns", _HEADER_SAYS + "; columns are separated by commas, semicolons or tabs", csv=GOOD.replace(",", "|")),
+    Row("a row with too few columns", "$CSV: 1 problem(s): line 2: 2 columns, expected 3 (quote words that contain the separator)", csv=HEADER + "Q1,a\n"),
+    Row("a row with too many columns", "$CSV: 1 problem(s): line 3: 4 columns, expected 3 (quote words that contain the separator)", csv=HEADER + "Q1,a,b\nQ1,new delhi,x,y\n"),
     Row("a blank word", "$CSV: 1 problem(s): line 3: the input of Q1 is blank", csv=HEADER + "Q1,a,b\nQ1, ,b\n"),
     Row("a blank q_id", "$CSV: 1 problem(s): line 2: the q_id is blank", csv=HEADER + ",a,b\n"),
     Row("UTF-16", "$CSV: line 1: begins as a UTF-16 file does; expected UTF-8, so save the file as UTF-8", csv=GOOD.encode("utf-16")),
@@ -107,7 +107,7 @@ CSV_ROWS = [
             ("what --force calls a folder", "Q1.replaced-x", "relfv gives to files beside the q_ids' folders"),
         ]
     ),
-    Row("many bad rows", "$CSV: 13 problem(s): line 2, 3, 4, 5, 6, 7, 8, 9, 10, 11: 2 columns, expected 3 (quote words that contain a comma); and 3 more", csv=HEADER + "Q1,a\n" * 13),
+    Row("many bad rows", "$CSV: 13 problem(s): line 2, 3, 4, 5, 6, 7, 8, 9, 10, 11: 2 columns, expected 3 (quote words that contain the separator); and 3 more", csv=HEADER + "Q1,a\n" * 13),
     Row("a file name that gives no folder name", "$CSV: its results would go into a folder '..'; expected a file name that does not start with a dot and has no control characters, so rename the file", csv_name="...csv"),
     Row("a file name that steers a terminal", "…: its results would go into a folder 'a\\x1b[31mb'; expected a file name that does not start with a dot and has no control characters, so rename the file", csv_name="a\x1b[31mb.csv"),
 ]  # fmt: skip
@@ -269,6 +269,8 @@ PAIRS = {"A1": [("dog", "puppy"), ("cat", "kitten")]}
 ACCEPTED: list[tuple[str, str | bytes, dict[str, list[tuple[str, str]]]]] = [
     ("a byte order mark", b"\xef\xbb\xbf" + HEADER.encode() + b"A1,dog,puppy\nA1,cat,kitten\n", PAIRS),
     ("line ends of Windows, or of old Macs", HEADER.replace("\n", "\r\n") + "A1,dog,puppy\rA1,cat,kitten", PAIRS),
+    ("semicolons between columns, as spreadsheets write where commas stand in numbers", "id;ex_A;ex_B\nA1;dog;puppy, young\nA1;cat;kitten\n", {"A1": [("dog", "puppy, young"), ("cat", "kitten")]}),
+    ("tabs between columns", HEADER.replace(",", "\t") + "A1\tdog\tpuppy\nA1\tcat\tkitten\n", PAIRS),
     ("spaces, also line breaks, around a cell: they are no part of it", 'id, ex_A ,ex_B\n A1 ," dog\n",puppy\nA1,\u00a0cat,kitten  \n', PAIRS),
     ("blank lines, and rows of nothing but commas", HEADER + "\nA1,dog,puppy\n,,\n\nA1,cat,kitten\n\n", PAIRS),
     ("other columns", "comment,id,ex_A,ex_B\nx,A1,dog,puppy\n,A1,cat,kitten\n", PAIRS),

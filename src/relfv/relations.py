@@ -36,11 +36,13 @@ _MAX_NAMED = 20
 def load_relations(path: Path) -> dict[str, Relation]:
     """Read ``path`` into one Relation per q_id, in order of first appearance.
 
-    Header ``id,ex_A,ex_B`` or an accepted spelling, any case; UTF-8 with or without BOM; rows of one q_id may stand
+    Header ``id,ex_A,ex_B`` or an accepted spelling, any case, with commas, semicolons or tabs between columns, which
+    then stand between all columns; UTF-8 with or without BOM; rows of one q_id may stand
     anywhere; blank lines are skipped; spaces around a cell are not part of the word. Raises InputError naming every
     bad line (the first ten, then a count).
     """
-    reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
+    text = _read_text(path)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=_separator(text), strict=True)
     problems = _Problems()
     pairs: dict[str, list[WordPair]] = {}
     line = 1  # where the row at hand begins: a quoted cell may hold line breaks, or, never closed, the rest of the file
@@ -186,6 +188,12 @@ def _line_at(data: bytes, offset: int) -> int:
     return len((data[:offset] + b".").splitlines())
 
 
+def _separator(text: str) -> str:
+    """Whichever of commas, semicolons and tabs the header has most of."""
+    header = re.split(r"[\r\n]", text, maxsplit=1)[0]
+    return max(",;\t", key=header.count)  # of equally many the comma
+
+
 def _header(path: Path, row: list[str] | None) -> dict[str, int]:
     if row is None:
         raise InputError(f"{path}: is empty; expected a header id,ex_A,ex_B and one pair a row")
@@ -194,7 +202,7 @@ def _header(path: Path, row: list[str] | None) -> dict[str, int]:
     for wanted, spellings in _COLUMNS.items():
         columns = [index for index, name in enumerate(names) if name in spellings]
         if len(columns) != 1:
-            other = "; columns are separated by commas, not by semicolons or tabs" if len(row) == 1 else ""
+            other = "; columns are separated by commas, semicolons or tabs" if len(row) == 1 else ""
             raise InputError(
                 f"{path}: line 1: header is {','.join(row)[:120]!r}, which has {len(columns)} columns for the "
                 f"{wanted}; expected exactly one of {', '.join(spellings)} (any case), as in id,ex_A,ex_B{other}"
@@ -205,7 +213,7 @@ def _header(path: Path, row: list[str] | None) -> dict[str, int]:
 
 def _row_problem(cells: list[str], width: int, column: dict[str, int]) -> str | None:
     if len(cells) != width:
-        return f"{len(cells)} columns, expected {width} (quote words that contain a comma)"
+        return f"{len(cells)} columns, expected {width} (quote words that contain the separator)"
     q_id = cells[column["q_id"]]
     if not q_id:
         return "the q_id is blank"
