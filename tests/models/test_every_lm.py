@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 import pytest
+import transformers as tf
 
 from every_lm import MODEL_TYPES
+from families_page import EVERY_MODEL, PAGE
 from outcomes import outcome
+
+HEAD = """{version}
+
+Each `model_type` that `AutoModelForCausalLM` knows, as a tiny random model of 4 layers (in hybrids the second and the
+last have attention, where their config lets one choose). What its engine measures for every head with attention and
+after every layer, and the clean means, agreed with hooks on the model's own forward pass, written apart from relfv's;
+or opening ended in the line that is quoted. `not tried` says why there is no tiny model. In hybrids, heads are measured
+where there is attention, and vectors are injected after every layer.
+
+| `model_type` | Engine, or why not |
+| --- | --- |
+"""
 
 QUICK = (
     "deepseek_v2", "gemma3n_text", "jamba", "kimi_linear", "lfm2", "mamba", "minicpm3", "openai-gpt", "qwen3_next",
@@ -58,3 +72,18 @@ def test_several_residual_streams_are_refused() -> None:
 
 def test_a_model_without_attention_is_refused() -> None:
     assert "none of its 4 layers has an attention output projection" in outcome("mamba").refusal
+
+
+@pytest.mark.slow
+def test_the_pages_table_of_every_model_is_what_was_found(request: pytest.FixtureRequest) -> None:
+    """Of the release of transformers that the page names; the outcomes are those of the tests above."""
+    first, _, there = PAGE.read_text(encoding="utf-8").partition(EVERY_MODEL)
+    writing = request.config.getoption("--write-families")
+    if not writing and not there.startswith(f"{tf.__version__}\n"):
+        pytest.skip("the page was written with another release of transformers")
+    rows = [f"| `{name}` | {outcome(name).words.replace('|', '/')} |\n" for name in MODEL_TYPES]
+    table = HEAD.format(version=tf.__version__) + "".join(rows)
+    if writing:
+        PAGE.write_text(first + EVERY_MODEL + table, encoding="utf-8")
+    else:
+        assert there == table

@@ -10,7 +10,11 @@ from relfv.stages.caveats import caveat_numbers, leading_sentence, tells_apart, 
 from relfv.types import Question, Snapshot, Target, WordPair
 
 REFERENCE = {"clean": {"acc": 0.8, "mean_p": 0.7}, "corrupted": {"acc": 0.2, "mean_p": 0.1}}
-ANSWERS = {"summary": {"exact_match_base": 0.0, "exact_match_with": 0.07}}
+ANSWERS = {
+    "summary": {
+        "exact_match_base": 0.0, "exact_match_with": 0.07, "begins_with_answer_base": 0.1, "begins_with_answer_with": 0.5,
+    }
+}  # fmt: skip
 
 
 def numbers(
@@ -44,6 +48,7 @@ def test_answers_that_share_the_scored_token_forbid_a_share_beyond_a_tenth(n_ali
     said = leading_sentence(found)
     if not apart:
         assert said.startswith("Whole answers: 0% right without and 7% with the function vector")
+        assert "(10% and 50% begin with the answer)" in said
         assert f"{n_alike} of 20 trials are scored on a token that other answers begin with, too" in said
         assert "--target distinguishing" in said
         assert "no share of a gap is claimed" in said

@@ -119,7 +119,7 @@ def test_where_first_tokens_cannot_tell_answers_apart_whole_answers_lead_and_no_
     caveats = {
         **CAVEATS,
         "scored_token": {**token, "tells_answers_apart": False},
-        "whole_answers": {"base": 0.0, "with": 0.07},
+        "whole_answers": {"base": 0.0, "with": 0.07, "begun_base": 0.0, "begun_with": 0.5},
     }
     found = controls(0.1, 0.9, fv=0.7, held_out=0.66, random_heads=0.14)
     verdict = conclusions(top(), found, None, caveats, layer=1)["verdict"]

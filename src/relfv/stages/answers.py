@@ -72,8 +72,12 @@ def _write_answers(work: Work) -> str:
         "rows": rows,
     }
     work.write(ANSWERS, json_bytes(document), content=document)
-    exact = document["summary"]
-    return f"whole answers at layer {layer}: {exact['exact_match_base']:.2f} -> {exact['exact_match_with']:.2f}"
+    shares = document["summary"]
+    exact, begun = (
+        " -> ".join(f"{shares[f'{name}_{half}']:.2f}" for half in ("base", "with"))
+        for name in ("exact_match", "begins_with_answer")
+    )
+    return f"at layer {layer}, whole answers {exact}; begun with the answer {begun}"
 
 
 def _accepted(question: Question) -> list[str]:

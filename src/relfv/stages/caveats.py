@@ -35,7 +35,11 @@ def caveat_numbers(
             "n_space_fed": sum(bool(question.target.space_ids) for question in questions),
             "tells_answers_apart": n_ambiguous <= AMBIGUOUS * len(questions),
         },
-        "whole_answers": {name: answers["summary"][f"exact_match_{name}"] for name in ("base", "with")},
+        "whole_answers": {
+            f"{name}{half}": answers["summary"][f"{measure}_{half}"]
+            for name, measure in (("", "exact_match"), ("begun_", "begins_with_answer"))
+            for half in ("base", "with")
+        },
         "corruption": {
             "how": meta.get("corruption"),
             "n_demos": len(questions) * meta.get("n_demos", 0),
@@ -68,7 +72,7 @@ def leading_sentence(numbers: Mapping[str, Any]) -> str:
     remedy = "" if token["target"] == "distinguishing" else " (--target distinguishing scores one that does)"
     return (
         f"Whole answers: {whole['base']:.0%} right without and {whole['with']:.0%} with the function vector at its "
-        f"layer. The scored tokens cannot tell answers apart: {words}{remedy}, so that P and accuracy here say little "
+        f"layer ({whole['begun_base']:.0%} and {whole['begun_with']:.0%} begin with the answer). The scored tokens cannot tell answers apart: {words}{remedy}, so that P and accuracy here say little "
         "of the relation, and no share of a gap is claimed."
     )
 
