@@ -12,7 +12,8 @@ from relfv.types import Question, Snapshot, Target, WordPair
 REFERENCE = {"clean": {"acc": 0.8, "mean_p": 0.7}, "corrupted": {"acc": 0.2, "mean_p": 0.1}}
 ANSWERS = {
     "summary": {
-        "exact_match_base": 0.0, "exact_match_with": 0.07, "begins_with_answer_base": 0.1, "begins_with_answer_with": 0.5,
+        "exact_match_base": 0.0, "exact_match_with": 0.07,
+        "begins_with_answer_base": 0.1, "begins_with_answer_with": 0.5,
     }
 }  # fmt: skip
 

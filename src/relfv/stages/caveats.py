@@ -72,8 +72,9 @@ def leading_sentence(numbers: Mapping[str, Any]) -> str:
     remedy = "" if token["target"] == "distinguishing" else " (--target distinguishing scores one that does)"
     return (
         f"Whole answers: {whole['base']:.0%} right without and {whole['with']:.0%} with the function vector at its "
-        f"layer ({whole['begun_base']:.0%} and {whole['begun_with']:.0%} begin with the answer). The scored tokens cannot tell answers apart: {words}{remedy}, so that P and accuracy here say little "
-        "of the relation, and no share of a gap is claimed."
+        f"layer ({whole['begun_base']:.0%} and {whole['begun_with']:.0%} begin with the answer). The scored tokens "
+        f"cannot tell answers apart: {words}{remedy}, so that P and accuracy here say little of the relation, and no "
+        "share of a gap is claimed."
     )
 
 
