@@ -2,7 +2,7 @@
 
 import sys
 
-from relfv.cli import script_main
+from relfv.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(script_main("heatmap"))
+    sys.exit(main("heatmap"))

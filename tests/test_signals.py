@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,3 +90,17 @@ def test_an_interrupt_while_flags_are_read_is_an_interrupt_too(
 
     assert main(Arguments(["status"])) == code
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "said"), [(signal.SIGINT, 130, "ERROR: interrupted\n"), (signal.SIGTERM, 143, "")]
+)
+def test_an_interrupt_while_modules_are_imported_is_an_interrupt_too(
+    tmp_path: Path, number: int, code: int, said: str
+) -> None:
+    """The first module that the command line imports sends the signal, as a user might just then."""
+    (tmp_path / "argparse.py").write_text(f"import os, time\nos.kill(os.getpid(), {int(number)})\ntime.sleep(20)\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", "relfv", "status"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (code, said)
