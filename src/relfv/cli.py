@@ -243,9 +243,9 @@ def _report_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from relfv.report.page import write_report
+    from relfv.report.page import write_pages
 
-    show(write_report(args.folder))
+    show(write_pages(args.folder))
     return 0
 
 
