@@ -126,7 +126,8 @@ def command_of(status: QidStatus) -> str:
     for name, flag in FLAGS.items():
         value = getattr(status.settings, name)
         if "run" in flag.commands and value != getattr(spec, name):
-            flags.append(f"--{name}" if value is True else f"--no-{name}" if value is False else f"--{name}={_text(value)}")
+            on_or_off = {True: f"--{name}", False: f"--no-{name}"}
+            flags.append(on_or_off[value] if isinstance(value, bool) else f"--{name}={_text(value)}")
     return shlex.join(["relfv", "run", *flags])
 
 
