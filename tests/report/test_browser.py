@@ -54,7 +54,8 @@ function behind(element) {
   return [255, 255, 255];
 }
 const texts = [...document.body.querySelectorAll("*")].filter(
-  (element) => !element.closest("script, style, title") && [...element.childNodes].some((n) => n.nodeType === 3 && n.data.trim())
+  (element) => !element.closest("script, style, title")
+    && [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim())
 );
 const contrasts = texts.map((element) => {
   const style = getComputedStyle(element);
@@ -86,12 +87,13 @@ def seen(page: Path, tmp_path: Path, width: int, theme: str, link: str = "") -> 
     outer.write_text(
         f'<!DOCTYPE html><html style="color-scheme: {theme}"><title>outer</title>'
         f'<iframe src="page.html{link}" style="width: {width}px; height: 900px; border: 0" '
-        "onload=\"document.title = this.contentDocument.title\"></iframe></html>"
+        'onload="document.title = this.contentDocument.title"></iframe></html>'
     )
     assert CHROMIUM is not None
     done = subprocess.run(
         [
-            CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--allow-file-access-from-files", "--dump-dom",
+            CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--dump-dom",
+            "--allow-file-access-from-files",
             f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--window-size=1400,1000",
             f"--blink-settings=preferredColorScheme={1 if theme == 'light' else 0}", outer.as_uri(),
         ],
@@ -99,7 +101,9 @@ def seen(page: Path, tmp_path: Path, width: int, theme: str, link: str = "") -> 
     )  # fmt: skip
     title = re.search(r"<title>(\{.*?\})</title>", done.stdout, re.DOTALL)
     assert title, done.stdout[:2000] + done.stderr[-2000:]
-    return json.loads(html.unescape(title[1])), "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
+    return json.loads(html.unescape(title[1])), "\n".join(
+        line for line in done.stderr.splitlines() if "CONSOLE" in line
+    )
 
 
 @pytest.mark.parametrize("width", [390, 1280])

@@ -143,28 +143,48 @@ def _made_from(folder: Path) -> str:
         try:
             status = read_status(artifacts_dir)
             assert status is not None
-            files = [record.files for record in status.stages.values()]
-            where = [status.q_id, status.status, status.reason, status.q_row_count]
-            told.append([*where, status.settings.to_json(), files, run_of(folder, status)])
+            told.append(_told(folder, status))
         except RelfvError as problem:
             told.append([artifacts_dir.parent.name, str(problem)])
     return sha256_bytes(json.dumps(told).encode())
+
+
+def _told(folder: Path, status: QidStatus) -> list[Any]:
+    files = [record.files for record in status.stages.values()]
+    where = [status.q_id, status.status, status.reason, status.q_row_count]
+    return [*where, status.settings.to_json(), files, run_of(folder, status)]
 
 
 # --- what is on it ---------------------------------------------------------------------------------------------------
 
 
 def shown(folder: Path, status: QidStatus) -> dict[str, Any]:
-    """What the page of a relation's ``folder`` shows of a completed q_id, and its ``section`` as it stands there.
-    Raises an exception of any kind where its files are of another shape than relfv writes."""
+    """What the page of a relation's ``folder`` shows of a completed q_id: its ``row`` of the table and its ``section``,
+    as they stand there, and ``why`` no share is shown. Raises an exception of any kind where its files are of another
+    shape than relfv writes."""
     content = of_qid(folder, status)
     templates = _environment()
     # Each on its own: what a template cannot show must not take the others with it. Both are escaped already.
     return {
-        **content,
+        "why": content["share"]["why"],
         "row": Markup(templates.get_template("row.html.j2").render(q=content)),
         "section": Markup(templates.get_template("qid.html.j2").render(q=content)),
     }
+
+
+_SHOWN: dict[Path, tuple[list[Any], dict[str, Any]]] = {}
+"""By its status' path what was shown of a q_id, and of which state of its files."""
+
+
+def _shown_once(folder: Path, status: QidStatus) -> dict[str, Any]:
+    """``shown``, made anew only where a file has changed: a run writes its page after every q_id."""
+    files = [status.artifacts_dir / name for record in status.stages.values() for name in record.files]
+    stats = [path.stat() if path.exists() else None for path in files]
+    state = [_told(folder, status), [stat and (stat.st_mtime_ns, stat.st_size, stat.st_ino) for stat in stats]]
+    path = status.path.absolute()
+    if path not in _SHOWN or _SHOWN[path][0] != state:
+        _SHOWN[path] = state, shown(folder, status)
+    return _SHOWN[path][1]
 
 
 def _artifacts_dirs(folder: Path) -> list[Path]:
@@ -182,7 +202,7 @@ def _of_relation(folder: Path) -> dict[str, Any]:
             assert status is not None
             statuses.append(status)
             if status.status == "completed":
-                completed.append(shown(folder, status))
+                completed.append(_shown_once(folder, status))
             else:
                 others.append({"q_id": status.q_id, "status": status.status, "reason": status.reason or ""})
         except Exception as problem:
@@ -195,7 +215,7 @@ def _of_relation(folder: Path) -> dict[str, Any]:
         "models": models_of(folder, statuses),
         "counts": _counted(states),
         "is_going_on": bool({"pending", "running"} & set(states)),
-        "reasons": {q["share"]["why"] for q in completed} - {""},
+        "reasons": {q["why"] for q in completed} - {""},
         "completed": completed,
         "others": others,
         "cross": cross_of(folder),
