@@ -212,12 +212,13 @@ def _step6(args: argparse.Namespace) -> int:
 
 def _status_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out_root", type=path_flag, nargs="?", default=DEFAULT_OUT_ROOT, help="results folder")
+    parser.add_argument("--json", action="store_true", help="print all that is known of every q_id as JSON")
 
 
 def _status(args: argparse.Namespace) -> int:
-    from relfv.report.table import status_table
+    from relfv.report.table import status_json, status_table
 
-    show(status_table(args.out_root))
+    show(status_json(args.out_root) if args.json else status_table(args.out_root))
     return 0
 
 
@@ -238,14 +239,14 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _report_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "folder", type=path_flag, help="a relation's results, e.g. results_fv/relation_qwise/relationA_ex"
+        "folder", type=path_flag, help=f"a relation's results, e.g. {DEFAULT_OUT_ROOT / SPEC_CSV.stem}, or all results"
     )
 
 
 def _report(args: argparse.Namespace) -> int:
-    from relfv.report.page import write_report
+    from relfv.report.page import write_pages
 
-    show(write_report(args.folder))
+    show(write_pages(args.folder))
     return 0
 
 
@@ -280,7 +281,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Comma
     ),
     "status": ("Say where every q_id stands.", _status_flags, _status),
     "verify": ("Check that results are complete, undamaged and agree; no model is opened.", _verify_flags, _verify),
-    "report": ("Make the page of a results folder again.", _report_flags, _report),
+    "report": ("Make the page of every relation of a results folder again.", _report_flags, _report),
     "stepd": ("StepD of one q_id: trials, mean activations, effect of every head.", _step_d_flags, _step_d),
     "heatmap": ("Heatmap of layers x heads from StepD's scores.", _heatmap_flags, _heatmap),
     "stepe": ("StepE: top heads and function vector, and the zero-shot snapshot.", _step_e_flags, _step_e),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 import os
@@ -315,7 +316,9 @@ def test_verify_knows_the_files(tree: Path, copied: Path, capsys: pytest.Capture
 
 def test_the_page_shows_the_figure_where_there_is_one(tree: Path, finished: Path) -> None:
     html = (tree / "report/index.html").read_text()
-    assert 'src="../cross_fv.png"' in html
+    picture = base64.b64encode((tree / "cross_fv.png").read_bytes()).decode()
+    assert f'src="data:image/png;base64,{picture}"' in html  # in the page itself, which can be mailed
+    assert 'href="../cross_fv.png"' in html
     assert 'href="../cross_fv.json"' in html
     assert document(tree)["verdict"].split(";")[0] in html
     assert "cross_fv" not in (finished / "report/index.html").read_text()

@@ -18,6 +18,7 @@ from conftest import ROOT
 from folders import arguments, contents, status, write_status
 from parity import rounding, size_in
 from relfv.cli import main
+from relfv.report.page import is_up_to_date
 
 CONTRACT = [
     "sampled_trials.json", "sampled_trials_zeroshot.json", "trial_metrics.jsonl", "stepD_cie/noise_floor.json", "cie_scores.csv", "aie_scores.csv",  # noqa: E501
@@ -270,6 +271,19 @@ def test_an_interrupt_writes_the_status_and_its_exit_code(running, number: int, 
     assert states["C3"] == "skipped"
     assert "pending" in states.values()
     assert "running" not in states.values()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_the_page_has_what_was_finished_when_a_run_is_stopped(running, finished: Path, number: int) -> None:  # type: ignore[no-untyped-def]
+    """The run does B2 first."""
+    _, folder = running("A1/artifacts/stepD_mean_acts", number)
+    page = (folder / "report/index.html").read_text()
+    assert '<h2 id="B2">' in page
+    assert '<h2 id="A1">' not in page
+    assert "is written again after every" in page
+    if number != signal.SIGKILL:  # which leaves no time to say more
+        assert is_up_to_date(folder)
 
 
 @pytest.mark.slow

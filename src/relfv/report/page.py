@@ -1,4 +1,5 @@
-"""``report/index.html``: all q_ids of a relation on one page, from saved artifacts alone."""
+"""``report/index.html``: all q_ids of a relation on one page, in one file, from saved artifacts alone; and an index
+where a results folder holds several relations."""
 
 from __future__ import annotations
 
@@ -7,65 +8,96 @@ import re
 from functools import cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from relfv import __version__
 from relfv.errors import InputError, RelfvError
+from relfv.report.content import cross_of, link, models_of, of_qid, run_of
 from relfv.report.table import find_statuses
-from relfv.settings import Settings
-from relfv.stages.cross import CROSS, CROSS_FIGURE, cross_changes, read_cross
-from relfv.stages.curve import CURVE
-from relfv.stages.function_vector import STEP_E_EVAL, TOP_HEADS
-from relfv.stages.heatmap import HEATMAP
-from relfv.stages.noise_floor import NOISE_FLOOR
-from relfv.stages.step6 import EVAL_SUMMARY
-from relfv.stages.step6_summary import STEP6_SUMMARY
-from relfv.stages.summary import SUMMARY
-from relfv.stages.sweeps import SWEEPS_FILE
-from relfv.stages.trials import TRIALS
+from relfv.stages.cross import CROSS
 from relfv.store.files import read_bytes, require_no_links, sha256_bytes, sha256_file, write_atomic
-from relfv.store.folder import File, QidFolder
-from relfv.store.formats import read_json
 from relfv.store.locks import sole_writer
-from relfv.store.status import QidStatus, fields_of, read_status
+from relfv.store.status import QidStatus, read_status
 
-_HEADS_SHOWN = 5
+_NO_QID = "no q_id here; expected a relation's results folder, e.g. results_fv/relation_qwise/relationA_ex"
+
+
+def write_pages(folder: Path) -> Path:
+    """The page of every relation at or below ``folder``, which may be a q_id's; an index where there are several.
+    -> the page to open first.
+
+    Raises InputError as ``write_report`` does.
+    """
+    relations = relations_of(folder)
+    pages = [write_report(relation) for relation in relations]
+    return write_index(folder) if len(pages) > 1 else pages[0]
+
+
+def relations_of(folder: Path) -> list[Path]:
+    """The relations' folders whose q_ids are found at or below ``folder``. Raises InputError if there is none."""
+    found = find_statuses(folder)
+    if not found:
+        raise InputError(f"{folder}: {_NO_QID}")
+    # What is given as "." has no parent by its name.
+    of_a_qid = [folder.absolute().parent if path.parent == folder else path.parent.parent for path in found]
+    return list(dict.fromkeys(of_a_qid))
 
 
 def write_report(folder: Path) -> Path:
     """Write ``folder/report/index.html``. A q_id whose files cannot be read is listed as such; it does not stop the
-    page.
+    page. An index above it is made again, too.
 
     Raises InputError if ``folder`` holds no q_id, or its ``report`` is a link to elsewhere.
     """
-    artifacts_dirs = find_statuses(folder)
-    if not artifacts_dirs:
-        raise InputError(
-            f"{folder}: no q_id here; expected a relation's results folder, e.g. results_fv/relation_qwise/relationA_ex"
-        )
+    if not _artifacts_dirs(folder):
+        raise InputError(f"{folder}: {_NO_QID}")
+    path = _write(folder, lambda: _of_relation(folder), "page.html.j2", lambda: _made_from(folder))
+    above = folder.absolute().parent
+    if _has_index(above):
+        write_index(above)
+    return path
+
+
+def _has_index(folder: Path) -> bool:
+    """Whether an index of ours is there: it is no relation's page, and no file of somebody else's."""
+    try:
+        return _sealed_from(read_bytes(page_path(folder))) is not None and folder not in relations_of(folder)
+    except OSError:
+        return False
+
+
+def write_index(folder: Path) -> Path:
+    """Write ``folder/report/index.html``, which leads to the pages of the relations below ``folder``."""
+    return _write(folder, lambda: _of_index(folder), "index.html.j2", lambda: sha256_bytes(__version__.encode()))
+
+
+def _write(folder: Path, content: Any, template: str, made_from: Any) -> Path:
     require_no_links(folder / "report", below=folder)
-    # What is written last must also have been read last, or one of two runs would leave out what the other did.
     path = page_path(folder)
+    # What is written last must also have been read last, or one of two runs would leave out what the other did.
     with sole_writer(path.parent):
-        made_from = _made_from(folder, artifacts_dirs)
-        page = _template().render(**_content(folder, artifacts_dirs))
-        return write_atomic(path, _with_seal(page, made_from))
+        origin = made_from()
+        return write_atomic(path, _with_seal(_environment().get_template(template).render(**content()), origin))
 
 
 @cache
-def _template() -> Template:
+def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("relfv.report"), undefined=StrictUndefined, autoescape=True, trim_blocks=True
-    )
-    return environment.get_template("page.html.j2")
+        loader=PackageLoader("relfv.report"), undefined=StrictUndefined, autoescape=True, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters["percent"] = lambda share: f"{round(100 * share) + 0}%"
+    return environment
 
 
 def page_path(folder: Path) -> Path:
     """Where the page of ``folder`` is."""
     return folder / "report" / "index.html"
 
+
+# --- its seal: a hash of itself, and of what it was made from ---------------------------------------------------------
 
 _SEAL = re.compile(rb"<!-- made from (\w{64}), sha256 of what is above: (\w{64}) -->\n")
 
@@ -89,7 +121,7 @@ def is_up_to_date(folder: Path) -> bool:
         page = read_bytes(page_path(folder))
     except OSError:
         return False
-    return _sealed_from(page) == _made_from(folder, find_statuses(folder))
+    return _sealed_from(page) == _made_from(folder)
 
 
 def _with_seal(page: str, made_from: str) -> bytes:
@@ -104,131 +136,110 @@ def _sealed_from(page: bytes) -> str | None:
     return found[1].decode() if found and found[2].decode() == sha256_bytes(above + b"\n") else None
 
 
-def _made_from(folder: Path, artifacts_dirs: list[Path]) -> str:
+def _made_from(folder: Path) -> str:
     """A hash of what the page tells of, but for times: a status that was only written again asks for no new page."""
     told: list[Any] = [__version__, sha256_file(folder / CROSS)]
-    for artifacts_dir in artifacts_dirs:
+    for artifacts_dir in _artifacts_dirs(folder):
         try:
             status = read_status(artifacts_dir)
             assert status is not None
-            files = [record.files for record in status.stages.values()]
-            where = [status.q_id, status.status, status.reason, status.q_row_count]
-            told.append([*where, status.settings.to_json(), files])
+            told.append(_told(folder, status))
         except RelfvError as problem:
             told.append([artifacts_dir.parent.name, str(problem)])
     return sha256_bytes(json.dumps(told).encode())
 
 
+def _told(folder: Path, status: QidStatus) -> list[Any]:
+    files = [record.files for record in status.stages.values()]
+    where = [status.q_id, status.status, status.reason, status.q_row_count]
+    return [*where, status.settings.to_json(), files, run_of(folder, status)]
+
+
+# --- what is on it ---------------------------------------------------------------------------------------------------
+
+
 def shown(folder: Path, status: QidStatus) -> dict[str, Any]:
-    """What the page of a relation's ``folder`` shows of a completed q_id. Raises an exception of any kind where its
-    files are of another shape than relfv writes."""
-    content = _completed(folder, status)
-    # On a page of its own: what the template cannot show must not take the others with it.
-    _template().render(**_frame(folder, with_cross=False), **_counted([content], [], status.settings))
-    return content
+    """What the page of a relation's ``folder`` shows of a completed q_id: its ``row`` of the table and its ``section``,
+    as they stand there, and ``why`` no share is shown. Raises an exception of any kind where its files are of another
+    shape than relfv writes."""
+    content = of_qid(folder, status)
+    templates = _environment()
+    # Each on its own: what a template cannot show must not take the others with it. Both are escaped already.
+    return {
+        "why": content["share"]["why"],
+        "row": Markup(templates.get_template("row.html.j2").render(q=content)),
+        "section": Markup(templates.get_template("qid.html.j2").render(q=content)),
+    }
 
 
-def _content(folder: Path, artifacts_dirs: list[Path]) -> dict[str, Any]:
+_SHOWN: dict[Path, tuple[list[Any], dict[str, Any]]] = {}
+"""By its status' path what was shown of a q_id, and of which state of its files."""
+
+
+def _shown_once(folder: Path, status: QidStatus) -> dict[str, Any]:
+    """``shown``, made anew only where a file has changed: a run writes its page after every q_id."""
+    files = [status.artifacts_dir / name for record in status.stages.values() for name in record.files]
+    stats = [path.stat() if path.exists() else None for path in files]
+    state = [_told(folder, status), [stat and (stat.st_mtime_ns, stat.st_size, stat.st_ino) for stat in stats]]
+    path = status.path.absolute()
+    if path not in _SHOWN or _SHOWN[path][0] != state:
+        _SHOWN[path] = state, shown(folder, status)
+    return _SHOWN[path][1]
+
+
+def _artifacts_dirs(folder: Path) -> list[Path]:
+    """Of the q_ids right in ``folder``."""
+    return [path for path in find_statuses(folder) if path.parent.parent == folder]
+
+
+def _of_relation(folder: Path) -> dict[str, Any]:
     completed: list[dict[str, Any]] = []
     others: list[dict[str, str]] = []
-    settings = Settings()
-    for artifacts_dir in artifacts_dirs:
+    statuses: list[QidStatus] = []
+    for artifacts_dir in _artifacts_dirs(folder):
         try:
             status = read_status(artifacts_dir)
             assert status is not None
-            settings = status.settings
+            statuses.append(status)
             if status.status == "completed":
-                completed.append(shown(folder, status))
+                completed.append(_shown_once(folder, status))
             else:
                 others.append({"q_id": status.q_id, "status": status.status, "reason": status.reason or ""})
         except Exception as problem:
             said = str(problem) if isinstance(problem, RelfvError) else f"{type(problem).__name__}: {problem}"
             others.append({"q_id": artifacts_dir.parent.name, "status": "unreadable", "reason": said})
-    return {**_frame(folder), **_counted(completed, others, settings)}
-
-
-def _frame(folder: Path, *, with_cross: bool = True) -> dict[str, Any]:
-    """What the page says of the relation as a whole."""
-    return {
-        "relation": folder.resolve().name,
-        "version": __version__,
-        "opened": _opened_model(folder),
-        "cross": _cross(folder) if with_cross else None,
-    }
-
-
-def _counted(completed: list[dict[str, Any]], others: list[dict[str, str]], settings: Settings) -> dict[str, Any]:
-    """What it says of the q_ids; ``settings`` are those of the last of them."""
     states = ["completed"] * len(completed) + [other["status"] for other in others]
-    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     return {
-        "model": {"name": settings.model, "precision": settings.precision},
-        "is_demo": settings.model == "demo",
-        "departures": settings.departures(),
-        "counts": f"{len(states)} q_ids: {counts}",
+        "title": folder.resolve().name,
+        "version": __version__,
+        "models": models_of(folder, statuses),
+        "counts": _counted(states),
+        "is_going_on": bool({"pending", "running"} & set(states)),
+        "reasons": {q["why"] for q in completed} - {""},
         "completed": completed,
         "others": others,
+        "cross": cross_of(folder),
     }
 
 
-def _cross(folder: Path) -> dict[str, Any] | None:
-    """The result of relfv cross; None where it did not run, or its files are not as it wrote them."""
-    try:
-        document = read_cross(folder)
-    except RelfvError:
-        return None
-    if document["figure"].get(CROSS_FIGURE) != sha256_file(folder / CROSS_FIGURE):
-        return None
-    return {
-        "verdict": document["verdict"],
-        "out_of_date": cross_changes(folder, document, fields_of(folder, document["q_ids"])),
-        "figure": _link(folder, folder / CROSS_FIGURE),
-        "file": _link(folder, folder / CROSS),
-    }
+def _counted(states: list[str]) -> str:
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    return f"{len(states)} q_id{'s' if len(states) != 1 else ''}: {counts}"
 
 
-def _opened_model(folder: Path) -> dict[str, Any]:
-    """What the manifest says of the model's shape, device and peculiarities, as far as it can be read."""
-    try:
-        opened = read_json(folder / "run_manifest.json")["model"]
-        shape = f"{opened['n_layers']} layers × {opened['n_heads']} heads"
-        device, notes = f"{opened['device']}, {opened['device_name']}", list(map(str, opened.get("notes", [])))
-        return {"shape": shape, "device": device, "notes": notes}
-    except (RelfvError, KeyError, TypeError):
-        return {"shape": "shape not recorded", "device": "a device not recorded", "notes": []}
-
-
-def _completed(folder: Path, status: QidStatus) -> dict[str, Any]:
-    qid = QidFolder(status.artifacts_dir, status.q_id)
-
-    def if_there(file: File[Any]) -> Any:
-        """Folders of earlier versions lack some files."""
-        return qid.read(file) if qid.has(file) else None
-
-    trials, heads, best_layer = qid.read(TRIALS), qid.read(TOP_HEADS)["heads"], qid.read(STEP6_SUMMARY)["best_layer"]
-    example, summary = trials.questions[0].query, if_there(SUMMARY)
-    return {
-        "q_id": status.q_id,
-        "rows": status.q_row_count,
-        "example_input": example.input,
-        "example_output": example.output,
-        "n_trials": len(trials.questions),
-        "n_queries": len(set(trials.clusters)),
-        "collisions": len(trials.meta["first_token_collisions"]),
-        "best_head": heads[0],
-        "top_heads": heads[:_HEADS_SHOWN],
-        "n_top": len(heads),
-        "clean_p": qid.read(STEP_E_EVAL)["reference"]["clean"]["mean_p"],
-        "noise_floor": if_there(NOISE_FLOOR),
-        "verdict": summary and summary["verdict"],
-        "sweeps": if_there(SWEEPS_FILE),
-        "best_layer": best_layer,
-        "best": qid.read(EVAL_SUMMARY, best_layer),
-        "heatmap": _link(folder, qid.path(HEATMAP)),
-        "curve": _link(folder, qid.path(CURVE)),
-    }
-
-
-def _link(folder: Path, path: Path) -> str:
-    """Relative to report/, so that the whole folder can be moved or copied."""
-    return quote(f"../{path.relative_to(folder)}")
+def _of_index(folder: Path) -> dict[str, Any]:
+    relations = []
+    for relation in relations_of(folder):
+        states, models = [], {}
+        for artifacts_dir in _artifacts_dirs(relation):
+            try:
+                status = read_status(artifacts_dir)
+                assert status is not None
+                states.append(status.status)
+                models[status.settings.model] = None
+            except RelfvError:
+                states.append("unreadable")
+        page = page_path(relation)
+        found = {"name": relation.resolve().name, "models": list(models), "counts": _counted(states)}
+        relations.append({**found, "page": link(folder, page) if page.is_file() else ""})
+    return {"title": folder.resolve().name, "version": __version__, "relations": relations}

@@ -1,18 +1,31 @@
-"""``relfv status``: where every q_id stands, as a text table."""
+"""``relfv status``: where every q_id stands, as a text table or as JSON."""
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
+import textwrap
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from relfv.errors import InputError, RelfvError
 from relfv.logs import printable
+from relfv.stages.caveats import tells_apart
 from relfv.stages.step6_summary import STEP6_SUMMARY
+from relfv.stages.summary import SUMMARY
+from relfv.stages.table import steps
 from relfv.store.folder import QidFolder, was_moved_aside
 from relfv.store.locks import held_by
 from relfv.store.status import STATUS_FILE, QidStatus, read_status
 
-_HEADER = ("q_id", "status", "rows", "best layer", "score", "accuracy", "updated", "reason")
+_HEADER = ("q_id", "status", "rows", "best layer", "score", "accuracy", "age")
+_WHOLE = "* whole answers right: the scored tokens of these q_ids do not tell their answers apart"
+_GONE = "its process is gone; the same command goes on from here"
+_NARROWEST, _INDENT = 40, "    "
 
 
 def find_statuses(root: Path) -> list[Path]:
@@ -28,42 +41,143 @@ def natural_key(text: str) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", text) if part]
 
 
+def status_json(root: Path) -> str:
+    """A list with an object for every q_id. Raises InputError if there is nothing below ``root``."""
+    return json.dumps(_rows(root), indent=2, ensure_ascii=False)
+
+
 def status_table(root: Path) -> str:
-    """One row a q_id. Raises InputError if there is nothing below ``root``."""
+    """One row a q_id under its relation and model, no line wider than the terminal: reasons stand below, wrapped.
+    Raises InputError if there is nothing below ``root``."""
+    width = max(_NARROWEST, shutil.get_terminal_size().columns)
+    rows = _rows(root)
+    cells = [_HEADER, *map(_cells, rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(_HEADER))]
+    widths[0] = max(6, min(widths[0], width - sum(widths[1:]) - 2 * len(widths[1:])))
+    lines = [_line(_HEADER, widths)]
+    for (relation, model), group in groupby(rows, key=lambda row: (row["relation"], row["model"])):
+        lines += _wrapped(f"{relation}: {model or 'model not known'}", width, "")
+        for row in group:
+            lines += [_line(_cells(row), widths), *_wrapped(row["reason"], width, _INDENT)]
+    if any(row["whole_answers"] for row in rows if row["tells_answers_apart"] is False):
+        lines += _wrapped(_WHOLE, width, "")
+    states = [row["status"] for row in rows]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    return "\n".join([*lines, "", counts])
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    fitted = (_cut(cell, width).ljust(width) for cell, width in zip(cells, widths, strict=True))
+    return "  ".join(fitted).rstrip()
+
+
+def _cut(text: str, width: int) -> str:
+    """Without its middle where it is longer than ``width``: both ends of a path or a name tell it from others."""
+    if len(text) <= width:
+        return text
+    end = (width - 1) // 2
+    return f"{text[: width - 1 - end]}…{text[len(text) - end :]}"
+
+
+def _wrapped(text: str, width: int, indent: str) -> list[str]:
+    room = width - len(indent)
+    words = " ".join(_cut(word, room) for word in printable(text).split())
+    return textwrap.wrap(
+        words, width, initial_indent=indent, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    accuracy, mark = row["accuracy"], ""
+    if row["tells_answers_apart"] is False:
+        accuracy, mark = row["whole_answers"], "*"
+    best = row["best_layer"] is not None
+    return tuple(
+        map(
+            printable,
+            (
+                row["q_id"],
+                row["status"],
+                "" if row["rows"] is None else str(row["rows"]),
+                f"{row['best_layer']} of {row['n_layers']}" if best else "",
+                f"{row['best_score']:+.3f}" if best else "",
+                f"{accuracy['base']:.2f} -> {accuracy['with']:.2f}{mark}" if accuracy else "",
+                _age(row["updated_at"]),
+            ),
+        )
+    )
+
+
+def _age(updated_at: str | None) -> str:
+    """Since a status was last written: ``5 min``, ``3 h``, ``2 d``."""
+    try:
+        seconds = (datetime.now(timezone.utc) - datetime.fromisoformat(updated_at or "")).total_seconds()
+    except (ValueError, TypeError):
+        return ""
+    minutes = max(0, int(seconds // 60))
+    if minutes < 100:
+        return f"{minutes} min" if minutes else "< 1 min"
+    return f"{minutes // 60} h" if minutes < 60 * 48 else f"{minutes // (60 * 24)} d"
+
+
+# --- what is known of each q_id --------------------------------------------------------------------------------------
+
+
+def _rows(root: Path) -> list[dict[str, Any]]:
     folders = find_statuses(root)
     if not folders:
         raise InputError(f"{root}: no {STATUS_FILE} here or below; expected the folder that relfv run wrote to")
-    rows = [tuple(map(printable, row)) for row in (_HEADER, *(_row(folder) for folder in folders))]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    counts: dict[str, int] = {}
-    for row in rows[1:]:
-        counts[row[1]] = counts.get(row[1], 0) + 1
-    return "\n".join([*lines, "", ", ".join(f"{count} {name}" for name, count in counts.items())])
+    return [_row(folder) for folder in folders]
 
 
-def _row(folder: Path) -> tuple[str, ...]:
+def _row(folder: Path) -> dict[str, Any]:
+    q_id = folder.parent
+    row: dict[str, Any] = {
+        "relation": q_id.absolute().parent.name, "q_id": q_id.absolute().name, "model": None, "status": "unreadable",
+        "rows": None, "stage": None, "n_steps_done": None, "n_steps": None, "best_layer": None, "n_layers": None,
+        "best_score": None, "accuracy": None, "whole_answers": None, "tells_answers_apart": None, "updated_at": None,
+        "reason": "",
+    }  # fmt: skip
     try:
         status = read_status(folder)
         assert status is not None
         best = _best(status)
     except Exception as problem:  # whatever one folder holds, the others get their row
         said = str(problem) if isinstance(problem, RelfvError) else f"{type(problem).__name__}: {problem}"
-        return (folder.parent.name, "unreadable", "", "", "", "", "", said)
-    updated = status.updated_at[:19].replace("T", " ")
-    reason = status.reason or ""
-    if status.status == "running" and held_by(QidFolder(folder, folder.parent.name).lock) is None:
-        reason = "its process is gone; the same command goes on from here"
-    return (status.q_id, status.status, str(status.q_row_count), *best, updated, reason)
+        return {**row, "reason": said}
+    row |= {
+        "q_id": status.q_id, "model": status.settings.model, "status": status.status, "rows": status.q_row_count,
+        "updated_at": status.updated_at, "reason": status.reason or "", **best,
+    }  # fmt: skip
+    return row | _going_on(status) if status.status == "running" else row
 
 
-def _best(status: QidStatus) -> tuple[str, str, str]:
+def _going_on(status: QidStatus) -> dict[str, Any]:
+    """The stage that a running q_id is at."""
+    here = [name for name, record in status.stages.items() if record.status != "completed"]
+    stage, n_done = (here or [*status.stages] or [None])[-1], len(status.stages) - len(here)
+    # Without its layers, which an opened model tells, the number of steps is not known.
+    n_steps = len(steps(status.expected_layers)) if status.expected_layers else None
+    reason = f"at {stage or 'its start'}, {n_done} of {n_steps or '?'} steps done"
+    if held_by(QidFolder(status.artifacts_dir, status.q_id).lock) is None:
+        reason = _GONE
+    return {"stage": stage, "n_steps_done": n_done, "n_steps": n_steps, "reason": reason}
+
+
+def _best(status: QidStatus) -> dict[str, Any]:
+    """Numbers of a completed q_id."""
     if status.status != "completed":
-        return ("", "", "")
-    summary = QidFolder(status.artifacts_dir, status.q_id).read(STEP6_SUMMARY)
-    layer = summary["per_layer"][str(summary["best_layer"])]
-    return (
-        f"{summary['best_layer']} of {len(summary['expected_layers'])}",
-        f"{summary['best_score']:+.3f}",
-        f"{layer['acc_base']:.2f} -> {layer['acc_with']:.2f}",
-    )
+        return {}
+    qid = QidFolder(status.artifacts_dir, status.q_id)
+    found = qid.read(STEP6_SUMMARY)
+    layer = found["per_layer"][str(found["best_layer"])]
+    numbers = {
+        "best_layer": found["best_layer"],
+        "n_layers": len(found["expected_layers"]),
+        "best_score": found["best_score"],
+        "accuracy": {"base": layer["acc_base"], "with": layer["acc_with"]},
+    }
+    summary = qid.read(SUMMARY) if qid.has(SUMMARY) else {}
+    if "scored_token" in summary:  # not in folders of earlier versions
+        numbers |= {"whole_answers": dict(summary["whole_answers"]), "tells_answers_apart": tells_apart(summary)}
+    return numbers

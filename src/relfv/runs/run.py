@@ -163,7 +163,8 @@ def _run_todo(plan: Plan, todo: Sequence[str], model: LanguageModel, started_at:
     write_manifest(plan.folder, description)
     progress = Progress(len(todo))
     outcomes: dict[str, str] = {}
-    with showing(progress):
+    with showing(progress), _page_if_interrupted(plan):
+        _write_page_so_far(plan)
         for q_id in todo:
             progress.begin()
             outcomes[q_id] = "failed"
@@ -171,6 +172,8 @@ def _run_todo(plan: Plan, todo: Sequence[str], model: LanguageModel, started_at:
                 outcomes[q_id] = _run_one(plan, q_id, model)
             log.info("%s %s in %.1f s", q_id, outcomes[q_id], progress.seconds())
             progress.end()
+            if q_id != todo[-1]:  # after the last the manifest comes first
+                _write_page_so_far(plan)
     write_manifest(plan.folder, {**description, "finished_at": now(), "outcomes": outcomes})
     page = write_report(plan.folder)
     failed = [q_id for q_id, outcome in outcomes.items() if outcome == "failed"]
@@ -179,6 +182,25 @@ def _run_todo(plan: Plan, todo: Sequence[str], model: LanguageModel, started_at:
         log.error(said, len(failed), len(todo), named(failed))
     log.info("report: %s", page)
     return 1 if failed else 0
+
+
+@contextmanager
+def _page_if_interrupted(plan: Plan) -> Iterator[None]:
+    """The page says what ``relfv status`` says, also after SIGINT and SIGTERM."""
+    try:
+        yield
+    except BaseException:
+        _write_page_so_far(plan)
+        raise
+
+
+def _write_page_so_far(plan: Plan) -> None:
+    """What is finished, for who looks while a run goes on; that it cannot be written does not stop the run, whose end
+    tries again."""
+    try:
+        write_report(plan.folder)
+    except (RelfvError, OSError) as problem:
+        log.warning("the page is not up to date: %s", in_words(problem))
 
 
 def _description(plan: Plan, started_at: str) -> dict[str, Any]:

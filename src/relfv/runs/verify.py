@@ -61,6 +61,8 @@ def verify(root: Path) -> Verification:
     checked = [item for relation in relations for item in _check_relation(relation)]
     if not checked:
         raise InputError(f"{root}: no results here; expected a folder that relfv run wrote to, or one within it")
+    if root not in relations:
+        checked += _check_page(root)  # the index
     return Verification(root, checked)
 
 
@@ -96,7 +98,7 @@ def _check_relation(folder: Path) -> list[Checked]:
 
 
 def _check_page(folder: Path) -> list[Checked]:
-    """The page, if there is one: it can be made again at any time."""
+    """The page or index, if there is one: it can be made again at any time."""
     path = page_path(folder)
     if not (problem := page_problem(folder)):
         return []

@@ -1,0 +1,203 @@
+"""What the page shows of a relation's q_ids: read from saved artifacts, prepared for the templates."""
+
+from __future__ import annotations
+
+import base64
+import shlex
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from relfv.errors import RelfvError
+from relfv.report.drawing import curve, heatmap
+from relfv.settings import FLAGS, Settings
+from relfv.stages.answers import ANSWERS
+from relfv.stages.caveats import tells_apart
+from relfv.stages.controls import CONTROLS_FILE
+from relfv.stages.cross import CROSS, CROSS_FIGURE, cross_changes, read_cross
+from relfv.stages.curve import CURVE
+from relfv.stages.function_vector import FV, STEP_E_EVAL, TOP_HEADS
+from relfv.stages.heatmap import HEATMAP
+from relfv.stages.noise_floor import NOISE_FLOOR
+from relfv.stages.scores import AIE
+from relfv.stages.step6 import EVAL_SUMMARY
+from relfv.stages.step6_summary import STEP6_SUMMARY
+from relfv.stages.summary import SUMMARY
+from relfv.stages.sweeps import KINDS, SWEEPS_FILE
+from relfv.stages.trials import TRIALS
+from relfv.stages.verdict import HELD_OUT
+from relfv.store.files import read_bytes, sha256_file
+from relfv.store.folder import File, QidFolder
+from relfv.store.formats import read_json
+from relfv.store.status import STATUS_FILE, QidStatus, fields_of
+
+_LINKED = (
+    SUMMARY, TOP_HEADS, AIE, TRIALS, CONTROLS_FILE, ANSWERS, STEP6_SUMMARY, SWEEPS_FILE, FV, HEATMAP, CURVE,
+)  # fmt: skip
+"""Files that the page leads to."""
+
+
+def of_qid(folder: Path, status: QidStatus) -> dict[str, Any]:
+    """A completed q_id. Raises an exception of any kind where its files are of another shape than relfv writes."""
+    qid = QidFolder(status.artifacts_dir, status.q_id)
+
+    def if_there(file: File[Any]) -> Any:
+        """Folders of earlier versions lack some files."""
+        return qid.read(file) if qid.has(file) else None
+
+    trials, heads, steps = qid.read(TRIALS), qid.read(TOP_HEADS)["heads"], qid.read(STEP6_SUMMARY)
+    layers = {layer: qid.read(EVAL_SUMMARY, layer) for layer in steps["completed_layers"]}
+    example, summary, controls = trials.questions[0].query, if_there(SUMMARY), if_there(CONTROLS_FILE)
+    reference = qid.read(STEP_E_EVAL)["reference"]
+    answers = if_there(ANSWERS)
+    return {
+        "q_id": status.q_id,
+        "rows": status.q_row_count,
+        "example_input": example.input,
+        "example_output": example.output,
+        "clean_prompt": trials.clean_prompts[0],
+        "corrupted_prompt": trials.prompts[0],
+        "n_trials": len(trials.questions),
+        "n_queries": len(set(trials.clusters)),
+        "collisions": len(trials.meta["first_token_collisions"]),
+        "heads": heads,
+        "n_distinguishable": sum(bool(head.get("distinguishable")) for head in heads),
+        "noise_floor": if_there(NOISE_FLOOR),
+        "verdict": summary and summary["verdict"],
+        "share": _share(summary),
+        "whole": answers and answers["summary"],
+        "best_layer": steps["best_layer"],
+        "n_layers": len(steps["expected_layers"]),
+        "best": layers[steps["best_layer"]],
+        "clean": reference["clean"],
+        "answers": answers and _answers(answers, controls),
+        "decoded": answers and answers["fv_decoded"],
+        "sweeps": _sweeps(if_there(SWEEPS_FILE)),
+        "heatmap": heatmap(qid.read(AIE), status.settings.score_key, heads),
+        "curve": curve(layers, reference, controls, steps["best_layer"]),
+        "run": run_of(folder, status),
+        "settings": _settings(status.settings),
+        "identity": {
+            name: status.fingerprint_fields.get(name) for name in ("model_identity", "rows_sha256", "algorithm_version")
+        },
+        "command": command_of(status),
+        "files": [(file.named(status.q_id), link(folder, qid.path(file))) for file in _LINKED if qid.has(file)]
+        + [(STATUS_FILE, link(folder, status.path))],
+    }
+
+
+def _share(summary: dict[str, Any] | None) -> dict[str, Any]:
+    """The held-out share of the gap and its interval; or why none is shown, as the id of a note on the page."""
+    if not summary or "scored_token" not in summary:
+        return {"why": "not-recorded"}
+    if not tells_apart(summary):
+        return {"why": "tokens-shared"}
+    share = summary["share_of_gap"].get(HELD_OUT)
+    if share:
+        return {"why": "", **share}
+    return {"why": "no-gap" if summary["p"]["clean"] <= summary["p"]["zero_shot"] else "gap-too-small"}
+
+
+def _answers(answers: dict[str, Any], controls: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Prompt by prompt; with P at the layer of the answers where controls.json, of the same prompts, has it."""
+    rows = answers["rows"]
+    prompts = controls["by_prompt"] if controls else {"p_zero_shot": [], "p_fv": {}}
+    before, after = prompts["p_zero_shot"], prompts["p_fv"].get(str(answers["layer"]), [])
+    known = len(before) == len(after) == len(rows)
+    return [{**row, "p": (before[i], after[i]) if known else None} for i, row in enumerate(rows)]
+
+
+def _sweeps(sweeps: dict[str, Any] | None) -> dict[str, Any] | None:
+    if sweeps is None:
+        return None
+    return {"caution": sweeps["caution"], "rows": [(kind, row) for kind in KINDS for row in sweeps.get(kind) or ()]}
+
+
+def _settings(settings: Settings) -> list[tuple[str, str, bool]]:
+    """Name, value, and whether the spec has another."""
+    departing = {words.split(" is ")[0] for words in settings.departures()}
+    return [(name, _text(value), name in departing) for name, value in settings.to_json().items()]
+
+
+def command_of(status: QidStatus) -> str:
+    """The ``relfv run`` that repeats a q_id in a new folder. What is as the spec has it needs no flag."""
+    spec = Settings()
+    flags = [f"--q_list={status.q_id}", "--out_root=repeated"]
+    for name, flag in FLAGS.items():
+        value = getattr(status.settings, name)
+        if "run" in flag.commands and value != getattr(spec, name):
+            on_or_off = {True: f"--{name}", False: f"--no-{name}"}
+            flags.append(on_or_off[value] if isinstance(value, bool) else f"--{name}={_text(value)}")
+    return shlex.join(["relfv", "run", *flags])
+
+
+def _text(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def run_of(folder: Path, status: QidStatus) -> dict[str, Any]:
+    """What the manifest says of the run that made a q_id, as far as it can be read: no times, so that a page made after
+    a killed run is the same page."""
+    run: dict[str, Any] = {"shape": "shape not recorded", "device": "a device not recorded", "notes": [], "facts": {}}
+    try:
+        manifest = read_json(folder / "run_manifest.json")
+        identity = status.fingerprint_fields.get("model_identity")
+        for one in [manifest, *manifest.get("earlier_runs", [])]:
+            if "model" in one and status.q_id in one["q_list"] and one["model_identity"] == identity:
+                opened = one["model"]
+                return {
+                    "shape": f"{opened['n_layers']} layers × {opened['n_heads']} heads",
+                    "device": f"{opened['device']}, {opened['device_name']}",
+                    "notes": list(map(str, opened.get("notes", []))),
+                    "facts": {
+                        "model class": opened.get("class"),
+                        "family": opened.get("family"),
+                        "engine": opened.get("engine"),
+                        "relfv": one.get("relfv_version"),
+                        **{name: version for name, version in one["versions"].items() if version},
+                        "git commit": one.get("git_commit"),
+                        "sha256 of the CSV": one.get("csv_sha256"),
+                    },
+                }
+    except (RelfvError, KeyError, TypeError, AttributeError):
+        pass
+    return run
+
+
+def models_of(folder: Path, statuses: list[QidStatus]) -> list[dict[str, Any]]:
+    """The models of a page, each with its q_ids: in one folder they may differ."""
+    models: dict[tuple[str, ...], dict[str, Any]] = {}
+    for status in statuses:
+        run, settings = run_of(folder, status), status.settings
+        key = (settings.model, str(status.fingerprint_fields.get("model_identity")), settings.precision)
+        model = models.setdefault(
+            key, {**run, "name": settings.model, "precision": settings.precision, "q_ids": [], "departures": {}}
+        )
+        if run["facts"] and not model["facts"]:  # a q_id that is still to come is in no manifest with a model
+            model.update(run)
+        model["q_ids"].append(status.q_id)
+        model["departures"] |= dict.fromkeys(settings.departures())
+    return list(models.values())
+
+
+def cross_of(folder: Path) -> dict[str, Any] | None:
+    """The result of relfv cross; None where it did not run, or its files are not as it wrote them."""
+    try:
+        document = read_cross(folder)
+    except RelfvError:
+        return None
+    figure = folder / CROSS_FIGURE
+    if document["figure"].get(CROSS_FIGURE) != sha256_file(figure):
+        return None
+    return {
+        "verdict": document["verdict"],
+        "out_of_date": cross_changes(folder, document, fields_of(folder, document["q_ids"])),
+        "picture": base64.b64encode(read_bytes(figure)).decode(),
+        "figure": link(folder, figure),
+        "file": link(folder, folder / CROSS),
+    }
+
+
+def link(folder: Path, path: Path) -> str:
+    """Relative to report/, so that the whole folder can be moved or copied."""
+    return quote(f"../{path.relative_to(folder)}")
