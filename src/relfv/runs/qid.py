@@ -84,7 +84,7 @@ def run_qid(status: QidStatus, work: Work) -> None:
 
 def run_steps(status: QidStatus, work: Work, of: Iterable[Stage] = STAGES) -> None:
     """Run the steps of some stages that are missing, damaged, or made from inputs that have changed since."""
-    for step in steps(status.expected_layers, of=of):
+    for step in steps(status.expected_layers, of=of, extras=work.settings.extras):
         if not is_done(status, step):
             run_step(work, step, status)
 
@@ -97,6 +97,17 @@ def add_sweeps(status: QidStatus, work: Work, asked: Settings) -> None:
     if work.settings != status.settings:  # of other values another number of prompts may fit
         work.trials_per_pass.pop(sweeps.STAGE.name, None)
     run_step(work, sweeps.STAGE.step(), status)
+
+
+def with_extras_of(status: QidStatus, asked: Settings) -> Settings:
+    """The settings of ``status`` with the extras that are asked for; what was begun once is finished."""
+    begun = any(stage.extra and stage.name in status.stages for stage in STAGES)
+    return replace(status.settings, extras="all" if begun else asked.extras)
+
+
+def has_extras(status: QidStatus, asked: Settings) -> bool:
+    """Whether a complete q_id has the extras that are asked for."""
+    return asked.extras == "none" or status.settings.extras == "all"
 
 
 def has_sweeps(status: QidStatus, asked: Settings) -> bool:

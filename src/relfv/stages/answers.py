@@ -120,4 +120,5 @@ STAGE = Stage(
     reads=(ZERO_SHOT_TRIALS, STEP6_SUMMARY, FV),
     writes=(ANSWERS,),
     settings=(*MODEL_SETTINGS, "alpha", "n_eval", "allow_query_duplicates"),
+    extra=True,
 )

@@ -46,9 +46,9 @@ STEP_D = (trials.STAGE, means.STAGE, cie.STAGE)
 """What the spec calls StepD."""
 
 
-def steps(layers: Sequence[int], *, of: Iterable[Stage] = STAGES) -> list[Step]:
-    """The entries of qid_status.json that make a q_id complete, in order."""
-    required = [stage for stage in of if not stage.on_request]
+def steps(layers: Sequence[int], *, of: Iterable[Stage] = STAGES, extras: str = "all") -> list[Step]:
+    """The entries of qid_status.json that make a q_id complete, in order; with ``extras`` "none" the spec's alone."""
+    required = [stage for stage in of if not (stage.on_request or (stage.extra and extras == "none"))]
     return [step for stage in required for step in (map(stage.step, layers) if stage.per_layer else [stage.step()])]
 
 
@@ -72,7 +72,8 @@ def is_done(status: QidStatus, step: Step) -> bool:
 
 def not_done(status: QidStatus) -> Iterator[Step]:
     """The steps that are missing, damaged or out of date, in order."""
-    return (step for step in steps(status.expected_layers) if not is_done(status, step))
+    wanted = steps(status.expected_layers, extras=status.settings.extras)
+    return (step for step in wanted if not is_done(status, step))
 
 
 def is_complete(status: QidStatus) -> bool:
