@@ -147,8 +147,8 @@ class Settings:
         ("injection", ("run",)), low=1, high=MOST, identity=False,
     )  # fmt: skip
     extras: str = _setting(
-        "all", "what relfv adds to the spec's stages (controls, whole answers, verdict): all, or none; a later run with "
-        "all adds them", ("extras", ("run",)), choices=("all", "none"), identity=False,
+        "all", "what relfv adds to the spec's stages (controls, whole answers, verdict): all, or none; a later run "
+        "with all adds them", ("extras", ("run",)), choices=("all", "none"), identity=False,
     )  # fmt: skip
 
     def __post_init__(self) -> None:

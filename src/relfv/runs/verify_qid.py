@@ -135,7 +135,8 @@ def _unfinished(status: QidStatus, awaited: bool) -> Iterator[Problem]:
     if status.status == "skipped" or (awaited and status.status == "pending"):
         return
     done = {name for name, record in status.stages.items() if record.status == "completed"}
-    missing = [step.name for step in steps(status.expected_layers, extras=status.settings.extras) if step.name not in done]
+    wanted = steps(status.expected_layers, extras=status.settings.extras)
+    missing = [step.name for step in wanted if step.name not in done]
     if status.status == "completed" and status.expected_layers and not missing:
         return
     following = f"next stage: {missing[0]}; " if missing else ""

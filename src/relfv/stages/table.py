@@ -24,8 +24,9 @@ from relfv.stages import (
     zeroshot,
 )
 from relfv.stages.stage import Stage, Step
+from relfv.store.files import sha256_file
 from relfv.store.folder import File
-from relfv.store.status import QidStatus
+from relfv.store.status import HashOf, QidStatus
 
 STAGES: tuple[Stage, ...] = (
     trials.STAGE,
@@ -63,17 +64,17 @@ def step_named(name: str) -> Step | None:
     return None
 
 
-def is_done(status: QidStatus, step: Step) -> bool:
+def is_done(status: QidStatus, step: Step, hash_of: HashOf = sha256_file) -> bool:
     """Whether a step is recorded, with every file that it writes today, and neither those nor what it read have
     changed."""
     record = status.stages.get(step.name)
-    return record is not None and step.has_all([*record.files], status.q_id) and status.intact(step.name)
+    return record is not None and step.has_all([*record.files], status.q_id) and status.intact(step.name, hash_of)
 
 
 def not_done(status: QidStatus) -> Iterator[Step]:
-    """The steps that are missing, damaged or out of date, in order."""
-    wanted = steps(status.expected_layers, extras=status.settings.extras)
-    return (step for step in wanted if not is_done(status, step))
+    """The steps that are missing, damaged or out of date, in order. Each file is read once."""
+    wanted, hash_of = steps(status.expected_layers, extras=status.settings.extras), cache(sha256_file)
+    return (step for step in wanted if not is_done(status, step, hash_of))
 
 
 def is_complete(status: QidStatus) -> bool:
