@@ -25,7 +25,8 @@ Written by the tests from the declarations in `src/relfv/stages/` (`pytest tests
 def page() -> str:
     rows = []
     for stage in STAGES:
-        name = f"`{stage.name}{'<l>' if stage.per_layer else ''}`{', on request' if stage.on_request else ''}{', extra' if stage.extra else ''}"
+        marks = [mark for mark, is_so in (("on request", stage.on_request), ("extra", stage.extra)) if is_so]
+        name = ", ".join([f"`{stage.name}{'<l>' if stage.per_layer else ''}`", *marks])
         reads, writes = (
             ", ".join(f"`{file.name}`".replace("{q_id}", "<Q>").replace("{layer}", "<l>") for file in files)
             or "the CSV"
