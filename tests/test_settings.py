@@ -36,6 +36,7 @@ NOT_COUNTED = {
     "alpha_sweep",
     "alpha_sweep_relative",
     "k_sweep",
+    "extras",
 }
 ONLY_STEPD = {"layers", "heads"}
 """``relfv run`` has no flag for these; stepd refuses them."""

@@ -146,6 +146,10 @@ class Settings:
         (), "also add the vectors of these numbers of heads, e.g. 1,5,10,20,40: step6/sweeps.json",
         ("injection", ("run",)), low=1, high=MOST, identity=False,
     )  # fmt: skip
+    extras: str = _setting(
+        "all", "what relfv adds to the spec's stages (controls, whole answers, verdict): all, or none; a later run "
+        "with all adds them", ("extras", ("run",)), choices=("all", "none"), identity=False,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         for name, flag in FLAGS.items():

@@ -10,7 +10,8 @@ from relfv.stages.table import STAGES
 HEAD = """# The stages
 
 Every q_id goes through these, in this order. A stage reads what earlier ones have written to `artifacts/`, and its files are on
-disk, with their hashes in `qid_status.json`, before the next begins. A restart repeats a stage whose files, or those it read, are
+disk, with their hashes in `qid_status.json`, before the next begins (Step6's layers are recorded eight at a time). Those that are
+*extra* go beyond the spec: `--extras none` leaves them out, and a later run adds them. A restart repeats a stage whose files, or those it read, are
 missing, damaged or newer. It depends on the settings named here and, through the files it reads, on those of
 the stages that wrote them. A single command may still choose a setting that no stage begun so far depends on.
 
@@ -24,7 +25,8 @@ Written by the tests from the declarations in `src/relfv/stages/` (`pytest tests
 def page() -> str:
     rows = []
     for stage in STAGES:
-        name = f"`{stage.name}{'<l>' if stage.per_layer else ''}`{', on request' if stage.on_request else ''}"
+        marks = [mark for mark, is_so in (("on request", stage.on_request), ("extra", stage.extra)) if is_so]
+        name = ", ".join([f"`{stage.name}{'<l>' if stage.per_layer else ''}`", *marks])
         reads, writes = (
             ", ".join(f"`{file.name}`".replace("{q_id}", "<Q>").replace("{layer}", "<l>") for file in files)
             or "the CSV"

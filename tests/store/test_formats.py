@@ -24,6 +24,7 @@ from relfv.store.formats import (
     read_jsonl,
     read_tensors,
     sealed,
+    sealed_bytes,
     tensor_bytes,
     unsealed,
 )
@@ -89,6 +90,7 @@ def test_nesting_without_end_is_a_damaged_file(tmp_path: Path, text: str) -> Non
 
 def test_a_sealed_document_tells_that_it_was_changed(tmp_path: Path) -> None:
     document = sealed({"a": 1, "b": [0.1]})
+    assert sealed_bytes({"a": 1, "b": [0.1]}) == json_bytes(document)
     assert unsealed(document, tmp_path) == {"a": 1, "b": [0.1]}
     assert unsealed({"a": 1}, tmp_path, older=True) == {"a": 1}
     for without in ({"a": 1}, {"a": 1, "sha256_of_the_resu": document["sha256_of_the_rest"]}):

@@ -51,26 +51,29 @@ from relfv.types import Effects, HeadId, Prompts, TokenScores
 
 _CPU_BUDGET = 2 << 30
 """Bytes for one pass."""
+_FEW = 4
+"""Prompts whose prefix takes little memory beside that of all trials."""
 
 
 class KeptPrefix:
-    """The prefix of the last pass: a q_id's stages run the same prompts several times."""
+    """The prefix of the last pass: a q_id's stages run the same prompts several times. That of a few prompts, such as
+    the noise floor's between two passes over all trials, is kept beside it."""
 
     def __init__(self) -> None:
-        self._prompts: tuple[tuple[int, ...], ...] = ()
-        self._prefix: Prefix | None = None
+        self._last: dict[bool, tuple[tuple[tuple[int, ...], ...], Prefix]] = {}
+        """By whether it is of a few."""
 
     def of(self, backbone: Backbone, prompts: TokenIds) -> Prefix:
         """The prefix of ``prompts``, kept or made, with the same bits either way. Call inside ``running``."""
-        wanted = tuple(map(tuple, prompts))
-        if self._prefix is None or self._prompts != wanted:
-            self.forget()  # before there are two
-            self._prefix, self._prompts = prefill(backbone, prompts), wanted
-        return self._prefix
+        wanted, few = tuple(map(tuple, prompts)), len(prompts) <= _FEW
+        if few not in self._last or self._last[few][0] != wanted:
+            self._last.pop(few, None)  # before there are two
+            self._last[few] = wanted, prefill(backbone, prompts)
+        return self._last[few][1]
 
     def forget(self) -> None:
         """Release its memory."""
-        self._prefix = None
+        self._last.clear()
 
 
 @dataclass

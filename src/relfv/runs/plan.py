@@ -12,7 +12,7 @@ from relfv.models.sources import model_identity
 from relfv.models.stored import resolved
 from relfv.relations import file_sha256, load_relations, relation_name, require_q_ids, rows_sha256
 from relfv.runs.manifest import MANIFEST
-from relfv.runs.qid import has_sweeps
+from relfv.runs.qid import has_extras, has_sweeps
 from relfv.settings import Settings, differences, fingerprint_fields
 from relfv.stages.table import is_complete
 from relfv.stages.trials import ineligible_reason
@@ -118,7 +118,8 @@ class Plan:
         """Whether a q_id has all that is asked for."""
         if status is None or status.status != "completed" or not is_complete(status):
             return False
-        return has_sweeps(status, self.request.settings)
+        asked = self.request.settings
+        return has_extras(status, asked) and has_sweeps(status, asked)
 
 
 def make_plan(request: RunRequest) -> Plan:

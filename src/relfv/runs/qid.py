@@ -7,6 +7,7 @@ What is missing, damaged or out of date is repeated; a step repeated to the same
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +31,11 @@ if TYPE_CHECKING:
     from relfv.language_model import LanguageModel
 
 log = logging.getLogger(__name__)
+
+_LAYERS_A_RECORD = 8
+"""Layers of one stage whose records are written together; after a kill at most as many are repeated."""
+_SILENCE_S = 20.0
+"""After so long a step that is still at work is spoken of again."""
 
 
 def open_for(settings: Settings) -> LanguageModel:
@@ -84,9 +90,9 @@ def run_qid(status: QidStatus, work: Work) -> None:
 
 def run_steps(status: QidStatus, work: Work, of: Iterable[Stage] = STAGES) -> None:
     """Run the steps of some stages that are missing, damaged, or made from inputs that have changed since."""
-    for step in steps(status.expected_layers, of=of):
+    for step in steps(status.expected_layers, of=of, extras=work.settings.extras):
         if not is_done(status, step):
-            run_step(work, step, status)
+            run_step(work, step, status, write=False)  # the next one's beginning, or ``settling``, does
 
 
 def add_sweeps(status: QidStatus, work: Work, asked: Settings) -> None:
@@ -99,34 +105,67 @@ def add_sweeps(status: QidStatus, work: Work, asked: Settings) -> None:
     run_step(work, sweeps.STAGE.step(), status)
 
 
+def with_extras_of(status: QidStatus, asked: Settings) -> Settings:
+    """The settings of ``status`` with the extras that are asked for; what was begun once is finished."""
+    begun = any(stage.extra and stage.name in status.stages for stage in STAGES)
+    return replace(status.settings, extras="all" if begun else asked.extras)
+
+
+def has_extras(status: QidStatus, asked: Settings) -> bool:
+    """Whether a complete q_id has the extras that are asked for."""
+    return asked.extras == "none" or status.settings.extras == "all"
+
+
 def has_sweeps(status: QidStatus, asked: Settings) -> bool:
     """Whether the alphas and k of ``asked``, and those that were swept before, are swept and intact."""
     wanted = status.settings.with_sweeps_of(asked)
     return not wanted.sweeps or (wanted == status.settings and is_done(status, sweeps.STAGE.step()))
 
 
-def run_step(work: Work, step: Step, status: QidStatus | None = None) -> None:
-    """Run one step between its two marks in the status, if there is one."""
+def run_step(work: Work, step: Step, status: QidStatus | None = None, *, write: bool = True) -> None:
+    """Run one step between its two marks in the status, if there is one; ``write=False`` leaves writing the second to
+    what comes next."""
     raise_received()  # an interrupt that a library kept to itself
     started = time.monotonic()
     if status:
         for folder in status.make_way(step.name):
             log.warning("%s %s: a folder stood where a file belongs; it is now %s", status.q_id, step.name, folder)
-        # 32 to 80 layers take milliseconds each: a mark when they begin would cost as much as they do. What is made on
+        # 32 to 80 layers take milliseconds each: a mark for every one would cost as much as they do. What is made on
         # request is not missing before it is there.
-        status.begin(step.name, write=step.layer is None and not step.stage.on_request)
+        first_of_some = step.layer is None or step.layer % _LAYERS_A_RECORD == 0
+        status.begin(step.name, write=first_of_some and not step.stage.on_request)
     try:
-        said = step.run(work)
+        with _heard_of(f"{status.q_id} {step.name}" if status else step.name, step.stage.about):
+            said = step.run(work)
     except Exception:
         raise_received()  # or made an error of
         raise
     if status:
         status.settings = work.settings
-        status.finish(step.name, step.outputs(work.folder, work.layers), step.inputs(work.folder, work.layers))
+        outputs, inputs = (work.folder.hashes(of(work.folder, work.layers)) for of in (step.outputs, step.inputs))
+        status.finish(step.name, outputs, inputs, write=write)
     q_id = f"{status.q_id} " if status else ""
     # Layers make one line on the terminal, too, that of their summary; the log file has them all.
     level = logging.INFO if step.layer is None else logging.DEBUG
     log.log(level, "%s%s %.2f s: %s", q_id, step.name, time.monotonic() - started, said)
+
+
+@contextmanager
+def _heard_of(name: str, about: str) -> Iterator[None]:
+    """While open, the log says from time to time that the step is at work, and on what."""
+    ended, started = threading.Event(), time.monotonic()
+
+    def say() -> None:
+        while not ended.wait(_SILENCE_S):
+            log.info("%s: %.0f s so far: %s", name, time.monotonic() - started, about)
+
+    voice = threading.Thread(target=say, daemon=True)
+    voice.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        voice.join()
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 from relfv.errors import InputError, RelfvError
 from relfv.logs import printable, show
 from relfv.runs.plan import Plan
-from relfv.runs.qid import require_frozen_trials
+from relfv.runs.qid import has_extras, require_frozen_trials
 from relfv.settings import Settings
 from relfv.stages.cie import heads_to_sweep
 from relfv.stages.table import is_complete
@@ -82,5 +82,5 @@ def _what_would_happen(plan: Plan, q_id: str) -> str:
     if plan.is_done(status):
         return "completed, nothing to do"
     if status.status == "completed" and is_complete(status):
-        return "completed, sweeps to be added"
+        return f"completed, {'sweeps' if has_extras(status, plan.request.settings) else 'extras'} to be added"
     return f"run (now {status.status})"

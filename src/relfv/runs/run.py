@@ -19,7 +19,7 @@ from relfv.relations import named
 from relfv.report.page import is_up_to_date, page_path, write_report
 from relfv.runs.manifest import model_description, run_description, sound_manifest, write_manifest
 from relfv.runs.plan import Plan, RunRequest, make_plan, require_same_experiment
-from relfv.runs.qid import add_sweeps, in_words, open_for, run_qid, settling, work_on
+from relfv.runs.qid import add_sweeps, in_words, open_for, run_qid, settling, with_extras_of, work_on
 from relfv.runs.rehearsal import rehearse, require_enough_heads
 from relfv.store.files import move_aside, temporaries
 from relfv.store.locks import sole_writer
@@ -245,7 +245,7 @@ def _run_one(plan: Plan, q_id: str, model: LanguageModel) -> str:
 
 
 def _run_locked(plan: Plan, status: QidStatus, model: LanguageModel) -> str:
-    q_id = status.q_id
+    q_id, status.settings = status.q_id, with_extras_of(status, plan.request.settings)
     work = work_on(status, lambda: model, relation=plan.relations[q_id], csv_sha256=plan.csv_sha256)
     complete = False
     with ExitStack() as stack:

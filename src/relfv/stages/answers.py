@@ -124,4 +124,5 @@ STAGE = Stage(
     reads=(ZERO_SHOT_TRIALS, STEP6_SUMMARY, FV),
     writes=(ANSWERS,),
     settings=(*MODEL_SETTINGS, "alpha", "n_eval", "allow_query_duplicates"),
+    extra=True,
 )

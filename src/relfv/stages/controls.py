@@ -292,4 +292,5 @@ STAGE = Stage(
     writes=(CONTROLS_FILE, FV_AS_WRITTEN),
     settings=(*MODEL_SETTINGS, "alpha", "n_eval", "allow_query_duplicates", "seed", "score_key"),
     agrees=_agrees,
+    extra=True,
 )

@@ -111,6 +111,8 @@ class Stage:
     """Whether each layer has a step of its own."""
     on_request: bool = False
     """Whether a q_id is complete without it."""
+    extra: bool = False
+    """Whether it is beyond the spec, and left out with ``--extras none``."""
 
     def step(self, layer: int | None = None) -> Step:
         """The stage for one q_id: at ``layer``, if it has a step for each."""

@@ -15,7 +15,6 @@ from relfv.stages.function_vector import FV
 from relfv.stages.injection import TOKEN_RULE, Injections, inject_at_every_layer, length, summarize
 from relfv.stages.stage import Finding, Stage, Work
 from relfv.stages.zeroshot import ZERO_SHOT_TRIALS, evaluated, evaluated_prompts, zero_shot_run
-from relfv.store.files import write_together
 from relfv.store.folder import File, QidFolder
 from relfv.store.formats import json_bytes, jsonl_bytes, read_json, read_jsonl
 from relfv.store.status import QidStatus
@@ -41,7 +40,7 @@ def locate_results(folder: QidFolder, model: str, layer: int, n_eval: int) -> Pa
 def _write(work: Work, layer: int, *, results: Any, summary: Any, rows: Sequence[Any], meta: Any) -> None:
     """The four files of one layer; the results file, which the summary looks for, last."""
     folder = work.folder
-    write_together(
+    folder.write_together(
         {
             folder.path(EVAL_SUMMARY, layer): json_bytes(summary),
             folder.path(EVAL_TRIALS, layer): jsonl_bytes(rows),

@@ -156,4 +156,5 @@ STAGE = Stage(
     _conclude,
     reads=(TRIALS, TOP_HEADS, STEP_E_EVAL, CONTROLS_FILE, STEP6_SUMMARY, ANSWERS, HEAD_STABILITY),
     writes=(SUMMARY,),
+    extra=True,
 )

@@ -24,8 +24,9 @@ from relfv.stages import (
     zeroshot,
 )
 from relfv.stages.stage import Stage, Step
+from relfv.store.files import sha256_file
 from relfv.store.folder import File
-from relfv.store.status import QidStatus
+from relfv.store.status import HashOf, QidStatus
 
 STAGES: tuple[Stage, ...] = (
     trials.STAGE,
@@ -46,9 +47,9 @@ STEP_D = (trials.STAGE, means.STAGE, cie.STAGE)
 """What the spec calls StepD."""
 
 
-def steps(layers: Sequence[int], *, of: Iterable[Stage] = STAGES) -> list[Step]:
-    """The entries of qid_status.json that make a q_id complete, in order."""
-    required = [stage for stage in of if not stage.on_request]
+def steps(layers: Sequence[int], *, of: Iterable[Stage] = STAGES, extras: str = "all") -> list[Step]:
+    """The entries of qid_status.json that make a q_id complete, in order; with ``extras`` "none" the spec's alone."""
+    required = [stage for stage in of if not (stage.on_request or (stage.extra and extras == "none"))]
     return [step for stage in required for step in (map(stage.step, layers) if stage.per_layer else [stage.step()])]
 
 
@@ -63,16 +64,17 @@ def step_named(name: str) -> Step | None:
     return None
 
 
-def is_done(status: QidStatus, step: Step) -> bool:
+def is_done(status: QidStatus, step: Step, hash_of: HashOf = sha256_file) -> bool:
     """Whether a step is recorded, with every file that it writes today, and neither those nor what it read have
     changed."""
     record = status.stages.get(step.name)
-    return record is not None and step.has_all([*record.files], status.q_id) and status.intact(step.name)
+    return record is not None and step.has_all([*record.files], status.q_id) and status.intact(step.name, hash_of)
 
 
 def not_done(status: QidStatus) -> Iterator[Step]:
-    """The steps that are missing, damaged or out of date, in order."""
-    return (step for step in steps(status.expected_layers) if not is_done(status, step))
+    """The steps that are missing, damaged or out of date, in order. Each file is read once."""
+    wanted, hash_of = steps(status.expected_layers, extras=status.settings.extras), cache(sha256_file)
+    return (step for step in wanted if not is_done(status, step, hash_of))
 
 
 def is_complete(status: QidStatus) -> bool:

@@ -194,6 +194,14 @@ def sha256_file(path: Path) -> str | None:
         return None
 
 
+def require_hash(path: Path) -> str:
+    """``sha256_file`` of a file that must be there."""
+    digest = sha256_file(path)
+    if digest is None:
+        raise RunError(f"{path}: was written and is not there any more")
+    return digest
+
+
 def sha256_bytes(data: bytes) -> str:
     """sha256 as hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()

@@ -4,7 +4,7 @@ lock."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +15,10 @@ from relfv.store.files import (
     REPLACED,
     read_bytes,
     remove_temporaries,
+    require_hash,
     require_no_links,
     sha256_bytes,
-    write_atomic,
+    write_together,
 )
 from relfv.store.locks import lock
 
@@ -74,6 +75,8 @@ class QidFolder:
     """Where the files are that a single command reads from, or writes to, another place."""
     _parsed: dict[Path, tuple[str, Any]] = field(default_factory=dict, repr=False, compare=False)
     """By path the hash and the content of what was read or written last: several stages read the same files."""
+    _digests: dict[Path, str] = field(default_factory=dict, repr=False, compare=False)
+    """By path the hash of the bytes that were written or read last."""
     _located: dict[tuple[File[Any], int | None], Path] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -116,6 +119,7 @@ class QidFolder:
             digest = sha256_bytes(read_bytes(path))
         except OSError:
             return file.read(path)  # which says what is wrong
+        self._digests[path] = digest
         known = self._parsed.get(path)
         if known is None or known[0] != digest:
             known = self._parsed[path] = digest, file.read(path)
@@ -125,9 +129,19 @@ class QidFolder:
         """Write ``file`` whole or not at all; ``content`` is what its reader would make of ``data``, where that is at
         hand."""
         path = self.path(file)
-        write_atomic(path, data, read_only=read_only)
+        self.write_together({path: data}, read_only=read_only)
         if content is not None:
-            self._parsed[path] = sha256_bytes(data), content
+            self._parsed[path] = self._digests[path], content
+
+    def write_together(self, contents: Mapping[Path, bytes], *, read_only: bool = False) -> None:
+        """Write several files of one folder, in order, each whole or not at all."""
+        write_together(contents, read_only=read_only)
+        self._digests.update((path, sha256_bytes(data)) for path, data in contents.items())
+
+    def hashes(self, paths: Iterable[Path]) -> dict[str, str]:
+        """Path relative to ``artifacts/`` -> sha256, of the bytes that this process has written or read there, which
+        need not be read for it once more, or else of the file's."""
+        return {str(path.relative_to(self.artifacts)): self._digests.get(path) or require_hash(path) for path in paths}
 
     @contextmanager
     def locked(self) -> Iterator[None]:

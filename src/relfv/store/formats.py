@@ -105,6 +105,12 @@ def sealed(content: dict[str, Any]) -> dict[str, Any]:
     return {**content, SEAL: sha256_bytes(json_bytes(content))}
 
 
+def sealed_bytes(content: dict[str, Any]) -> bytes:
+    """``json_bytes(sealed(content))``, encoded once."""
+    rest = json_bytes(content)
+    return rest.removesuffix(b"\n}\n") + f',\n  "{SEAL}": "{sha256_bytes(rest)}"\n}}\n'.encode()
+
+
 SEAL = "sha256_of_the_rest"
 """The key of a file's hash of itself."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -18,10 +18,11 @@ from typing import Any, Literal, get_args
 from relfv.errors import RelfvError, RunError
 from relfv.relations import is_q_id
 from relfv.settings import Settings, fingerprint
-from relfv.store.files import move_aside, read_bytes, remedy, sha256_file, write_atomic
-from relfv.store.formats import SEAL, json_bytes, sealed, unsealed
+from relfv.store.files import move_aside, read_bytes, remedy, require_hash, sha256_file, write_atomic
+from relfv.store.formats import SEAL, sealed_bytes, unsealed
 
 State = Literal["pending", "running", "completed", "failed", "skipped"]
+HashOf = Callable[[Path], str | None]
 STATUS_FILE = "qid_status.json"
 
 
@@ -80,31 +81,25 @@ class QidStatus:
     def write(self) -> None:
         """Write atomically, with a hash of itself."""
         departures, self.updated_at = self.settings.departures(), now()
-        write_atomic(
-            self.path,
-            json_bytes(
-                sealed(
-                    {
-                        "status_format": 2,  # 1, which did not say so, had no hash of itself
-                        "q_id": self.q_id,
-                        "status": self.status,
-                        "reason": self.reason,
-                        "created_at": self.created_at,
-                        "updated_at": self.updated_at,
-                        "q_row_count": self.q_row_count,
-                        "spec_conformant": not departures,
-                        "departures": departures,
-                        "config": self.settings.to_json(),
-                        "fingerprint": fingerprint(self.fingerprint_fields),
-                        "fingerprint_fields": self.fingerprint_fields,
-                        "expected_layers": self.expected_layers,
-                        "trials_per_pass": self.trials_per_pass,
-                        "stages": {name: vars(record) for name, record in self.stages.items()},
-                        "other_files": self.other_files,
-                    }
-                )
-            ),
-        )
+        content = {
+            "status_format": 2,  # 1, which did not say so, had no hash of itself
+            "q_id": self.q_id,
+            "status": self.status,
+            "reason": self.reason,
+            "created_at": self.created_at,
+            "updated_at": self.updated_at,
+            "q_row_count": self.q_row_count,
+            "spec_conformant": not departures,
+            "departures": departures,
+            "config": self.settings.to_json(),
+            "fingerprint": fingerprint(self.fingerprint_fields),
+            "fingerprint_fields": self.fingerprint_fields,
+            "expected_layers": self.expected_layers,
+            "trials_per_pass": self.trials_per_pass,
+            "stages": {name: vars(record) for name, record in self.stages.items()},
+            "other_files": self.other_files,
+        }
+        write_atomic(self.path, sealed_bytes(content))
 
     def has_results(self) -> bool:
         """True if any stage has left files: what another experiment must not be mixed with."""
@@ -121,27 +116,31 @@ class QidStatus:
         if write:
             self.write()
 
-    def finish(self, stage: str, files: Iterable[Path], inputs: Iterable[Path]) -> None:
-        """Record that ``stage`` is done: what it wrote, and what it read. Files it wrote before under other names
-        go."""
-        previous, hashes = self.stages[stage], self._hashes(files)
-        for name in previous.files.keys() - hashes.keys():
+    def finish(self, stage: str, files: dict[str, str], inputs: dict[str, str], *, write: bool = True) -> None:
+        """Record that ``stage`` is done: what it wrote, and what it read, path relative to ``artifacts/`` -> sha256.
+        Files it wrote before under other names go.
+
+        ``write=False`` leaves the file for the next ``write``; what a kill then takes from the record is repeated.
+        """
+        previous = self.stages[stage]
+        for name in previous.files.keys() - files.keys():
             (self.artifacts_dir / name).unlink(missing_ok=True)
-        self.stages[stage] = StageRecord("completed", previous.started_at, now(), hashes, self._hashes(inputs))
-        self.write()
+        self.stages[stage] = StageRecord("completed", previous.started_at, now(), files, inputs)
+        if write:
+            self.write()
 
     def note(self, path: Path) -> None:
         """Record a file that a command was told to make under a name of its own, if it lies in this folder."""
         if path.resolve().is_relative_to(self.artifacts_dir.resolve()):
-            self.other_files[str(path.resolve().relative_to(self.artifacts_dir.resolve()))] = _require_hash(path)
+            self.other_files[str(path.resolve().relative_to(self.artifacts_dir.resolve()))] = require_hash(path)
             self.write()
 
-    def intact(self, stage: str) -> bool:
+    def intact(self, stage: str, hash_of: HashOf = sha256_file) -> bool:
         """True if ``stage`` is done, every file it promised is there, and neither those nor its inputs have changed."""
         record = self.stages.get(stage)
         if record is None or record.status != "completed" or not record.files:
             return False
-        return not self._changed(record.files) and not self._changed(record.inputs)
+        return not self._changed(record.files, hash_of) and not self._changed(record.inputs, hash_of)
 
     def make_way(self, stage: str) -> list[Path]:
         """Move folders that stand where ``stage`` has had files out of its way, beside ``artifacts/``. -> where they
@@ -156,11 +155,8 @@ class QidStatus:
         """Files of ``stage`` that are missing or differ from their recorded hash."""
         return self._changed(self.stages[stage].files) if stage in self.stages else []
 
-    def _changed(self, hashes: dict[str, str]) -> list[str]:
-        return [name for name, expected in hashes.items() if sha256_file(self.artifacts_dir / name) != expected]
-
-    def _hashes(self, paths: Iterable[Path]) -> dict[str, str]:
-        return {str(path.relative_to(self.artifacts_dir)): _require_hash(path) for path in paths}
+    def _changed(self, hashes: dict[str, str], hash_of: HashOf = sha256_file) -> list[str]:
+        return [name for name, expected in hashes.items() if hash_of(self.artifacts_dir / name) != expected]
 
 
 class DamagedStatus(RunError):
@@ -262,10 +258,3 @@ def _require_sound(status: QidStatus, recorded_fingerprint: str) -> None:
 def _leads_out(name: str) -> bool:
     path = PurePosixPath(name)
     return path.is_absolute() or ".." in path.parts or not path.parts
-
-
-def _require_hash(path: Path) -> str:
-    digest = sha256_file(path)
-    if digest is None:
-        raise RunError(f"{path}: was written and is not there any more")
-    return digest

@@ -1,0 +1,99 @@
+"""How much one q_id makes the model and the disk do: counts, which no machine's mood changes, so that none grows
+unnoticed. Who makes one smaller writes the smaller number here."""
+
+from __future__ import annotations
+
+import pickle
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+from conftest import ROOT
+from crashes import Fork, Operations
+from relfv.cli import main
+from relfv.models.tokens import Tokens
+
+pytestmark = pytest.mark.slow
+
+VOCABULARY = 1163
+"""Of the demo model."""
+MOST = {
+    "passes over the decoder": 17,
+    "tokens embedded": 5221,
+    "rows through a block": 92_386,
+    "rows through the vocabulary": 14_000,
+    "texts encoded": 131,
+    "files read": 170,
+    "files written": 68,
+    "writes of qid_status.json": 15,
+    "fsyncs": 126,
+}
+"""For Q1 of the shipped CSV on the demo model (8 layers x 16 heads), all stages; 25 trials of 15 queries."""
+
+
+class Counts(Counter[str]):
+    """What a process does from ``install`` on."""
+
+    def install(self) -> None:
+        nn.modules.module.register_module_forward_pre_hook(self._module)
+        self._watch(Tokens, "encode", "texts encoded")
+        self._watch(Path, "read_bytes", "files read")
+
+    def _module(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if isinstance(module, nn.Embedding):
+            self["passes over the decoder"] += 1
+            self["tokens embedded"] += args[0].numel()
+        elif type(module).__name__.endswith("DecoderLayer"):
+            self["rows through a block"] += args[0][..., 0].numel()
+        elif isinstance(module, nn.Linear) and module.out_features == VOCABULARY:
+            self["rows through the vocabulary"] += args[0][..., 0].numel()
+
+    def _watch(self, owner: type, name: str, what: str) -> None:
+        real = getattr(owner, name)
+
+        def counted(*args: Any, **named: Any) -> Any:
+            self[what] += 1
+            return real(*args, **named)
+
+        setattr(owner, name, counted)
+
+
+@pytest.fixture(scope="module")
+def counts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
+    """Of a run of two q_ids without what a run of one takes: opening the model, its self-check, the page."""
+    folder = tmp_path_factory.mktemp("counts")
+    one, two = (_counted(folder / q_list, q_list) for q_list in ("Q2", "Q1,Q2"))
+    return {what: two[what] - one[what] for what in MOST}
+
+
+def _counted(folder: Path, q_list: str) -> Counter[str]:
+    folder.mkdir()
+    counts, files = Counts(), Operations(folder)
+    csv_path = ROOT / "datasets/relation/relationA_ex.csv"
+
+    def body() -> int:
+        counts.install()
+        files.install()
+        flags = ["--model", "demo", "--relation_csv_path", str(csv_path), "--q_list", q_list]
+        code = main(["run", *flags, "--out_root", str(folder / "out")])
+        kinds = Counter(kind for kind, _, _ in files.seen)
+        counts["fsyncs"], counts["files written"] = kinds["fsync"], kinds["write"]
+        counts["writes of qid_status.json"] = len(files.statuses)
+        (folder / "counts").write_bytes(pickle.dumps(Counter(counts)))
+        return code
+
+    fork = Fork(body, folder / "said")
+    assert fork.wait(limit_s=600) == 0, fork.said()
+    return pickle.loads((folder / "counts").read_bytes())
+
+
+def test_a_q_id_makes_no_more_work_than_it_did(counts: dict[str, int]) -> None:
+    print(counts)
+    assert {what: n for what, n in counts.items() if n > MOST[what]} == {}
+
+
+def test_every_count_is_a_count_of_something(counts: dict[str, int]) -> None:
+    assert all(n > 0 for n in counts.values())
