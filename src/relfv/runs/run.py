@@ -8,6 +8,7 @@ never opened.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -163,8 +164,9 @@ def _run_todo(plan: Plan, todo: Sequence[str], model: LanguageModel, started_at:
     write_manifest(plan.folder, description)
     progress = Progress(len(todo))
     outcomes: dict[str, str] = {}
-    with showing(progress), _page_if_interrupted(plan):
-        _write_page_so_far(plan)
+    page = _PageSoFar(plan)
+    with showing(progress), page.also_if_interrupted():
+        page.write()
         for q_id in todo:
             progress.begin()
             outcomes[q_id] = "failed"
@@ -172,35 +174,46 @@ def _run_todo(plan: Plan, todo: Sequence[str], model: LanguageModel, started_at:
                 outcomes[q_id] = _run_one(plan, q_id, model)
             log.info("%s %s in %.1f s", q_id, outcomes[q_id], progress.seconds())
             progress.end()
-            if q_id != todo[-1]:  # after the last the manifest comes first
-                _write_page_so_far(plan)
+            if q_id != todo[-1] and page.is_due():  # after the last the manifest comes first
+                page.write()
     write_manifest(plan.folder, {**description, "finished_at": now(), "outcomes": outcomes})
-    page = write_report(plan.folder)
+    path = write_report(plan.folder)
     failed = [q_id for q_id, outcome in outcomes.items() if outcome == "failed"]
     if failed:
         said = "%d of %d q_ids failed: %s; the same command tries them again"
         log.error(said, len(failed), len(todo), named(failed))
-    log.info("report: %s", page)
+    log.info("report: %s", path)
     return 1 if failed else 0
 
 
-@contextmanager
-def _page_if_interrupted(plan: Plan) -> Iterator[None]:
-    """The page says what ``relfv status`` says, also after SIGINT and SIGTERM."""
-    try:
-        yield
-    except BaseException:
-        _write_page_so_far(plan)
-        raise
-
-
-def _write_page_so_far(plan: Plan) -> None:
-    """What is finished, for who looks while a run goes on; that it cannot be written does not stop the run, whose end
+class _PageSoFar:
+    """What is finished, for who looks while a run goes on. That it cannot be written does not stop the run, whose end
     tries again."""
-    try:
-        write_report(plan.folder)
-    except (RelfvError, OSError) as problem:
-        log.warning("the page is not up to date: %s", in_words(problem))
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan, self._took, self._written_at = plan, 0.0, 0.0
+
+    def write(self) -> None:
+        began = time.monotonic()
+        try:
+            write_report(self._plan.folder)
+        except (RelfvError, OSError) as problem:
+            log.warning("the page is not up to date: %s", in_words(problem))
+        self._written_at = time.monotonic()
+        self._took = self._written_at - began
+
+    def is_due(self) -> bool:
+        """After every q_id; of thousands, whose page takes long, in no more than a tenth of the time."""
+        return self._took < 1 or time.monotonic() - self._written_at > 10 * self._took
+
+    @contextmanager
+    def also_if_interrupted(self) -> Iterator[None]:
+        """The page says what ``relfv status`` says, also after SIGINT and SIGTERM."""
+        try:
+            yield
+        except BaseException:
+            self.write()
+            raise
 
 
 def _description(plan: Plan, started_at: str) -> dict[str, Any]:
