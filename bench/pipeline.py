@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=NAMES, default="demo")
     parser.add_argument("--precision", choices=("exact", "fast"), default="exact")
     parser.add_argument("--q_list", default="Q1,Q2,Q3")
+    parser.add_argument("--extras", choices=("all", "none"), default="all")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--work", type=Path, default=None, help="keeps the random model between runs")
     args = parser.parse_args()
@@ -44,7 +45,7 @@ def main() -> None:
         with sampling_the_gpu() as busy:
             code = relfv(
                 ["run", "--model", model, "--q_list", args.q_list, "--out_root", str(out), "--device", args.device,
-                 "--precision", args.precision]
+                 "--precision", args.precision, "--extras", args.extras]
             )  # fmt: skip
         seconds = time.monotonic() - started
         if code:
