@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +31,12 @@ PLACES = [
     ("mexico", "mexico city"), ("peru", "lima"), ("chile", "santiago"), ("cuba", "havana"), ("iran", "tehran"),
     ("iraq", "baghdad"), ("norway", "oslo"), ("egypt", "cairo"),
 ]  # fmt: skip
+
+
+def pytest_configure() -> None:
+    """A shell starts what runs in the background with SIGINT ignored, which tests of interrupts must not inherit."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
