@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -15,6 +16,18 @@ SHAPES = {
         {
             "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
             "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192,
+        },
+    ),
+    "gpt2": (
+        "GPT2",
+        {"vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "bos_token_id": 0,
+         "eos_token_id": 0},
+    ),
+    "pythia-160m": (
+        "GPTNeoX",
+        {
+            "vocab_size": 50304, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+            "num_attention_heads": 12, "max_position_embeddings": 2048,
         },
     ),
     "gpt-j-6b": (
@@ -45,12 +58,13 @@ def model_folder(shape: str, work: Path) -> str:
         torch.set_default_dtype(torch.bfloat16)
         try:
             with torch.device("cuda" if cuda else "cpu"):
-                model = getattr(transformers, f"{family}ForCausalLM")(config)
+                model = transformers.AutoModelForCausalLM.from_config(config)
         finally:
             torch.set_default_dtype(torch.float32)
         with torch.no_grad():
             model.get_output_embeddings().weight.mul_(4)
         model.save_pretrained(folder)
+        os.sync()  # or the disk is still busy with it while the first q_ids are timed
         transformers.AutoTokenizer.from_pretrained(model_source("demo")).save_pretrained(folder)
         del model
         if cuda:

@@ -209,8 +209,13 @@ class TokenScores:
         """float64 (N, ...): 1 where the most probable token is one that is right for the prompt, else 0."""
         import numpy as np
 
-        tops = zip(self.top_id.numpy(), right, strict=True)
-        return np.stack([np.isin(top, list(its)) for top, its in tops]).astype(np.float64)
+        if len(right) != len(self.top_id):
+            raise ValueError(f"{len(right)} prompts' right tokens for scores of {len(self.top_id)} prompts")
+        width = max(map(len, right), default=0)
+        padded = np.array([[*its, *[-1] * (width - len(its))] for its in right], dtype=np.int64)  # no token is -1
+        tops = self.top_id.numpy()
+        its = padded.reshape(len(right), *[1] * (tops.ndim - 1), width)
+        return (tops[..., None] == its).any(-1).astype(np.float64)
 
     def __getitem__(self, index: Any) -> TokenScores:
         """The same index taken of every field."""

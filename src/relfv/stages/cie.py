@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -105,20 +105,21 @@ def _metrics_bytes(q_id: str, effects: HeadEffects, target_ids: Sequence[int]) -
     """A row for every (trial, layer, head), written by hand: 25,600 rows of an 8B model take a second by way of
     dicts."""
     base, patched = effects.effects.base.measures(), effects.effects.edited.measures()
-    lines = []
+    parts = []
     for trial_idx, target in enumerate(target_ids):
         row = [
-            f'{{"q_id": {json.dumps(q_id)}, "trial_idx": {trial_idx}, "layer": %s, "head": %s, "target_id": {target}'
+            f'{{"q_id": {json.dumps(q_id)}, "trial_idx": {trial_idx}, "layer": %d, "head": %d, "target_id": {target}'
         ]
-        columns: list[list[str]] = []
+        columns: list[np.ndarray] = []
         for m in MEASURES:
             before, after = base[m][trial_idx], patched[m][trial_idx]
             _require_finite(after, f"{METRICS.name}, trial {trial_idx}, {m}")
-            row.append(f'"{m}_base": {float(before)!r}, "{m}_patch": %s, "delta_{m}": %s')
-            columns += [[repr(value) for value in values.tolist()] for values in (after, after - before)]
-        line = ", ".join(row) + "}\n"
-        lines += [line % (head.layer, head.head, *v) for head, *v in zip(effects.heads, *columns, strict=True)]
-    return "".join(lines).encode()
+            row.append(f'"{m}_base": {float(before)!r}, "{m}_patch": %r, "delta_{m}": %r')
+            columns += [after, after - before]
+        fields = zip(effects.heads, *(values.tolist() for values in columns), strict=True)
+        trial = (", ".join(row) + "}\n") * len(effects.heads)
+        parts.append(trial % tuple(value for head, *values in fields for value in (head.layer, head.head, *values)))
+    return "".join(parts).encode()
 
 
 def _require_finite(values: np.ndarray, where: str) -> None:
@@ -147,7 +148,7 @@ def _sweep(work: Work) -> str:
     deltas = TrialDeltas(effects.heads, {m: effects.effects.delta(m) for m in MEASURES})
     work.write(METRICS, _metrics_bytes(work.q_id, effects, prompts.targets), content=deltas)
     work.write(CIE, cie_bytes(work.q_id, scored), content=scored)
-    work.write(AIE, aie_bytes(ranked))
+    work.write(AIE, aie_bytes(ranked), content=[replace(head, n_trials=0) for head in ranked])  # the file has none
     floor = measure_noise_floor(model, prompts, means, effects, ranked)
     per_pass = effects.effects.per_pass
     facts = model.facts()

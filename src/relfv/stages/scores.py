@@ -40,9 +40,10 @@ def score_heads(effects: HeadEffects, means: MeanActivations, queries: Sequence[
     columns["clean_mean_norm"] = _norms(means, effects.heads)
     columns |= _uncertainty(effects.effects.delta("p"), queries)
     n_trials = len(effects.effects.base.logit)
+    rows = zip(*(values.tolist() for values in columns.values()), strict=True)
     return [
-        ScoredHead(head, {name: float(values[i]) for name, values in columns.items()}, n_trials)
-        for i, head in enumerate(effects.heads)
+        ScoredHead(head, dict(zip(columns, map(float, row), strict=True)), n_trials)
+        for head, row in zip(effects.heads, rows, strict=True)
     ]
 
 
