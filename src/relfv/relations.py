@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from relfv.errors import InputError
+from relfv.settings import SPEC_CSV
 from relfv.types import Relation, WordPair
 
 _COLUMNS = {
@@ -89,6 +90,17 @@ def named(q_ids: Sequence[str], between: str = ", ") -> str:
     """The first twenty, then a count."""
     more = len(q_ids) - _MAX_NAMED
     return between.join([*q_ids[:_MAX_NAMED], f"and {more} more"] if more > 0 else q_ids)
+
+
+def csv_file(name: str) -> Path:
+    """The file that ``--relation_csv_path`` names. The spec's own, where it is not below the current folder, is the
+    copy that comes with the package."""
+    path = Path(name)
+    if path == SPEC_CSV and not path.exists():
+        package = Path(__file__).parent
+        copies = [package / "demo" / SPEC_CSV.name, package.parents[1] / SPEC_CSV]  # of a wheel, of a clone
+        return next((copy for copy in copies if copy.is_file()), path)
+    return path
 
 
 def relation_name(path: Path) -> str:
