@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from conftest import ROOT
 from fuzz.relations_csv import HEADER, SEEDS, as_csv, check
-from relfv.relations import is_q_id, load_relations, rows_sha256
+from relfv.relations import csv_file, is_q_id, load_relations, rows_sha256
 from relfv.types import Relation, WordPair
 
 
@@ -119,3 +119,16 @@ def test_the_shipped_relations_are_as_promised() -> None:
         assert len(set(inputs)) == len(inputs), relation.q_id
     shared = [pair.input for relation in relations.values() for pair in relation.pairs]
     assert len(shared) > 2 * len(set(shared))
+
+
+def test_the_specs_csv_comes_with_the_package_and_gives_way_to_one_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    spec = "datasets/relation/relationA_ex.csv"
+    assert len(load_relations(csv_file(spec))) == 30
+    own = tmp_path / spec
+    own.parent.mkdir(parents=True)
+    own.write_text("id,ex_A,ex_B\nQ1,dog,puppy\n")
+    assert list(load_relations(csv_file(spec))) == ["Q1"]
+    assert csv_file("no/such.csv") == Path("no/such.csv")

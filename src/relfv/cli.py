@@ -139,6 +139,26 @@ def _cross(args: argparse.Namespace) -> int:
     return cross(args.folder, q_ids_from(args.q_list), lambda base: settings_from(args, base))
 
 
+def _import_flags(parser: argparse.ArgumentParser) -> None:
+    from relfv.importing.formats import FORMATS
+
+    about = "; ".join(f"{name}: {form.about}" for name, form in FORMATS.items())
+    parser.add_argument("sources", type=path_flag, nargs="+", help="files, or folders of them")
+    parser.add_argument("--out", type=path_flag, required=True, help="the relation CSV to write")
+    parser.add_argument("--format", choices=("auto", *FORMATS), default="auto", help=about)
+    parser.add_argument(
+        "--alternatives", default=None, help="what stands between several right answers in one field, such as /"
+    )
+
+
+def _import(args: argparse.Namespace) -> int:
+    from relfv.importing.convert import convert
+
+    for path in convert(args.sources, args.out, form=args.format, alternatives=args.alternatives):
+        show(path)
+    return 0
+
+
 def _step_d_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--relation_q_list", required=True, help="the q_id to run (one)")
     parser.add_argument(
@@ -282,6 +302,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Comma
     "status": ("Say where every q_id stands.", _status_flags, _status),
     "verify": ("Check that results are complete, undamaged and agree; no model is opened.", _verify_flags, _verify),
     "report": ("Make the page of every relation of a results folder again.", _report_flags, _report),
+    "import": ("Make a relation CSV of other projects' word pairs.", _import_flags, _import),
     "stepd": ("StepD of one q_id: trials, mean activations, effect of every head.", _step_d_flags, _step_d),
     "heatmap": ("Heatmap of layers x heads from StepD's scores.", _heatmap_flags, _heatmap),
     "stepe": ("StepE: top heads and function vector, and the zero-shot snapshot.", _step_e_flags, _step_e),

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from relfv.errors import InputError
+from relfv.settings import SPEC_CSV
 from relfv.types import Relation, WordPair
 
 _COLUMNS = {
@@ -25,7 +26,7 @@ cell."""
 _OF_RELFV = re.compile(r"report|run\.log.*|run_manifest\.json.*|cross_fv\.(json|png).*|.*\.replaced-.*", re.IGNORECASE)
 _OF_WINDOWS = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?|.*\.", re.IGNORECASE)
 """Folders that a copy of the results could not have there."""
-_LINE_BREAKS_AND_CONTROLS = ("Cc", "Zl", "Zp")
+LINE_BREAKS_AND_CONTROLS = ("Cc", "Zl", "Zp")
 """Unicode categories: C0 and C1 controls, and the two separators that are line breaks to some readers."""
 _MAX_BYTES = 64 << 20
 """About three million pairs. A larger file is a mistake, and finding that out must not cost its size in memory."""
@@ -41,13 +42,13 @@ def load_relations(path: Path) -> dict[str, Relation]:
     anywhere; blank lines are skipped; spaces around a cell are not part of the word. Raises InputError naming every
     bad line (the first ten, then a count).
     """
-    text = _read_text(path)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=_separator(text), strict=True)
+    text = read_text(path)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator_of(text), strict=True)
     problems = _Problems()
     pairs: dict[str, list[WordPair]] = {}
     line = 1  # where the row at hand begins: a quoted cell may hold line breaks, or, never closed, the rest of the file
     try:
-        column = _header(path, next(reader, None))
+        column = columns_of(path, next(reader, None))
         line = reader.line_num + 1
         for row in reader:
             cells = [cell.strip() for cell in row]
@@ -89,6 +90,17 @@ def named(q_ids: Sequence[str], between: str = ", ") -> str:
     """The first twenty, then a count."""
     more = len(q_ids) - _MAX_NAMED
     return between.join([*q_ids[:_MAX_NAMED], f"and {more} more"] if more > 0 else q_ids)
+
+
+def csv_file(name: str) -> Path:
+    """The file that ``--relation_csv_path`` names. The spec's own, where it is not below the current folder, is the
+    copy that comes with the package."""
+    path = Path(name)
+    if path == SPEC_CSV and not path.exists():
+        package = Path(__file__).parent
+        copies = [package / "demo" / SPEC_CSV.name, package.parents[1] / SPEC_CSV]  # of a wheel, of a clone
+        return next((copy for copy in copies if copy.is_file()), path)
+    return path
 
 
 def relation_name(path: Path) -> str:
@@ -143,7 +155,9 @@ class _Problems:
         return "; ".join([*shown, f"and {more} more"] if more > 0 else shown)
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, without a BOM. Raises InputError for one that cannot be read, is too large, or is no
+    text."""
     try:
         data = _read_bounded(path)
     except FileNotFoundError:
@@ -188,13 +202,15 @@ def _line_at(data: bytes, offset: int) -> int:
     return len((data[:offset] + b".").splitlines())
 
 
-def _separator(text: str) -> str:
-    """Whichever of commas, semicolons and tabs the header has most of."""
+def separator_of(text: str) -> str:
+    """What parts the columns of a CSV: whichever of commas, semicolons and tabs the header has most of."""
     header = re.split(r"[\r\n]", text, maxsplit=1)[0]
     return max(",;\t", key=header.count)  # of equally many the comma
 
 
-def _header(path: Path, row: list[str] | None) -> dict[str, int]:
+def columns_of(path: Path, row: list[str] | None) -> dict[str, int]:
+    """Where a header has ``q_id``, ``input`` and ``output``, and every other column. Raises InputError if one of the
+    three is missing or there twice."""
     if row is None:
         raise InputError(f"{path}: is empty; expected a header id,ex_A,ex_B and one pair a row")
     names = [cell.strip().lower() for cell in row]
@@ -229,7 +245,7 @@ def _row_problem(cells: list[str], width: int, column: dict[str, int]) -> str | 
         word = cells[column[name]]
         if not word:
             return f"the {name} of {q_id} is blank"
-        if any(unicodedata.category(char) in _LINE_BREAKS_AND_CONTROLS for char in word):
+        if any(unicodedata.category(char) in LINE_BREAKS_AND_CONTROLS for char in word):
             return f"the {name} of {q_id} contains a line break or control character: {word[:40]!a}; take it out"
     return None
 

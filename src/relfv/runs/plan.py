@@ -10,7 +10,7 @@ from pathlib import Path
 from relfv.errors import InputError, RelfvError
 from relfv.models.sources import model_identity
 from relfv.models.stored import resolved
-from relfv.relations import file_sha256, load_relations, relation_name, require_q_ids, rows_sha256
+from relfv.relations import csv_file, file_sha256, load_relations, relation_name, require_q_ids, rows_sha256
 from relfv.runs.manifest import MANIFEST
 from relfv.runs.qid import has_extras, has_sweeps
 from relfv.settings import Settings, differences, fingerprint_fields
@@ -124,7 +124,7 @@ class Plan:
 
 def make_plan(request: RunRequest) -> Plan:
     """Read and check the CSV and the q_ids asked for. Raises InputError."""
-    csv_path = Path(request.settings.relation_csv_path)
+    csv_path = csv_file(request.settings.relation_csv_path)
     relations = load_relations(csv_path)
     chosen = list(relations) if request.q_list is None else list(dict.fromkeys(request.q_list))
     require_q_ids(chosen, relations, "--q_list", csv_path)

@@ -21,7 +21,7 @@ from relfv.logs import logging_to, show
 from relfv.models.context import TooLong
 from relfv.models.sources import model_identity
 from relfv.models.stored import resolved
-from relfv.relations import file_sha256, load_relations, require_q_ids, rows_sha256
+from relfv.relations import csv_file, file_sha256, load_relations, require_q_ids, rows_sha256
 from relfv.runs.qid import open_for, require_frozen_trials, run_step, run_steps, work_on
 from relfv.runs.recorded import Overlay, noted, recorded, require_free, require_same, settings_within, settled_aloud
 from relfv.settings import FLAGS, Settings, fingerprint_fields
@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 def run_step_d(settings: Settings, q_id: str, out_base_dir: Path) -> int:
     """StepD of one q_id into ``out_base_dir/artifacts``. An ineligible q_id is marked skipped: exit code 0."""
     settings = resolved(settings)
-    csv_path = Path(settings.relation_csv_path)
+    csv_path = csv_file(settings.relation_csv_path)
     relations = load_relations(csv_path)
     require_q_ids([q_id], relations, "--relation_q_list", csv_path)
     require_folder(out_base_dir, "--out_base_dir")
