@@ -26,7 +26,7 @@ def test_tiles_give_the_scores_of_whole_rows(
     monkeypatch.setattr(logits, "_TILE_TOKENS", 100)
     monkeypatch.setattr(logits, "_TILE_ROWS", 7)
     with torch.inference_mode():
-        assert logits._in_tiles(arch.lm_head, hidden)
+        assert logits.in_tiles(arch.lm_head, hidden.device)
         scores = logits.score(arch, hidden, targets, pieces=None, may_use_kernels=False)
     logit, logprob, top = (values.clone() for values in scores)
     limit = rounding(largest(whole))
@@ -57,4 +57,4 @@ def test_what_is_not_a_number_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_small_vocabularies_are_read_out_as_before() -> None:
     arch = resolve(llama(700), "auto")
-    assert not logits._in_tiles(arch.lm_head, torch.zeros(1, 1, 48))
+    assert not logits.in_tiles(arch.lm_head, torch.device("cpu"))
