@@ -17,6 +17,7 @@ from relfv.stages.control_vectors import (
     Candidates,
     Ground,
     candidate_vectors,
+    compared_layers,
 )
 from relfv.stages.function_vector import build_function_vector
 from relfv.stages.means import mean_activations
@@ -157,3 +158,20 @@ def test_the_same_seed_gives_the_same_controls_and_one_query_leaves_nothing_to_h
     assert "held_out" not in alone.names
     every = candidate_vectors(ground(selected=heads_of(model), evaluated=[3]))
     assert "random_heads" not in every.names
+
+
+def test_draws_are_compared_at_a_few_layers_spread_evenly_over_the_model() -> None:
+    assert compared_layers(3) == [0, 1, 2]
+    assert compared_layers(18) == [1, 4, 7, 10, 13, 16]
+    for n_layers in (1, 6, 12, 32, 80):
+        layers = compared_layers(n_layers)
+        assert len(layers) == min(6, n_layers)
+        assert 0 <= layers[0] <= layers[-1] < n_layers
+        assert max(np.diff([-1, *layers, n_layers])) <= 1.5 * n_layers / len(layers) + 1
+
+
+def test_a_vector_for_each_layer_goes_with_its_layer(found: Candidates) -> None:
+    parts = dict(zip(dict.fromkeys(found.names), found.at([2, 0]), strict=True))
+    assert torch.equal(parts["mean_hidden"][0], of_name(found, "mean_hidden")[2])
+    assert torch.equal(parts["mean_hidden"][1], of_name(found, "mean_hidden")[0])
+    assert torch.equal(parts["random_heads"], of_name(found, "random_heads"))

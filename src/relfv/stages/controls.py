@@ -102,7 +102,7 @@ def _agrees(folder: QidFolder, _: QidStatus) -> Iterator[Finding]:
 
 STAGE = Stage(
     "step6_controls",
-    "The vector held out and beside vectors that carry no relation, at every layer.",
+    "The vector held out at every layer, and beside vectors that carry no relation at some.",
     _compare,
     reads=(TRIALS, ZERO_SHOT_TRIALS, METRICS, FV, TOP_HEADS, STEP6_SUMMARY),
     writes=(CONTROLS_FILE, FV_AS_WRITTEN),
