@@ -144,7 +144,7 @@ def coverage_table(model: LanguageModel, relation: Relation, args: argparse.Name
             now, p_value = (of(deltas, trials.prompts.clusters) for of in (clustered_mean, sign_flip_p_values))
             found.setdefault(name, []).append(Estimate(now.mean, now.se, now.df, p_value))
             if name == "own" and args.leave_out:
-                left_out, _ = with_error_of_means(model, trials.prompts, trials.z, all_heads(model), now.mean.tolist())
+                left_out, _ = with_error_of_means(model, trials.prompts, trials.z, all_heads(model), deltas)
                 found.setdefault("own, left out too", []).append(Estimate(now.mean, left_out.se, left_out.df, p_value))
     lines = [
         f"{relation.q_id}: {args.runs} runs of {args.rows or len(relation.pairs)} of {len(relation.pairs)} rows, "

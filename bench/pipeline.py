@@ -1,10 +1,12 @@
 """Whole q_ids through ``relfv run``, and where their time goes.
 
     python bench/pipeline.py --shape llama-3.1-8b --precision exact     # on a GPU with 40 GB or more
+    python bench/pipeline.py --shape gemma-3-270m --q_list Q1           # on two CPU cores, 262,144 tokens
     python bench/pipeline.py --shape demo                               # on any machine
 
-The 8B model has the real shape and random weights (saved once, opened like any checkpoint): times and memory are those
-of the real one, its scores mean nothing.
+Models other than the demo have the real shape and random weights (saved once, opened like any checkpoint): times and
+memory are those of the real ones, their scores mean nothing. On a CPU the products of every stage are counted as well,
+which does not depend on what else the machine does.
 """
 
 from __future__ import annotations
@@ -16,14 +18,18 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from relfv.cli import main as relfv
+from relfv.stages.stage import Step, Work
+from relfv.stages.table import STAGES
 from shapes import NAMES, model_folder
 
 
@@ -42,7 +48,7 @@ def main() -> None:
         model = model_folder(args.shape, work)
         out = Path(temporary) / "out"
         started = time.monotonic()
-        with sampling_the_gpu() as busy:
+        with sampling_the_gpu() as busy, measuring_steps() as spent:
             code = relfv(
                 ["run", "--model", model, "--q_list", args.q_list, "--out_root", str(out), "--device", args.device,
                  "--precision", args.precision, "--extras", args.extras]
@@ -50,7 +56,7 @@ def main() -> None:
         seconds = time.monotonic() - started
         if code:
             raise SystemExit(code)
-        print(table(out, args, seconds, busy))
+        print(table(out, args, seconds, busy, spent))
 
 
 @contextmanager
@@ -77,10 +83,57 @@ def sampling_the_gpu() -> Iterator[list[tuple[datetime, int]]]:
             watcher.join()
 
 
-def table(out: Path, args: argparse.Namespace, seconds: float, busy: list[tuple[datetime, int]]) -> str:
-    """Seconds a stage and q_id, from the time stamps in qid_status.json."""
+@dataclass
+class Spent:
+    """On one stage, over all q_ids."""
+
+    cpu_s: float = 0.0
+    """Of all threads of the process."""
+    flop: int = 0
+    """Of matrix products and attention."""
+
+
+@contextmanager
+def measuring_steps() -> Iterator[dict[str, Spent]]:
+    """While open, every step is measured, by the name that ``table`` calls it; products on a CPU alone, since counting
+    them takes a GPU's host more time than launching them."""
+    spent: dict[str, Spent] = defaultdict(Spent)
+    real = Step.run
+
+    def run(step: Step, work: Work) -> str:
+        on, started = spent[in_table(step.name)], time.process_time()
+        try:
+            if torch.cuda.is_available():
+                return real(step, work)
+            with FlopCounterMode(display=False) as counter:
+                return real(step, work)
+        finally:
+            on.cpu_s += time.process_time() - started
+            on.flop += 0 if torch.cuda.is_available() else counter.get_total_flops()
+
+    Step.run = run  # type: ignore[method-assign]
+    try:
+        yield spent
+    finally:
+        Step.run = real  # type: ignore[method-assign]
+
+
+def in_table(step: str) -> str:
+    """The layers of Step6 are one line."""
+    return "step6 (all layers)" if step.startswith("step6_layer") else step
+
+
+def table(
+    out: Path,
+    args: argparse.Namespace,
+    seconds: float,
+    busy: list[tuple[datetime, int]],
+    spent: Mapping[str, Spent],
+) -> str:
+    """What each stage of a q_id takes: seconds from the time stamps in qid_status.json, bytes of the files it names."""
     manifest = json.loads(next(out.glob("*/run_manifest.json")).read_text())
     stages: dict[str, list[float]] = defaultdict(list)
+    written: dict[str, int] = defaultdict(int)
     times: list[datetime] = []
     for path in sorted(out.glob("*/*/artifacts/qid_status.json"), key=lambda path: path.stat().st_mtime):
         per_stage: dict[str, float] = defaultdict(float)
@@ -88,7 +141,8 @@ def table(out: Path, args: argparse.Namespace, seconds: float, busy: list[tuple[
             begun, ended = (datetime.fromisoformat(record[key]) for key in ("started_at", "finished_at"))
             times += [begun, ended]
             took = ended - begun
-            per_stage["step6 (all layers)" if name.startswith("step6_layer") else name] += took.total_seconds()
+            per_stage[in_table(name)] += took.total_seconds()
+            written[in_table(name)] += sum((path.parent / file).stat().st_size for file in record["files"])
         for name, value in per_stage.items():
             stages[name].append(value)
     lines = [
@@ -96,13 +150,20 @@ def table(out: Path, args: argparse.Namespace, seconds: float, busy: list[tuple[
         f"transformers {manifest['versions']['transformers']}, engine {manifest['model']['engine']}, "
         f"self-check error {manifest['model']['self_check']['max_error']:.1e}",
         "",
-        "| stage | first q_id, s | later q_ids, mean s |",
-        "|---|---|---|",
+        "| stage | first q_id, s | later q_ids, mean s | CPU s a q_id | TFLOP a q_id | KiB written a q_id |",
+        "|---|---|---|---|---|---|",
     ]
     later = {name: sum(values[1:]) / max(1, len(values) - 1) for name, values in stages.items()}
-    lines += [f"| {name} | {values[0]:.2f} | {later[name]:.2f} |" for name, values in stages.items()]
-    first = sum(values[0] for values in stages.values())
-    lines.append(f"| **whole q_id** | {first:.2f} | {sum(later.values()):.2f} |")
+    columns = {
+        name: (values[0], later[name], spent[name].cpu_s / len(values), spent[name].flop / 1e12 / len(values),
+               written[name] / 1024 / len(values))
+        for name, values in stages.items()
+    }  # fmt: skip
+    columns["**whole q_id**"] = tuple(map(sum, zip(*columns.values(), strict=True)))  # type: ignore[assignment]
+    beyond = [*zip(*(columns[stage.name] for stage in STAGES if stage.extra and stage.name in columns), strict=True)]
+    if beyond:
+        columns["of that beyond the spec's stages"] = tuple(map(sum, beyond))  # type: ignore[assignment]
+    lines += ["| {} | {:.2f} | {:.2f} | {:.1f} | {:.3f} | {:.0f} |".format(name, *row) for name, row in columns.items()]
     first_stage, last_stage = min(times), max(times)
     lines.append(
         f"\n{len(stages['stepE'])} q_ids: {(last_stage - first_stage).total_seconds():.1f} s after the model is open, "

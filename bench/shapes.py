@@ -37,12 +37,21 @@ SHAPES = {
             "bos_token_id": 0, "eos_token_id": 0,
         },
     ),
+    "gemma-3-270m": (
+        "Gemma3",
+        {
+            "vocab_size": 262144, "hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18,
+            "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "query_pre_attn_scalar": 256,
+            "sliding_window": 512, "max_position_embeddings": 8192, "dtype": "float32",
+        },
+    ),
 }  # fmt: skip
 NAMES = ("demo", *SHAPES)
 
 
 def model_folder(shape: str, work: Path) -> str:
-    """What ``--model`` takes: ``demo``, or a folder in ``work`` with a bf16 model of this shape, made on first use.
+    """What ``--model`` takes: ``demo``, or a folder in ``work`` with a model of this shape, made on first use, in bf16
+    unless its sizes say otherwise.
 
     Weights are random, seeded, and of a size at which single heads move the answer's probability. Times and memory are
     those of a trained model of the shape; what its scores say about language is nothing.
@@ -53,16 +62,18 @@ def model_folder(shape: str, work: Path) -> str:
     if not (folder / "config.json").exists():
         family, sizes = SHAPES[shape]
         torch.manual_seed(0)
-        config = getattr(transformers, f"{family}Config")(**sizes, dtype="bfloat16", initializer_range=0.03)
+        sizes = {"dtype": "bfloat16", "initializer_range": 0.03, **sizes}
+        config = getattr(transformers, f"{family}{'Text' if family == 'Gemma3' else ''}Config")(**sizes)
         cuda = torch.cuda.is_available()
-        torch.set_default_dtype(torch.bfloat16)
+        torch.set_default_dtype(getattr(torch, sizes["dtype"]))
         try:
             with torch.device("cuda" if cuda else "cpu"):
                 model = transformers.AutoModelForCausalLM.from_config(config)
         finally:
             torch.set_default_dtype(torch.float32)
         with torch.no_grad():
-            model.get_output_embeddings().weight.mul_(4)
+            if not config.tie_word_embeddings:
+                model.get_output_embeddings().weight.mul_(4)
         model.save_pretrained(folder)
         os.sync()  # or the disk is still busy with it while the first q_ids are timed
         transformers.AutoTokenizer.from_pretrained(model_source("demo")).save_pretrained(folder)

@@ -232,6 +232,8 @@ class Effects:
     """shape (N, C)."""
     per_pass: int = 1
     """Prompts that shared a forward pass. Batch shapes change low-order bits: the same bytes need the same number."""
+    lengths: torch.Tensor | None = None
+    """Of injections: float32 (N, layer), the length of the untouched hidden state after each of their layers."""
 
     def delta(self, measure: str) -> np.ndarray:
         """float64 (N, C): the measure, one of MEASURES, with each intervention minus without."""

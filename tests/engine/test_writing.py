@@ -11,7 +11,9 @@ from conftest import llama
 from parity import assert_close, prompts_of_different_length, rounding, truth
 from relfv.engine.clean import run_clean
 from relfv.engine.hooks import editing_inputs, editing_outputs
+from relfv.engine.reference import ReferenceEngine
 from relfv.engine.selfcheck import choose_engine
+from relfv.engine.shared_prefix import SharedPrefixEngine
 from relfv.engine.writing_check import writing_error
 from relfv.types import Prompts
 from zoo import ZOO, backbone_of, plain_backbone
@@ -79,15 +81,18 @@ def test_a_step_between_that_relfv_does_not_know_is_noticed() -> None:
     assert plain.knows_writing
 
 
-def test_hidden_states_have_the_mean_of_their_lengths() -> None:
+@pytest.mark.parametrize("engine_type", [SharedPrefixEngine, ReferenceEngine])
+def test_an_injection_gives_the_lengths_of_the_untouched_hidden_states(engine_type: Any) -> None:
     backbone = backbone_of(ZOO["Gemma 2: soft caps, window in some layers, norms after attention"].build)
     prompts, targets = prompts_of_different_length()
     lengths = []
     for prompt in prompts:
         with (
             backbone.running(),
-            editing_outputs([(backbone.arch.blocks[2], lambda x: lengths.append(x[0, -1].double().norm()))]),
+            editing_outputs([(backbone.arch.blocks[2], lambda x: lengths.append(x[0, -1].norm()))]),
         ):
             backbone.decoder(input_ids=torch.tensor([prompt]), use_cache=False)
-    found = run_clean(backbone, Prompts(prompts, targets)).lengths
-    assert_close(found[2], torch.stack(lengths).mean())
+    vectors = torch.ones(1, backbone.arch.resid_dim)
+    found = engine_type(backbone).inject(Prompts(prompts, targets), vectors, [1, 2], per_pass=2).lengths
+    assert found is not None
+    assert_close(found[:, 1], torch.stack(lengths))

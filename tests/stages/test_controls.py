@@ -10,7 +10,15 @@ from parity import assert_close, assert_same_scores
 from relfv.engine.base import of_layer_and_prompts
 from relfv.engine.clean import CleanRun, run_clean
 from relfv.language_model import LanguageModel, open_model
-from relfv.stages.controls import CONTROLS, N_DIRECTIONS, N_DRAWS_OF_HEADS, Candidates, Ground, candidate_vectors
+from relfv.stages.control_vectors import (
+    CONTROLS,
+    N_DIRECTIONS,
+    N_DRAWS_OF_HEADS,
+    Candidates,
+    Ground,
+    candidate_vectors,
+    compared_layers,
+)
 from relfv.stages.function_vector import build_function_vector
 from relfv.stages.means import mean_activations
 from relfv.types import HeadId, MeanActivations, Prompts
@@ -102,7 +110,6 @@ def test_controls_are_what_they_are_called(
     vectors = injected(found, model.arch.n_layers)
     assert vectors.shape == (model.arch.n_layers, 3, len(found.names), model.arch.resid_dim)
     of = {name: vectors[:, :, [i for i, n in enumerate(found.names) if n == name]] for name in found.names}
-    assert torch.equal(of["fv"][0, 0, 0], fv)
     assert of["random_direction"].shape[2] == N_DIRECTIONS
     assert of["random_heads"].shape[2] == of["random_heads_scaled"].shape[2] == N_DRAWS_OF_HEADS >= 19
     for name in ("random_direction", "random_heads_scaled"):
@@ -151,3 +158,20 @@ def test_the_same_seed_gives_the_same_controls_and_one_query_leaves_nothing_to_h
     assert "held_out" not in alone.names
     every = candidate_vectors(ground(selected=heads_of(model), evaluated=[3]))
     assert "random_heads" not in every.names
+
+
+def test_draws_are_compared_at_a_few_layers_spread_evenly_over_the_model() -> None:
+    assert compared_layers(3) == [0, 1, 2]
+    assert compared_layers(18) == [1, 4, 7, 10, 13, 16]
+    for n_layers in (1, 6, 12, 32, 80):
+        layers = compared_layers(n_layers)
+        assert len(layers) == min(6, n_layers)
+        assert 0 <= layers[0] <= layers[-1] < n_layers
+        assert max(np.diff([-1, *layers, n_layers])) <= 1.5 * n_layers / len(layers) + 1
+
+
+def test_a_vector_for_each_layer_goes_with_its_layer(found: Candidates) -> None:
+    parts = dict(zip(dict.fromkeys(found.names), found.at([2, 0]), strict=True))
+    assert torch.equal(parts["mean_hidden"][0], of_name(found, "mean_hidden")[2])
+    assert torch.equal(parts["mean_hidden"][1], of_name(found, "mean_hidden")[0])
+    assert torch.equal(parts["random_heads"], of_name(found, "random_heads"))

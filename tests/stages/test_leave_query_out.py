@@ -53,13 +53,14 @@ def test_leaving_a_query_out_leaves_it_out_of_the_clean_mean_too(
     if engine == "reference":
         model = replace(model, engine=ReferenceEngine(model.backbone))
     every = list(range(len(CLEAN)))
-    mean = deltas(model, every, mean_activations(clean)).mean(0)
+    of_all = deltas(model, every, mean_activations(clean))
+    mean = of_all.mean(0)
     variance = np.zeros(len(HEADS))
     for query in set(QUERIES):
         others = [i for i in every if QUERIES[i] != query]
         without = MeanActivations(clean.activations[others].double().mean(0).float().numpy(), len(others))
         variance += len(others) / len(every) * (deltas(model, others, without).mean(0) - mean) ** 2
-    found, _ = with_error_of_means(model, asked(model, CORRUPTED), clean.activations, HEADS, mean.tolist())
+    found, _ = with_error_of_means(model, asked(model, CORRUPTED), clean.activations, HEADS, of_all)
     assert found.se == pytest.approx(np.sqrt(variance), rel=1e-2)
     given_the_mean = clustered_mean(deltas(model, every, mean_activations(clean)), QUERIES)
     assert np.abs(found.se / given_the_mean.se - 1).max() > 0.05
@@ -72,12 +73,12 @@ def test_where_all_clean_prompts_agree_the_mean_has_no_error_to_add(model: Langu
     same = clean.activations[:1].expand_as(clean.activations)
     means = MeanActivations(same[0].numpy(), len(same))
     of_each = deltas(model, list(range(len(CLEAN))), means)
-    found, _ = with_error_of_means(model, asked(model, CORRUPTED), same, HEADS, of_each.mean(0).tolist())
+    found, _ = with_error_of_means(model, asked(model, CORRUPTED), same, HEADS, of_each)
     assert found.se == pytest.approx(clustered_mean(of_each, QUERIES).se, rel=1e-2)
 
 
 def test_one_query_says_nothing_of_the_error(model: LanguageModel, clean: CleanRun) -> None:
     one_query = asked(model, CORRUPTED, [3] * 7)
-    found, _ = with_error_of_means(model, one_query, clean.activations, HEADS, [0.1, 0.2, 0.3])
+    found, _ = with_error_of_means(model, one_query, clean.activations, HEADS, np.tile([0.1, 0.2, 0.3], (7, 1)))
     assert found.mean == pytest.approx([0.1, 0.2, 0.3])
     assert np.isinf(found.high).all()

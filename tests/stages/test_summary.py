@@ -150,6 +150,23 @@ def test_the_best_layer_of_the_vector_meets_the_best_layer_of_every_draw() -> No
     assert "A random draw does as well" in said(found)
 
 
+def test_vector_and_draws_choose_among_the_same_layers() -> None:
+    found = controls(0.1, 0.9, fv=0.7, random_heads=0.1)
+    found["compared_layers"] = [0]  # where nothing happens
+    numbers = conclusions(top(), found, None, CAVEATS, layer=1)
+    assert numbers["against_random"]["random_heads"]["n_draws_as_good"] == 19
+    assert numbers["share_of_gap"]["fv"]["value"] == pytest.approx(0.75)
+    assert "A random draw does as well" in numbers["verdict"]
+    found["compared_layers"] = [1]
+    for part in ("per_layer", "by_prompt"):  # where a draw was not made it is not missed
+        at_0 = found[part]["0"] if part == "per_layer" else found[part]["p_random_heads"]
+        del at_0["random_heads" if part == "per_layer" else "0"]
+    numbers = conclusions(top(), found, None, CAVEATS, layer=1)
+    assert numbers["against_random"]["random_heads"]["n_draws_as_good"] == 0
+    assert numbers["against_random"]["random_heads"]["share_of_gap_above"]["low"] > 0
+    assert "is not shown" not in numbers["verdict"]
+
+
 def test_a_share_that_may_be_nothing_is_not_called_one() -> None:
     found = controls(0.1, 0.9, fv=0.3, held_out=0.12)
     found["by_prompt"]["p_held_out"]["1"] = [0.02, 0.4] + [0.08] * (N - 2)

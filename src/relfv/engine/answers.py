@@ -107,31 +107,34 @@ def _score(
     # One row for each token of each answer: the hidden state that it is predicted from.
     rows = torch.cat([hidden[n, starts[n] : starts[n] + len(answer)] for n, answer in enumerate(answers)])
     tokens = torch.tensor([token for answer in answers for token in answer], device=rows.device)
-    parts = []
-    for some, wanted in zip(rows.split(_TOKENS_A_CHUNK), tokens.split(_TOKENS_A_CHUNK), strict=True):
-        of_all = logprobs(backbone, some)
-        parts.append((of_all.gather(1, wanted[:, None])[:, 0], of_all.argmax(-1)))
-    logprob, likeliest = (torch.cat(part).tolist() for part in zip(*parts, strict=True))
-
     ends = list(itertools.accumulate(len(answer) for answer in answers))
     begins = [0, *ends[:-1]]
-    first = logprobs(backbone, rows[begins])
-    rank = 1 + (first > first.gather(1, tokens[begins, None])).sum(1)
-    best = first.exp().topk(N_TOP)
+    is_first = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+    is_first[begins] = True
+    parts = []
+    chunks = zip(*(values.split(_TOKENS_A_CHUNK) for values in (rows, tokens, is_first)), strict=True)
+    for some, wanted, first in chunks:
+        of_all = logprobs(backbone, some)
+        its_own = of_all.gather(1, wanted[:, None])
+        # Ranks and the best of first tokens alone: of all they would cost as much as the logits.
+        rank = 1 + (of_all[first] > its_own[first]).sum(1)
+        best = of_all[first].topk(N_TOP)
+        parts.append((its_own[:, 0], of_all.argmax(-1), rank, best.indices, best.values.exp()))
+    logprob, likeliest, rank, top_ids, top_p = (torch.cat(part).tolist() for part in zip(*parts, strict=True))
     per_answer = [likeliest[begin:end] for begin, end in zip(begins, ends, strict=True)]
     return [
         ScoredAnswer(
             logprob=math.fsum(logprob[begin:end]),
             rank=its_rank,
-            top=list(zip(top_ids, top_p, strict=True)),
+            top=list(zip(its_ids, its_p, strict=True)),
             written=written,
         )
-        for begin, end, its_rank, top_ids, top_p, written in zip(
+        for begin, end, its_rank, its_ids, its_p, written in zip(
             begins,
             ends,
-            rank.tolist(),
-            best.indices.tolist(),
-            best.values.tolist(),
+            rank,
+            top_ids,
+            top_p,
             _written(backbone, prompts, answers, per_answer, lengths, injection),
             strict=True,
         )

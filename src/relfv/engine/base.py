@@ -53,6 +53,11 @@ class Backbone:
         """With more pieces of differences, where there are pieces."""
         return replace(self, arithmetic=self.arithmetic.finer())
 
+    def over_likeliest_tokens(self) -> Backbone:
+        """With copies read out over fewer tokens, where that saves much; itself where it does not."""
+        arithmetic = self.arithmetic.over_likeliest_tokens()
+        return self if arithmetic is self.arithmetic else replace(self, arithmetic=arithmetic)
+
     @property
     def decoder(self) -> nn.Module:
         """The model without its vocabulary projection; its first output is the final, normed hidden state."""
@@ -149,6 +154,11 @@ class Engine(Protocol):
         """For each prompt and version: all of the version's edits, in one pass; the second axis of the result runs over
         ``versions``. ``per_pass`` as in ``sweep_heads``.
         """
+        ...
+
+    def over_likeliest_tokens(self) -> Engine:
+        """Itself, or an engine that reads edited passes out over fewer tokens, faster where a CPU has a large
+        vocabulary: for many edits that each matter little."""
         ...
 
     def finer(self) -> Engine:

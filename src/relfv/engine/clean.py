@@ -25,8 +25,6 @@ class CleanRun:
     """float32 (prompt, layer, head, head_dim): z at the last token."""
     hidden: torch.Tensor
     """float32 (layer, resid_dim): mean over prompts of the hidden state after each block, last token."""
-    lengths: torch.Tensor
-    """float64 (layer,): mean over prompts of the length of that hidden state."""
     writing: Writing | None
     """What stands between W_O z and the residual stream; None where that is not known (writing_check.py)."""
     scores: TokenScores
@@ -54,11 +52,9 @@ def _run(backbone: Backbone, prompts: Prompts, size: int) -> CleanRun:
         activations.append(z)
         hidden.append(torch.stack([blocks[layer] for layer in range(backbone.arch.n_layers)]).cpu())
         scores.append(read_targets(backbone, final[:, None], some.targets)[:, 0])
-    after_block = torch.cat(hidden, dim=1).double()
     return CleanRun(
         activations=torch.cat(activations),
-        hidden=after_block.mean(1).float(),
-        lengths=after_block.norm(dim=-1).mean(1),
+        hidden=torch.cat(hidden, dim=1).double().mean(1).float(),
         writing=recorder.result(),
         scores=joined(scores),
     )

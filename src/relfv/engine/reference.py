@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 
@@ -124,11 +124,13 @@ class ReferenceEngine:
     ) -> Effects:
         parts = in_parts(vectors, self.backbone.device)
         n_vectors = sum(part.shape[-2] for part in parts)
+        lengths = torch.zeros(len(prompts), len(layers), device=self.backbone.device)
 
         def adding(index: int, layer: int, prompt: int) -> AbstractContextManager[None]:
             added = of_layer_and_prompts(parts, index, slice(prompt, prompt + 1))[0]
 
             def add(hidden: torch.Tensor) -> torch.Tensor:
+                lengths[prompt, index] = hidden[0, -1].float().norm()
                 hidden = hidden.clone()
                 hidden[1:, -1] += added.to(hidden.dtype)
                 return hidden
@@ -136,7 +138,7 @@ class ReferenceEngine:
             return editing_outputs([(self.backbone.arch.blocks[layer], add)])
 
         edits = [(n_vectors, partial(adding, index, layer)) for index, layer in enumerate(layers)]
-        return self._run(prompts, 1 + n_vectors, edits)
+        return replace(self._run(prompts, 1 + n_vectors, edits), lengths=lengths.cpu())
 
     def edit_together(self, prompts: Prompts, versions: Sequence[Together], *, per_pass: int | None = None) -> Effects:
         def at_last(edit: Edit) -> Edit:
@@ -151,6 +153,10 @@ class ReferenceEngine:
             return editing_together(self.backbone, versions, slice(prompt, prompt + 1), at_last)
 
         return self._run(prompts, 1 + len(versions), [(len(versions), editing)])
+
+    def over_likeliest_tokens(self) -> ReferenceEngine:
+        """Itself: whole passes cost more than the vocabulary."""
+        return self
 
     def finer(self) -> ReferenceEngine:
         """Itself: whole passes have no differences to round."""

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
 from typing import Any
@@ -108,13 +108,15 @@ class SharedPrefixEngine:
         if self.backbone.depends_on_company(prompts.ids):
             return ReferenceEngine(self.backbone).inject(prompts, vectors, layers)
         parts = in_parts(vectors, self.backbone.device)
+        lengths = torch.zeros(len(prompts), len(layers), device=self.backbone.device)
         # A function vector is not a small difference, and in a pass this short more pieces cost next to nothing.
-        return self.finer()._in_chunks(
+        effects = self.finer()._in_chunks(
             prompts,
             len(layers) * sum(part.shape[-2] for part in parts),
             per_pass,
-            lambda some: _residual_additions(self.backbone, layers, parts, some),
+            lambda some: _residual_additions(self.backbone, layers, parts, some, lengths[some]),
         )
+        return replace(effects, lengths=lengths.cpu())
 
     def edit_together(self, prompts: Prompts, versions: Sequence[Together], *, per_pass: int | None = None) -> Effects:
         if self.backbone.depends_on_company(prompts.ids):
@@ -122,6 +124,10 @@ class SharedPrefixEngine:
         return self.finer()._in_chunks(
             prompts, len(versions), per_pass, lambda some: _versions(self.backbone, versions, some)
         )
+
+    def over_likeliest_tokens(self) -> SharedPrefixEngine:
+        backbone = self.backbone.over_likeliest_tokens()
+        return self if backbone is self.backbone else SharedPrefixEngine(backbone, self.kept)
 
     def finer(self) -> SharedPrefixEngine:
         """The same with more pieces of differences, where products are in pieces; prefixes have no differences, so both
@@ -254,19 +260,21 @@ def _head_patches(
 
 
 def _residual_additions(
-    backbone: Backbone, layers: Sequence[int], parts: Sequence[torch.Tensor], prompts: slice
+    backbone: Backbone, layers: Sequence[int], parts: Sequence[torch.Tensor], prompts: slice, lengths: torch.Tensor
 ) -> AbstractContextManager[None]:
-    """After block l: one copy of the untouched token + vector for each vector of that layer and these prompts."""
+    """After block l: one copy of the untouched token + vector for each vector of that layer and these prompts.
+    ``lengths`` (prompt, layer) receives that token's own."""
 
-    def adder(vectors: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-        return lambda hidden: _grown(hidden, hidden[:, :1] + vectors.to(hidden.dtype), vectors.shape[1])
+    def adder(i: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        vectors = of_layer_and_prompts(parts, i, prompts)
 
-    return editing_outputs(
-        [
-            (backbone.arch.blocks[layer], adder(of_layer_and_prompts(parts, i, prompts)))
-            for i, layer in enumerate(layers)
-        ]
-    )
+        def add(hidden: torch.Tensor) -> torch.Tensor:
+            lengths[:, i] = hidden[:, 0].float().norm(dim=-1)
+            return _grown(hidden, hidden[:, :1] + vectors.to(hidden.dtype), vectors.shape[1])
+
+        return add
+
+    return editing_outputs([(backbone.arch.blocks[layer], adder(i)) for i, layer in enumerate(layers)])
 
 
 @contextmanager

@@ -85,7 +85,8 @@ def curve(
         lines = [("fv", [(x(layer), layers[layer][f"{name}_with"]) for layer in order])]
         for control in _CONTROLS if controls else ():
             rows = {layer: controls["per_layer"].get(str(layer), {}).get(control) for layer in order}  # type: ignore[index]
-            lines.append((control, [(x(layer), row and row[of_control]) for layer, row in rows.items()]))
+            # Most controls are made at some layers only: the line goes on to the next of them.
+            lines.append((control, [(x(layer), row[of_control]) for layer, row in rows.items() if row]))
         return {
             "title": title,
             "levels": [(kind, _y(value)) for kind, value in level.items() if value is not None],

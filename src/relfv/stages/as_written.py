@@ -13,7 +13,8 @@ import numpy as np
 from relfv.stages.function_vector import build_function_vector
 from relfv.stages.injection import length
 from relfv.stages.judging import judge_vectors, mean_over_draws
-from relfv.stages.zeroshot import evaluated_prompts, zero_shot_run
+from relfv.stages.step6 import injections
+from relfv.stages.zeroshot import evaluated_prompts
 from relfv.store.folder import File
 from relfv.store.formats import finite, read_tensors, tensor_bytes
 from relfv.types import FunctionVector, HeadId, MeanActivations
@@ -22,8 +23,11 @@ if TYPE_CHECKING:
     import torch
 
     from relfv.engine.base import Together
-    from relfv.stages.controls import Ground
+    from relfv.stages.control_vectors import Ground
     from relfv.stages.stage import Work
+
+_N_DRAWS_BY_LAYER = 5
+"""Of random heads' parts added layer by layer: their mean is shown, and no claim is tested against the best of them."""
 
 # --- made from clean activations -------------------------------------------------------------------------------------
 
@@ -103,6 +107,8 @@ class AtOnce:
     meaning: str
     versions: Callable[[Ground, float], list[Together]]
     """Given alpha; none where there is none, several where they are draws."""
+    many: bool = False
+    """As of a ``Control``."""
 
 
 def _in_place(ground: Ground, _: float) -> list[Together]:
@@ -133,7 +139,8 @@ def _by_layer_held_out(ground: Ground, alpha: float) -> list[Together]:
 
 
 def _random_by_layer(ground: Ground, alpha: float) -> list[Together]:
-    return _added(_parts(ground, alpha, ground.all_trials(len(ground.draws)), ground.draws))
+    draws = ground.draws[:_N_DRAWS_BY_LAYER]
+    return _added(_parts(ground, alpha, ground.all_trials(len(draws)), draws))
 
 
 def _put(sets: Sequence[Sequence[Sequence[HeadId]]], values: torch.Tensor) -> list[Together]:
@@ -167,34 +174,43 @@ AT_ONCE = {
         _in_place,
     ),
     "heads_in_place_held_out": AtOnce("the same" + _LEFT_OUT, _in_place_held_out),
-    "random_heads_in_place": AtOnce("the same with heads drawn like random_heads; mean over draws", _random_in_place),
+    "random_heads_in_place": AtOnce(
+        "the same with heads drawn like random_heads; mean over draws", _random_in_place, many=True
+    ),
     "as_written_by_layer": AtOnce(
         "alpha times what each layer's selected heads really write, added after their own layer, all in one pass",
         _by_layer,
     ),
     "as_written_by_layer_held_out": AtOnce("the same" + _LEFT_OUT, _by_layer_held_out),
     "random_heads_as_written_by_layer": AtOnce(
-        "the same with heads drawn like random_heads; mean over draws", _random_by_layer
+        "the same with heads drawn like random_heads; mean over draws", _random_by_layer, many=True
     ),
 }
 """By name."""
 
 
 def edit_at_once(work: Work, ground: Ground) -> dict[str, Any]:
-    """Make all of them -> their numbers, for controls.json."""
-    model, prompts = work.model, work.once(evaluated_prompts)
-    made = {name: kind.versions(ground, work.settings.alpha) for name, kind in AT_ONCE.items()}
-    names = [name for name, versions in made.items() for _ in versions]
-    versions = [version for of_name in made.values() for version in of_name]
-    effects = model.engine.edit_together(prompts, versions, per_pass=work.trials_per_pass.get("step6_at_once"))
-    work.trials_per_pass["step6_at_once"] = effects.per_pass
-    return {
-        "meaning": {name: AT_ONCE[name].meaning for name in dict.fromkeys(names)},
-        "numbers": judge_vectors(effects, prompts, names)["per_layer"]["0"],
-        "by_prompt": {
-            name: [finite(p) for p in of_name[:, 0]] for name, of_name in mean_over_draws(effects, names).items()
-        },
-    }
+    """Make all of them, those of the same read-out in one pass -> their numbers, for controls.json."""
+    prompts, exact = work.once(evaluated_prompts), work.model.engine
+    brief = exact.over_likeliest_tokens()
+    names: dict[str, list[str]] = {}
+    versions: dict[str, list[Together]] = {}
+    for name, kind in AT_ONCE.items():
+        a_pass = "step6_at_once_draws" if kind.many and brief is not exact else "step6_at_once"
+        made = kind.versions(ground, work.settings.alpha)
+        names.setdefault(a_pass, []).extend([name] * len(made))
+        versions.setdefault(a_pass, []).extend(made)
+    numbers: dict[str, Any] = {}
+    by_prompt: dict[str, Any] = {}
+    for a_pass, some in versions.items():
+        if some:
+            engine = exact if a_pass == "step6_at_once" else brief
+            effects = engine.edit_together(prompts, some, per_pass=work.trials_per_pass.get(a_pass))
+            work.trials_per_pass[a_pass] = effects.per_pass
+            numbers |= judge_vectors(effects, prompts, names[a_pass])["per_layer"]["0"]
+            of_prompts = mean_over_draws(effects, names[a_pass])
+            by_prompt |= {name: [finite(p) for p in of_name[:, 0]] for name, of_name in of_prompts.items()}
+    return {"meaning": {name: AT_ONCE[name].meaning for name in numbers}, "numbers": numbers, "by_prompt": by_prompt}
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -216,7 +232,7 @@ def describe(work: Work, ground: Ground) -> dict[str, Any]:
         "resid_dim": arch.resid_dim,
     }
     work.write(FV_AS_WRITTEN, tensor_bytes(content), content=content)
-    lengths = work.once(zero_shot_run).lengths
+    lengths = work.once(injections).hidden
     return {
         "mean_norm_hidden": {str(layer): float(norm) for layer, norm in enumerate(lengths)},
         "as_written": {

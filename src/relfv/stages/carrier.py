@@ -20,9 +20,9 @@ _NOTHING = 0.05
 def carrier_numbers(
     controls: Mapping[str, Any], layer: int, gap: Gap, effects: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
-    """From controls.json and the ``effects`` (prompt, layer) of its vectors on P, at the ``layer`` that the verdict
-    speaks of: ``share_of_hidden``, the length of what is added by the hidden state's; and of each edit at once, and of
-    the vector as written at its own best layer, P, accuracy and share of the gap."""
+    """From controls.json and the ``effects`` (prompt, layer) of its vectors on P at its ``compared_layers``:
+    ``share_of_hidden``, at the ``layer`` that the verdict speaks of the length of what is added by the hidden state's;
+    and of each edit at once, and of the vector as written at its own best layer, P, accuracy and share of the gap."""
     at_once, written, zero = controls["at_once"], controls["as_written"], controls["by_prompt"]["p_zero_shot"]
 
     def share_of(name: str) -> Share | None:
@@ -48,7 +48,7 @@ def carrier_numbers(
 
 def _as_written(controls: Mapping[str, Any], gap: Gap, effects: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """At the layer where the vector as written is best; held out, at the layer that is best for the other queries."""
-    layers = list(controls["per_layer"])
+    layers = [str(layer) for layer in controls.get("compared_layers", controls["per_layer"])]
     best = int(np.nan_to_num(effects["as_written"].mean(0)).argmax())
     shares = {"as_written": gap.share(effects["as_written"], best)}
     if "random_heads_as_written" in effects:

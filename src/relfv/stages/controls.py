@@ -1,237 +1,25 @@
-"""What Step6's result is to be held against: the same vector without its own query, and vectors that carry no relation.
-
-A control is one entry of ``CONTROLS``: its name, what it is, how to make its vectors, and how the verdict speaks of it.
-"""
+"""What Step6's result is to be held against: every control of control_vectors.py, injected and judged."""
 
 from __future__ import annotations
 
-import random
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING
-
-import numpy as np
+from collections.abc import Iterator
 
 from relfv.settings import MODEL_SETTINGS
-from relfv.stages.as_written import (
-    FV_AS_WRITTEN,
-    as_written,
-    as_written_held_out,
-    describe,
-    edit_at_once,
-    parts_add_up,
-    parts_of_sets,
-    random_heads_as_written,
-)
+from relfv.stages.as_written import FV_AS_WRITTEN, describe, edit_at_once, parts_add_up
 from relfv.stages.cie import METRICS
+from relfv.stages.control_vectors import CONTROLS, Ground, candidate_vectors, compared_layers
 from relfv.stages.function_vector import FV, TOP_HEADS, heads_of
-from relfv.stages.judging import judge_candidates
+from relfv.stages.judging import Tried, judge_candidates
 from relfv.stages.means import clean_run
 from relfv.stages.scores import measure_of, trial_scores
 from relfv.stages.stage import Finding, Stage, Work
+from relfv.stages.step6 import injections
+from relfv.stages.step6_summary import STEP6_SUMMARY
 from relfv.stages.trials import TRIALS
 from relfv.stages.zeroshot import ZERO_SHOT_TRIALS, evaluated_prompts
 from relfv.store.folder import File, QidFolder
 from relfv.store.formats import json_bytes, read_json
 from relfv.store.status import QidStatus
-from relfv.types import HeadId
-
-if TYPE_CHECKING:
-    import torch
-
-    from relfv.engine.clean import CleanRun
-    from relfv.models.architecture import Architecture
-
-N_DRAWS_OF_HEADS = 19
-"""Of as many vectors and one more, the function vector is the best by chance in one case of twenty."""
-N_DIRECTIONS = 5
-
-
-class Ground:
-    """What control vectors are made from. Random numbers are drawn in a fixed order, whichever controls there are."""
-
-    def __init__(
-        self,
-        arch: Architecture,
-        clean: CleanRun,
-        trial_queries: Sequence[int],
-        scores: np.ndarray,
-        heads: Sequence[HeadId],
-        fv: np.ndarray,
-        selected: Sequence[HeadId],
-        prompt_queries: Sequence[int],
-        *,
-        seed: str,
-    ) -> None:
-        """``scores`` (trial, head) are what ``heads``, sorted, are ranked by; ``selected`` are the function vector's.
-        Prompts and trials are known by the rows of their queries."""
-        import torch
-
-        self.arch, self.clean, self.heads, self.scores = arch, clean, heads, scores
-        self.trial_queries, self.prompt_queries, self.selected = trial_queries, prompt_queries, selected
-        self.fv = torch.from_numpy(fv).double()
-        rng = random.Random(f"relfv-controls:{seed}")
-        self.draws = _matched_draws(heads, selected, rng)
-        self.generator_seed = rng.getrandbits(63)
-
-    @cached_property
-    def of_draws(self) -> torch.Tensor:
-        """float64 (draw, resid_dim): the vectors of heads drawn at random."""
-        return self.vectors(self.all_trials(len(self.draws)), self.draws)
-
-    @cached_property
-    def held_out(self) -> tuple[np.ndarray, list[list[HeadId]], np.ndarray] | None:
-        """With each query's own trials left out: shares (query, trial) of the mean over trials, the query's selected
-        heads, and the query of each prompt (prompt,). None where all trials have one query."""
-        if len(set(self.trial_queries)) < 2:
-            return None
-        left_out, prompt = np.unique(np.asarray(self.prompt_queries), return_inverse=True)
-        kept = (np.asarray(self.trial_queries)[None] != left_out[:, None]).astype(np.float64)
-        shares = kept / kept.sum(1, keepdims=True)
-        order = np.argsort(-(shares @ self.scores), axis=1, kind="stable")  # of equal scores the first head
-        return shares, [[self.heads[i] for i in row[: len(self.selected)]] for row in order], prompt
-
-    def all_trials(self, n_sets: int) -> np.ndarray:
-        """Equal shares (set, trial) of all trials."""
-        return np.full((n_sets, len(self.trial_queries)), 1 / len(self.trial_queries))
-
-    def vectors(self, shares: np.ndarray, chosen: Sequence[Sequence[HeadId]], *, written: bool = False) -> torch.Tensor:
-        """float64 (set, resid_dim): ``parts_of_sets`` summed over layers."""
-        return parts_of_sets(self, shares, chosen, written=written).sum(0)
-
-
-def _matched_draws(heads: Sequence[HeadId], selected: Sequence[HeadId], rng: random.Random) -> list[list[HeadId]]:
-    """Sets with as many heads of each layer as ``selected`` has, drawn from all ``heads``: what the selection is one
-    of, if being selected means nothing. Empty where there is no other such set."""
-    counts = Counter(head.layer for head in selected)
-    of_layer = {layer: [head for head in heads if head.layer == layer] for layer in sorted(counts)}
-    if all(len(pool) == counts[layer] for layer, pool in of_layer.items()):
-        return []
-    return [
-        [head for layer, pool in of_layer.items() for head in rng.sample(pool, counts[layer])]
-        for _ in range(N_DRAWS_OF_HEADS)
-    ]
-
-
-@dataclass(frozen=True)
-class Control:
-    """One kind of vector."""
-
-    meaning: str
-    vectors: Callable[[Ground], torch.Tensor | None]
-    """float64 (layer or 1, prompt or 1, draw, resid_dim): what is added, before alpha; None where there is none."""
-    in_verdict: str = ""
-    """What the verdict calls it; empty if it is not named there."""
-    rival: bool = False
-    """Whether it carries no relation, so that a vector which does no better has shown nothing."""
-
-
-def _random_heads(ground: Ground) -> torch.Tensor | None:
-    return ground.of_draws[None, None] if ground.draws else None
-
-
-def _random_heads_scaled(ground: Ground) -> torch.Tensor | None:
-    import torch
-
-    if not ground.draws:
-        return None
-    return (ground.fv.norm() * torch.nn.functional.normalize(ground.of_draws, dim=1))[None, None]
-
-
-def _random_direction(ground: Ground) -> torch.Tensor:
-    import torch
-
-    generator = torch.Generator().manual_seed(ground.generator_seed)
-    directions = torch.randn(N_DIRECTIONS, len(ground.fv), generator=generator, dtype=torch.float64)
-    directions *= ground.fv.norm() / directions.norm(dim=1, keepdim=True)
-    return directions[None, None]
-
-
-def _held_out(ground: Ground) -> torch.Tensor | None:
-    """For each prompt the vector of the trials with other queries; None where all trials have one query."""
-    if ground.held_out is None:
-        return None
-    shares, chosen, prompt = ground.held_out
-    return ground.vectors(shares, chosen)[prompt][None, :, None]
-
-
-CONTROLS = {
-    "fv": Control(
-        "the function vector itself, again, in the same batch as its controls",
-        lambda ground: ground.fv[None, None, None],
-    ),
-    "random_heads": Control(
-        "the vector of heads drawn at random from all heads of each layer, the selected ones included, as many as were "
-        "selected there; mean over draws",
-        _random_heads,
-        "random heads of the same layers",
-        rival=True,
-    ),
-    "random_heads_scaled": Control(
-        "the same vectors, stretched to the function vector's length; mean over draws",
-        _random_heads_scaled,
-        "the same stretched to its length",
-        rival=True,
-    ),
-    "random_direction": Control(
-        "the function vector's length in a random direction; mean over draws",
-        _random_direction,
-        "random directions of its length",
-        rival=True,
-    ),
-    "held_out": Control(
-        "for each prompt the vector with its own query's trials left out: mean activations and ranking of heads from "
-        "the other queries' trials alone (the query's pair may still be a demo in those; with ten rows it always is; "
-        "the effects that heads are ranked by were measured with the overall clean mean)",
-        _held_out,
-    ),
-    "mean_hidden": Control(
-        "the mean hidden state of the clean prompts after the layer that it is added to: a vector of the task and "
-        "of everything else (the layer average of Todd et al. 2024)",
-        lambda ground: ground.clean.hidden[:, None, None],
-        "the mean hidden state",
-    ),
-    "as_written": Control(
-        "the vector of what the selected heads really add to the residual stream, where the family norms or scales it "
-        "on the way; elsewhere that is fv",
-        as_written,
-    ),
-    "as_written_held_out": Control("the same, held out like held_out", as_written_held_out),
-    "random_heads_as_written": Control(
-        "the vector as written of heads drawn like random_heads; mean over draws",
-        random_heads_as_written,
-    ),
-}
-"""By name; injected in this order. Those with a vector for each prompt or layer come after those with one for all."""
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """Vectors to inject, by name."""
-
-    names: tuple[str, ...]
-    """One for each vector; several draws share one."""
-    parts: tuple[torch.Tensor, ...]
-    """The vectors in the order of ``names``, as ``Engine.inject`` takes them, float32."""
-
-    def norms(self) -> dict[str, float]:
-        """Name -> mean length of its vectors, over draws, prompts and layers."""
-        lengths = [part.double().norm(dim=-1).mean((0, 1)).numpy() for part in self.parts]
-        by_vector = np.concatenate(lengths)
-        return {
-            name: float(by_vector[[other == name for other in self.names]].mean()) for name in dict.fromkeys(self.names)
-        }
-
-
-def candidate_vectors(ground: Ground) -> Candidates:
-    """All controls that there are on this ground."""
-    made = {name: control.vectors(ground) for name, control in CONTROLS.items()}
-    parts = {name: vectors.float() for name, vectors in made.items() if vectors is not None}
-    names = tuple(name for name, part in parts.items() for _ in range(part.shape[2]))
-    return Candidates(names, tuple(parts.values()))
-
 
 # --- files ---------------------------------------------------------------------------------------------------------
 
@@ -242,10 +30,10 @@ CONTROLS_FILE = File("step6/controls.json", read_json)
 
 def _compare(work: Work) -> str:
     model, settings, prompts = work.model, work.settings, work.once(evaluated_prompts)
-    clean, trial_queries, deltas = work.once(clean_run), work.read(TRIALS).clusters, work.read(METRICS)
+    trial_queries, deltas = work.read(TRIALS).clusters, work.read(METRICS)
     ground = Ground(
         model.arch,
-        clean,
+        work.once(clean_run),
         trial_queries,
         trial_scores(deltas.of[measure_of(settings.score_key)], settings.score_key),
         deltas.heads,
@@ -254,29 +42,57 @@ def _compare(work: Work) -> str:
         prompts.clusters,
         seed=f"{settings.seed}:{work.q_id}",
     )
-    candidates = candidate_vectors(ground)
-    effects = model.engine.inject(
-        prompts,
-        [settings.alpha * part for part in candidates.parts],
-        range(model.arch.n_layers),
-        per_pass=work.trials_per_pass.get("step6_controls"),
-    )
+    own = Tried(work.once(injections).effects, range(model.arch.n_layers), ["fv"])
+    found, norms = _try_all(work, ground)
+    tried, names = [own, *found], [name for name in CONTROLS if name in norms]
     document = {
         "q_id": work.q_id,
-        "meaning": {name: CONTROLS[name].meaning for name in dict.fromkeys(candidates.names)},
+        "meaning": {
+            "fv": "the function vector itself: Step6's own numbers",
+            **{name: CONTROLS[name].meaning for name in names},
+        },
         "alpha": settings.alpha,
         "n_eval": len(prompts),
         "n_queries": len(set(prompts.clusters)),
         "precision": model.precision,
-        "mean_norm_added": {name: settings.alpha * norm for name, norm in candidates.norms().items()},
+        "compared_layers": compared_layers(model.arch.n_layers),
+        "mean_norm_added": {
+            name: settings.alpha * norm for name, norm in {"fv": float(ground.fv.norm()), **norms}.items()
+        },
         "notes": list(model.arch.notes),
         **describe(work, ground),
-        **judge_candidates(effects, prompts, candidates.names, clean, trial_queries, measure_of(settings.score_key)),
+        **judge_candidates(tried, prompts, ground.clean, trial_queries, measure_of(settings.score_key)),
         "at_once": edit_at_once(work, ground),
     }
     work.write(CONTROLS_FILE, json_bytes(document), content=document)
-    work.trials_per_pass["step6_controls"] = effects.per_pass
-    return f"{len(candidates.names)} vectors at {model.arch.n_layers} layers"
+    n_vectors = sum(len(some.names) for some in found)
+    return f"{n_vectors} vectors, {len(found[-1].layers)} of {model.arch.n_layers} layers"
+
+
+def _try_all(work: Work, ground: Ground) -> tuple[list[Tried], dict[str, float]]:
+    """Inject every control where it belongs, those of the same layers and read-out in one pass. -> what came of it, and
+    the vectors' mean lengths by name."""
+    n_layers, best = work.model.arch.n_layers, work.read(STEP6_SUMMARY)["best_layer"]
+    few = sorted({*compared_layers(n_layers), best})
+    passes: dict[tuple[bool, bool], list[str]] = {}
+    for name, control in CONTROLS.items():
+        brief = control.many and work.model.engine is not work.model.engine.over_likeliest_tokens()
+        passes.setdefault((control.at_all_layers, brief), []).append(name)
+    tried, norms = [], {}
+    for (everywhere, brief), names in passes.items():
+        candidates = candidate_vectors(ground, names)
+        if candidates.names:
+            layers = range(n_layers) if everywhere else few
+            added = [work.settings.alpha * part for part in candidates.at(layers)]
+            engine = work.model.engine.over_likeliest_tokens() if brief else work.model.engine
+            kind = "step6_held_out" if everywhere else "step6_draws" if brief else "step6_controls"
+            effects = engine.inject(
+                work.once(evaluated_prompts), added, layers, per_pass=work.trials_per_pass.get(kind)
+            )
+            work.trials_per_pass[kind] = effects.per_pass
+            tried.append(Tried(effects, layers, candidates.names))
+            norms |= candidates.norms()
+    return tried, norms
 
 
 def _agrees(folder: QidFolder, _: QidStatus) -> Iterator[Finding]:
@@ -286,9 +102,9 @@ def _agrees(folder: QidFolder, _: QidStatus) -> Iterator[Finding]:
 
 STAGE = Stage(
     "step6_controls",
-    "The vector held out and beside vectors that carry no relation, at every layer.",
+    "The vector held out at every layer, and beside vectors that carry no relation at some.",
     _compare,
-    reads=(TRIALS, ZERO_SHOT_TRIALS, METRICS, FV, TOP_HEADS),
+    reads=(TRIALS, ZERO_SHOT_TRIALS, METRICS, FV, TOP_HEADS, STEP6_SUMMARY),
     writes=(CONTROLS_FILE, FV_AS_WRITTEN),
     settings=(*MODEL_SETTINGS, "alpha", "n_eval", "allow_query_duplicates", "seed", "score_key"),
     agrees=_agrees,

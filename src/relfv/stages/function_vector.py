@@ -196,12 +196,13 @@ def _of_calls(called: Sequence[bool], n_heads: int, n_queries: int) -> dict[str,
 
 
 def _leave_query_out(work: Work, top: Sequence[ScoredHead]) -> list[dict[str, float | None]]:
+    deltas = work.read(METRICS)
     intervals, work.trials_per_pass["stepE_heads"] = with_error_of_means(
         work.model,
         work.once(corrupted_prompts),
         work.once(clean_run).activations,
         [head.id for head in top],
-        [head.scores["mean_delta_p"] for head in top],
+        deltas.of["p"][:, [deltas.heads.index(head.id) for head in top]],
         trials_per_pass=work.trials_per_pass.get("stepE_heads"),
     )
     columns = {"se": intervals.se, "ci_low": intervals.low, "ci_high": intervals.high}

@@ -32,6 +32,12 @@ class Injections:
     """Whether the vector is large enough that some logit must change: float32 rightly swallows a vector a millionth of
     the residual stream's size."""
 
+    @property
+    def hidden(self) -> np.ndarray:
+        """float64 (layer,): mean over prompts of the length of the untouched hidden state after each layer."""
+        assert self.effects.lengths is not None
+        return self.effects.lengths.double().mean(0).numpy()
+
     def at_layer(self, layer: int) -> Effects:
         """Effects with fields (prompt,) without and (prompt, 1) with the vector at ``layer``.
 

@@ -3,7 +3,8 @@ interval."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,20 +17,35 @@ if TYPE_CHECKING:
     from relfv.engine.clean import CleanRun
 
 
-def judge_vectors(effects: Effects, prompts: Prompts, names: Sequence[str]) -> dict[str, Any]:
-    """``effects`` of every vector of ``names`` after every layer -> ``ci_level``, ``zero_shot`` and ``per_layer``.
+@dataclass(frozen=True)
+class Tried:
+    """Vectors added to some prompts after some layers."""
+
+    effects: Effects
+    """edited (prompt, layer * vector)"""
+    layers: Sequence[int]
+    names: Sequence[str]
+    """One for each vector; several draws share one."""
+
+
+def judge_vectors(
+    effects: Effects, prompts: Prompts, names: Sequence[str], layers: Iterable[int] = ()
+) -> dict[str, Any]:
+    """``effects`` of every vector of ``names`` after each of ``layers``, or all -> ``ci_level``, ``zero_shot`` and
+    ``per_layer``.
 
     Vectors of one name are draws of one thing: numbers are means over them. None stands for what is not finite.
     """
     base = effects.base.measure("p")
     correct = by_layer(effects.edited.correct(prompts.right), names)
     reached = by_layer(effects.edited.measure("p"), names)
-    per_layer: dict[str, dict[str, Any]] = {str(layer): {} for layer in range(correct.shape[1])}
+    at = [str(layer) for layer in layers or range(correct.shape[1])]
+    per_layer: dict[str, dict[str, Any]] = {layer: {} for layer in at}
     for name, of_name in mean_over_draws(effects, names).items():
         draws = [i for i, other in enumerate(names) if other == name]
         delta = clustered_mean(of_name - base[:, None], prompts.clusters)
-        for layer in range(correct.shape[1]):
-            numbers = per_layer[str(layer)][name] = {
+        for layer in range(len(at)):
+            numbers = per_layer[at[layer]][name] = {
                 "acc": float(correct[:, layer, draws].mean()),
                 "mean_p": finite(of_name[:, layer].mean()),
                 "mean_delta_p": finite(delta.mean[layer]),
@@ -43,14 +59,9 @@ def judge_vectors(effects: Effects, prompts: Prompts, names: Sequence[str]) -> d
 
 
 def judge_candidates(
-    effects: Effects,
-    prompts: Prompts,
-    names: Sequence[str],
-    clean: CleanRun,
-    clean_queries: Sequence[int],
-    measure: str = "p",
+    tried: Sequence[Tried], prompts: Prompts, clean: CleanRun, clean_queries: Sequence[int], measure: str = "p"
 ) -> dict[str, Any]:
-    """``effects`` of every vector of ``names`` after every layer -> the numbers of controls.json.
+    """The numbers of controls.json. The first of ``tried`` has every layer, and the untouched prompts' scores.
 
     ``clean`` are the clean prompts' scores with their queries, the reference of each prompt's own query. ``measure`` is
     what layers are compared by: prompt by prompt it is kept beside P.
@@ -58,15 +69,23 @@ def judge_candidates(
     p_clean, queries_of_clean = clean.scores.measure("p"), np.asarray(clean_queries)
     of_query = {query: p_clean[queries_of_clean == query].mean() for query in set(clean_queries)}
     by_prompt = {
-        f"{m}_{name}": {str(layer): [finite(value) for value in values] for layer, values in enumerate(of_name.T)}
+        f"{m}_{name}": {
+            str(layer): [finite(value) for value in values]
+            for layer, values in zip(some.layers, of_name.T, strict=True)
+        }
         for m in dict.fromkeys(("p", measure))
-        for name, of_name in mean_over_draws(effects, names, m).items()
+        for some in tried
+        for name, of_name in mean_over_draws(some.effects, some.names, m).items()
     }
+    judged = [judge_vectors(some.effects, prompts, some.names, some.layers) for some in tried]
+    for more in judged[1:]:
+        for layer, numbers in more["per_layer"].items():
+            judged[0]["per_layer"][layer] |= numbers
     return {
-        **judge_vectors(effects, prompts, names),
+        **judged[0],
         "by_prompt": {
             "query_source_index": list(prompts.clusters),
-            "p_zero_shot": effects.base.measure("p").tolist(),
+            "p_zero_shot": tried[0].effects.base.measure("p").tolist(),
             "p_clean": [float(of_query[query]) for query in prompts.clusters],
             **by_prompt,
         },

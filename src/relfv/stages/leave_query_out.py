@@ -26,38 +26,42 @@ def with_error_of_means(
     prompts: Prompts,
     activations: torch.Tensor,
     heads: Sequence[HeadId],
-    mean_delta_p: Sequence[float],
+    delta_p: np.ndarray,
     *,
     trials_per_pass: int | None = None,
 ) -> tuple[ClusteredMean, int]:
-    """Intervals of the ``heads``' ``mean_delta_p`` on the corrupted ``prompts``, and the trials a pass.
+    """Intervals of the mean ``delta_p`` (trial, head) of ``heads`` on the corrupted ``prompts``, and the trials a pass.
 
     A clean mean over 25 trials is an estimate that all trials share; what it adds to the error cannot be seen in their
     differences. So the trials of some queries are left out of both, the clean mean and the mean over trials, in
     ``_N_GROUPS`` groups (the delete-a-group jackknife): another patch of each head for each group, ``activations``
     (trial, layer, head, head_dim) being the clean ones. With one query nothing is known of the error.
+
+    What is measured is how far such a patch is from the one with the mean over all trials, made beside it: a small
+    difference, in which what a read-out over the likeliest tokens leaves out cancels.
     """
     import torch
 
-    mean, groups = np.asarray(mean_delta_p), _groups(prompts.clusters)
+    groups = _groups(prompts.clusters)
     n_groups = len(set(groups))
     if n_groups < 2:
-        return clustered_mean(np.broadcast_to(mean, (len(prompts), len(heads))), prompts.clusters), 1
+        return clustered_mean(delta_p, prompts.clusters), 1
     kept = np.asarray(groups)[None] != np.unique(groups)[:, None]
-    shares = torch.from_numpy(kept / kept.sum(1, keepdims=True))
-    without = np.empty((n_groups, len(heads)))
+    shares = kept / kept.sum(1, keepdims=True)
+    means_of = torch.from_numpy(np.vstack([shares, np.full((1, len(prompts)), 1 / len(prompts))]))
+    without = shares @ delta_p
     order = sorted(range(len(heads)), key=lambda i: heads[i])
-    at_once = max(1, model.arch.n_layers * model.arch.n_heads // n_groups)  # no more copies than a sweep of all heads
-    per_pass = trials_per_pass
+    at_once = max(1, model.arch.n_layers * model.arch.n_heads // len(means_of))  # copies of a sweep of all heads
+    engine, per_pass = model.engine.over_likeliest_tokens(), trials_per_pass
     for start in range(0, len(order), at_once):
         some = order[start : start + at_once]
-        columns = [heads[i] for i in some for _ in range(n_groups)]
-        values = torch.cat([shares @ activations[:, heads[i].layer, heads[i].head].double() for i in some]).float()
-        effects = model.engine.sweep_heads(prompts, values, columns, per_pass=per_pass)
+        columns = [heads[i] for i in some for _ in means_of]
+        values = torch.cat([means_of @ activations[:, heads[i].layer, heads[i].head].double() for i in some]).float()
+        effects = engine.sweep_heads(prompts, values, columns, per_pass=per_pass)
         per_pass = effects.per_pass
-        by_group = effects.delta("p").reshape(len(prompts), len(some), n_groups)
-        without[:, some] = np.einsum("gt,thg->gh", shares.numpy(), by_group)
-    return mean_with_left_out(mean, without, groups), per_pass or 1
+        p = effects.edited.measure("p").reshape(len(prompts), len(some), len(means_of))
+        without[:, some] += np.einsum("gt,thg->gh", shares, p[..., :-1] - p[..., -1:])
+    return mean_with_left_out(delta_p.mean(0), without, groups), per_pass or 1
 
 
 def _groups(queries: Sequence[int]) -> list[int]:

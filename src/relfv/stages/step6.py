@@ -14,7 +14,7 @@ from relfv.settings import MODEL_SETTINGS
 from relfv.stages.function_vector import FV
 from relfv.stages.injection import TOKEN_RULE, Injections, inject_at_every_layer, length, summarize
 from relfv.stages.stage import Finding, Stage, Work
-from relfv.stages.zeroshot import ZERO_SHOT_TRIALS, evaluated, evaluated_prompts, zero_shot_run
+from relfv.stages.zeroshot import ZERO_SHOT_TRIALS, evaluated, evaluated_prompts
 from relfv.store.folder import File, QidFolder
 from relfv.store.formats import json_bytes, jsonl_bytes, read_json, read_jsonl
 from relfv.store.status import QidStatus
@@ -101,7 +101,7 @@ def _per_qid(work: Work, effects: Effects) -> dict[str, dict[str, Any]]:
 
 def _meta(work: Work, layer: int) -> dict[str, Any]:
     settings, facts, norm = work.settings, work.model.facts(), length(work.read(FV))
-    hidden = float(work.once(zero_shot_run).lengths[layer])
+    hidden = float(work.once(injections).hidden[layer])
     return {
         "model": facts["model"],
         "model_spec": facts["model_spec"],

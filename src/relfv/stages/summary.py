@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from relfv.shares import Gap, Share
+from relfv.shares import Gap
 from relfv.stages.answers import ANSWERS
 from relfv.stages.carrier import carrier_numbers
 from relfv.stages.caveats import caveat_numbers
-from relfv.stages.controls import CONTROLS, CONTROLS_FILE
+from relfv.stages.control_vectors import CONTROLS
+from relfv.stages.controls import CONTROLS_FILE
 from relfv.stages.function_vector import STEP_E_EVAL, TOP_HEADS
 from relfv.stages.head_stability import HEAD_STABILITY
 from relfv.stages.scores import measure_of
@@ -40,15 +41,20 @@ def conclusions(
     ``caveats`` are the numbers of ``caveat_numbers``.
     """
     prompts, layers = controls["by_prompt"], list(controls["per_layer"])
-    effects = {name: _effect(prompts, name, layers) for name in controls["meaning"]}
+    compared = [str(at) for at in controls.get("compared_layers", layers)]
     best = layers.index(str(layer))
     at_best = controls["per_layer"][layers[best]]
+    there = {name: _effect(prompts, name, [layers[best]]) for name in controls["meaning"]}
+    effects = {name: _effect(prompts, name, compared) for name in there}
     zero, clean = np.array(prompts["p_zero_shot"]), np.array(prompts["p_clean"])
     gap = Gap(zero, clean, prompts["query_source_index"])
-    shares = _shares(gap, effects, best)
+    # The function vector's share is that of a layer chosen for it.
+    shares = {name: gap.share(effect, 0) for name, effect in there.items()}
+    shares["fv"] = gap.share(_effect(prompts, "fv", layers), best)
     if "held_out" in effects:
         score = _by_layer(prompts, f"{measure_of(score_key)}_held_out", layers)
-        shares[HELD_OUT] = gap.share_with_layer_chosen_by_others(effects["held_out"], score)
+        held_out = _effect(prompts, "held_out", layers)
+        shares[HELD_OUT] = gap.share_with_layer_chosen_by_others(held_out, score)
     document: dict[str, Any] = {
         "verdict": "",
         **_of_heads(top_heads, stability),
@@ -58,7 +64,7 @@ def conclusions(
         "p": {
             "zero_shot": float(zero.mean()),
             "clean": float(clean.mean()),
-            **{name: finite((zero + effect[:, best]).mean()) for name, effect in effects.items()},
+            **{name: finite((zero + effect[:, 0]).mean()) for name, effect in there.items()},
         },
         "acc": {"zero_shot": controls["zero_shot"]["acc"], **{name: at_best[name]["acc"] for name in effects}},
         "share_of_gap": {name: share and vars(share) for name, share in shares.items()},
@@ -68,7 +74,7 @@ def conclusions(
             if shares.get(name) and "mean_p_of_draws" in numbers
         },
         "against_random": {
-            name: _against(gap, effects, name, best, controls["per_layer"])
+            name: _against(gap, effects, name, {at: controls["per_layer"][at] for at in compared})
             for name, control in CONTROLS.items()
             if control.rival and shares.get(name)
         },
@@ -94,20 +100,10 @@ def _of_heads(top_heads: Mapping[str, Any], stability: Mapping[str, Any] | None)
     }
 
 
-def _shares(gap: Gap, effects: Mapping[str, np.ndarray], best: int) -> dict[str, Share | None]:
-    """What share of the gap each vector closes at the ``best`` layer: the function vector's own, chosen for it."""
-    return {
-        name: gap.share(effect, best) if name == "fv" else gap.share(effect[:, [best]], 0)
-        for name, effect in effects.items()
-    }
-
-
-def _against(
-    gap: Gap, effects: Mapping[str, np.ndarray], name: str, best: int, per_layer: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The function vector against a control of random draws: prompt by prompt at every layer, and its rank among the
-    draws where each has the layer that is best for it."""
-    above = gap.share(effects["fv"] - effects[name], best)
+def _against(gap: Gap, effects: Mapping[str, np.ndarray], name: str, per_layer: Mapping[str, Any]) -> dict[str, Any]:
+    """The function vector against a control of random draws, both at the same few layers ``per_layer``: prompt by
+    prompt where the vector is best of these, and its rank where each has the layer that is best for it."""
+    above = gap.share(effects["fv"] - effects[name], int(np.nan_to_num(effects["fv"].mean(0), nan=-np.inf).argmax()))
     by_layer = [row[name].get("mean_p_of_draws", [row[name].get("mean_p")]) for row in per_layer.values()]
     draws = np.array(by_layer, dtype=np.float64).max(0)
     own = np.nanmax(np.array([row["fv"]["mean_p"] for row in per_layer.values()], dtype=np.float64))

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from relfv.settings import MODEL_SETTINGS, Settings
-from relfv.stages.function_vector import build_function_vector
+from relfv.stages.function_vector import FV, build_function_vector
 from relfv.stages.injection import length
 from relfv.stages.judging import judge_vectors
 from relfv.stages.means import MEANS
 from relfv.stages.scores import CIE, rank_heads, select_heads
 from relfv.stages.stage import Finding, Stage, Work
-from relfv.stages.zeroshot import ZERO_SHOT_TRIALS, evaluated_prompts, zero_shot_run
+from relfv.stages.step6 import injections
+from relfv.stages.zeroshot import ZERO_SHOT_TRIALS, evaluated_prompts
 from relfv.store.folder import File, QidFolder
 from relfv.store.formats import finite, json_bytes, read_json
 from relfv.store.status import QidStatus
@@ -109,7 +110,7 @@ SWEEPS_FILE = File("step6/sweeps.json", read_json)
 
 def _sweep(work: Work) -> str:
     model, settings, prompts = work.model, work.settings, work.once(evaluated_prompts)
-    ranked, hidden = rank_heads(work.read(CIE), settings.score_key), work.once(zero_shot_run).lengths.numpy()
+    ranked, hidden = rank_heads(work.read(CIE), settings.score_key), work.once(injections).hidden
     swept = swept_vectors(model.arch, work.read(MEANS), ranked, hidden, settings)
     known = work.trials_per_pass.get(STAGE.name)
     vectors = np.stack([one.added for one in swept], axis=1)[:, None]
@@ -154,7 +155,7 @@ STAGE = Stage(
     "step6_sweeps",
     "Other alphas and numbers of heads, at every layer (--alpha_sweep, --alpha_sweep_relative, --k_sweep).",
     _sweep,
-    reads=(ZERO_SHOT_TRIALS, CIE, MEANS),
+    reads=(ZERO_SHOT_TRIALS, CIE, MEANS, FV),
     writes=(SWEEPS_FILE,),
     settings=(*MODEL_SETTINGS, "alpha", "topk", "score_key", "n_eval", "allow_query_duplicates"),
     agrees=_agrees,

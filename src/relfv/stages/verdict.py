@@ -11,7 +11,7 @@ from typing import Any
 
 from relfv.stages.carrier import carrier_sentences
 from relfv.stages.caveats import leading_sentence, tells_apart, trial_sentences
-from relfv.stages.controls import CONTROLS
+from relfv.stages.control_vectors import CONTROLS
 from relfv.stats import LEVEL
 
 HELD_OUT = "held_out, layer_chosen_by_others"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from relfv.settings import Settings
 from relfv.stages.prompts import ZERO_SHOT_FORMAT, zero_shot_prompt
@@ -15,9 +15,6 @@ from relfv.store.folder import File, QidFolder
 from relfv.store.formats import json_bytes
 from relfv.store.status import QidStatus
 from relfv.types import Prompts, Question, Snapshot
-
-if TYPE_CHECKING:
-    from relfv.engine.clean import CleanRun
 
 
 def trials_to_evaluate(zero_shot: Snapshot, n_eval: int, *, allow_duplicates: bool) -> Snapshot:
@@ -81,13 +78,6 @@ def evaluated_of(zero_shot: Snapshot, settings: Settings) -> Snapshot:
 def evaluated_prompts(work: Work) -> Prompts:
     """Their prompts as token ids (``work.once(evaluated_prompts)``)."""
     return work.tokenised(work.once(evaluated))
-
-
-def zero_shot_run(work: Work) -> CleanRun:
-    """Those prompts as they are, nothing added (``work.once(zero_shot_run)``)."""
-    from relfv.engine.clean import run_clean
-
-    return run_clean(work.model.backbone, work.once(evaluated_prompts))
 
 
 def _take(work: Work) -> str:

@@ -48,6 +48,8 @@ class Arithmetic:
     pieces: Pieces = field(default_factory=Pieces)
     fusions: Fusions | None = None
     """What kernels replace in the model; None if no kernel may run, be it in attention or read-out."""
+    over_likeliest: bool = False
+    """Whether a CPU reads copies out over the tokens that are likeliest in copy 0, where the vocabulary is large."""
 
     @classmethod
     def with_kernels(cls, model: Any, arch: Architecture, precision: Precision) -> Arithmetic:
@@ -66,6 +68,13 @@ class Arithmetic:
     def finer(self) -> Arithmetic:
         """The same with differences in at least two pieces: for effects that are not small, and to measure rounding."""
         return replace(self, pieces=replace(self.pieces, difference=max(2, self.pieces.difference)))
+
+    def over_likeliest_tokens(self) -> Arithmetic:
+        """Itself, or where the vocabulary is most of what a pass costs, the same with copies read out over copy 0's
+        likeliest tokens: for edits whose effect need not be known to the last digit (logits.py says what is left
+        out)."""
+        device: Any = self.arch.lm_head.weight.device
+        return replace(self, over_likeliest=True) if logits.in_tiles(self.arch.lm_head, device) else self
 
     @property
     def is_plain(self) -> bool:
@@ -124,7 +133,14 @@ class Arithmetic:
         """For copies (N, C, resid_dim), final and normed: logit and log-probability of ``targets`` (N,), and the most
         probable token. Each (N, C): float32, float32, int64."""
         pieces = self.pieces if self.arch.lm_head in self._in_pieces else None
-        return logits.score(self.arch, hidden, targets, pieces=pieces, may_use_kernels=self.fusions is not None)
+        return logits.score(
+            self.arch,
+            hidden,
+            targets,
+            pieces=pieces,
+            may_use_kernels=self.fusions is not None,
+            over_likeliest=self.over_likeliest,
+        )
 
     @property
     def _in_pieces(self) -> tuple[nn.Linear, ...]:

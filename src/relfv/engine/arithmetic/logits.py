@@ -17,6 +17,9 @@ _CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 2 << 30}
 _TILE_ROWS, _TILE_TOKENS = 512, 2048
 """Of a CPU's tiles: 4 MiB of logits, which its cache still holds when they are read again."""
 
+N_LIKELIEST = 8192
+"""Tokens that ``over_likeliest`` reads: of a vocabulary of 262,144 a 32nd."""
+
 Scores = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Logit and log-probability of the target, and the most probable token."""
 
@@ -24,11 +27,19 @@ _Chunks = Iterator[tuple[int, torch.Tensor]]
 
 
 def score(
-    arch: Architecture, hidden: torch.Tensor, targets: torch.Tensor, *, pieces: Pieces | None, may_use_kernels: bool
+    arch: Architecture,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    pieces: Pieces | None,
+    may_use_kernels: bool,
+    over_likeliest: bool = False,
 ) -> Scores:
     """As ``Arithmetic.read_out``. ``pieces`` is None where ``lm_head`` does not multiply in pieces."""
     n_prompts, n_copies, _ = hidden.shape
-    if _in_tiles(arch.lm_head, hidden):
+    if in_tiles(arch.lm_head, hidden.device):
+        if over_likeliest and n_copies > 1:
+            return _together(_score_over_likeliest(arch, hidden, targets), n_prompts, n_copies)
         rows = hidden.flatten(0, 1).split(_TILE_ROWS)
         wanted = targets.repeat_interleave(n_copies).split(_TILE_ROWS)
         tiled = [_score_in_tiles(arch, *part) for part in zip(rows, wanted, strict=True)]
@@ -49,34 +60,60 @@ def _together(scores: Iterable[Scores], n_prompts: int, n_copies: int) -> Scores
     return logit, logprob, top
 
 
-def _in_tiles(head: nn.Module, hidden: torch.Tensor) -> bool:
+def in_tiles(head: nn.Module, device: torch.device) -> bool:
     """Whether a CPU reads a vocabulary out in tiles: a large one, of float weights as PyTorch multiplies them."""
-    if hidden.device.type != "cpu" or type(head) is not nn.Linear:
+    if device.type != "cpu" or type(head) is not nn.Linear:
         return False
     return len(head.weight) > 4 * _TILE_TOKENS and head.weight.is_floating_point()
 
 
-def _score_in_tiles(arch: Architecture, rows: torch.Tensor, targets: torch.Tensor) -> Scores:
-    """Of ``rows`` (R, resid_dim) and their ``targets`` (R,), the vocabulary some tokens at a time.
+def _tiles(arch: Architecture, rows: torch.Tensor) -> _Chunks:
+    """Logits of ``rows`` (R, resid_dim), some tokens at a time: (first token, float32 (R, tokens)).
 
     A row of a large vocabulary is a megabyte: in whole rows the logits are written to memory and read back four times,
     and the weights once for every few rows. A tile of both stays in the cache; in all it takes less than half the time.
     """
     head: Any = arch.lm_head
     rows = rows.float()
-    logit, largest = torch.empty(len(rows)), torch.full((len(rows),), -torch.inf)
-    top, sums = torch.zeros(len(rows), dtype=torch.int64), []
     for start in range(0, len(head.weight), _TILE_TOKENS):
         part = slice(start, start + _TILE_TOKENS)
         bias = None if head.bias is None else head.bias[part].float()
-        logits = arch.final_logits(nn.functional.linear(rows, head.weight[part].float(), bias))
+        yield start, arch.final_logits(nn.functional.linear(rows, head.weight[part].float(), bias))
+
+
+def _score_in_tiles(arch: Architecture, rows: torch.Tensor, targets: torch.Tensor) -> Scores:
+    """Of ``rows`` (R, resid_dim) and their ``targets`` (R,)."""
+    logit, largest = torch.empty(len(rows)), torch.full((len(rows),), -torch.inf)
+    top, sums = torch.zeros(len(rows), dtype=torch.int64), []
+    for start, logits in _tiles(arch, rows):
         here = ((targets >= start) & (targets < start + logits.shape[1])).nonzero()[:, 0]
         logit[here] = logits[here, targets[here] - start]
-        sums.append(logits.logsumexp(dim=1))
-        of_tile, token = logits.max(dim=1)
-        top = torch.where(of_tile > largest, token + start, top)  # of equal logits the first, as argmax takes
+        of_tile = logits.amax(dim=1)
+        # Where the most probable token is, few rows have to ask: of equal logits the first, as argmax takes.
+        higher = (of_tile > largest).nonzero()[:, 0]
+        top[higher] = start + logits[higher].argmax(dim=1)
         largest = torch.maximum(of_tile, largest)
+        sums.append(logits.logsumexp(dim=1))
     return logit, logit - torch.stack(sums, dim=1).logsumexp(dim=1), top
+
+
+def _score_over_likeliest(arch: Architecture, hidden: torch.Tensor, targets: torch.Tensor) -> Iterator[Scores]:
+    """Of each prompt's copies (N, C, resid_dim), over its target and the ``N_LIKELIEST`` tokens that are likeliest
+    without an edit. The sum over the others is taken to be what it is there.
+
+    A token that only an edit makes likely is not seen, and would take from the target: so P is read too high, if
+    anything, where an edit does something else than what the prompt or the target has to do with.
+    """
+    head: Any = arch.lm_head
+    base = torch.cat([logits for _, logits in _tiles(arch, hidden[:, 0])], dim=1)
+    wanted = base.scatter(1, targets[:, None], torch.inf)  # the target comes first, whatever its logit
+    likeliest = wanted.topk(1 + N_LIKELIEST, dim=1).indices
+    others = base.scatter_(1, likeliest, -torch.inf).logsumexp(dim=1)
+    for copies, tokens, rest in zip(hidden, likeliest, others, strict=True):
+        bias = None if head.bias is None else head.bias[tokens].float()
+        logits = arch.final_logits(nn.functional.linear(copies.float(), head.weight[tokens].float(), bias))
+        total = torch.logaddexp(logits.logsumexp(dim=1), rest)
+        yield logits[:, 0], logits[:, 0] - total, tokens[logits.argmax(dim=1)]
 
 
 def _raw_logits(
