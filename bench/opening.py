@@ -1,7 +1,7 @@
 """How long a model takes to open, in processes of their own: the first pays for what a machine has not compiled yet.
 
-    python bench/opening.py --shape llama-3.1-8b     # on a GPU with 20 GB or more
-    python bench/opening.py --shape demo             # on any machine
+python bench/opening.py --shape llama-3.1-8b     # on a GPU with 20 GB or more
+python bench/opening.py --shape demo             # on any machine
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = model_folder(args.shape, args.work or Path(temporary))
-        print("| process | import torch and transformers, s | import relfv, s | open, s | all, s |\n|---|---|---|---|---|")
+        print(
+            "| process | import torch and transformers, s | import relfv, s | open, s | all, s |\n|---|---|---|---|---|"
+        )
         for number in range(1, args.times + 1):
             command = [sys.executable, "-c", CHILD, folder, args.device]
             child = subprocess.run(command, capture_output=True, text=True, check=True)

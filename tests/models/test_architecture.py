@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -57,6 +58,19 @@ def test_projected_heads_and_the_bias_once_make_the_projections_output(build) ->
     assert_close(total, expected)
     if bias is not None:
         assert bias.abs().max() > 0.01
+
+
+@pytest.mark.parametrize("build", [lambda: llama(300), gpt2])
+@pytest.mark.parametrize("packed", [False, True])
+def test_several_heads_are_projected_as_one_after_the_other(build, packed: bool) -> None:  # type: ignore[no-untyped-def]
+    arch = resolve(build(), "auto")
+    if packed:  # what has no weight that can be read goes through the module
+        weightless = torch.nn.Sequential(arch.out_projs[1])
+        arch = replace(arch, out_projs={**arch.out_projs, 1: weightless})
+    z = torch.randn(2, 3, arch.head_dim)
+    expected = torch.stack([arch.project_head(1, head, z[:, i]) for i, head in enumerate([3, 0, 2])]).sum(0)
+    assert_close(arch.project_heads(1, [3, 0, 2], z), expected)
+    assert expected.abs().max() > 0.01
 
 
 def test_an_architecture_without_a_spec_is_found_by_its_shape() -> None:

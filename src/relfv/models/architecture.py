@@ -6,7 +6,7 @@ What a family does beside the common form (scaled logits, soft caps, norms after
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,18 +87,23 @@ class Architecture:
         (..., head_dim) -> float64 (..., resid_dim) on the CPU. The bias belongs to the layer and not to any head;
         adding it per head would count it k times.
         """
+        return self.project_heads(layer, [head], activation[..., None, :])
+
+    def project_heads(self, layer: int, heads: Sequence[int], activations: torch.Tensor) -> torch.Tensor:
+        """The sum of ``project_head`` over ``heads``: (..., head, head_dim) -> float64 (..., resid_dim) on the CPU."""
         projection = self.out_projs[layer]
-        start = head * self.head_dim
         weight: Any = getattr(projection, "weight", None)
         if isinstance(weight, torch.Tensor) and weight.dtype in _UNSCALED and weight.dim() == 2:
-            transposed = _is_conv1d(projection)
-            columns = weight.detach().narrow(0 if transposed else 1, start, self.head_dim)
+            inputs_first = weight.detach() if _is_conv1d(projection) else weight.detach().T
+            by_head = inputs_first.unflatten(0, (self.n_heads, self.head_dim))
+            columns = by_head[torch.tensor(heads, device=weight.device)].flatten(0, 1)
             columns = (columns if columns.is_cuda else columns.cpu()).double()  # not every device has float64
-            value = activation.to(columns.device).double()
-            return (value @ (columns if transposed else columns.T)).cpu()
-        if activation.dim() > 1:
-            return torch.stack([self.project_head(layer, head, one) for one in activation])
-        return self._project_through_module(projection, start, activation)
+            return (activations.flatten(-2).to(columns.device).double() @ columns).cpu()
+        if activations.dim() > 2:
+            return torch.stack([self.project_heads(layer, heads, one) for one in activations])
+        starts = [head * self.head_dim for head in heads]
+        each = zip(starts, activations, strict=True)
+        return torch.stack([self._project_through_module(projection, start, z) for start, z in each]).sum(0)
 
     def _project_through_module(self, projection: nn.Module, start: int, activation: torch.Tensor) -> torch.Tensor:
         """The same where the weight is packed or scaled (4 or 8 bit): run the module, then subtract its bias."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,19 +47,19 @@ def parts_of_sets(
 ) -> torch.Tensor:
     """Each set's heads, and its ``shares`` (set, trial) of the mean over the clean activations -> float64
     (layer, set, resid_dim): sums of projected means, as defined or as ``written``. Each head's columns of the output
-    projection are read once."""
+    projection are read once, and a layer's together."""
     import torch
 
     arch, clean = ground.arch, ground.clean
-    heads = sorted({head for heads_of_set in chosen for head in heads_of_set})
-    z = clean.written if written else clean.activations
-    z = z[:, [head.layer for head in heads], [head.head for head in heads]].double()
-    mean = (torch.from_numpy(shares) @ z.flatten(1)).view(len(chosen), *z.shape[1:])
     parts = torch.zeros(arch.n_layers, len(chosen), arch.resid_dim, dtype=torch.float64)
-    for i, head in enumerate(heads):
-        users = [n for n, heads_of_set in enumerate(chosen) if head in heads_of_set]
-        part = arch.project_head(head.layer, head.head, mean[users, i])
-        parts[head.layer, users] += clean.writing.gained(head.layer, part) if written and clean.writing else part
+    used = sorted({head for heads_of_set in chosen for head in heads_of_set})
+    for layer, of_layer in groupby(used, key=lambda head: head.layer):
+        heads = list(of_layer)
+        z = (clean.written if written else clean.activations)[:, layer, [head.head for head in heads]].double()
+        mean = (torch.from_numpy(shares) @ z.flatten(1)).view(len(chosen), *z.shape[1:])
+        is_chosen = torch.tensor([[head in heads_of_set for head in heads] for heads_of_set in chosen])
+        part = arch.project_heads(layer, [head.head for head in heads], mean * is_chosen[..., None])
+        parts[layer] = clean.writing.gained(layer, part) if written and clean.writing else part
     return parts
 
 

@@ -75,7 +75,7 @@ def _inject(work: Work, layer: int) -> str:
         "config": meta,
         "fv": {"shape": list(fv.shape), "norm": meta["fv_norm"]},
         "summary": summary,
-        "per_qid": _per_qid(work, effects),
+        "per_qid": _per_qid(work, effects, numbers),
         "metadata": {
             "trials": [question.trial_id for question in work.once(evaluated).questions],
             "fv_global_path": work.folder.path(FV).name,
@@ -88,9 +88,11 @@ def _inject(work: Work, layer: int) -> str:
     return f"layer {layer}: P {numbers['mean_p_base']:.3f} -> {numbers['mean_p_with']:.3f}"
 
 
-def _per_qid(work: Work, effects: Effects) -> dict[str, dict[str, Any]]:
-    """The summary of each q_id's prompts: of one q_id here, of more in snapshots of other tools."""
+def _per_qid(work: Work, effects: Effects, of_all: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The summary of each q_id's prompts: of one q_id here, ``of_all``; of more in snapshots of other tools."""
     right, q_ids = work.once(evaluated_prompts).right, [q.q_id for q in work.once(evaluated).questions]
+    if len(set(q_ids)) == 1:
+        return {q_ids[0]: {"n_eval": len(q_ids), **of_all}}
     parts = {}
     for q_id in dict.fromkeys(q_ids):
         rows = [i for i, other in enumerate(q_ids) if other == q_id]
