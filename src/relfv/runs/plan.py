@@ -35,6 +35,8 @@ class RunRequest:
     """Move existing folders of the chosen q_ids aside, under a dated name, and start afresh."""
     dry_run: bool = False
     """Say what would be done and touch nothing."""
+    reuse_stepd: Path | None = None
+    """Results whose StepD files are taken into new folders instead of computing them again."""
 
 
 @dataclass(frozen=True)
@@ -122,20 +124,26 @@ class Plan:
         return has_extras(status, asked) and has_sweeps(status, asked)
 
 
-def make_plan(request: RunRequest) -> Plan:
-    """Read and check the CSV and the q_ids asked for. Raises InputError."""
+def chosen_relations(request: RunRequest) -> dict[str, Relation]:
+    """The relations of the CSV that are asked for. Raises InputError."""
     csv_path = Path(request.settings.relation_csv_path)
     relations = load_relations(csv_path)
     chosen = list(relations) if request.q_list is None else list(dict.fromkeys(request.q_list))
     require_q_ids(chosen, relations, "--q_list", csv_path)
+    return {q_id: relations[q_id] for q_id in chosen}
+
+
+def make_plan(request: RunRequest) -> Plan:
+    """Read and check the CSV and the q_ids asked for. Raises InputError."""
+    csv_path, relations = Path(request.settings.relation_csv_path), chosen_relations(request)
     folder = request.out_root / relation_name(csv_path)
     require_folder(folder, "--out_root")
-    for ours in (".locks", "report", "run.log", MANIFEST, *chosen):
+    for ours in (".locks", "report", "run.log", MANIFEST, *relations):
         require_no_links(folder / ours, below=request.out_root)
     return Plan(
         replace(request, settings=resolved(request.settings)),
         folder,
-        {q_id: relations[q_id] for q_id in chosen},
+        relations,
         file_sha256(csv_path),
         model_identity(request.settings.model),
     )

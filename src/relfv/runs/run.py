@@ -18,11 +18,12 @@ from relfv.logs import Progress, logging_to, remembering, showing
 from relfv.models.context import TooLong
 from relfv.relations import named
 from relfv.report.page import is_up_to_date, page_path, write_report
+from relfv.runs.doctor import rehearse
 from relfv.runs.manifest import model_description, run_description, sound_manifest, write_manifest
 from relfv.runs.plan import Plan, RunRequest, make_plan, require_same_experiment
 from relfv.runs.qid import add_sweeps, in_words, open_for, run_qid, settling, with_extras_of, work_on
-from relfv.runs.rehearsal import rehearse, require_enough_heads
-from relfv.store.files import move_aside, temporaries
+from relfv.runs.rehearsal import outline_for, require_enough_heads
+from relfv.store.files import move_aside, require_temporary_folder, temporaries
 from relfv.store.locks import sole_writer
 from relfv.store.status import DamagedStatus, QidStatus, now
 
@@ -37,9 +38,9 @@ def run(request: RunRequest) -> int:
 
     Raises InputError before anything is computed if the request cannot be run as it is.
     """
-    plan = make_plan(request)
     if request.dry_run:
-        return rehearse(plan)
+        return rehearse(request)
+    plan = make_plan(request)
     started_at = now()
     unusable = {} if request.force else plan.unusable_statuses()
     if not request.force:
@@ -91,6 +92,8 @@ def _say_queue(plan: Plan, skipped: Mapping[str, str], todo: Sequence[str], n_un
 
 def _open_model(plan: Plan) -> LanguageModel:
     """The model of the request. Raises InputError if it cannot be opened, or has too few heads."""
+    require_temporary_folder()
+    outline_for(plan.request.settings)  # before its weights are read, which may take minutes
     model = open_for(plan.request.settings)
     require_enough_heads(model, plan.request.settings)
     return model
