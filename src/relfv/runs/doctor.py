@@ -22,6 +22,7 @@ from relfv.runs.checks import Evidence, Level, Line, check_bos, check_relations
 from relfv.runs.plan import Plan, RunRequest, chosen_relations, make_plan
 from relfv.runs.qid import open_for
 from relfv.runs.rehearsal import REFUSED, needs_a_model, outline_for, what_would_happen
+from relfv.runs.reuse import require_reusable
 from relfv.stages.zeroshot import evaluated_of
 from relfv.store.files import require_temporary_folder
 
@@ -115,6 +116,8 @@ class _Visit:
         self._say("model", f"{settings.model} ({plan.model_identity[:40]})")
         for departure in settings.departures():
             self._say("spec", f"departs from the spec: {departure}")
+        with self._caught("--reuse_stepd"):
+            require_reusable(plan)
         self._would = {q_id: what_would_happen(plan, q_id) for q_id in plan.relations}
         self._say("output", str(plan.folder))
         for q_id, said in self._would.items():
@@ -214,7 +217,7 @@ class _Visit:
     # --- how it is said ---
 
     def _look(self, having: str) -> None:
-        for line in check_relations(self._evidence, having):
+        for line in check_relations(self._evidence, having) if self._evidence else ():
             self._add(line)
 
     @contextmanager

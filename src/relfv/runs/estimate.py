@@ -83,8 +83,8 @@ def estimate(plan: Plan, model: LanguageModel, n_eval: Mapping[str, int], openin
     opened_bytes, device_bytes = peak_bytes(model), _device_bytes(model)
     first = measure(plan, model, q_id, 1)
     again = measure(plan, model, q_id, 1) if first.total_s < _PATIENCE_S / 10 else first
-    n = n_trials if again.total_s * n_trials <= _PATIENCE_S else max(2, int(_PATIENCE_S / again.total_s))
-    found = measure(plan, model, q_id, min(n, n_trials))
+    share = min(1.0, _PATIENCE_S / _scaled(again, again.seconds, n_trials, n_eval[q_id]))
+    found = measure(plan, model, q_id, min(n_trials, max(2, int(n_trials * share))))
     per_q_id = {one: _scaled(found, found.seconds, n_trials, count) for one, count in n_eval.items()}
     together = sum(per_q_id.values())
     seconds = opening_s + max(0.0, first.total_s - again.total_s) + together

@@ -14,13 +14,16 @@ from relfv.relations import file_sha256, load_relations, relation_name, require_
 from relfv.runs.manifest import MANIFEST
 from relfv.runs.qid import has_extras, has_sweeps
 from relfv.settings import Settings, differences, fingerprint_fields
-from relfv.stages.table import is_complete
+from relfv.stages.table import STEP_D, is_complete, settings_of
 from relfv.stages.trials import ineligible_reason
 from relfv.store.files import remove_temporaries, require_folder, require_no_links
 from relfv.store.folder import QidFolder
 from relfv.store.locks import lock
 from relfv.store.status import STATUS_FILE, DamagedStatus, QidStatus, read_status_of_results
 from relfv.types import Relation
+
+STEP_D_FIELDS = frozenset({"rows_sha256", "model_identity", "algorithm_version"}).union(*map(settings_of, STEP_D))
+"""What the results of StepD depend on, of the fingerprint's fields."""
 
 
 @dataclass(frozen=True)
@@ -110,11 +113,13 @@ class Plan:
                 unusable[q_id] = problem
         return unusable
 
-    def differences(self, status: QidStatus) -> list[str]:
-        """In what the results of ``status`` are of another experiment than this run."""
-        wanted = self.new_status(status.q_id).fingerprint_fields
+    def differences(self, status: QidStatus, of: Collection[str] = ()) -> list[str]:
+        """In what the results of ``status`` are of another experiment than this run; with ``of`` those fields of the
+        fingerprint alone."""
+        both = status.fingerprint_fields, self.new_status(status.q_id).fingerprint_fields
+        there, here = ({name: value for name, value in side.items() if not of or name in of} for side in both)
         models = status.settings.model, self.request.settings.model
-        return differences(status.fingerprint_fields, wanted, status.q_id, models=models)
+        return differences(there, here, status.q_id, models=models)
 
     def is_done(self, status: QidStatus | None) -> bool:
         """Whether a q_id has all that is asked for."""
@@ -151,14 +156,16 @@ def make_plan(request: RunRequest) -> Plan:
 
 def require_same_experiment(plan: Plan, besides: Collection[str]) -> None:
     """Raise InputError if a folder holds results of other settings, rows, model or algorithm, naming what differs."""
-    problems = []
+    problems, reusable = [], True
     for q_id in plan.relations:
         status = None if q_id in besides else plan.status_with_results(q_id)
         if status and (differing := plan.differences(status)):
             problems.append(f"{q_id} ({', '.join(differing)})")
+            reusable &= not plan.differences(status, STEP_D_FIELDS)
     if problems:
         raise InputError(
             f"{plan.folder} holds results of another experiment: {'; '.join(problems[:5])}"
-            f"{f'; and {len(problems) - 5} more' if len(problems) > 5 else ''}. Use another --out_root, or --force to "
-            "move those folders aside"
+            f"{f'; and {len(problems) - 5} more' if len(problems) > 5 else ''}. Use another --out_root"
+            f"{f' with --reuse_stepd {plan.request.out_root}, since StepD is the same' if reusable else ''}, or "
+            "--force to move those folders aside"
         )

@@ -61,7 +61,8 @@ def what_would_happen(plan: Plan, q_id: str) -> str:
             return "move the earlier results aside, then run"
         status = plan.status_with_results(q_id)
         if status is None:
-            return "run (new)"
+            reused = plan.request.reuse_stepd
+            return f"run (new), StepD from {reused} where it is whole" if reused else "run (new)"
         if differing := plan.differences(status):
             return f"{REFUSED}{', '.join(differing)}"
         require_frozen_trials(status)

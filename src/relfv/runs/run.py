@@ -23,6 +23,7 @@ from relfv.runs.manifest import model_description, run_description, sound_manife
 from relfv.runs.plan import Plan, RunRequest, make_plan, require_same_experiment
 from relfv.runs.qid import add_sweeps, in_words, open_for, run_qid, settling, with_extras_of, work_on
 from relfv.runs.rehearsal import outline_for, require_enough_heads
+from relfv.runs.reuse import require_reusable, reuse_step_d
 from relfv.store.files import move_aside, require_temporary_folder, temporaries
 from relfv.store.locks import sole_writer
 from relfv.store.status import DamagedStatus, QidStatus, now
@@ -45,6 +46,7 @@ def run(request: RunRequest) -> int:
     unusable = {} if request.force else plan.unusable_statuses()
     if not request.force:
         require_same_experiment(plan, besides=unusable)
+    require_reusable(plan)
     afresh = [q_id for q_id, problem in unusable.items() if isinstance(problem, DamagedStatus)]
     skipped, todo = _queue(plan, unreadable=set(unusable) - set(afresh), afresh=afresh)
     with remembering() as said:
@@ -225,6 +227,7 @@ def _description(plan: Plan, started_at: str) -> dict[str, Any]:
         "started_at": started_at,
         "finished_at": None,
         **run_description(plan.request.settings, list(plan.relations), plan.csv_sha256, plan.model_identity),
+        **({"reuse_stepd": str(plan.request.reuse_stepd)} if plan.request.reuse_stepd else {}),
     }
 
 
@@ -268,6 +271,8 @@ def _run_locked(plan: Plan, status: QidStatus, model: LanguageModel) -> str:
         try:
             with settling(status):
                 stack.enter_context(logging_to(work.folder.log))
+                reuse_step_d(plan, status)
+                work.layers = status.expected_layers
                 run_qid(status, work)
             complete = True
             add_sweeps(status, work, plan.request.settings)
