@@ -193,6 +193,11 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Comma
         run_commands.doctor_flags,
         run_commands.doctor,
     ),
+    "compare": (
+        "Compare two models, or two settings, on the same relations: paired differences, heads they share, vectors.",
+        run_commands.compare_flags,
+        run_commands.compare,
+    ),
     "cross": (
         "Inject every completed q_id's function vector into every other's prompts (model flags default to the q_ids' "
         "own).",

@@ -1,10 +1,11 @@
-"""The commands of whole runs and of finished ones: run, doctor, cross. The flags of each beside settings, and what it
-calls."""
+"""The commands of whole runs and of finished ones: run, doctor, compare, cross. The flags of each beside settings, and
+what it calls."""
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from relfv.flags import path_flag, q_ids_from, settings_from
@@ -74,6 +75,23 @@ def doctor(args: argparse.Namespace) -> int:
     from relfv.runs import doctor as before_a_run
 
     return before_a_run.doctor(_request(args), as_json=args.json)
+
+
+def compare_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "folders", type=path_flag, nargs="+", metavar="folder", help="all results, or a relation's; the first is what "
+        "the others are compared with"
+    )  # fmt: skip
+    parser.add_argument("--q_list", default="all", help="q_ids, separated by commas, or all that they share")
+    parser.add_argument(
+        "--out_dir", type=path_flag, default=Path("results_fv/comparison"), help="compare.csv, .svg and .html go here"
+    )
+
+
+def compare(args: argparse.Namespace) -> int:
+    from relfv.runs import compare as of_results
+
+    return of_results.compare(args.folders, q_ids_from(args.q_list), args.out_dir)
 
 
 def cross_flags(parser: argparse.ArgumentParser) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from relfv.errors import RelfvError
 from relfv.models.adapters import adapter_in, require_peft
 from relfv.models.architecture import Architecture, resolve
 from relfv.models.context import Context, context_of
@@ -53,9 +54,16 @@ def outline(name: str, spec: str, *, device: str, quant: str, trust_remote_code:
         except Exception as problem:  # of a config alone not every family can be built
             log.debug("no outline of %s: %s", name, problem)
             return None
+    try:
+        arch = resolve(model, spec)
+    except RelfvError:
+        raise
+    except Exception as problem:  # something asks for the numbers
+        log.debug("no outline of %s: %s", name, problem)
+        return None
     return Outline(
         name,
-        resolve(model, spec),
+        arch,
         context_of(model.config),
         model.get_input_embeddings().weight.shape[0],
         sum(parameter.numel() for parameter in model.parameters()),
