@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,8 @@ import pytest
 
 from conftest import ROOT
 from relfv import __version__
-from relfv.cli import main
+from relfv.cli import build_parser, main
+from relfv.examples import EXAMPLES
 
 
 @pytest.mark.parametrize(
@@ -21,6 +23,16 @@ from relfv.cli import main
         (["run", "--topk", "many"], "argument --topk: invalid int value: 'many'"),
         (["nothing"], "invalid choice: 'nothing'"),
         (["stepd"], "the following arguments are required"),
+        (["stauts"], "; did you mean status? (see relfv --help)"),
+        (
+            ["run", "--topkk", "5"],
+            "relfv run: error: unrecognized arguments: --topkk 5; did you mean --topk? (see relfv run --help)",
+        ),
+        (["run", "--n-eval=5"], "; did you mean --n_eval? (see relfv run --help)"),
+        (["run", "--precision", "exat"], "; did you mean exact? (see relfv run --help)"),
+        (["status", "--topk", "5"], "relfv status: error: unrecognized arguments: --topk (see relfv status --help)"),
+        (["status", "a", "--out_root", "b"], "not allowed with argument"),
+        (["completion", "tcsh"], "invalid choice: 'tcsh'"),
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_code_2(
@@ -54,6 +66,41 @@ def test_debug_shows_where_an_error_came_from_and_nothing_else_does(capsys: pyte
     assert "Traceback" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["", *EXAMPLES])
+def test_every_example_of_the_help_parses_and_is_in_the_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([part for part in (command, "--help") if part not in ("", "relfv")])
+    said = capsys.readouterr().out
+    for line in EXAMPLES[command or "relfv"]:
+        assert f"  {line}\n" in said
+        args = build_parser().parse_args(shlex.split(line.split(" > ")[0])[1:])
+        assert callable(args.run_command)
+
+
+def test_every_command_but_those_of_single_layers_has_an_example() -> None:
+    (commands,) = (action.choices for action in build_parser()._actions if action.dest == "command")
+    assert set(commands or ()) - EXAMPLES.keys() <= {"stepe", "zeroshot", "step6"}
+
+
+def test_status_and_verify_take_the_folder_as_run_takes_it(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("status", "verify"):
+        said = []
+        for place in ([str(finished.parent)], ["--out_root", str(finished.parent)]):
+            assert main([command, *place]) == 0
+            said.append(capsys.readouterr().out)
+        assert said[0] == said[1] != ""
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_knows_every_command_and_flag(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    for word in ("demo-model", "doctor", "reuse_stepd", "mean_abs_delta_logit", "step6"):
+        assert word in script
+    if binary := shutil.which(shell):
+        subprocess.run([binary, "-n", "/dev/stdin"], input=script, text=True, check=True)
+
+
 @pytest.mark.slow
 def test_a_reader_that_has_had_enough_is_no_error(finished: Path) -> None:
     """``relfv verify ... | head -1``"""
@@ -75,6 +122,10 @@ HEAVY = ("torch", "transformers", "scipy.stats", "matplotlib")
         (["run", "--help"], 0),
         (["--version"], 0),
         (["status", "$FINISHED"], 0),
+        (["status", "--out_root", "$FINISHED"], 0),
+        (["completion", "bash"], 0),
+        (["run", "--config", "nowhere.json"], 2),
+        (["doctor", "--relation_csv_path", "nowhere.csv", "--out_root", "$OUT"], 1),
         (["verify", "$FINISHED"], 0),
         (["report", "$COPY"], 0),
         (["run", "--model", "/nowhere", "--out_root", "$OUT"], 2),

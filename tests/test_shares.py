@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from relfv.shares import Gap, Share, at_most
+from relfv.shares import Gap, Share, at_most, mean_difference
 
 N_RUNS = 60
 N_LAYERS = 32
@@ -177,3 +177,29 @@ def test_no_share_is_given_of_a_gap_that_is_not_there() -> None:
     assert one_layer(low, rng.uniform(0, 1, 10) * 0.5, low * 0) is None
     unsure = np.array([0.0] * 9 + [0.8])
     assert one_layer(np.zeros(10), unsure, unsure) is None
+
+
+def test_the_difference_of_two_shares_of_the_same_queries_covers_the_truth() -> None:
+    """Queries that are closed by one vector and not by the other in a fifth of cases: the interval knows of them, also
+    where few were seen."""
+    rng = np.random.default_rng(0)
+    n_covered = 0
+    for _ in range(300):
+        one = (rng.random(14) < 0.9).astype(float)
+        other = np.where(rng.random(14) < 0.2, 1 - one, one)
+        _, low, high = mean_difference(one, other)
+        n_covered += low <= 0.8 * 0.9 + 0.2 * 0.1 - 0.9 <= high
+    assert n_covered >= 0.95 * 300
+
+
+def test_what_each_query_closes_has_the_share_as_its_mean() -> None:
+    rng = np.random.default_rng(1)
+    clusters = [0, 0, 1, 2, 3, 4, 5, 6, 7]
+    low, high = np.full(9, 0.1), np.full(9, 0.8)
+    effect = 0.5 * (high - low)[:, None] + 0.1 * rng.standard_normal((9, 4))
+    gap = Gap(low, high, clusters)
+    share, closed = gap.share_with_layer_chosen_by_others(effect, effect), gap.closed_by_query(effect, effect)
+    assert share is not None
+    assert closed is not None
+    assert closed.mean() == pytest.approx(share.value)
+    assert Gap(low, low, clusters).closed_by_query(effect, effect) is None

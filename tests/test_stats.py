@@ -14,6 +14,7 @@ from relfv.stats import (
     called_at_once,
     clustered_mean,
     false_discovery,
+    overlap_by_chance,
     queries_behind_half,
     sign_flip_p_values,
     top_k_stability,
@@ -151,3 +152,12 @@ def test_a_list_of_real_heads_is_stable_and_one_of_noise_is_not() -> None:
     again = top_k_stability(planted, clusters, 20, seed="a")
     assert np.array_equal(found.in_top_k, again.in_top_k)
     assert not np.array_equal(found.in_top_k, top_k_stability(noise, clusters, 20, seed="b").in_top_k)
+
+
+def test_overlap_by_chance_is_that_of_random_draws() -> None:
+    rng = np.random.default_rng(0)
+    drawn = [len(set(rng.permutation(30)[:6]) & set(range(8))) for _ in range(20_000)]
+    expected, p_value = overlap_by_chance(3, 6, 8, 30)
+    assert expected == pytest.approx(np.mean(drawn), abs=0.03)
+    assert p_value == pytest.approx(np.mean(np.array(drawn) >= 3), abs=0.01)
+    assert overlap_by_chance(0, 6, 8, 30)[1] == 1.0

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import argparse
 import logging
+import textwrap
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-from relfv import __version__
-from relfv.errors import InputError, RelfvError
-from relfv.flags import DEFAULTS, add_setting, path_flag, q_ids_from, settings_from, whole_number
-from relfv.logs import drop_output, printable, set_up_logging, shortened, show
-from relfv.settings import DEFAULT_OUT_ROOT, FLAGS, MAX_SEED, MOST, SCORE_KEYS, SPEC_CSV
+from relfv import __version__, run_commands, stage_commands
+from relfv.errors import RelfvError
+from relfv.examples import EXAMPLES
+from relfv.flags import add_setting, path_flag, whole_number
+from relfv.logs import drop_output, set_up_logging, show
+from relfv.parsing import Parser
+from relfv.settings import DEFAULT_OUT_ROOT, FLAGS, MAX_SEED, MOST, SPEC_CSV
 from relfv.signals import Terminated, as_exceptions
 from relfv.store.files import remedy
 
@@ -31,44 +35,39 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = _Parser(prog="relfv", description="Relation function vectors, one relation at a time.")
+    about = "Relation function vectors, one relation at a time."
+    parser = Parser(prog="relfv", description=about, epilog=_shown(EXAMPLES["relfv"]))
     parser.add_argument("--version", action="version", version=f"relfv {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name, (help_text, _, _) in _COMMANDS.items():
-        _add(commands.add_parser(name, help=help_text, description=help_text), name)
+        _add(commands.add_parser(name, help=help_text), name)
     return parser
 
 
 def script_main(name: str, argv: Sequence[str] | None = None) -> int:
     """One command as a program of its own: what each file in scripts/ calls."""
-    parser = _Parser(description=_COMMANDS[name][0])
+    parser = Parser()
     _add(parser, name)
     return _execute(parser, argv)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Errors in one line, exit code 2, no usage dump; no abbreviated flags."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("allow_abbrev", False)
-        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
-        super().__init__(*args, **kwargs)
-
-    def error(self, message: str) -> Any:
-        self.exit(2, printable(shortened(f"{self.prog}: error: {message} (see {self.prog} --help)")) + "\n")
-
-
 def _add(parser: argparse.ArgumentParser, name: str) -> None:
-    _, add_flags, command = _COMMANDS[name]
+    about, add_flags, command = _COMMANDS[name]
+    parser.description, parser.epilog = textwrap.fill(about, 79), _shown(EXAMPLES.get(name, ()))
     add_flags(parser)
     groups: dict[str, Any] = {}
+    like = "run" if name == "doctor" else name
     for field, flag in FLAGS.items():
-        if name in flag.commands:
+        if like in flag.commands:
             if flag.group not in groups:
                 groups[flag.group] = parser.add_argument_group(flag.group)
-            add_setting(groups[flag.group], field, flag, flag.names.get(name, f"--{field}"))
+            add_setting(groups[flag.group], field, flag, flag.names.get(like, f"--{field}"))
     parser.add_argument("--debug", action="store_true", help="more log lines, and a traceback after an error")
-    parser.set_defaults(run_command=command, command_name=name)
+    parser.set_defaults(run_command=command, command_name=like)
+
+
+def _shown(examples: Sequence[str]) -> str | None:
+    return "\n  ".join(["examples:", *examples]) if examples else None
 
 
 def _execute(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
@@ -105,38 +104,53 @@ def _execute(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int
 # --- commands: what each has beside settings, and what it calls ----------------------------------------------------
 
 
-def _run_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("run")
-    group.add_argument("--q_list", default="all", help="q_ids, separated by commas, or all")
-    group.add_argument(
-        "--out_root", type=path_flag, default=DEFAULT_OUT_ROOT, help="results go to OUT_ROOT/<csv name>/<q_id>"
-    )
-    group.add_argument(
-        "--force", action="store_true", help="move earlier results of these q_ids aside and start afresh"
-    )
-    group.add_argument("--dry_run", action="store_true", help="say what would be done, and do nothing")
+def _add_place(parser: argparse.ArgumentParser, what: str) -> None:
+    """A folder of results, by its place among the arguments or by the flag that ``run`` has for it."""
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument("folder", type=path_flag, nargs="?", help=f"{what} (default: {DEFAULT_OUT_ROOT})")
+    place.add_argument("--out_root", type=path_flag, help="the same")
 
 
-def _run(args: argparse.Namespace) -> int:
-    from relfv.runs.plan import RunRequest
-    from relfv.runs.run import run
-
-    return run(
-        RunRequest(settings_from(args), q_ids_from(args.q_list), args.out_root, force=args.force, dry_run=args.dry_run)
-    )
+def _place(args: argparse.Namespace) -> Path:
+    return args.folder or args.out_root or DEFAULT_OUT_ROOT
 
 
-def _cross_flags(parser: argparse.ArgumentParser) -> None:
+def _status_flags(parser: argparse.ArgumentParser) -> None:
+    _add_place(parser, "results folder")
+    parser.add_argument("--json", action="store_true", help="print all that is known of every q_id as JSON")
+
+
+def _status(args: argparse.Namespace) -> int:
+    from relfv.report.table import status_json, status_table
+
+    show(status_json(_place(args)) if args.json else status_table(_place(args)))
+    return 0
+
+
+def _verify_flags(parser: argparse.ArgumentParser) -> None:
+    _add_place(parser, "of a q_id, of a relation, or all results")
+    parser.add_argument("--json", action="store_true", help="print the verdicts as JSON")
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from relfv.runs.verify import verify
+
+    verification = verify(_place(args))
+    show(verification.to_json() if args.json else verification.to_text())
+    return 0 if verification.holds else 1
+
+
+def _report_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "folder", type=path_flag, nargs="?", default=DEFAULT_OUT_ROOT / SPEC_CSV.stem, help="a relation's results"
+        "folder", type=path_flag, help=f"a relation's results, e.g. {DEFAULT_OUT_ROOT / SPEC_CSV.stem}, or all results"
     )
-    parser.add_argument("--q_list", default="all", help="q_ids, separated by commas, or all that are completed")
 
 
-def _cross(args: argparse.Namespace) -> int:
-    from relfv.runs.cross import cross
+def _report(args: argparse.Namespace) -> int:
+    from relfv.report.page import write_pages
 
-    return cross(args.folder, q_ids_from(args.q_list), lambda base: settings_from(args, base))
+    show(write_pages(args.folder))
+    return 0
 
 
 def _import_flags(parser: argparse.ArgumentParser) -> None:
@@ -159,114 +173,14 @@ def _import(args: argparse.Namespace) -> int:
     return 0
 
 
-def _step_d_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--relation_q_list", required=True, help="the q_id to run (one)")
-    parser.add_argument(
-        "--out_base_dir", type=path_flag, required=True, help="folder of the q_id; artifacts/ is made in it"
-    )
+def _completion_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="the shell to complete in")
 
 
-def _step_d(args: argparse.Namespace) -> int:
-    from relfv.runs.single import run_step_d
+def _completion(args: argparse.Namespace) -> int:
+    from relfv.completion import completion
 
-    q_ids = q_ids_from(args.relation_q_list)
-    if q_ids is None or len(q_ids) != 1:
-        raise InputError(
-            f"--relation_q_list {args.relation_q_list!r}: expected one q_id a run; relfv run does them all"
-        )
-    return run_step_d(settings_from(args), q_ids[0], args.out_base_dir)
-
-
-def _heatmap_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--in_dir", type=path_flag, required=True, help="the q_id's artifacts folder")
-    parser.add_argument("--metric", choices=SCORE_KEYS, default=DEFAULTS.score_key, help="column to draw")
-    parser.add_argument("--topk", type=whole_number(1, MOST), default=DEFAULTS.topk, help="heads to mark")
-    parser.add_argument("--out_name", default=None, help="file name within --in_dir (default: aie_heatmap_<Q>.png)")
-
-
-def _heatmap(args: argparse.Namespace) -> int:
-    from relfv.runs.single import run_heatmap
-
-    return run_heatmap(args.in_dir, args.metric, args.topk, args.out_name)
-
-
-def _step_e_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--stepd_artifacts_dir", type=path_flag, required=True, help="StepD's artifacts folder")
-    parser.add_argument("--sampled_trials_path", type=path_flag, required=True, help="StepD's sampled_trials.json")
-    parser.add_argument("--out_dir", type=path_flag, required=True, help="where the vector goes")
-
-
-def _step_e(args: argparse.Namespace) -> int:
-    from relfv.runs.single import run_step_e
-
-    paths = args.stepd_artifacts_dir, args.sampled_trials_path, args.out_dir
-    return run_step_e(*paths, lambda base: settings_from(args, base))
-
-
-def _zero_shot_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--sampled_trials_path", type=path_flag, required=True, help="StepD's sampled_trials.json")
-    parser.add_argument(
-        "--out_path", type=path_flag, default=None, help="default: sampled_trials_zeroshot.json beside it"
-    )
-
-
-def _zero_shot(args: argparse.Namespace) -> int:
-    from relfv.runs.single import run_zero_shot
-
-    return run_zero_shot(args.sampled_trials_path, args.out_path)
-
-
-def _step6_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--fv_global_path", type=path_flag, required=True, help="StepE's fv_global_resid.pt")
-    parser.add_argument("--sampled_trials_path", type=path_flag, required=True, help="sampled_trials_zeroshot.json")
-    parser.add_argument("--edit_layer", type=int, required=True, help="the layer to inject at (one; loop outside)")
-    parser.add_argument("--out_dir", type=path_flag, required=True, help="where this layer's results go")
-
-
-def _step6(args: argparse.Namespace) -> int:
-    from relfv.runs.single import run_step6
-
-    paths = args.fv_global_path, args.sampled_trials_path, args.edit_layer, args.out_dir
-    return run_step6(*paths, lambda base: settings_from(args, base))
-
-
-def _status_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("out_root", type=path_flag, nargs="?", default=DEFAULT_OUT_ROOT, help="results folder")
-    parser.add_argument("--json", action="store_true", help="print all that is known of every q_id as JSON")
-
-
-def _status(args: argparse.Namespace) -> int:
-    from relfv.report.table import status_json, status_table
-
-    show(status_json(args.out_root) if args.json else status_table(args.out_root))
-    return 0
-
-
-def _verify_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "folder", type=path_flag, nargs="?", default=DEFAULT_OUT_ROOT, help="of a q_id, of a relation, or all results"
-    )
-    parser.add_argument("--json", action="store_true", help="print the verdicts as JSON")
-
-
-def _verify(args: argparse.Namespace) -> int:
-    from relfv.runs.verify import verify
-
-    verification = verify(args.folder)
-    show(verification.to_json() if args.json else verification.to_text())
-    return 0 if verification.holds else 1
-
-
-def _report_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "folder", type=path_flag, help=f"a relation's results, e.g. {DEFAULT_OUT_ROOT / SPEC_CSV.stem}, or all results"
-    )
-
-
-def _report(args: argparse.Namespace) -> int:
-    from relfv.report.page import write_pages
-
-    show(write_pages(args.folder))
+    show(completion(build_parser(), args.shell))
     return 0
 
 
@@ -292,21 +206,53 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Command]] = {
-    "run": ("Run every stage of every q_id; a restart carries on.", _run_flags, _run),
+    "run": ("Run every stage of every q_id; a restart carries on.", run_commands.run_flags, run_commands.run),
+    "doctor": (
+        "Look before a run: is everything there, what do the relations and the tokenizer forbid to conclude, how long "
+        "will it take; exit code 1 if the run would be refused.",
+        run_commands.doctor_flags,
+        run_commands.doctor,
+    ),
+    "compare": (
+        "Compare two models, or two settings, on the same relations: paired differences, heads they share, vectors.",
+        run_commands.compare_flags,
+        run_commands.compare,
+    ),
     "cross": (
         "Inject every completed q_id's function vector into every other's prompts (model flags default to the q_ids' "
         "own).",
-        _cross_flags,
-        _cross,
+        run_commands.cross_flags,
+        run_commands.cross,
     ),
     "status": ("Say where every q_id stands.", _status_flags, _status),
     "verify": ("Check that results are complete, undamaged and agree; no model is opened.", _verify_flags, _verify),
     "report": ("Make the page of every relation of a results folder again.", _report_flags, _report),
     "import": ("Make a relation CSV of other projects' word pairs.", _import_flags, _import),
-    "stepd": ("StepD of one q_id: trials, mean activations, effect of every head.", _step_d_flags, _step_d),
-    "heatmap": ("Heatmap of layers x heads from StepD's scores.", _heatmap_flags, _heatmap),
-    "stepe": ("StepE: top heads and function vector, and the zero-shot snapshot.", _step_e_flags, _step_e),
-    "zeroshot": ("The zero-shot snapshot of frozen trials.", _zero_shot_flags, _zero_shot),
-    "step6": ("Step6: inject the function vector at one layer.", _step6_flags, _step6),
+    "stepd": (
+        "StepD of one q_id: trials, mean activations, effect of every head.",
+        stage_commands.step_d_flags,
+        stage_commands.step_d,
+    ),
+    "heatmap": (
+        "Heatmap of layers x heads from StepD's scores.",
+        stage_commands.heatmap_flags,
+        stage_commands.heatmap,
+    ),
+    "stepe": (
+        "StepE: top heads and function vector, and the zero-shot snapshot.",
+        stage_commands.step_e_flags,
+        stage_commands.step_e,
+    ),
+    "zeroshot": (
+        "The zero-shot snapshot of frozen trials.",
+        stage_commands.zero_shot_flags,
+        stage_commands.zero_shot,
+    ),
+    "step6": ("Step6: inject the function vector at one layer.", stage_commands.step6_flags, stage_commands.step6),
+    "completion": (
+        "Print a script that completes commands and flags in your shell.",
+        _completion_flags,
+        _completion,
+    ),
     "demo-model": ("Train the embedded demo model.", _demo_flags, _demo),
 }

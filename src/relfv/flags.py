@@ -48,15 +48,16 @@ def _numbers(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
     return parse
 
 
-def settings_from(args: argparse.Namespace, base: Settings = DEFAULTS) -> Settings:
-    """The flags that were given over ``base``; the environment stands between the two."""
+def settings_from(args: argparse.Namespace, base: Settings = DEFAULTS, *, environment: bool = True) -> Settings:
+    """The flags that were given over ``base``; the ``environment`` stands between the two."""
     from relfv.models.families import SPEC_NAMES
     from relfv.models.sources import QUANTS, dtype_name
 
     flags = {field: value for field, value in vars(args).items() if field in FLAGS}
     given = {field: value for field, value in flags.items() if value != "" or not FLAGS[field].blank}
     for field, flag in FLAGS.items():
-        text = os.environ.get(flag.environment or "") if args.command_name in flag.commands else None
+        asks = environment and args.command_name in flag.commands
+        text = os.environ.get(flag.environment or "") if asks else None
         if text and field not in given:
             given[field] = _of_environment(text, type(getattr(DEFAULTS, field)), flag)
     for field, value in given.items():

@@ -43,7 +43,7 @@ class Progress(logging.Filter):
         if not self._done or self._done >= self._total:
             return ""
         left = self._seconds / self._done * (self._total - self._done)
-        return f", {_duration(left)} left"
+        return f", {duration(left)} left"
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Logging's hook: never drops a line."""
@@ -173,7 +173,8 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """``50 s``, ``12 min``, ``3.4 h``."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

@@ -77,15 +77,32 @@ class Gap:
 
         The choice is made anew within the weights that give the interval.
         """
-        finite = np.isfinite(effect).all(0) & np.isfinite(score).all(0)
-        if not self.is_there or not finite.any():
+        found = self._of_finite_layers(effect, score)
+        if found is None:
             return None
-        totals, scores = (cluster_totals(values[:, finite], self.clusters) for values in (effect, score))
+        totals, scores = found
         chosen = _at_layers_of_others(totals, scores, np.ones((1, len(totals))))[0]
         anew = _at_layers_of_others(totals, scores, _weights(len(totals))[:_N_CHOICES, :-1])
         (low, high), (low_anew, high_anew) = self._ends(chosen), self._ends(chosen, anew)
         low = self._low_of_flips(totals, int(totals.sum(0).argmax()), min(low, low_anew))
         return self._share(chosen, low, max(high, high_anew))
+
+    def closed_by_query(self, effect: np.ndarray, score: np.ndarray) -> np.ndarray | None:
+        """(query,): numbers whose mean is the share that ``share_with_layer_chosen_by_others`` gives, and whose spread
+        is its error: the linearised ratio."""
+        found = self._of_finite_layers(effect, score)
+        if found is None:
+            return None
+        chosen = _at_layers_of_others(*found, np.ones((1, len(found[0]))))[0]
+        value = chosen.sum() / self.totals.sum()
+        return value + self._residuals(chosen, value)
+
+    def _of_finite_layers(self, effect: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """Both as totals (query, layer) of the layers where all numbers are finite; None where there is no share."""
+        finite = np.isfinite(effect).all(0) & np.isfinite(score).all(0)
+        if not self.is_there or not finite.any():
+            return None
+        return cluster_totals(effect[:, finite], self.clusters), cluster_totals(score[:, finite], self.clusters)
 
     def _share(self, totals: np.ndarray, low: float, high: float) -> Share:
         value = totals.sum() / self.totals.sum()
@@ -146,6 +163,18 @@ class Gap:
         value = totals[:, layer].sum() / self.totals.sum()
         se = clustered_mean(self._residuals(totals[:, layer], value)[:, None], range(len(totals))).se[0]
         return float(value - stats.t.ppf(1 - _TAIL / totals.shape[1], len(totals) - 1) * se)
+
+
+def mean_difference(one: np.ndarray, other: np.ndarray) -> tuple[float, float, float]:
+    """How far the mean of ``other`` (query,) is above that of ``one``, of the same queries, with its interval at
+    ``LEVEL``: Gaffke's, as of a share, with one more query that ``one`` closes and ``other`` does not, or the other way
+    round."""
+    difference = other - one
+    weights = _weights(len(difference))
+    mean = weights[:, :-1] @ difference
+    low = np.quantile(mean + weights[:, -1] * min(difference.min(), -1), _TAIL)
+    high = np.quantile(mean + weights[:, -1] * max(difference.max(), 1), 1 - _TAIL)
+    return float(difference.mean()), float(low), float(high)
 
 
 def at_most(seen: int, n: int) -> float:

@@ -158,6 +158,14 @@ def false_discovery(p_values: np.ndarray) -> np.ndarray:
     return stats.false_discovery_control(p_values, method="bh")
 
 
+def overlap_by_chance(shared: int, k_one: int, k_other: int, n: int) -> tuple[float, float]:
+    """-> (how many of ``n`` two sets of these sizes drawn at random share on average, P that they share ``shared`` or
+    more): the hypergeometric distribution."""
+    from scipy import stats
+
+    return k_one * k_other / n, float(stats.hypergeom.sf(shared - 1, n, k_one, k_other))
+
+
 def called_at_once(n_columns: int, n_clusters: int) -> int:
     """How many of ``n_columns`` must have the smallest p-value that flips of ``n_clusters`` signs can give for
     ``false_discovery`` to call them: with few clusters it calls many or none."""

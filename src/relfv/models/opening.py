@@ -94,6 +94,19 @@ def load_checkpoint(
     return Checkpoint(model, tokens, arch, place, str(stored).removeprefix("torch."))
 
 
+def load_tokenizer(name: str, *, trust_remote_code: bool) -> Tokens:
+    """The tokenizer alone, of a model that ``load_checkpoint`` would open. Raises InputError as that does."""
+    source = model_source(name)
+    adapter = adapter_in(source)
+    origin: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if adapter and not adapter.has_tokenizer:
+        source = base_source(adapter)
+    if not Path(source).is_dir():
+        origin["revision"] = hub_commit(source, adapter.revision if adapter else None)
+    with quiet_transformers():
+        return Tokens(_load_tokenizer(source, name, origin))
+
+
 def _is_packed(model: Any) -> bool:
     return getattr(model, "hf_quantizer", None) is not None
 

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from relfv.errors import RelfvError
 from relfv.models.adapters import adapter_in, require_peft
 from relfv.models.architecture import Architecture, resolve
+from relfv.models.context import Context, context_of
 from relfv.models.opening import choose_device, model_class, quantization, quiet_transformers
 from relfv.models.sources import base_source, hub_commit, model_source
 
@@ -23,6 +25,10 @@ class Outline:
 
     name: str
     arch: Architecture
+    context: Context
+    n_embeddings: int
+    """Token ids that it knows."""
+    n_parameters: int
 
 
 def outline(name: str, spec: str, *, device: str, quant: str, trust_remote_code: bool) -> Outline | None:
@@ -48,4 +54,17 @@ def outline(name: str, spec: str, *, device: str, quant: str, trust_remote_code:
         except Exception as problem:  # of a config alone not every family can be built
             log.debug("no outline of %s: %s", name, problem)
             return None
-    return Outline(name, resolve(model, spec))
+    try:
+        arch = resolve(model, spec)
+    except RelfvError:
+        raise
+    except Exception as problem:  # something asks for the numbers
+        log.debug("no outline of %s: %s", name, problem)
+        return None
+    return Outline(
+        name,
+        arch,
+        context_of(model.config),
+        model.get_input_embeddings().weight.shape[0],
+        sum(parameter.numel() for parameter in model.parameters()),
+    )

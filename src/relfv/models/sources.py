@@ -171,6 +171,17 @@ def _cached_commit(repo_id: str, revision: str | None = None) -> str | None:
     return Path(cached).parent.name if isinstance(cached, str) else None
 
 
+def _is_gated(problem: BaseException | None) -> bool:
+    """Whether the hub asks for a login, said by huggingface_hub itself or through an error of transformers."""
+    from huggingface_hub.errors import GatedRepoError
+
+    while problem is not None:
+        if isinstance(problem, GatedRepoError):
+            return True
+        problem = problem.__cause__ or problem.__context__
+    return False
+
+
 def unreadable(name: str, what: str, problem: Exception) -> InputError:
     """The error for a model whose ``what`` (config, tokenizer, model) cannot be opened, with the first line of why."""
     first_line = str(problem).strip().split("\n")[0] or type(problem).__name__
@@ -178,6 +189,11 @@ def unreadable(name: str, what: str, problem: Exception) -> InputError:
         return InputError(
             f"--model {name!r}: its weights are a damaged pickle, or one that holds more than tensors, and no code in "
             "weights is ever run; expected safetensors, or a .bin file of tensors"
+        )
+    if _is_gated(problem):
+        return InputError(
+            f"--model {name!r}: is a gated model, and no token that may read it was found; accept its terms at "
+            f"https://huggingface.co/{name}, then log in ('hf auth login', or set HF_TOKEN)"
         )
     offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") and not Path(name).is_dir() else ""
     return InputError(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from relfv import ALGORITHM_VERSION, __version__
-from relfv.errors import RelfvError, RunError
+from relfv.errors import InputError, RelfvError, RunError
 from relfv.settings import Settings
 from relfv.store.files import move_aside, write_atomic
 from relfv.store.formats import json_bytes, read_json, sealed, unsealed
@@ -119,6 +119,17 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise RunError(f"{path}: is damaged or not a manifest of relfv")
     # The first ones had no seal.
     return unsealed(content, path, older=content.get("algorithm_version") in (None, 1))
+
+
+def recorded_run(path: Path) -> tuple[Settings, list[str]]:
+    """Settings and q_ids of the last run that the manifest at ``path`` describes. Raises InputError."""
+    if not path.is_file():
+        raise InputError(f"--config {path}: no such file; expected a {MANIFEST} that 'relfv run' wrote")
+    try:
+        manifest = read_manifest(path)
+        return Settings.from_json(manifest["settings"]), [*map(str, manifest["q_list"])]
+    except (RunError, TypeError, AttributeError) as problem:
+        raise InputError(f"--config {path}: is no {MANIFEST} as 'relfv run' wrote it ({problem})") from None
 
 
 def manifest_runs(folder: Path) -> list[dict[str, Any]]:

@@ -14,13 +14,16 @@ from relfv.relations import csv_file, file_sha256, load_relations, relation_name
 from relfv.runs.manifest import MANIFEST
 from relfv.runs.qid import has_extras, has_sweeps
 from relfv.settings import Settings, differences, fingerprint_fields
-from relfv.stages.table import is_complete
+from relfv.stages.table import STEP_D, is_complete, settings_of
 from relfv.stages.trials import ineligible_reason
 from relfv.store.files import remove_temporaries, require_folder, require_no_links
 from relfv.store.folder import QidFolder
 from relfv.store.locks import lock
 from relfv.store.status import STATUS_FILE, DamagedStatus, QidStatus, read_status_of_results
 from relfv.types import Relation
+
+STEP_D_FIELDS = frozenset({"rows_sha256", "model_identity", "algorithm_version"}).union(*map(settings_of, STEP_D))
+"""What the results of StepD depend on, of the fingerprint's fields."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class RunRequest:
     """Move existing folders of the chosen q_ids aside, under a dated name, and start afresh."""
     dry_run: bool = False
     """Say what would be done and touch nothing."""
+    reuse_stepd: Path | None = None
+    """Results whose StepD files are taken into new folders instead of computing them again."""
 
 
 @dataclass(frozen=True)
@@ -108,11 +113,13 @@ class Plan:
                 unusable[q_id] = problem
         return unusable
 
-    def differences(self, status: QidStatus) -> list[str]:
-        """In what the results of ``status`` are of another experiment than this run."""
-        wanted = self.new_status(status.q_id).fingerprint_fields
+    def differences(self, status: QidStatus, of: Collection[str] = ()) -> list[str]:
+        """In what the results of ``status`` are of another experiment than this run; with ``of`` those fields of the
+        fingerprint alone."""
+        both = status.fingerprint_fields, self.new_status(status.q_id).fingerprint_fields
+        there, here = ({name: value for name, value in side.items() if not of or name in of} for side in both)
         models = status.settings.model, self.request.settings.model
-        return differences(status.fingerprint_fields, wanted, status.q_id, models=models)
+        return differences(there, here, status.q_id, models=models)
 
     def is_done(self, status: QidStatus | None) -> bool:
         """Whether a q_id has all that is asked for."""
@@ -122,20 +129,26 @@ class Plan:
         return has_extras(status, asked) and has_sweeps(status, asked)
 
 
-def make_plan(request: RunRequest) -> Plan:
-    """Read and check the CSV and the q_ids asked for. Raises InputError."""
+def chosen_relations(request: RunRequest) -> dict[str, Relation]:
+    """The relations of the CSV that are asked for. Raises InputError."""
     csv_path = csv_file(request.settings.relation_csv_path)
     relations = load_relations(csv_path)
     chosen = list(relations) if request.q_list is None else list(dict.fromkeys(request.q_list))
     require_q_ids(chosen, relations, "--q_list", csv_path)
+    return {q_id: relations[q_id] for q_id in chosen}
+
+
+def make_plan(request: RunRequest) -> Plan:
+    """Read and check the CSV and the q_ids asked for. Raises InputError."""
+    csv_path, relations = csv_file(request.settings.relation_csv_path), chosen_relations(request)
     folder = request.out_root / relation_name(csv_path)
     require_folder(folder, "--out_root")
-    for ours in (".locks", "report", "run.log", MANIFEST, *chosen):
+    for ours in (".locks", "report", "run.log", MANIFEST, *relations):
         require_no_links(folder / ours, below=request.out_root)
     return Plan(
         replace(request, settings=resolved(request.settings)),
         folder,
-        {q_id: relations[q_id] for q_id in chosen},
+        relations,
         file_sha256(csv_path),
         model_identity(request.settings.model),
     )
@@ -143,14 +156,16 @@ def make_plan(request: RunRequest) -> Plan:
 
 def require_same_experiment(plan: Plan, besides: Collection[str]) -> None:
     """Raise InputError if a folder holds results of other settings, rows, model or algorithm, naming what differs."""
-    problems = []
+    problems, reusable = [], True
     for q_id in plan.relations:
         status = None if q_id in besides else plan.status_with_results(q_id)
         if status and (differing := plan.differences(status)):
             problems.append(f"{q_id} ({', '.join(differing)})")
+            reusable &= not plan.differences(status, STEP_D_FIELDS)
     if problems:
         raise InputError(
             f"{plan.folder} holds results of another experiment: {'; '.join(problems[:5])}"
-            f"{f'; and {len(problems) - 5} more' if len(problems) > 5 else ''}. Use another --out_root, or --force to "
-            "move those folders aside"
+            f"{f'; and {len(problems) - 5} more' if len(problems) > 5 else ''}. Use another --out_root"
+            f"{f' with --reuse_stepd {plan.request.out_root}, since StepD is the same' if reusable else ''}, or "
+            "--force to move those folders aside"
         )

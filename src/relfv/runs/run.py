@@ -18,11 +18,13 @@ from relfv.logs import Progress, logging_to, remembering, showing
 from relfv.models.context import TooLong
 from relfv.relations import named
 from relfv.report.page import is_up_to_date, page_path, write_report
+from relfv.runs.doctor import rehearse
 from relfv.runs.manifest import model_description, run_description, sound_manifest, write_manifest
 from relfv.runs.plan import Plan, RunRequest, make_plan, require_same_experiment
 from relfv.runs.qid import add_sweeps, in_words, open_for, run_qid, settling, with_extras_of, work_on
-from relfv.runs.rehearsal import rehearse, require_enough_heads
-from relfv.store.files import move_aside, temporaries
+from relfv.runs.rehearsal import outline_for, require_enough_heads
+from relfv.runs.reuse import require_reusable, reuse_step_d
+from relfv.store.files import move_aside, require_temporary_folder, temporaries
 from relfv.store.locks import sole_writer
 from relfv.store.status import DamagedStatus, QidStatus, now
 
@@ -37,13 +39,14 @@ def run(request: RunRequest) -> int:
 
     Raises InputError before anything is computed if the request cannot be run as it is.
     """
-    plan = make_plan(request)
     if request.dry_run:
-        return rehearse(plan)
+        return rehearse(request)
+    plan = make_plan(request)
     started_at = now()
     unusable = {} if request.force else plan.unusable_statuses()
     if not request.force:
         require_same_experiment(plan, besides=unusable)
+    require_reusable(plan)
     afresh = [q_id for q_id, problem in unusable.items() if isinstance(problem, DamagedStatus)]
     skipped, todo = _queue(plan, unreadable=set(unusable) - set(afresh), afresh=afresh)
     with remembering() as said:
@@ -91,6 +94,8 @@ def _say_queue(plan: Plan, skipped: Mapping[str, str], todo: Sequence[str], n_un
 
 def _open_model(plan: Plan) -> LanguageModel:
     """The model of the request. Raises InputError if it cannot be opened, or has too few heads."""
+    require_temporary_folder()
+    outline_for(plan.request.settings)  # before its weights are read, which may take minutes
     model = open_for(plan.request.settings)
     require_enough_heads(model, plan.request.settings)
     return model
@@ -222,6 +227,7 @@ def _description(plan: Plan, started_at: str) -> dict[str, Any]:
         "started_at": started_at,
         "finished_at": None,
         **run_description(plan.request.settings, list(plan.relations), plan.csv_sha256, plan.model_identity),
+        **({"reuse_stepd": str(plan.request.reuse_stepd)} if plan.request.reuse_stepd else {}),
     }
 
 
@@ -265,6 +271,8 @@ def _run_locked(plan: Plan, status: QidStatus, model: LanguageModel) -> str:
         try:
             with settling(status):
                 stack.enter_context(logging_to(work.folder.log))
+                reuse_step_d(plan, status)
+                work.layers = status.expected_layers
                 run_qid(status, work)
             complete = True
             add_sweeps(status, work, plan.request.settings)

@@ -22,6 +22,23 @@ def caveat_numbers(
     trials: Snapshot, reference: Mapping[str, Mapping[str, float]], answers: Mapping[str, Any]
 ) -> dict[str, Any]:
     """From the frozen trials, stepE_eval.json's ``reference`` points and answers.json."""
+    numbers = trial_numbers(trials)
+    reached = {
+        f"{measure}_{name}": reference[name][key]
+        for name in ("clean", "corrupted")
+        for measure, key in (("acc", "acc"), ("p", "mean_p"))
+    }
+    whole = {
+        f"{name}{half}": answers["summary"][f"{measure}_{half}"]
+        for name, measure in (("", "exact_match"), ("begun_", "begins_with_answer"))
+        for half in ("base", "with")
+    }
+    token, corruption = numbers.pop("scored_token"), numbers.pop("corruption")
+    return {"scored_token": token, "whole_answers": whole, "corruption": {**corruption, **reached}, **numbers}
+
+
+def trial_numbers(trials: Snapshot) -> dict[str, Any]:
+    """Those that the frozen trials alone give, before any model has run."""
     meta, questions = trials.meta, trials.questions
     alike = {answer for collision in meta.get("first_token_collisions", ()) for answer in collision["answers"]}
     n_shared = sum(question.answer in alike for question in questions)
@@ -35,21 +52,11 @@ def caveat_numbers(
             "n_space_fed": sum(bool(question.target.space_ids) for question in questions),
             "tells_answers_apart": n_ambiguous <= AMBIGUOUS * len(questions),
         },
-        "whole_answers": {
-            f"{name}{half}": answers["summary"][f"{measure}_{half}"]
-            for name, measure in (("", "exact_match"), ("begun_", "begins_with_answer"))
-            for half in ("base", "with")
-        },
         "corruption": {
             "how": meta.get("corruption"),
             "n_demos": len(questions) * meta.get("n_demos", 0),
             "n_labels_in_place": meta.get("n_labels_left_in_place", 0),
             "n_distinct_answers": len({question.answer for question in questions}),
-            **{
-                f"{measure}_{name}": reference[name][key]
-                for name in ("clean", "corrupted")
-                for measure, key in (("acc", "acc"), ("p", "mean_p"))
-            },
         },
         "n_queries_with_several_answers": len({q.query.input for q in questions if q.accepted}),
         "n_demos_of_query_input": meta.get("n_demos_of_query_input", 0),
@@ -80,7 +87,9 @@ def leading_sentence(numbers: Mapping[str, Any]) -> str:
 
 def trial_sentences(numbers: Mapping[str, Any]) -> str:
     """What the verdict says of the corruption."""
-    return " ".join(part for part in (_not_corrupted(numbers["corruption"]), _in_place(numbers["corruption"])) if part)
+    return " ".join(
+        part for part in (_not_corrupted(numbers["corruption"]), labels_in_place(numbers["corruption"])) if part
+    )
 
 
 def _not_corrupted(corruption: Mapping[str, Any]) -> str:
@@ -94,7 +103,8 @@ def _not_corrupted(corruption: Mapping[str, Any]) -> str:
     )
 
 
-def _in_place(corruption: Mapping[str, Any]) -> str:
+def labels_in_place(corruption: Mapping[str, Any]) -> str:
+    """Of labels that corruption leaves right, or that teach another relation; empty where they are few."""
     n, kept, distinct = (corruption[name] for name in ("n_demos", "n_labels_in_place", "n_distinct_answers"))
     few = distinct <= _FEW and corruption["how"] in ("derange", "shuffle")
     if not few and kept <= _IN_PLACE * n:

@@ -22,7 +22,11 @@ def read_snapshot(path: Path, *, with_demos: bool) -> Snapshot:
     """
     if not path.exists():
         raise InputError(f"{path}: no such file; expected a trial snapshot, as StepD or 'relfv zeroshot' write it")
-    document = read_json(path)
+    return snapshot_of(read_json(path), path, with_demos=with_demos)
+
+
+def snapshot_of(document: Any, path: Path, *, with_demos: bool) -> Snapshot:
+    """The same of a file's content; ``path`` is what errors name."""
     trials = document.get("trials") if isinstance(document, dict) else None
     if not isinstance(trials, list) or not isinstance(document.get("meta"), dict):
         raise RunError(f"{path}: is not a trial snapshot; expected meta and trials as StepD writes them")

@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from relfv.errors import RunError
+from relfv.models.context import Context
+from relfv.models.tokens import Tokens
+from relfv.settings import Settings
 from relfv.stages.prompts import PREFIXES, SEPARATORS, AnswerTokens, prompts_to_read
 from relfv.stages.snapshot import read_snapshot, target_keys
 from relfv.stages.stage import Finding, Stage, Work
@@ -157,34 +160,44 @@ def read_trials(path: Path) -> Snapshot:
 TRIALS = File("sampled_trials.json", read_trials)
 
 
-def _document(prompted: Sequence[PromptedTrial], meta: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of sampled_trials.json."""
-    return {"meta": dict(meta), "trials": [_trial(item) for item in prompted]}
-
-
-def _meta(work: Work, prompted: Sequence[PromptedTrial], collisions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    settings, model = work.settings, work.model
-    return {
+def draw(
+    relation: Relation, settings: Settings, tokens: Tokens, *, csv_sha256: str = ""
+) -> tuple[list[PromptedTrial], dict[str, Any]]:
+    """-> (the trials of a relation, the content of sampled_trials.json but for what the prompts' length tells)."""
+    trials = sample_trials(
+        relation,
+        seed=settings.seed,
+        n_trials=settings.n_trials_per_q,
+        n_demos=settings.n_demos,
+        corruption=settings.corruption,  # type: ignore[arg-type]
+    )
+    answers = AnswerTokens(relation, tokens, distinguishing=settings.target == "distinguishing")
+    prompted = [answers.prompted(trial) for trial in trials]
+    collisions = [
+        {"token_id": token, "token": tokens.text(token), "answers": alike} for token, alike in answers.collisions()
+    ]
+    meta = {
         "csv_path": settings.relation_csv_path,
-        "csv_sha256": work.csv_sha256,
-        "q_list": [work.q_id],
+        "csv_sha256": csv_sha256,
+        "q_list": [relation.q_id],
         "n_trials_per_q": settings.n_trials_per_q,
         "n_demos": settings.n_demos,
         "seed": settings.seed,
         "corruption": settings.corruption,
         "prefixes": PREFIXES,
         "separators": SEPARATORS,
-        "model": model.name,
-        "model_spec": model.spec,
+        "model": settings.model,
+        "model_spec": settings.model_spec,
         "tok_add_special": True,
         "n_labels_left_in_place": sum(item.trial.n_labels_in_place for item in prompted),
         "n_demos_of_query_input": sum(item.trial.n_demos_of_query_input for item in prompted),
         "target": settings.target,
         "n_answers_tokenised_alone": sum(not item.target.joint for item in prompted),
         "n_space_fed": sum(bool(item.target.space_ids) for item in prompted),
-        "n_blank_targets": sum(not model.tokens.text(item.target.token_id).strip() for item in prompted),
-        "first_token_collisions": list(collisions),
+        "n_blank_targets": sum(not tokens.text(item.target.token_id).strip() for item in prompted),
+        "first_token_collisions": collisions,
     }
+    return prompted, {"meta": meta, "trials": [_trial(item) for item in prompted]}
 
 
 def _trial(item: PromptedTrial) -> dict[str, Any]:
@@ -212,27 +225,14 @@ def _trial(item: PromptedTrial) -> dict[str, Any]:
 
 def _freeze(work: Work) -> str:
     """Sample the trials and write the snapshot, read-only from here on."""
-    relation, settings = work.relation, work.settings
+    relation, tokens = work.relation, work.model.tokens
     assert relation is not None  # given wherever StepD runs
-    trials = sample_trials(
-        relation,
-        seed=settings.seed,
-        n_trials=settings.n_trials_per_q,
-        n_demos=settings.n_demos,
-        corruption=settings.corruption,  # type: ignore[arg-type]
-    )
-    answers = AnswerTokens(relation, work.model.tokens, distinguishing=settings.target == "distinguishing")
-    prompted = [answers.prompted(trial) for trial in trials]
-    collisions = [
-        {"token_id": token, "token": work.model.tokens.text(token), "answers": alike}
-        for token, alike in answers.collisions()
-    ]
-    length, notes = _longest(work, prompted)
-    _warn(work.q_id, prompted, collisions)
+    prompted, document = draw(relation, work.settings, tokens, csv_sha256=work.csv_sha256)
+    length, notes = longest_prompt(prompted, tokens, work.model.context)
+    _warn(work.q_id, prompted, document["meta"]["first_token_collisions"])
     for note in notes:
         log.warning("%s: %s", work.q_id, note)
-    meta = {**_meta(work, prompted, collisions), "longest_prompt_tokens": length, "context_notes": notes}
-    document = _document(prompted, meta)
+    document["meta"] |= {"longest_prompt_tokens": length, "context_notes": notes}
     path = work.folder.path(TRIALS)
     if not path.exists():
         work.folder.write(TRIALS, json_bytes(document), read_only=True)
@@ -241,17 +241,17 @@ def _freeze(work: Work) -> str:
             f"{path}: already there and not what these settings give; the frozen trials are never overwritten. "
             "Move the folder aside, or use --force, which does that"
         )
-    n_queries = len({trial.query.input for trial in trials})
-    return f"{len(trials)} trials over {n_queries} queries of {len(relation.pairs)} rows"
+    n_queries = len({item.trial.query.input for item in prompted})
+    return f"{len(prompted)} trials over {n_queries} queries of {len(relation.pairs)} rows"
 
 
-def _longest(work: Work, prompted: Sequence[PromptedTrial]) -> tuple[int, list[str]]:
+def longest_prompt(prompted: Sequence[PromptedTrial], tokens: Tokens, context: Context) -> tuple[int, list[str]]:
     """-> (tokens of the longest prompt and its answer, what a reader should know of that). Raises TooLong."""
-    context, targets = work.model.context, [item.target for item in prompted]
+    targets = [item.target for item in prompted]
     lengths = [
         len(ids) + target.n_to_come
         for texts in ([item.clean_prompt for item in prompted], [item.corrupted_prompt for item in prompted])
-        for ids, target in zip(prompts_to_read(texts, targets, work.model.tokens, ()).ids, targets, strict=True)
+        for ids, target in zip(prompts_to_read(texts, targets, tokens, ()).ids, targets, strict=True)
     ]
     context.require_room(max(lengths))
     return max(lengths), context.notes(max(lengths))

@@ -68,6 +68,9 @@ class QidStatus:
     shapes change low-order bits, so a stage that is repeated, on whatever device, uses the number it was first made
     with."""
 
+    reused_stepd: str | None = None
+    """The ``artifacts`` folder that StepD's files were copied from."""
+
     @property
     def path(self) -> Path:
         """``artifacts/qid_status.json``."""
@@ -98,6 +101,7 @@ class QidStatus:
             "trials_per_pass": self.trials_per_pass,
             "stages": {name: vars(record) for name, record in self.stages.items()},
             "other_files": self.other_files,
+            **({"reused_stepd": self.reused_stepd} if self.reused_stepd else {}),
         }
         write_atomic(self.path, sealed_bytes(content))
 
@@ -205,6 +209,7 @@ def read_status(artifacts_dir: Path) -> QidStatus | None:
             updated_at=values["updated_at"],
             is_sealed=is_sealed,
             trials_per_pass=values.get("trials_per_pass", {}),
+            reused_stepd=values.get("reused_stepd"),
         )
         _require_sound(status, values["fingerprint"])
     except (RelfvError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
@@ -239,6 +244,7 @@ def _require_sound(status: QidStatus, recorded_fingerprint: str) -> None:
     promised = [(record.files, record.inputs) for record in status.stages.values()]
     hashes = [item for one in [*(d for pair in promised for d in pair), status.other_files] for item in one.items()]
     words = [status.created_at, status.updated_at, status.reason or "", *(r.status for r in status.stages.values())]
+    words.append(status.reused_stepd or "")
     faults = {
         f"the status is {status.status!r}": status.status not in get_args(State),
         "the fingerprint is not that of its fields": recorded_fingerprint != fingerprint(fields),

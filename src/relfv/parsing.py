@@ -1,0 +1,47 @@
+"""A parser whose errors are one line that points to the right help and names what was probably meant."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+from relfv.logs import printable, shortened
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults beside each flag; examples at the end, as they are."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors in one line, exit code 2, no usage dump; no abbreviated flags."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        kwargs.setdefault("formatter_class", _Help)
+        super().__init__(*args, **kwargs)
+        self.set_defaults(parser=self)  # of a command's own parser: the last one that is asked
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """What no parser knows is the command's error, not the program's."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            found.parser.error(f"unrecognized arguments: {' '.join(unknown)}{found.parser.meant_by(unknown)}")
+        return found
+
+    def meant_by(self, unknown: Iterable[str]) -> str:
+        """The flags of this command that look like those unknown ones, as a question."""
+        flags = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
+        return _did_you_mean((word.partition("=")[0] for word in unknown if word.startswith("-")), flags)
+
+    def error(self, message: str) -> NoReturn:
+        if choice := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            message += _did_you_mean([choice[1]], [word.strip("' ") for word in choice[2].split(",")])
+        self.exit(2, printable(shortened(f"{self.prog}: error: {message} (see {self.prog} --help)")) + "\n")
+
+
+def _did_you_mean(words: Iterable[str], known: Sequence[str]) -> str:
+    found = [match for word in words for match in get_close_matches(word, known, n=1, cutoff=0.7)]
+    return f"; did you mean {', '.join(found)}?" if found else ""

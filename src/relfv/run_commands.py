@@ -1,0 +1,107 @@
+"""The commands of whole runs and of finished ones: run, doctor, compare, cross. The flags of each beside settings, and
+what it calls."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from relfv.flags import path_flag, q_ids_from, settings_from
+from relfv.settings import DEFAULT_OUT_ROOT, SPEC_CSV
+
+if TYPE_CHECKING:
+    from relfv.runs.plan import RunRequest
+
+
+def _request_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("run")
+    group.add_argument("--q_list", default=None, help="q_ids, separated by commas, or all (default: all)")
+    group.add_argument(
+        "--out_root", type=path_flag, default=DEFAULT_OUT_ROOT, help="results go to OUT_ROOT/<csv name>/<q_id>"
+    )
+    group.add_argument(
+        "--force", action="store_true", help="move earlier results of these q_ids aside and start afresh"
+    )
+    group.add_argument(
+        "--config",
+        type=path_flag,
+        help="run again what a run_manifest.json records: its settings and q_ids; flags override them",
+    )
+    group.add_argument(
+        "--reuse_stepd",
+        type=path_flag,
+        metavar="FROM",
+        help="take StepD's files from these results, made with the same StepD settings: other alpha, topk or n_eval",
+    )
+
+
+def run_flags(parser: argparse.ArgumentParser) -> None:
+    _request_flags(parser)
+    parser.add_argument(
+        "--dry_run", action="store_true", help="say what would be done, and do nothing; 'relfv doctor' also measures"
+    )
+
+
+def _request(args: argparse.Namespace) -> RunRequest:
+    from relfv.runs.manifest import recorded_run
+    from relfv.runs.plan import RunRequest
+
+    q_list = args.q_list or "all"
+    if args.config:
+        recorded, q_ids = recorded_run(args.config)
+        settings = settings_from(args, recorded, environment=False)
+        if settings.model != recorded.model and "dtype" not in args:  # the recorded one is that of its own model
+            settings = replace(settings, dtype="auto")
+        q_list = args.q_list or ",".join(q_ids)
+    else:
+        settings = settings_from(args)
+    return RunRequest(settings, q_ids_from(q_list), args.out_root, force=args.force, reuse_stepd=args.reuse_stepd)
+
+
+def run(args: argparse.Namespace) -> int:
+    from relfv.runs import run as of_all
+
+    return of_all.run(replace(_request(args), dry_run=args.dry_run))
+
+
+def doctor_flags(parser: argparse.ArgumentParser) -> None:
+    _request_flags(parser)
+    parser.add_argument("--json", action="store_true", help="print all that is found as JSON")
+
+
+def doctor(args: argparse.Namespace) -> int:
+    from relfv.runs import doctor as before_a_run
+
+    return before_a_run.doctor(_request(args), as_json=args.json)
+
+
+def compare_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "folders", type=path_flag, nargs="+", metavar="folder", help="all results, or a relation's; the first is what "
+        "the others are compared with"
+    )  # fmt: skip
+    parser.add_argument("--q_list", default="all", help="q_ids, separated by commas, or all that they share")
+    parser.add_argument(
+        "--out_dir", type=path_flag, default=Path("results_fv/comparison"), help="compare.csv, .svg and .html go here"
+    )
+
+
+def compare(args: argparse.Namespace) -> int:
+    from relfv.runs import compare as of_results
+
+    return of_results.compare(args.folders, q_ids_from(args.q_list), args.out_dir)
+
+
+def cross_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "folder", type=path_flag, nargs="?", default=DEFAULT_OUT_ROOT / SPEC_CSV.stem, help="a relation's results"
+    )
+    parser.add_argument("--q_list", default="all", help="q_ids, separated by commas, or all that are completed")
+
+
+def cross(args: argparse.Namespace) -> int:
+    from relfv.runs import cross as of_vectors
+
+    return of_vectors.cross(args.folder, q_ids_from(args.q_list), lambda base: settings_from(args, base))

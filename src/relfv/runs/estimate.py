@@ -1,0 +1,202 @@
+"""How long a run will take, and how much memory and disk, from one q_id that is run for it in a temporary folder.
+
+That q_id goes through every stage of ``relfv run``. On a fast device all its trials do, so that what is measured is
+what will happen; where that would take minutes, as few trials as fit in the time, and what grows with their number is
+scaled. The first trial runs by itself: it pays for what a process does but once.
+"""
+
+from __future__ import annotations
+
+import logging
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from relfv.report.page import write_report
+from relfv.runs.plan import Plan
+from relfv.runs.qid import run_step, work_on
+from relfv.stages import sweeps
+from relfv.stages.stage import Stage
+from relfv.stages.table import STAGES, steps
+from relfv.stages.trials import TRIALS
+from relfv.stages.zeroshot import ZERO_SHOT_TRIALS, evaluated
+from relfv.store.status import QidStatus
+
+if TYPE_CHECKING:
+    from relfv.language_model import LanguageModel
+
+log = logging.getLogger(__name__)
+
+_PATIENCE_S = 90.0
+"""For the measured q_id."""
+_PAGES_SHARE = 0.1
+"""Of the time, at most, goes into pages while a run goes on (runs/run.py)."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One q_id on its way through the stages."""
+
+    n_trials: int
+    n_eval: int
+    seconds: dict[str, float]
+    """By stage; of stages with a step for each layer all of them together."""
+    n_bytes: dict[str, int]
+    """Of the files of each stage."""
+    n_files: int
+    page_s: float
+    peak_bytes: int
+    """Memory of the device, with the model's."""
+
+    @property
+    def total_s(self) -> float:
+        return sum(self.seconds.values())
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of a whole run, its q_ids together."""
+
+    measured: Measured
+    q_id: str
+    seconds: float
+    seconds_opening: float
+    seconds_per_q_id: float
+    peak_bytes: int
+    device_bytes: int | None
+    """What a GPU has; None on the host."""
+    disk_bytes: int
+    n_files: int
+
+
+def estimate(plan: Plan, model: LanguageModel, n_eval: Mapping[str, int], opening_s: float) -> Estimate:
+    """Of the q_ids ``n_eval``, with the number of prompts that Step6 evaluates of each; ``opening_s`` is what was
+    spent until the model was open. What a stage raises passes through."""
+    n_trials = plan.request.settings.n_trials_per_q
+    q_id = sorted(n_eval, key=lambda one: n_eval[one])[len(n_eval) // 2]
+    opened_bytes, device_bytes = peak_bytes(model), _device_bytes(model)
+    first = measure(plan, model, q_id, 1)
+    again = measure(plan, model, q_id, 1) if first.total_s < _PATIENCE_S / 10 else first
+    share = min(1.0, _PATIENCE_S / _scaled(again, again.seconds, n_trials, n_eval[q_id]))
+    found = measure(plan, model, q_id, min(n_trials, max(2, int(n_trials * share))))
+    per_q_id = {one: _scaled(found, found.seconds, n_trials, count) for one, count in n_eval.items()}
+    together = sum(per_q_id.values())
+    seconds = opening_s + max(0.0, first.total_s - again.total_s) + together
+    seconds += found.page_s + min(found.page_s * len(n_eval), _PAGES_SHARE * together)
+    above = (found.peak_bytes - opened_bytes) * n_trials // found.n_trials
+    return Estimate(
+        measured=found,
+        q_id=q_id,
+        seconds=seconds,
+        seconds_opening=opening_s,
+        seconds_per_q_id=together / len(n_eval),
+        peak_bytes=min(opened_bytes + above, device_bytes or opened_bytes + above),
+        device_bytes=device_bytes,
+        disk_bytes=int(sum(_scaled(found, found.n_bytes, n_trials, count) for count in n_eval.values())),
+        n_files=found.n_files * len(n_eval),
+    )
+
+
+def _scaled(found: Measured, of_stages: Mapping[str, float], n_trials: int, n_eval: int) -> float:
+    """What of a q_id with these numbers of trials and evaluated prompts would be."""
+    factors = {stage.name: _factor(stage, n_trials / found.n_trials, n_eval / found.n_eval) for stage in STAGES}
+    return sum(amount * factors[name] for name, amount in of_stages.items())
+
+
+def _factor(stage: Stage, of_trials: float, of_eval: float) -> float:
+    """Work is done for each evaluated prompt where those are read, else for each trial where these are."""
+    if ZERO_SHOT_TRIALS in stage.reads:
+        return of_eval
+    return of_trials if TRIALS in (*stage.reads, *stage.writes) else 1.0
+
+
+def measure(plan: Plan, model: LanguageModel, q_id: str, n_trials: int) -> Measured:
+    """Run ``q_id`` with ``n_trials`` of its trials in a temporary folder that is gone afterwards."""
+    asked = replace(plan.request.settings, n_trials_per_q=n_trials)
+    log.info("measuring on %s with %d of %d trials", q_id, n_trials, plan.request.settings.n_trials_per_q)
+    with TemporaryDirectory() as folder, _in_silence():
+        there = replace(plan, folder=Path(folder) / "relation", request=replace(plan.request, settings=asked))
+        status = there.new_status(q_id)
+        status.expected_layers = list(range(model.arch.n_layers))
+        work = work_on(status, lambda: model, relation=plan.relations[q_id], csv_sha256=plan.csv_sha256)
+        wanted = steps(status.expected_layers, extras=asked.extras)
+        seconds: dict[str, float] = {}
+        _begin_peak(model)
+        for step in [*wanted, *([sweeps.STAGE.step()] if asked.sweeps else [])]:
+            work.settings = asked if step.stage is sweeps.STAGE else status.settings
+            began = time.monotonic()
+            run_step(work, step, status, write=False)
+            seconds[step.stage.name] = seconds.get(step.stage.name, 0.0) + time.monotonic() - began
+        status.set("completed")
+        began = time.monotonic()
+        write_report(there.folder)
+        page_s = time.monotonic() - began
+        return Measured(
+            n_trials,
+            len(work.once(evaluated).questions),
+            seconds,
+            _bytes_of_stages(status),
+            sum(path.is_file() for path in status.artifacts_dir.rglob("*")) + 1,  # and the q_id's log
+            page_s,
+            peak_bytes(model),
+        )
+
+
+@contextmanager
+def _in_silence() -> Iterator[None]:
+    """What a stage finds in few trials is no result; that it is still at work is said."""
+
+    def is_a_sign_of_life(record: logging.LogRecord) -> bool:
+        return "so far" in record.msg
+
+    loggers = [logging.getLogger(name) for name in ("relfv.runs.qid", "relfv.stages.trials")]
+    for logger in loggers:
+        logger.addFilter(is_a_sign_of_life)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(is_a_sign_of_life)
+
+
+def _bytes_of_stages(status: QidStatus) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for stage in STAGES:
+        for name, record in status.stages.items():
+            if name == stage.name or (stage.per_layer and name.startswith(stage.name)):
+                sizes = [(status.artifacts_dir / file).stat().st_size for file in record.files]
+                found[stage.name] = found.get(stage.name, 0) + sum(sizes)
+    return found
+
+
+# --- memory --------------------------------------------------------------------------------------------------------
+
+
+def _begin_peak(model: LanguageModel) -> None:
+    if model.backbone.device.type == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(model.backbone.device)
+
+
+def peak_bytes(model: LanguageModel) -> int:
+    """The most that the process has had of the device's memory: of a GPU since ``_begin_peak``, of the host ever."""
+    if model.backbone.device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_reserved(model.backbone.device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _device_bytes(model: LanguageModel) -> int | None:
+    if model.backbone.device.type != "cuda":
+        return None
+    import torch
+
+    return torch.cuda.get_device_properties(model.backbone.device).total_memory
