@@ -174,8 +174,8 @@ class _Visit:
             model = open_for(plan.request.settings)
             self._of_model(model)
             if n_eval:
-                self._estimate = estimate(plan, model, n_eval, stages, time.monotonic() - self._began)
-                self._of_estimate(plan, model, self._estimate, free)
+                self._estimate = found = estimate(plan, model, n_eval, stages, time.monotonic() - self._began)
+                self._of_estimate(plan, model, found, free)
 
     def _of_model(self, model: LanguageModel) -> None:
         facts = model.facts()
