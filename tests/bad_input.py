@@ -141,7 +141,7 @@ FLAG_ROWS = [
     Row("a name that is not UTF-8", "relfv run: error: argument --out_root: …: is not UTF-8; expected a name that is, so rename the file or folder (see relfv run --help)", flags=[("--out_root", "a\udcff")]),
     Row("the same for the model or the CSV", "--…: is not UTF-8; expected a name that is, so rename the file or folder", flags=[("--model", "a\udcff"), ("--relation_csv_path", "a\udcff")]),
     Row("a file name with a folder, or a NUL, in it", "--out_name …: expected a file name without a folder; it goes into --in_dir", command=("heatmap", "--in_dir", "$OUT"), flags=[("--out_name", "a\0b"), ("--out_name", "a/b")]),
-    Row("a terminal's escape in a flag", "relfv: error: unrecognized arguments: \\x1b[31m\\n\\u202e (see relfv --help)", flags=[("\x1b[31m\n\u202e",)]),
+    Row("a terminal's escape in a flag", "relfv run: error: unrecognized arguments: \\x1b[31m\\n\\u202e (see relfv run --help)", flags=[("\x1b[31m\n\u202e",)]),
     Row("a heatmap of no heads", "relfv heatmap: error: argument --topk: invalid value: …; expected a whole number from 1 to 100000 (see relfv heatmap --help)",
         command=("heatmap", "--in_dir", "$OUT"), flags=[(f"--topk={value}",) for value in ("0", "-1", "nan", "inf", "100001")]),
     Row("StepD of several q_ids", "--relation_q_list 'A1,B2': expected one q_id a run; relfv run does them all",

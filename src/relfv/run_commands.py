@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from relfv.flags import path_flag, q_ids_from, settings_from
+from relfv.flags import DEFAULTS, path_flag, q_ids_from, settings_from
 from relfv.settings import DEFAULT_OUT_ROOT, SPEC_CSV
 
 if TYPE_CHECKING:
@@ -48,15 +48,11 @@ def _request(args: argparse.Namespace) -> RunRequest:
     from relfv.runs.manifest import recorded_run
     from relfv.runs.plan import RunRequest
 
-    q_list = args.q_list or "all"
-    if args.config:
-        recorded, q_ids = recorded_run(args.config)
-        settings = settings_from(args, recorded, environment=False)
-        if settings.model != recorded.model and "dtype" not in args:  # the recorded one is that of its own model
-            settings = replace(settings, dtype="auto")
-        q_list = args.q_list or ",".join(q_ids)
-    else:
-        settings = settings_from(args)
+    recorded, q_ids = recorded_run(args.config) if args.config else (DEFAULTS, ["all"])
+    settings = settings_from(args, recorded, environment=not args.config)
+    if args.config and settings.model != recorded.model and "dtype" not in args:  # the recorded one is its own model's
+        settings = replace(settings, dtype="auto")
+    q_list = ",".join(q_ids) if args.q_list is None else args.q_list
     return RunRequest(settings, q_ids_from(q_list), args.out_root, force=args.force, reuse_stepd=args.reuse_stepd)
 
 

@@ -111,6 +111,17 @@ def test_results_of_another_experiment_are_refused_and_a_finished_one_has_nothin
     assert "opened" not in said.err
 
 
+def test_what_is_there_already_costs_nothing(
+    finished: Path, llama_path: Path, csv_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def n_bytes(out: Path, *more: str) -> int:
+        assert main(doctor(llama_path, csv_path, out, *more, "--json", "--q_list", "A1")) == 0
+        return said_in_json(capsys)["estimate"]["disk_bytes"]
+
+    whole, without = (n_bytes(tmp_path, *more) for more in ((), ("--reuse_stepd", str(finished.parent))))
+    assert 0 < n_bytes(finished.parent, "--k_sweep", "3") < without < whole
+
+
 def test_a_run_that_asks_for_too_many_heads_is_refused_before_weights_are_read(
     llama_path: Path, csv_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

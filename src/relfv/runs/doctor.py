@@ -21,7 +21,7 @@ from relfv.models.memory import available_bytes
 from relfv.runs.checks import Evidence, Level, Line, check_bos, check_relations
 from relfv.runs.plan import Plan, RunRequest, chosen_relations, make_plan
 from relfv.runs.qid import open_for
-from relfv.runs.rehearsal import REFUSED, needs_a_model, outline_for, what_would_happen
+from relfv.runs.rehearsal import REFUSED, needs_a_model, outline_for, stages_to_run, what_would_happen
 from relfv.runs.reuse import require_reusable
 from relfv.stages.zeroshot import evaluated_of
 from relfv.store.files import require_temporary_folder
@@ -97,16 +97,16 @@ class _Visit:
         if self._plan is None:
             return
         self._of_plan(self._plan)
+        todo = [q_id for q_id, said in self._would.items() if needs_a_model(said)]
+        if not todo:  # a run would not open the model either
+            return
         with self._caught("tokenizer"):
             self._of_tokenizer(self._plan)
         with self._caught("model"):
-            outline = outline_for(self._plan.request.settings)
-            self._of_outline(self._plan, outline)
-        todo = {q_id: said for q_id, said in self._would.items() if needs_a_model(said)}
-        if todo:
-            with self._caught("temporary files"):
-                require_temporary_folder()
-        if measuring and todo and not self.failed:
+            self._of_outline(self._plan, outline_for(self._plan.request.settings))
+        with self._caught("temporary files"):
+            require_temporary_folder()
+        if measuring and not self.failed:
             self._measure(self._plan, [of for of in self._evidence if of.relation.q_id in todo])
         else:
             self._disk(self._plan)
@@ -168,13 +168,14 @@ class _Visit:
             for of in todo
             if of.trials is not None
         }
+        stages = {q_id: stages_to_run(plan, q_id) for q_id in n_eval}
         free = available_bytes()
         with self._caught("model"):
             model = open_for(plan.request.settings)
             self._of_model(model)
             if n_eval:
-                self._estimate = estimate(plan, model, n_eval, time.monotonic() - self._began)
-                self._of_estimate(plan, model, self._estimate, free)
+                self._estimate = found = estimate(plan, model, n_eval, stages, time.monotonic() - self._began)
+                self._of_estimate(plan, model, found, free)
 
     def _of_model(self, model: LanguageModel) -> None:
         facts = model.facts()

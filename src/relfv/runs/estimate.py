@@ -12,6 +12,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,18 +76,29 @@ class Estimate:
     n_files: int
 
 
-def estimate(plan: Plan, model: LanguageModel, n_eval: Mapping[str, int], opening_s: float) -> Estimate:
-    """Of the q_ids ``n_eval``, with the number of prompts that Step6 evaluates of each; ``opening_s`` is what was
-    spent until the model was open. What a stage raises passes through."""
+def estimate(
+    plan: Plan,
+    model: LanguageModel,
+    n_eval: Mapping[str, int],
+    stages: Mapping[str, AbstractSet[str]],
+    opening_s: float,
+) -> Estimate:
+    """Of the q_ids ``n_eval``, with the number of prompts that Step6 evaluates of each, and of the ``stages`` that each
+    still has to run; ``opening_s`` is what was spent until the model was open. What a stage raises passes through."""
     n_trials = plan.request.settings.n_trials_per_q
     q_id = sorted(n_eval, key=lambda one: n_eval[one])[len(n_eval) // 2]
     opened_bytes, device_bytes = peak_bytes(model), _device_bytes(model)
     first = measure(plan, model, q_id, 1)
     again = measure(plan, model, q_id, 1) if first.total_s < _PATIENCE_S / 10 else first
     share = min(1.0, _PATIENCE_S / _scaled(again, again.seconds, n_trials, n_eval[q_id]))
-    found = measure(plan, model, q_id, min(n_trials, max(2, int(n_trials * share))))
-    per_q_id = {one: _scaled(found, found.seconds, n_trials, count) for one, count in n_eval.items()}
-    together = sum(per_q_id.values())
+    n = max(2, int(n_trials * share)) if again.total_s < _PATIENCE_S else 1
+    found = measure(plan, model, q_id, min(n, n_trials)) if n > 1 else again
+
+    def in_all(amounts: Mapping[str, float]) -> float:
+        still = [({name: amounts[name] for name in stages[one] & amounts.keys()}, n_eval[one]) for one in n_eval]
+        return sum(_scaled(found, of_stages, n_trials, count) for of_stages, count in still)
+
+    together = in_all(found.seconds)
     seconds = opening_s + max(0.0, first.total_s - again.total_s) + together
     seconds += found.page_s + min(found.page_s * len(n_eval), _PAGES_SHARE * together)
     above = (found.peak_bytes - opened_bytes) * n_trials // found.n_trials
@@ -98,7 +110,7 @@ def estimate(plan: Plan, model: LanguageModel, n_eval: Mapping[str, int], openin
         seconds_per_q_id=together / len(n_eval),
         peak_bytes=min(opened_bytes + above, device_bytes or opened_bytes + above),
         device_bytes=device_bytes,
-        disk_bytes=int(sum(_scaled(found, found.n_bytes, n_trials, count) for count in n_eval.values())),
+        disk_bytes=int(in_all(found.n_bytes)),
         n_files=found.n_files * len(n_eval),
     )
 

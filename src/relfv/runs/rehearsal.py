@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, cast
 
 from relfv.errors import InputError, RelfvError
 from relfv.runs.plan import Plan
-from relfv.runs.qid import has_extras, require_frozen_trials
+from relfv.runs.qid import has_extras, has_sweeps, require_frozen_trials, with_extras_of
 from relfv.settings import Settings
+from relfv.stages import sweeps
 from relfv.stages.cie import heads_to_sweep
-from relfv.stages.table import is_complete
+from relfv.stages.table import STEP_D, is_complete, not_done, steps
 from relfv.store.status import DamagedStatus
 
 if TYPE_CHECKING:
@@ -50,6 +52,22 @@ def outline_for(settings: Settings) -> Outline | None:
 def needs_a_model(said: str) -> bool:
     """Whether a q_id of which this was said would be computed on."""
     return not said.startswith((SKIPPED, _DONE, REFUSED))
+
+
+def stages_to_run(plan: Plan, q_id: str) -> frozenset[str]:
+    """The names of the stages that a run would come to, of a q_id that it would not refuse."""
+    asked, status = plan.request.settings, None
+    if not plan.request.force:
+        with suppress(DamagedStatus):
+            status = plan.status_with_results(q_id)
+    if status is None:
+        begun = {stage.name for stage in STEP_D} if plan.request.reuse_stepd else set()
+        wanted = {step.stage.name for step in steps([0], extras=asked.extras)} - begun
+    else:
+        status.settings = with_extras_of(status, asked)
+        wanted = {step.stage.name for step in not_done(status)}
+    swept = not asked.sweeps if status is None else has_sweeps(status, asked)
+    return frozenset(wanted if swept else {*wanted, sweeps.STAGE.name})
 
 
 def what_would_happen(plan: Plan, q_id: str) -> str:
