@@ -120,7 +120,7 @@ def _counted(folder: Path, q_list: str) -> Counter[str]:
 def test_a_q_id_makes_no_more_work_than_it_did(counts: dict[str, int]) -> None:
     print(counts)
     most = MOST | {_rows_of(stage): n for stage, n in MOST_ROWS.items()}
-    assert {what: n for what, n in counts.items() if n > most[what]} == {}
+    assert {what: n for what, n in counts.items() if n > most.get(what, 0)} == {}
 
 
 def test_every_count_is_a_count_of_something(counts: dict[str, int]) -> None:

@@ -94,7 +94,7 @@ def test_the_checks_and_injections_of_later_stages_shrink_on_their_own(
     status, n_eval = json.loads((artifacts / "qid_status.json").read_text()), len(distinct_queries(artifacts))
     assert status["trials_per_pass"] == {
         "stepD_cie": 3,
-        "stepE_heads": 3,
+        "stepE_heads": 6,
         "stepE": 25,
         "step6": n_eval,
         "step6_held_out": n_eval,
