@@ -23,11 +23,11 @@ VOCABULARY = 1163
 """Of the demo model."""
 MOST = {
     "passes over the decoder": 17,
-    "tokens embedded": 5221,
-    "rows through a block": 92_386,
-    "rows through the vocabulary": 14_000,
+    "tokens embedded": 5131,
+    "rows through a block": 81_016,
+    "rows through the vocabulary": 11_500,
     "texts encoded": 131,
-    "files read": 206,
+    "files read": 208,
     "files written": 69,
     "writes of qid_status.json": 15,
     "fsyncs": 128,
@@ -36,10 +36,10 @@ MOST = {
 MOST_ROWS = {
     "stepD_means": 25,
     "stepD_cie": 3279,
-    "stepE": 4800,
+    "stepE": 4775,
     "step6_layer_": 135,
-    "step6_controls": 6000,
-    "step6_answers": 200,
+    "step6_controls": 3225,
+    "step6_answers": 61,
 }
 """Of these the rows through the vocabulary by stage: in a model with a large one that is most of the work."""
 
@@ -120,7 +120,7 @@ def _counted(folder: Path, q_list: str) -> Counter[str]:
 def test_a_q_id_makes_no_more_work_than_it_did(counts: dict[str, int]) -> None:
     print(counts)
     most = MOST | {_rows_of(stage): n for stage, n in MOST_ROWS.items()}
-    assert {what: n for what, n in counts.items() if n > most[what]} == {}
+    assert {what: n for what, n in counts.items() if n > most.get(what, 0)} == {}
 
 
 def test_every_count_is_a_count_of_something(counts: dict[str, int]) -> None:

@@ -94,7 +94,7 @@ def test_the_checks_and_injections_of_later_stages_shrink_on_their_own(
     status, n_eval = json.loads((artifacts / "qid_status.json").read_text()), len(distinct_queries(artifacts))
     assert status["trials_per_pass"] == {
         "stepD_cie": 3,
-        "stepE_heads": 3,
+        "stepE_heads": 6,
         "stepE": 25,
         "step6": n_eval,
         "step6_held_out": n_eval,
@@ -111,7 +111,7 @@ def test_the_checks_and_injections_of_later_stages_shrink_on_their_own(
     with room_for(float("inf")) as seen:
         assert run(llama_path, csv_path, tmp_path) == 0
     assert (artifacts / "stepE_eval.json").read_bytes() == made
-    assert max(seen) == 25 * 4
+    assert max(seen) == 6 * (1 + 2 * 9)  # the top heads' patches: two heads a pass, eight groups and all trials each
 
 
 def test_no_room_for_a_single_trial_fails_the_q_id_and_says_what_helps(

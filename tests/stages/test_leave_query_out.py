@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from relfv.engine.arithmetic import logits
 from relfv.engine.clean import CleanRun, run_clean
 from relfv.engine.reference import ReferenceEngine
 from relfv.language_model import LanguageModel, open_model
@@ -67,6 +68,19 @@ def test_leaving_a_query_out_leaves_it_out_of_the_clean_mean_too(
     assert found.df == given_the_mean.df
     assert np.all(found.low < mean)
     assert np.all(mean < found.high)
+
+
+def test_over_the_likeliest_tokens_the_error_comes_out_the_same(
+    model: LanguageModel, clean: CleanRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_all = deltas(model, list(range(len(CLEAN))), mean_activations(clean))
+    exact, _ = with_error_of_means(model, asked(model, CORRUPTED), clean.activations, HEADS, of_all)
+    monkeypatch.setattr(logits, "_TILE_TOKENS", 16)
+    monkeypatch.setattr(logits, "N_LIKELIEST", len(model.arch.lm_head.weight) // 2)  # type: ignore[arg-type]
+    assert model.engine.over_likeliest_tokens() is not model.engine
+    brief, _ = with_error_of_means(model, asked(model, CORRUPTED), clean.activations, HEADS, of_all)
+    assert brief.se == pytest.approx(exact.se, rel=0.1)
+    assert brief.mean == pytest.approx(exact.mean)
 
 
 def test_where_all_clean_prompts_agree_the_mean_has_no_error_to_add(model: LanguageModel, clean: CleanRun) -> None:

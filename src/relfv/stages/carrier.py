@@ -51,9 +51,10 @@ def _as_written(controls: Mapping[str, Any], gap: Gap, effects: Mapping[str, np.
     layers = [str(layer) for layer in controls.get("compared_layers", controls["per_layer"])]
     best = int(np.nan_to_num(effects["as_written"].mean(0)).argmax())
     shares = {"as_written": gap.share(effects["as_written"], best)}
-    if "random_heads_as_written" in effects:
-        shares["random_heads_as_written"] = gap.share(effects["random_heads_as_written"][:, [best]], 0)
-    at_best = controls["per_layer"][layers[best]]
+    at_best, prompts = controls["per_layer"][layers[best]], controls["by_prompt"]
+    if "random_heads_as_written" in at_best:
+        reached = np.array(prompts["p_random_heads_as_written"][layers[best]], dtype=np.float64)
+        shares["random_heads_as_written"] = gap.share((reached - np.array(prompts["p_zero_shot"]))[:, None], 0)
     found = {
         name: {"layer": int(layers[best]), **_carrier(at_best[name], share, controls["by_prompt"])}
         for name, share in shares.items()

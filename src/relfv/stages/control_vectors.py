@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 N_DRAWS_OF_HEADS = 19
 """Of as many vectors and one more, the function vector is the best by chance in one case of twenty."""
 N_DIRECTIONS = 5
-_N_COMPARED = 6
+_N_COMPARED = 4
 """Layers at which the vector and random draws are compared: a draw costs less than all layers would, and twenty vectors
 that may each choose among the same few are as fair a comparison as if they chose among all."""
 
@@ -115,6 +115,8 @@ class Control:
     vector's best."""
     many: bool = False
     """Whether it is many draws, each of little weight: read out over the likeliest tokens where that is cheaper."""
+    rival_of: str = ""
+    """Another control, if it is added only where that one does best of the ``compared_layers``."""
 
 
 def _random_heads(ground: Ground) -> torch.Tensor | None:
@@ -192,6 +194,7 @@ CONTROLS = {
         "the vector as written of heads drawn like random_heads; mean over draws",
         random_heads_as_written,
         many=True,
+        rival_of="as_written",
     ),
 }
 """By name."""

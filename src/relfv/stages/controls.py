@@ -9,7 +9,7 @@ from relfv.stages.as_written import FV_AS_WRITTEN, describe, edit_at_once, parts
 from relfv.stages.cie import METRICS
 from relfv.stages.control_vectors import CONTROLS, Ground, candidate_vectors, compared_layers
 from relfv.stages.function_vector import FV, TOP_HEADS, heads_of
-from relfv.stages.judging import Tried, judge_candidates
+from relfv.stages.judging import Tried, best_layer, judge_candidates
 from relfv.stages.means import clean_run
 from relfv.stages.scores import measure_of, trial_scores
 from relfv.stages.stage import Finding, Stage, Work
@@ -65,33 +65,38 @@ def _compare(work: Work) -> str:
         "at_once": edit_at_once(work, ground),
     }
     work.write(CONTROLS_FILE, json_bytes(document), content=document)
-    n_vectors = sum(len(some.names) for some in found)
-    return f"{n_vectors} vectors, {len(found[-1].layers)} of {model.arch.n_layers} layers"
+    n_passes = sum(len(some.names) * len(some.layers) for some in found)
+    return f"{sum(len(some.names) for some in found)} vectors, {n_passes} edits of each prompt"
 
 
 def _try_all(work: Work, ground: Ground) -> tuple[list[Tried], dict[str, float]]:
     """Inject every control where it belongs, those of the same layers and read-out in one pass. -> what came of it, and
     the vectors' mean lengths by name."""
-    n_layers, best = work.model.arch.n_layers, work.read(STEP6_SUMMARY)["best_layer"]
-    few = sorted({*compared_layers(n_layers), best})
-    passes: dict[tuple[bool, bool], list[str]] = {}
+    n_layers, exact = work.model.arch.n_layers, work.model.engine
+    compared, brief = compared_layers(n_layers), exact.over_likeliest_tokens()
+    few = sorted({*compared, work.read(STEP6_SUMMARY)["best_layer"]})
+    passes: dict[tuple[str, str], list[str]] = {}
     for name, control in CONTROLS.items():
-        brief = control.many and work.model.engine is not work.model.engine.over_likeliest_tokens()
-        passes.setdefault((control.at_all_layers, brief), []).append(name)
+        kind = "step6_draws" if control.many and brief is not exact else "step6_controls"
+        kind = "step6_held_out" if control.at_all_layers else "step6_rivals" if control.rival_of else kind
+        passes.setdefault((kind, control.rival_of), []).append(name)
     tried, norms = [], {}
-    for (everywhere, brief), names in passes.items():
+    for (kind, rival_of), names in passes.items():
         candidates = candidate_vectors(ground, names)
-        if candidates.names:
-            layers = range(n_layers) if everywhere else few
-            added = [work.settings.alpha * part for part in candidates.at(layers)]
-            engine = work.model.engine.over_likeliest_tokens() if brief else work.model.engine
-            kind = "step6_held_out" if everywhere else "step6_draws" if brief else "step6_controls"
-            effects = engine.inject(
-                work.once(evaluated_prompts), added, layers, per_pass=work.trials_per_pass.get(kind)
-            )
-            work.trials_per_pass[kind] = effects.per_pass
-            tried.append(Tried(effects, layers, candidates.names))
-            norms |= candidates.norms()
+        if not candidates.names:
+            continue
+        layers = range(n_layers) if kind == "step6_held_out" else few
+        if rival_of:
+            layers = [best_layer(tried, rival_of, compared)]
+        effects = (exact if kind in ("step6_held_out", "step6_controls") else brief).inject(
+            work.once(evaluated_prompts),
+            [work.settings.alpha * part for part in candidates.at(layers)],
+            layers,
+            per_pass=work.trials_per_pass.get(kind),
+        )
+        work.trials_per_pass[kind] = effects.per_pass
+        tried.append(Tried(effects, layers, candidates.names))
+        norms |= candidates.norms()
     return tried, norms
 
 

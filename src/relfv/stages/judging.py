@@ -92,6 +92,13 @@ def judge_candidates(
     }
 
 
+def best_layer(tried: Sequence[Tried], name: str, layers: Sequence[int]) -> int:
+    """Where, of ``layers``, the vector of ``name`` reaches the largest mean P."""
+    some = next(some for some in tried if name in some.names)
+    of_name = mean_over_draws(some.effects, some.names)[name].mean(0)
+    return max(layers, key=lambda layer: (np.nan_to_num(of_name[[*some.layers].index(layer)]), -layer))
+
+
 def mean_over_draws(effects: Effects, names: Sequence[str], measure: str = "p") -> dict[str, np.ndarray]:
     """Name -> (prompt, layer): ``measure`` with the vector, over the draws of that name."""
     reached = by_layer(effects.edited.measure(measure), names)
