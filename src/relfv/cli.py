@@ -245,7 +245,9 @@ def _report_flags(parser: argparse.ArgumentParser) -> None:
 
 def _report(args: argparse.Namespace) -> int:
     from relfv.report.page import write_pages
+    from relfv.runs.naming import take_names_below
 
+    take_names_below(args.folder)
     show(write_pages(args.folder))
     return 0
 

@@ -52,6 +52,7 @@ def of_qid(folder: Path, status: QidStatus) -> dict[str, Any]:
     answers = if_there(ANSWERS)
     return {
         "q_id": status.q_id,
+        "name": status.name,
         "rows": status.q_row_count,
         "example_input": example.input,
         "example_output": example.output,

@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from relfv import __version__
 from relfv.errors import InputError, RelfvError
+from relfv.relations import called
 from relfv.report.content import cross_of, link, models_of, of_qid, run_of
 from relfv.report.table import find_statuses
 from relfv.stages.cross import CROSS
@@ -151,7 +152,7 @@ def _made_from(folder: Path) -> str:
 
 def _told(folder: Path, status: QidStatus) -> list[Any]:
     files = [record.files for record in status.stages.values()]
-    where = [status.q_id, status.status, status.reason, status.q_row_count]
+    where = [status.q_id, status.name, status.status, status.reason, status.q_row_count]
     return [*where, status.settings.to_json(), files, run_of(folder, status)]
 
 
@@ -204,7 +205,7 @@ def _of_relation(folder: Path) -> dict[str, Any]:
             if status.status == "completed":
                 completed.append(_shown_once(folder, status))
             else:
-                others.append({"q_id": status.q_id, "status": status.status, "reason": status.reason or ""})
+                others.append({"q_id": called(status.q_id, status.name), "status": status.status, "reason": status.reason or ""})
         except Exception as problem:
             said = str(problem) if isinstance(problem, RelfvError) else f"{type(problem).__name__}: {problem}"
             others.append({"q_id": artifacts_dir.parent.name, "status": "unreadable", "reason": said})

@@ -96,7 +96,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         map(
             printable,
             (
-                row["q_id"],
+                f"{row['q_id']} {row['name']}".rstrip(),
                 row["status"],
                 "" if row["rows"] is None else str(row["rows"]),
                 f"{row['best_layer']} of {row['n_layers']}" if best else "",
@@ -133,7 +133,7 @@ def _rows(root: Path) -> list[dict[str, Any]]:
 def _row(folder: Path) -> dict[str, Any]:
     q_id = folder.parent
     row: dict[str, Any] = {
-        "relation": q_id.absolute().parent.name, "q_id": q_id.absolute().name, "model": None, "status": "unreadable",
+        "relation": q_id.absolute().parent.name, "q_id": q_id.absolute().name, "name": "", "model": None, "status": "unreadable",
         "rows": None, "stage": None, "n_steps_done": None, "n_steps": None, "best_layer": None, "n_layers": None,
         "best_score": None, "accuracy": None, "whole_answers": None, "tells_answers_apart": None, "updated_at": None,
         "reason": "",
@@ -146,7 +146,7 @@ def _row(folder: Path) -> dict[str, Any]:
         said = str(problem) if isinstance(problem, RelfvError) else f"{type(problem).__name__}: {problem}"
         return {**row, "reason": said}
     row |= {
-        "q_id": status.q_id, "model": status.settings.model, "status": status.status, "rows": status.q_row_count,
+        "q_id": status.q_id, "name": status.name, "model": status.settings.model, "status": status.status, "rows": status.q_row_count,
         "updated_at": status.updated_at, "reason": status.reason or "", **best,
     }  # fmt: skip
     return row | _going_on(status) if status.status == "running" else row

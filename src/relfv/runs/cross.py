@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from relfv.errors import InputError, RelfvError
-from relfv.logs import Progress, show, showing
+from relfv.logs import show
 from relfv.models.sources import model_identity
 from relfv.models.stored import resolved
+from relfv.pace import Pace
+from relfv.progress import at_work, headed
 from relfv.report.page import write_report
 from relfv.report.table import find_statuses
 from relfv.runs.qid import open_for, work_on
@@ -171,14 +173,15 @@ class _Crossing:
         if not todo:
             self._write_if_changed()
             return
-        model, progress = opened(), Progress(len(todo))
-        with showing(progress):
+        model, pace = opened(), Pace(len(todo))
+        with headed(pace.heading):
             for q_id in todo:
-                progress.begin()
-                self._targets[q_id] = self._judged(model, q_id)
+                pace.begin()
+                with at_work(q_id, "every vector on its prompts", pace.begin_stage(""), unit="prompts"):
+                    self._targets[q_id] = self._judged(model, q_id)
                 self._write()
-                log.info("%s in %.1f s: %s", q_id, progress.seconds(), self._targets[q_id]["verdict"])
-                progress.end()
+                log.info("%s in %.1f s: %s", q_id, pace.seconds(), self._targets[q_id]["verdict"])
+                pace.end()
         log.info("%s", self._document()["verdict"])
 
     def _found(self) -> dict[str, Any] | None:

@@ -66,6 +66,7 @@ def run_step_d(settings: Settings, q_id: str, out_base_dir: Path) -> int:
         status = _begun(folder, settings, fields) or QidStatus(
             folder.artifacts, q_id, settings, fields, q_row_count=len(relation.pairs)
         )
+        status.name = relation.name
         if model is None:
             log.info("%s skipped: %s", q_id, reason)
             status.set("pending")

@@ -125,4 +125,5 @@ STAGE = Stage(
     writes=(ANSWERS,),
     settings=(*MODEL_SETTINGS, "alpha", "n_eval", "allow_query_duplicates"),
     extra=True,
+    share=0.05,
 )

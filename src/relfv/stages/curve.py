@@ -30,4 +30,5 @@ STAGE = Stage(
     _draw,
     reads=(STEP6_SUMMARY, STEP_E_EVAL, EVAL_SUMMARY, EVAL_META),
     writes=(CURVE,),
+    share=0.02,
 )

@@ -28,4 +28,5 @@ STAGE = Stage(
     reads=(AIE,),
     writes=(HEATMAP,),
     settings=("score_key", "topk"),
+    share=0.02,
 )

@@ -111,4 +111,5 @@ STAGE = Stage(
     reads=(TRIALS,),
     writes=(ZERO_SHOT_TRIALS,),
     agrees=_agrees,
+    share=0.01,
 )
