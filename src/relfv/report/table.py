@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from itertools import groupby
 from pathlib import Path
@@ -47,23 +47,31 @@ def status_json(root: Path) -> str:
 
 
 def status_table(root: Path) -> str:
-    """One row a q_id under its relation and model, no line wider than the terminal: reasons stand below, wrapped.
-    Raises InputError if there is nothing below ``root``."""
+    """One row a q_id under its relation and model, no line wider than the terminal: reasons stand below, wrapped, and
+    so do names where some has no room beside its q_id. Raises InputError if there is nothing below ``root``."""
     width = max(_NARROWEST, shutil.get_terminal_size().columns)
     rows = _rows(root)
-    cells = [_HEADER, *map(_cells, rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(_HEADER))]
+    widths = _widths(map(_cells_with_name, rows))
+    beside = sum(widths) + 2 * len(widths[1:]) <= width
+    shown = _cells_with_name if beside else _cells
+    widths = _widths(map(shown, rows))
     widths[0] = max(6, min(widths[0], width - sum(widths[1:]) - 2 * len(widths[1:])))
     lines = [_line(_HEADER, widths)]
     for (relation, model), group in groupby(rows, key=lambda row: (row["relation"], row["model"])):
         lines += _wrapped(f"{relation}: {model or 'model not known'}", width, "")
         for row in group:
-            lines += [_line(_cells(row), widths), *_wrapped(row["reason"], width, _INDENT)]
+            below = [] if beside else _wrapped(row["name"], width, _INDENT)
+            lines += [_line(shown(row), widths), *below, *_wrapped(row["reason"], width, _INDENT)]
     if any(row["whole_answers"] for row in rows if row["tells_answers_apart"] is False):
         lines += _wrapped(_WHOLE, width, "")
     states = [row["status"] for row in rows]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     return "\n".join([*lines, "", counts])
+
+
+def _widths(rows: Iterable[tuple[str, ...]]) -> list[int]:
+    cells = [_HEADER, *rows]
+    return [max(len(row[i]) for row in cells) for i in range(len(_HEADER))]
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
@@ -96,7 +104,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         map(
             printable,
             (
-                f"{row['q_id']} {row['name']}".rstrip(),
+                row["q_id"],
                 row["status"],
                 "" if row["rows"] is None else str(row["rows"]),
                 f"{row['best_layer']} of {row['n_layers']}" if best else "",
@@ -106,6 +114,11 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
             ),
         )
     )
+
+
+def _cells_with_name(row: dict[str, Any]) -> tuple[str, ...]:
+    q_id, *rest = _cells(row)
+    return (f"{q_id} {printable(row['name'])}".rstrip(), *rest)
 
 
 def _age(updated_at: str | None) -> str:
@@ -133,10 +146,10 @@ def _rows(root: Path) -> list[dict[str, Any]]:
 def _row(folder: Path) -> dict[str, Any]:
     q_id = folder.parent
     row: dict[str, Any] = {
-        "relation": q_id.absolute().parent.name, "q_id": q_id.absolute().name, "name": "", "model": None, "status": "unreadable",
-        "rows": None, "stage": None, "n_steps_done": None, "n_steps": None, "best_layer": None, "n_layers": None,
-        "best_score": None, "accuracy": None, "whole_answers": None, "tells_answers_apart": None, "updated_at": None,
-        "reason": "",
+        "relation": q_id.absolute().parent.name, "q_id": q_id.absolute().name, "name": "", "model": None,
+        "status": "unreadable", "rows": None, "stage": None, "n_steps_done": None, "n_steps": None, "best_layer": None,
+        "n_layers": None, "best_score": None, "accuracy": None, "whole_answers": None, "tells_answers_apart": None,
+        "updated_at": None, "reason": "",
     }  # fmt: skip
     try:
         status = read_status(folder)
@@ -146,8 +159,8 @@ def _row(folder: Path) -> dict[str, Any]:
         said = str(problem) if isinstance(problem, RelfvError) else f"{type(problem).__name__}: {problem}"
         return {**row, "reason": said}
     row |= {
-        "q_id": status.q_id, "name": status.name, "model": status.settings.model, "status": status.status, "rows": status.q_row_count,
-        "updated_at": status.updated_at, "reason": status.reason or "", **best,
+        "q_id": status.q_id, "name": status.name, "model": status.settings.model, "status": status.status,
+        "rows": status.q_row_count, "updated_at": status.updated_at, "reason": status.reason or "", **best,
     }  # fmt: skip
     return row | _going_on(status) if status.status == "running" else row
 

@@ -85,9 +85,7 @@ class Plan:
         rows = rows_sha256(relation, settings.corruption)
         fields = fingerprint_fields(settings, rows_sha256=rows, model_identity=self.model_identity)
         n_rows = len(relation.pairs)
-        return QidStatus(
-            self.artifacts_dir(q_id), q_id, settings, fields, q_row_count=n_rows, name=relation.name
-        )
+        return QidStatus(self.artifacts_dir(q_id), q_id, settings, fields, q_row_count=n_rows, name=relation.name)
 
     def status_on_disk(self, q_id: str) -> QidStatus | None:
         """The status in the q_id's folder. Raises DamagedStatus if results lie there that no status vouches for."""

@@ -242,7 +242,13 @@ def _require_sound(status: QidStatus, recorded_fingerprint: str) -> None:
     fields, config = status.fingerprint_fields, status.settings.to_json()
     promised = [(record.files, record.inputs) for record in status.stages.values()]
     hashes = [item for one in [*(d for pair in promised for d in pair), status.other_files] for item in one.items()]
-    words = [status.created_at, status.updated_at, status.reason or "", status.name, *(r.status for r in status.stages.values())]
+    words = [
+        status.created_at,
+        status.updated_at,
+        status.reason or "",
+        status.name,
+        *(r.status for r in status.stages.values()),
+    ]
     faults = {
         f"the status is {status.status!r}": status.status not in get_args(State),
         "the fingerprint is not that of its fields": recorded_fingerprint != fingerprint(fields),
