@@ -22,6 +22,7 @@ from relfv.models.sources import model_identity
 from relfv.models.stored import resolved
 from relfv.pace import Pace
 from relfv.progress import at_work, headed
+from relfv.relations import called
 from relfv.report.page import write_report
 from relfv.report.table import find_statuses
 from relfv.runs.qid import open_for, work_on
@@ -233,7 +234,8 @@ class _Crossing:
 
     def _write(self) -> None:
         document = self._document()
-        figure = _figure(document)
+        names = {q_id: status.name for q_id, status in self._statuses.items()}
+        figure = _figure(document, names, next(iter(self._statuses.values())).settings)
         # The manifest and the page of a run lie in the same folder: one writer at a time.
         with sole_writer(self._folder):
             if self._in_the_way:
@@ -248,8 +250,8 @@ class _Crossing:
             self._write()
 
 
-def _figure(document: Mapping[str, Any]) -> bytes:
-    from relfv.figures import cross_png
+def _figure(document: Mapping[str, Any], names: Mapping[str, str], settings: Settings) -> bytes:
+    from relfv.figures import caption, cross
 
     q_ids, targets = document["q_ids"], document["targets"]
     layers = {q_id: entry["best_layer"] for q_id, entry in targets.items()}
@@ -258,4 +260,5 @@ def _figure(document: Mapping[str, Any]) -> bytes:
         if target in targets:
             row = targets[target]["per_layer"][str(layers[target])]
             delta_p[i] = [row[source]["mean_delta_p"] for source in q_ids]
-    return cross_png(q_ids, layers, delta_p)
+    shown = [called(q_id, names[q_id]) for q_id in q_ids]
+    return cross(shown, [layers.get(q_id) for q_id in q_ids], delta_p, caption(settings)).to_bytes()

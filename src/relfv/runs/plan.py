@@ -12,6 +12,7 @@ from relfv.models.sources import model_identity
 from relfv.models.stored import resolved
 from relfv.progress import at_work
 from relfv.relations import file_sha256, load_relations, relation_name, require_q_ids, rows_sha256
+from relfv.runs.figure import has_figures
 from relfv.runs.manifest import MANIFEST
 from relfv.runs.qid import has_extras, has_sweeps
 from relfv.settings import Settings, differences, fingerprint_fields
@@ -132,7 +133,7 @@ class Plan:
         if status is None or status.status != "completed" or not is_complete(status):
             return False
         asked = self.request.settings
-        return has_extras(status, asked) and has_sweeps(status, asked)
+        return has_extras(status, asked) and has_sweeps(status, asked) and has_figures(status, asked)
 
 
 def make_plan(request: RunRequest) -> Plan:

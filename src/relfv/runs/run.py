@@ -20,6 +20,7 @@ from relfv.pace import Pace
 from relfv.progress import at_work, counted, headed
 from relfv.relations import called, named
 from relfv.report.page import is_up_to_date, page_path, write_report
+from relfv.runs.figure import add_figures
 from relfv.runs.manifest import model_description, run_description, sound_manifest, write_manifest
 from relfv.runs.naming import take_names
 from relfv.runs.plan import Plan, RunRequest, make_plan, require_same_experiment
@@ -277,6 +278,7 @@ def _run_locked(plan: Plan, status: QidStatus, model: LanguageModel, pace: Pace)
                 run_qid(status, work)
             complete = True
             add_sweeps(status, work, plan.request.settings)
+            add_figures(status, work, plan.request.settings)
         except TooLong as problem:
             if status.status == "skipped":
                 log.warning("%s skipped: %s", q_id, problem)
@@ -287,7 +289,7 @@ def _run_locked(plan: Plan, status: QidStatus, model: LanguageModel, pace: Pace)
             log.error("%s failed: %s", q_id, in_words(problem))
             log.debug("traceback", exc_info=not isinstance(problem, RelfvError))
             if complete:
-                log.warning("%s: only its sweeps are missing; everything else is complete", q_id)
+                log.warning("%s: only sweeps or figures are missing; everything else is complete", q_id)
             return "failed"
         except BaseException:  # SIGINT or SIGTERM
             log.warning("%s interrupted; what was finished is on disk, and the same command goes on from there", q_id)

@@ -115,7 +115,7 @@ def run_heatmap(in_dir: Path, metric: str, topk: int, out_name: str | None) -> i
         return replace(base, score_key=metric, topk=topk)
 
     if status is None:
-        run_step(_loose_work(folder, overlay(Settings())), heatmap.STAGE.step())
+        run_step(_loose_work(folder, overlay(Settings(model=""))), heatmap.STAGE.step())
     elif out != QidFolder(in_dir, q_id).path(HEATMAP):
         # No stage, but what is being written in a q_id's folder can only be read under its lock.
         with noted(folder, out):
