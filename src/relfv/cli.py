@@ -13,7 +13,7 @@ from typing import Any
 
 from relfv import __version__
 from relfv.errors import InputError, RelfvError
-from relfv.figure_command import figure, figure_flags
+from relfv.figure_command import FIGURE_HELP, figure, figure_flags
 from relfv.flags import DEFAULTS, add_setting, path_flag, q_ids_from, settings_from, whole_number
 from relfv.logs import drop_output, printable, set_up_logging, shortened, show
 from relfv.settings import DEFAULT_OUT_ROOT, FLAGS, MAX_SEED, MOST, SCORE_KEYS, SPEC_CSV
@@ -214,11 +214,16 @@ def _step6(args: argparse.Namespace) -> int:
 def _status_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out_root", type=path_flag, nargs="?", default=DEFAULT_OUT_ROOT, help="results folder")
     parser.add_argument("--json", action="store_true", help="print all that is known of every q_id as JSON")
+    parser.add_argument("--watch", action="store_true", help="again every 5 s, until no run is at work there")
 
 
 def _status(args: argparse.Namespace) -> int:
     from relfv.report.table import status_json, status_table
+    from relfv.report.watch import watch
 
+    if args.watch and not args.json:
+        watch(args.out_root, every_s=5.0)
+        return 0
     show(status_json(args.out_root) if args.json else status_table(args.out_root))
     return 0
 
@@ -285,11 +290,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Comma
     "status": ("Say where every q_id stands.", _status_flags, _status),
     "verify": ("Check that results are complete, undamaged and agree; no model is opened.", _verify_flags, _verify),
     "report": ("Make the page of every relation of a results folder again.", _report_flags, _report),
-    "figure": (
-        "Draw heatmaps or injection curves again: another size, format or metric, or several q_ids side by side.",
-        figure_flags,
-        figure,
-    ),
+    "figure": (FIGURE_HELP, figure_flags, figure),
     "stepd": ("StepD of one q_id: trials, mean activations, effect of every head.", _step_d_flags, _step_d),
     "heatmap": ("Heatmap of layers x heads from StepD's scores.", _heatmap_flags, _heatmap),
     "stepe": ("StepE: top heads and function vector, and the zero-shot snapshot.", _step_e_flags, _step_e),

@@ -9,6 +9,7 @@ from relfv.errors import InputError
 from relfv.flags import path_flag, q_ids_from, whole_number
 from relfv.settings import DEFAULT_OUT_ROOT, MOST, SCORE_KEYS, SPEC_CSV
 
+FIGURE_HELP = "Draw heatmaps or injection curves again: another size, format or metric, or several q_ids side by side."
 _CURVE_METRICS = ("p", "acc")
 _LARGEST_IN = 100.0
 

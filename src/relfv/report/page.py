@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from relfv import __version__
 from relfv.errors import InputError, RelfvError
+from relfv.logs import printable
 from relfv.relations import called
 from relfv.report.content import cross_of, link, models_of, of_qid, run_of
 from relfv.report.table import find_statuses
@@ -90,6 +91,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )  # fmt: skip
     environment.filters["percent"] = lambda share: f"{round(100 * share) + 0}%"
+    environment.filters["visible"] = lambda token: printable(token.replace("\n", "⏎").replace(" ", "·"))
     return environment
 
 

@@ -14,13 +14,14 @@ from typing import Any
 
 from relfv.errors import InputError, RelfvError
 from relfv.logs import printable
+from relfv.progress import duration
 from relfv.stages.caveats import tells_apart
 from relfv.stages.step6_summary import STEP6_SUMMARY
 from relfv.stages.summary import SUMMARY
 from relfv.stages.table import steps
 from relfv.store.folder import QidFolder, was_moved_aside
 from relfv.store.locks import held_by
-from relfv.store.status import STATUS_FILE, QidStatus, read_status
+from relfv.store.status import STATUS_FILE, QidStatus, now, read_status
 
 _HEADER = ("q_id", "status", "rows", "best layer", "score", "accuracy", "age")
 _WHOLE = "* whole answers right: the scored tokens of these q_ids do not tell their answers apart"
@@ -66,7 +67,8 @@ def status_table(root: Path) -> str:
         lines += _wrapped(_WHOLE, width, "")
     states = [row["status"] for row in rows]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    return "\n".join([*lines, "", counts])
+    left = [row["seconds_left"] for row in rows if row["seconds_left"] is not None]
+    return "\n".join([*lines, "", counts + (f"; about {duration(sum(left))} left" if left else "")])
 
 
 def _widths(rows: Iterable[tuple[str, ...]]) -> list[int]:
@@ -140,7 +142,19 @@ def _rows(root: Path) -> list[dict[str, Any]]:
     folders = find_statuses(root)
     if not folders:
         raise InputError(f"{root}: no {STATUS_FILE} here or below; expected the folder that relfv run wrote to")
-    return [_row(folder) for folder in folders]
+    rows = [_row(folder) for folder in folders]
+    for _, group in groupby(rows, key=lambda row: (row["relation"], row["model"])):
+        _add_time_left(list(group))
+    return rows
+
+
+def _add_time_left(rows: Sequence[dict[str, Any]]) -> None:
+    """Of one relation and model: what its completed q_ids took says what the others will, while a run goes."""
+    took = [row["seconds"] for row in rows if row["status"] == "completed" and row["seconds"]]
+    if took and any(row["status"] == "running" and row["reason"] != _GONE for row in rows):
+        for row in rows:
+            if row["status"] in ("running", "pending"):
+                row["seconds_left"] = round(max(0.0, sum(took) / len(took) - (row["seconds"] or 0.0)), 1)
 
 
 def _row(folder: Path) -> dict[str, Any]:
@@ -149,20 +163,29 @@ def _row(folder: Path) -> dict[str, Any]:
         "relation": q_id.absolute().parent.name, "q_id": q_id.absolute().name, "name": "", "model": None,
         "status": "unreadable", "rows": None, "stage": None, "n_steps_done": None, "n_steps": None, "best_layer": None,
         "n_layers": None, "best_score": None, "accuracy": None, "whole_answers": None, "tells_answers_apart": None,
-        "updated_at": None, "reason": "",
+        "updated_at": None, "seconds": None, "seconds_left": None, "reason": "",
     }  # fmt: skip
     try:
         status = read_status(folder)
         assert status is not None
-        best = _best(status)
+        best, seconds = _best(status), _seconds(status)
     except Exception as problem:  # whatever one folder holds, the others get their row
         said = str(problem) if isinstance(problem, RelfvError) else f"{type(problem).__name__}: {problem}"
         return {**row, "reason": said}
     row |= {
         "q_id": status.q_id, "name": status.name, "model": status.settings.model, "status": status.status,
-        "rows": status.q_row_count, "updated_at": status.updated_at, "reason": status.reason or "", **best,
+        "rows": status.q_row_count, "updated_at": status.updated_at, "seconds": seconds,
+        "reason": status.reason or "", **best,
     }  # fmt: skip
     return row | _going_on(status) if status.status == "running" else row
+
+
+def _seconds(status: QidStatus) -> float:
+    """That its stages took, or have taken so far."""
+    ends = [(record.started_at, record.finished_at or now()) for record in status.stages.values()]
+    return round(
+        sum((datetime.fromisoformat(end) - datetime.fromisoformat(start)).total_seconds() for start, end in ends), 1
+    )
 
 
 def _going_on(status: QidStatus) -> dict[str, Any]:
