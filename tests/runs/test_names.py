@@ -59,7 +59,7 @@ def test_a_finished_folder_takes_a_new_name_without_computing_anything(
     assert contents(folder / "A1/artifacts") == before
     assert status(folder, "A1")["name"] == NAMES["A1"]
     page = page_path(folder).read_text()
-    assert "animal -&gt; &lt;its&gt; young" in page
+    assert "animal → &lt;its&gt; young" in page
     assert "<its>" not in page
     monkeypatch.setenv("COLUMNS", "120")
     assert "A1 animal -> <its> young  completed" in status_table(folder)
@@ -70,7 +70,7 @@ def test_a_finished_folder_takes_a_new_name_without_computing_anything(
     with_names(csv_path, named_csv, {"A1": "quite another"})
     assert main(command) == 0
     assert "quite another" in page_path(folder).read_text()
-    assert "place -&gt;" not in page_path(folder).read_text()
+    assert "place →" not in page_path(folder).read_text()
     capsys.readouterr()
 
 
@@ -83,7 +83,7 @@ def test_a_report_made_again_has_the_names_that_the_csv_has_now(
         with_names(csv_path, tmp_path / "named.csv", NAMES)
         csv_path.write_bytes((tmp_path / "named.csv").read_bytes())
         assert main(["report", str(folder)]) == 0
-        assert "place -&gt; where it is" in page_path(folder).read_text()
+        assert "place → where it is" in page_path(folder).read_text()
         # Rows that are others by now are another relation, whatever it is called.
         csv_path.write_text("id,ex_A,ex_B,name\nA1,one,two,counting words\n")
         assert main(["report", str(folder)]) == 0

@@ -54,7 +54,7 @@ def of_qid(folder: Path, status: QidStatus) -> dict[str, Any]:
     answers = if_there(ANSWERS)
     return {
         "q_id": status.q_id,
-        "name": status.name,
+        "name": with_arrow(status.name),
         "rows": status.q_row_count,
         "example_input": example.input,
         "example_output": example.output,
@@ -88,6 +88,11 @@ def of_qid(folder: Path, status: QidStatus) -> dict[str, Any]:
         "files": [(file.named(status.q_id), link(folder, qid.path(file))) for file in _LINKED if qid.has(file)]
         + [(STATUS_FILE, link(folder, status.path))],
     }
+
+
+def with_arrow(name: str) -> str:
+    """One sign, which a line's end cannot break."""
+    return name.replace("->", "→")
 
 
 def _share(summary: dict[str, Any] | None) -> dict[str, Any]:

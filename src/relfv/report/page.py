@@ -16,7 +16,7 @@ from relfv import __version__
 from relfv.errors import InputError, RelfvError
 from relfv.logs import printable
 from relfv.relations import called
-from relfv.report.content import cross_of, link, models_of, of_qid, run_of
+from relfv.report.content import cross_of, link, models_of, of_qid, run_of, with_arrow
 from relfv.report.table import find_statuses
 from relfv.stages.cross import CROSS
 from relfv.store.files import read_bytes, require_no_links, sha256_bytes, sha256_file, write_atomic
@@ -208,7 +208,11 @@ def _of_relation(folder: Path) -> dict[str, Any]:
                 completed.append(_shown_once(folder, status))
             else:
                 others.append(
-                    {"q_id": called(status.q_id, status.name), "status": status.status, "reason": status.reason or ""}
+                    {
+                        "q_id": called(status.q_id, with_arrow(status.name)),
+                        "status": status.status,
+                        "reason": status.reason or "",
+                    }
                 )
         except Exception as problem:
             said = str(problem) if isinstance(problem, RelfvError) else f"{type(problem).__name__}: {problem}"

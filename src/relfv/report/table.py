@@ -182,10 +182,9 @@ def _row(folder: Path) -> dict[str, Any]:
 
 def _seconds(status: QidStatus) -> float:
     """That its stages took, or have taken so far."""
-    ends = [(record.started_at, record.finished_at or now()) for record in status.stages.values()]
-    return round(
-        sum((datetime.fromisoformat(end) - datetime.fromisoformat(start)).total_seconds() for start, end in ends), 1
-    )
+    at = datetime.fromisoformat
+    took = [at(record.finished_at or now()) - at(record.started_at) for record in status.stages.values()]
+    return round(sum(one.total_seconds() for one in took), 1)
 
 
 def _going_on(status: QidStatus) -> dict[str, Any]:
