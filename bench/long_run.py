@@ -59,7 +59,7 @@ def many(n: int, path: Path) -> None:
     with Path(SPEC_CSV).open(encoding="utf-8", newline="") as file:
         rows: dict[str, list[list[str]]] = defaultdict(list)
         for q_id, *pair in list(csv.reader(file))[1:]:
-            rows[q_id].append(pair)
+            rows[q_id].append(pair[:2])
     relations = [pairs for pairs in rows.values() if len(pairs) >= 10]
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)

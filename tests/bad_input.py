@@ -107,6 +107,9 @@ CSV_ROWS = [
             ("what --force calls a folder", "Q1.replaced-x", "relfv gives to files beside the q_ids' folders"),
         ]
     ),
+    Row("a relation with two names", "$CSV: 2 problem(s): line 3, 4: A1 is named 'young' here and 'its young' further up; expected one name for all rows of a q_id, or none, so correct one of them", csv="id,ex_A,ex_B,name\nA1,dog,puppy,its young\nA1,cat,kitten,young\nA1,cow,calf,young\nA1,owl,owlet,\n"),
+    Row("a name of several lines", "$CSV: 1 problem(s): line 2: the name of A1 is 'its\\nyoung'...; expected a few words on one line, at most 100 characters, none of them a control character", csv='id,ex_A,ex_B,name\nA1,dog,puppy,"its\nyoung"\n'),
+    Row("two columns of names", "$CSV: line 1: 2 columns are called name; expected one, or none", csv="id,ex_A,ex_B,name,Name\nA1,dog,puppy,a,b\n"),
     Row("many bad rows", "$CSV: 13 problem(s): line 2, 3, 4, 5, 6, 7, 8, 9, 10, 11: 2 columns, expected 3 (quote words that contain the separator); and 3 more", csv=HEADER + "Q1,a\n" * 13),
     Row("a file name that gives no folder name", "$CSV: its results would go into a folder '..'; expected a file name that does not start with a dot and has no control characters, so rename the file", csv_name="...csv"),
     Row("a file name that steers a terminal", "…: its results would go into a folder 'a\\x1b[31mb'; expected a file name that does not start with a dot and has no control characters, so rename the file", csv_name="a\x1b[31mb.csv"),

@@ -63,7 +63,7 @@ def said_lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
     assert "Traceback" not in text
     lines = text.splitlines()
     assert all(line.isprintable() for line in lines)
-    return [re.sub(r"^\d\d:\d\d:\d\d ", "", line) for line in lines]
+    return [re.sub(r"^\S+ \d\d:\d\d:\d\d ", "", line) for line in lines]
 
 
 @pytest.mark.parametrize(("row", "flags"), cases([*CSV_ROWS, *FLAG_ROWS, *MODEL_ROWS]))

@@ -29,6 +29,7 @@ OTHER = {
 NO_CHOICE = {"model_spec"}
 """The checkpoint has one family; another is refused as such."""
 NOT_COUNTED = {
+    "figure_formats",
     "model",
     "device",
     "relation_csv_path",

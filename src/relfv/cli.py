@@ -16,6 +16,7 @@ from typing import Any
 from relfv import __version__, run_commands, stage_commands
 from relfv.errors import RelfvError
 from relfv.examples import EXAMPLES
+from relfv.figure_command import FIGURE_HELP, figure, figure_flags
 from relfv.flags import add_setting, path_flag, whole_number
 from relfv.logs import drop_output, set_up_logging, show
 from relfv.parsing import Parser
@@ -118,11 +119,16 @@ def _place(args: argparse.Namespace) -> Path:
 def _status_flags(parser: argparse.ArgumentParser) -> None:
     _add_place(parser, "results folder")
     parser.add_argument("--json", action="store_true", help="print all that is known of every q_id as JSON")
+    parser.add_argument("--watch", action="store_true", help="again every 5 s, until no run is at work there")
 
 
 def _status(args: argparse.Namespace) -> int:
     from relfv.report.table import status_json, status_table
+    from relfv.report.watch import watch
 
+    if args.watch and not args.json:
+        watch(_place(args), every_s=5.0)
+        return 0
     show(status_json(_place(args)) if args.json else status_table(_place(args)))
     return 0
 
@@ -148,7 +154,9 @@ def _report_flags(parser: argparse.ArgumentParser) -> None:
 
 def _report(args: argparse.Namespace) -> int:
     from relfv.report.page import write_pages
+    from relfv.runs.naming import take_names_below
 
+    take_names_below(args.folder)
     show(write_pages(args.folder))
     return 0
 
@@ -227,6 +235,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Comma
     "status": ("Say where every q_id stands.", _status_flags, _status),
     "verify": ("Check that results are complete, undamaged and agree; no model is opened.", _verify_flags, _verify),
     "report": ("Make the page of every relation of a results folder again.", _report_flags, _report),
+    "figure": (FIGURE_HELP, figure_flags, figure),
     "import": ("Make a relation CSV of other projects' word pairs.", _import_flags, _import),
     "stepd": (
         "StepD of one q_id: trials, mean activations, effect of every head.",

@@ -1,20 +1,21 @@
-"""The two figures of a q_id and the one across q_ids, as PNG bytes. Numbers come from artifacts; nothing is computed
-from a model here."""
+"""The figures: heatmap and injection curve of a q_id, both of many q_ids side by side, and vectors across q_ids.
+
+Numbers come from artifacts; nothing is computed from a model here. Every function gives a ``Canvas``, to be written as
+PNG, SVG or PDF. Colours are blue for less and red for more, told apart by colour-blind readers, with white at zero.
+"""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.collections import PolyCollection
-from matplotlib.colors import TwoSlopeNorm
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
+from relfv.canvas import Canvas, cut, text_width
+from relfv.panels import TICK, Page, axes, bar_width, colour_bar, colours_of, columns_for, tick_below, tick_beside
+from relfv.settings import Settings
+from relfv.ticks import whole_ticks
 from relfv.types import ScoredHead
 
 _WITH, _WITHOUT, _CLEAN = "#b2182b", "#4d4d4d", "#2166ac"
@@ -23,153 +24,226 @@ _LABELS = {
     "mean_delta_logit": "mean change in the answer's logit",
     "mean_delta_logprob": "mean change in log P(answer), nats",
 }
-_TITLE_WIDTH = 4.0
-"""Inches that a title of usual length needs."""
-_LONGEST_NAME = 16
-"""Letters of a q_id that label a row or column; the JSON file has the rest."""
+_LARGEST, _CELL, _NARROWEST = 432.0, 29.0, 130.0
+"""Points: a heatmap's longer side at most, a cell's at most, and a heatmap of few heads at least."""
+_LONGEST_NAME = 150.0
+"""Points of a q_id's name beside a row or below a column; the JSON file has the rest."""
 
 
-def heatmap_png(scored: Sequence[ScoredHead], metric: str, top: Sequence[ScoredHead], q_id: str) -> bytes:
-    """``metric`` of every head, layers upward and heads to the right, the ``top`` heads framed.
+@dataclass(frozen=True)
+class Heatmap:
+    """The scores of one q_id's heads."""
 
-    Colours are symmetric about zero. Heads that were not swept stay grey.
-    """
-    n_layers = 1 + max(head.id.layer for head in scored)
-    n_heads = 1 + max(head.id.head for head in scored)
-    grid = np.full((n_layers, n_heads), np.nan)
-    for head in scored:
-        grid[head.id.layer, head.id.head] = head.scores[metric]
-    limit = float(np.nanmax(np.abs(grid))) or 1.0
+    scored: Sequence[ScoredHead]
+    top: Sequence[ScoredHead]
+    """The heads that are framed."""
+    title: str
 
-    cell = min(0.4, max(0.13, 6.0 / max(n_heads, n_layers)))  # inches; 6 x 6 heads to 64 x 80 stay legible
-    wide, high = cell * n_heads, cell * n_layers
-    beside = max(0.0, _TITLE_WIDTH - wide - 1.6)  # a narrow grid stands in the middle under its title
-    figure, place = _figure(wide + 1.6 + beside, high + 0.95)
-    left = 0.6 + beside / 2
-    axes = place(left, 0.5, wide, high)
-    axes.set_facecolor("0.8")
-    image = axes.imshow(grid, origin="lower", cmap="RdBu_r", norm=TwoSlopeNorm(0.0, -limit, limit), aspect="auto")
-    corners = np.array([(-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5)])
-    frames = [corners + np.array((head.id.head, head.id.layer)) for head in top]
-    axes.add_collection(PolyCollection(frames, facecolors="none", edgecolors="black", linewidths=1.2), autolim=False)
-    axes.set_xlabel("head")
-    axes.set_ylabel("layer")
-    axes.xaxis.set_major_locator(_whole_numbers(wide))
-    axes.yaxis.set_major_locator(_whole_numbers(high))
-    n_trials = f", {scored[0].n_trials} trials" if scored[0].n_trials else ""
-    figure.text(
-        0.5, 1 - 0.12 / figure.get_figheight(), f"{q_id}: CIE of every head{n_trials} (top {len(top)} framed)",
-        ha="center", va="top", fontsize=10, parse_math=False,
-    )  # fmt: skip
-    figure.colorbar(image, cax=place(left + wide + 0.12, 0.5, 0.14, high), label=_LABELS.get(metric, metric))
-    return _png(figure)
+    def grid(self, metric: str) -> np.ndarray:
+        """(layer, head), NaN where a head was not swept."""
+        n_layers, n_heads = (1 + max(getattr(head.id, of) for head in self.scored) for of in ("layer", "head"))
+        grid = np.full((n_layers, n_heads), np.nan)
+        for head in self.scored:
+            grid[head.id.layer, head.id.head] = head.scores[metric]
+        return grid
 
 
-def injection_curve_png(
-    layers: Mapping[int, Mapping[str, Any]],
-    reference: Mapping[str, Any] | None,
-    q_id: str,
-    shares_of_hidden: Sequence[float] = (),
-) -> bytes:
-    """P(first answer token) and accuracy over the injection layer, with and without the vector.
+@dataclass(frozen=True)
+class Curve:
+    """Step6 of one q_id."""
 
-    ``layers`` maps each layer to its eval_summary; ``reference`` is that of stepE_eval.json (clean 9-shot prompts of
-    the same trials), drawn as a line if there; ``shares_of_hidden``, the length of what is added by the hidden state's,
-    are told in the title.
-    """
-    order = sorted(layers)
-    figure, place = _figure(9.0, 3.4)
-    panels = [place(left, 0.48, 4.0, 2.35) for left in (0.42, 4.87)]
-    n_eval = layers[order[0]]["n_eval"]
-    for axes, title, name, clean in (
-        (panels[0], "P(first answer token)", "mean_p", "mean_p"),
-        (panels[1], "first-token accuracy", "acc", "acc"),
-    ):
-        axes.plot(
-            order,
-            [layers[i][f"{name}_with"] for i in order],
-            "o-",
-            color=_WITH,
-            ms=3.5,
-            label="zero-shot + FV",
-        )
-        axes.plot(order, [layers[i][f"{name}_base"] for i in order], "--", color=_WITHOUT, label="zero-shot")
-        if reference:
-            axes.axhline(reference["clean"][clean], color=_CLEAN, ls=":", label="clean few-shot")
-        axes.set_title(title, fontsize=10, y=1.0)  # without y Matplotlib measures every tick label to find one
-        axes.set_xlabel("injection layer")
-        axes.set_ylim(-0.03, 1.03)
-        axes.grid(alpha=0.25)
-        axes.xaxis.set_major_locator(_whole_numbers(4.0))
-    panels[0].legend(fontsize=8, framealpha=0.9)
-    low, high = (f"{100 * end(shares_of_hidden, default=0):.2g}" for end in (min, max))
-    size = f"; {low} to {high} % as long as the hidden state" if shares_of_hidden else ""
-    figure.suptitle(
-        f"{q_id}: function vector added at each layer ({n_eval} zero-shot prompts{size})", fontsize=10, parse_math=False
+    layers: Mapping[int, Mapping[str, Any]]
+    """Each layer's eval_summary."""
+    reference: Mapping[str, Any] | None
+    """That of stepE_eval.json (clean prompts with demos, of the same trials), if there."""
+    title: str
+    shares_of_hidden: Sequence[float] = field(default=())
+    """The length of what is added by the hidden state's."""
+
+
+def caption(settings: Settings) -> str:
+    """The model and what else numbers depend on, in a line; empty for a model that is not known."""
+    if not settings.model:
+        return ""
+    s = settings
+    model = s.model.rstrip("/").rpartition("/")[2] if s.model.startswith(("/", ".")) else s.model
+    packed = "" if s.quant == "none" else f", {s.quant}"
+    return (
+        f"{model}, {s.dtype}{packed}, {s.precision} arithmetic; {s.n_trials_per_q} trials, {s.n_demos} demos, "
+        f"{s.corruption}, seed {s.seed}; ranked by {s.score_key}, k {s.topk}, alpha {s.alpha:g}"
     )
-    return _png(figure)
 
 
-def cross_png(q_ids: Sequence[str], layers: Mapping[str, int], delta_p: np.ndarray) -> bytes:
+def heatmap(
+    shown: Heatmap, metric: str, about: str = "", *, width: float | None = None, height: float | None = None
+) -> Canvas:
+    """``metric`` of every head, layers upward and heads to the right, the top ones framed.
+
+    Heads that were not swept stay grey. ``width`` and ``height`` are the page's, in inches; without them cells are
+    square, but for models of few heads, and no side is longer than six inches.
+    """
+    n_trials = f", {shown.scored[0].n_trials} trials" if shown.scored[0].n_trials else ""
+    title = f"{shown.title}: CIE of every head{n_trials} (top {len(shown.top)} framed)"
+    return heatmaps([shown], metric, title, about, width=width, height=height)
+
+
+def heatmaps(
+    shown: Sequence[Heatmap],
+    metric: str,
+    title: str,
+    about: str = "",
+    *,
+    columns: int | None = None,
+    width: float | None = None,
+    height: float | None = None,
+) -> Canvas:
+    """Several side by side, in one scale of colours."""
+    grids = [one.grid(metric) for one in shown]
+    limit = max((float(np.nanmax(np.abs(grid))) for grid in grids), default=0.0) or 1.0
+    n_layers, n_heads = (max(grid.shape[axis] for grid in grids) for axis in (0, 1))
+    single = len(shown) == 1
+    longest = _LARGEST if single else 130.0
+    cell = min(_CELL, longest / max(n_layers, n_heads))
+    wide, high = max(cell * n_heads, min(_NARROWEST, 2 * cell * n_heads)), cell * n_layers
+    page = Page(
+        title, about, len(shown), columns or columns_for(len(shown), wide, high), wide, high, below=30.0,
+        right=bar_width(limit), heads=0.0 if single else 13.0, width=width, height=height,
+    )  # fmt: skip
+    for one, grid, (x, y) in zip(shown, grids, page.places(), strict=True):
+        if not single:
+            page.canvas.words(x, y + page.high + 4, cut(one.title, TICK, page.wide + 20), TICK)
+        page.canvas.cells(x, y, page.wide, page.high, colours_of(grid, limit))
+        each, of_layer = page.wide / grid.shape[1], page.high / grid.shape[0]
+        for head in reversed(one.top):
+            place = x + head.id.head * each, y + head.id.layer * of_layer
+            page.canvas.rectangle(*place, each, of_layer, width=min(1.2, 0.4 + 0.08 * min(each, of_layer)))
+        axes(page.canvas, x, y, page.wide, page.high, "head", "layer")
+        for i in whole_ticks(grid.shape[1], each, apart=17):
+            tick_below(page.canvas, x + (i + 0.5) * each, y, str(i))
+        for i in whole_ticks(grid.shape[0], of_layer, apart=11):
+            tick_beside(page.canvas, x, y + (i + 0.5) * of_layer, str(i))
+    colour_bar(page, limit, _LABELS.get(metric, metric))
+    return page.canvas
+
+
+def injection_curve(
+    shown: Curve, about: str = "", *, width: float | None = None, height: float | None = None
+) -> Canvas:
+    """P(first answer token) and accuracy over the injection layer, with and without the vector."""
+    n_eval = next(iter(shown.layers.values()))["n_eval"]
+    size = ""
+    if shares := shown.shares_of_hidden:
+        size = f"; {_percent(min(shares))} to {_percent(max(shares))} % as long as the hidden state"
+    title = f"{shown.title}: function vector added at each layer ({n_eval} zero-shot prompts{size})"
+    page = Page(title, about, 2, 2, 288.0, 165.0, below=44.0, heads=14.0, width=width, height=height)
+    names = (("P(scored token)", "mean_p"), ("accuracy of the scored token", "acc"))
+    for (words, name), place in zip(names, page.places(), strict=True):
+        _curve(page, place, shown, words, name)
+    _legend(page)
+    return page.canvas
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g}" if share < 1 else f"{100 * share:.0f}"
+
+
+def injection_curves(
+    shown: Sequence[Curve],
+    name: str,
+    title: str,
+    about: str = "",
+    *,
+    columns: int | None = None,
+    width: float | None = None,
+    height: float | None = None,
+) -> Canvas:
+    """Several side by side: ``name`` is ``mean_p`` or ``acc``."""
+    columns = columns or columns_for(len(shown), 150.0, 92.0)
+    page = Page(
+        title, about, len(shown), columns, 150.0, 92.0, below=44.0, heads=13.0, width=width, height=height
+    )  # fmt: skip
+    for one, place in zip(shown, page.places(), strict=True):
+        _curve(page, place, one, one.title, name)
+    _legend(page)
+    return page.canvas
+
+
+def cross(names: Sequence[str], layers: Sequence[int | None], delta_p: np.ndarray, about: str = "") -> Canvas:
     """``delta_p`` (target, source): mean change in P of each q_id's prompts with each q_id's vector, NaN where there is
-    none yet; ``layers`` has each target's layer. A row's best vector has a dot, the own one is framed.
-
-    Colours are symmetric about zero.
-    """
-    n = len(q_ids)
+    none yet; ``layers`` has each target's layer. A row's best vector has a dot, the own one is framed."""
+    n = len(names)
     limit = 1.0 if np.isnan(delta_p).all() else float(np.nanmax(np.abs(delta_p))) or 1.0
-    cell = min(0.7, max(0.17, 6.0 / n))  # inches; 2 to 40 q_ids stay legible
-    names = [q_id if len(q_id) <= _LONGEST_NAME else f"{q_id[: _LONGEST_NAME - 1]}…" for q_id in q_ids]
-    rows = [
-        f"{name}, layer {layers[q_id]}" if q_id in layers else name for name, q_id in zip(names, q_ids, strict=True)
-    ]
-    letter = 0.08  # inches, of a tick label
-    below, left = 0.55 + letter * max(map(len, names)), 0.5 + letter * max(map(len, rows))
-    beside = max(0.0, _TITLE_WIDTH + 0.6 - cell * n - left - 1.0)
-    figure, place = _figure(left + cell * n + beside + 1.0, below + cell * n + 0.55)
-    axes = place(left, below, cell * n, cell * n)
-    axes.set_facecolor("0.8")
-    image = axes.imshow(delta_p, cmap="RdBu_r", norm=TwoSlopeNorm(0.0, -limit, limit), aspect="auto")
-    corners = np.array([(-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5)])
-    axes.add_collection(
-        PolyCollection([corners + i for i in range(n)], facecolors="none", edgecolors="black", linewidths=1.2),
-        autolim=False,
-    )
-    known = [i for i in range(n) if not np.isnan(delta_p[i]).all()]
-    axes.plot([int(np.nanargmax(delta_p[i])) for i in known], known, "o", color="black", ms=3.0, mec="white", mew=0.6)
-    axes.set_xticks(range(n), names, rotation=90, fontsize=8, parse_math=False)
-    axes.set_yticks(range(n), rows, fontsize=8, parse_math=False)
-    axes.set_xlabel("function vector of")
-    axes.set_ylabel("prompts of")
-    figure.text(
-        0.5, 1 - 0.12 / figure.get_figheight(), "Function vectors across q_ids (own framed, best dotted)",
-        ha="center", va="top", fontsize=10, parse_math=False,
+    cell = min(50.0, max(12.5, _LARGEST / n))
+    names = [cut(name, TICK, _LONGEST_NAME) for name in names]
+    rows = [name if layer is None else f"{name}, layer {layer}" for name, layer in zip(names, layers, strict=True)]
+    left, below = (max(text_width(text, TICK) for text in of) for of in (rows, names))
+    page = Page(
+        "Function vectors across q_ids (own framed, best dotted)", about, 1, 1, cell * n, cell * n, left=left + 26.0,
+        below=below + 26.0, right=bar_width(limit),
     )  # fmt: skip
-    bar = place(left + cell * n + 0.12, below, 0.14, cell * n)
-    figure.colorbar(image, cax=bar, label=_LABELS["mean_delta_p"] if cell * n > 2 else "change in P")
-    return _png(figure)
+    (x, y), wide = page.places()[0], page.wide
+    page.canvas.cells(x, y, wide, wide, colours_of(delta_p[::-1], limit))
+    for i in range(n):
+        middle = y + wide - (i + 0.5) * cell
+        page.canvas.rectangle(x + i * cell, middle - cell / 2, cell, cell, width=1.2)
+        if not np.isnan(delta_p[i]).all():
+            best = x + (int(np.nanargmax(delta_p[i])) + 0.5) * cell
+            page.canvas.dots([(best, middle)], "black", min(2.4, 0.18 * cell), edge="white")
+        tick_beside(page.canvas, x, middle, rows[i])
+        at = x + (i + 0.5) * cell
+        page.canvas.line([(at, y), (at, y - 3)])
+        page.canvas.words(at + 0.35 * TICK, y - 5, names[i], TICK, align=1.0, up=True)
+    page.canvas.rectangle(x, y, wide, wide)
+    page.canvas.words(x + wide / 2, y - below - 17, "function vector of", 8.5, align=0.5)
+    page.canvas.words(x - left - 12, y + wide / 2, "prompts of", 8.5, align=0.5, up=True)
+    colour_bar(page, limit, _LABELS["mean_delta_p"] if wide > 150 else "change in P")
+    return page.canvas
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Callable[[float, float, float, float], Axes]]:
-    """A figure of this many inches, and a function that places axes in it: left, bottom, width, height in inches.
+# --- curves ---------------------------------------------------------------------------------------------------------
 
-    Matplotlib's layout engines find margins by drawing all text twice more, half of a figure's time.
-    """
-    figure = Figure(figsize=(width, height))
-
-    def place(left: float, bottom: float, wide: float, high: float) -> Axes:
-        return figure.add_axes((left / width, bottom / height, wide / width, high / height))
-
-    return figure, place
+_KEY: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("zero-shot + FV", {"edge": _WITH, "width": 1.6}),
+    ("zero-shot", {"edge": _WITHOUT, "width": 1.3, "dashes": (5.0, 3.0)}),
+    ("clean, with demos", {"edge": _CLEAN, "width": 1.5, "dashes": (1.5, 2.5)}),
+)
 
 
-def _whole_numbers(inches: float) -> MaxNLocator:
-    return MaxNLocator(nbins=max(2, min(16, int(inches * 4))), integer=True)
+def _curve(page: Page, place: tuple[float, float], shown: Curve, title: str, name: str) -> None:
+    canvas, (x, y), order = page.canvas, place, sorted(shown.layers)
+    each = page.wide / (order[-1] - order[0] + 1)
+
+    def at(layer: int, value: float) -> tuple[float, float]:
+        share = (min(1.0, max(0.0, value)) + 0.03) / 1.06
+        return x + (layer - order[0] + 0.5) * each, y + page.high * share
+
+    for value in (0.0, 0.25, 0.5, 0.75, 1.0):
+        level = at(0, value)[1]
+        canvas.line([(x, level), (x + page.wide, level)], edge="#dddddd", width=0.6)
+        tick_beside(canvas, x, level, f"{value:g}")
+    with_it, without = (
+        [at(i, shown.layers[i][f"{name}_{half}"]) for i in order if shown.layers[i][f"{name}_{half}"] is not None]
+        for half in ("with", "base")
+    )
+    styles = [style for _, style in _KEY]
+    canvas.line(with_it, **styles[0], exact=True)
+    canvas.dots(with_it, _WITH, min(1.8, 0.3 * each))
+    canvas.line(without, **styles[1], exact=True)
+    if shown.reference:
+        level = at(0, shown.reference["clean"][name])[1]
+        canvas.line([(x, level), (x + page.wide, level)], **styles[2])
+    canvas.words(x + page.wide / 2, y + page.high + 4, cut(title, 8.5, page.wide), 8.5, align=0.5)
+    axes(canvas, x, y, page.wide, page.high, "injection layer")
+    for i in whole_ticks(len(order), each, apart=17):
+        tick_below(canvas, at(order[i], 0)[0], y, str(order[i]))
 
 
-def _png(figure: Figure) -> bytes:
-    """Drawn once: ``savefig`` draws a figure a first time only to learn its size."""
-    figure.set_dpi(110)
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return buffer.getvalue()
+def _legend(page: Page) -> None:
+    """In the middle of the page's foot."""
+    canvas = page.canvas
+    widths = [30.0 + text_width(words, 8.0) + 14.0 for words, _ in _KEY]
+    x = max(4.0, (canvas.width - sum(widths)) / 2)
+    for (words, style), width in zip(_KEY, widths, strict=True):
+        canvas.line([(x, 9.0), (x + 24, 9.0)], **style)
+        canvas.words(x + 29, 6.2, words, 8.0)
+        x += width

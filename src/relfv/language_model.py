@@ -13,6 +13,7 @@ from relfv.models.architecture import Architecture
 from relfv.models.context import Context, context_of
 from relfv.models.opening import load_checkpoint
 from relfv.models.tokens import Tokens
+from relfv.progress import at_work
 
 log = logging.getLogger(__name__)
 
@@ -80,19 +81,21 @@ def open_model(
     Raises InputError for a model, spec, device or dtype that does not fit, RunError if relfv would misread its logits.
     """
     started = time.monotonic()
-    checkpoint = load_checkpoint(
-        name,
-        spec,
-        device=device,
-        dtype=dtype,
-        quant=quant,
-        exact=precision == "exact",
-        trust_remote_code=trust_remote_code,
-    )
+    with at_work(f"opening {name}", "reading tokenizer and weights"):
+        checkpoint = load_checkpoint(
+            name,
+            spec,
+            device=device,
+            dtype=dtype,
+            quant=quant,
+            exact=precision == "exact",
+            trust_remote_code=trust_remote_code,
+        )
     arch, tokens = checkpoint.arch, checkpoint.tokens
     arithmetic = Arithmetic.with_kernels(checkpoint.model, arch, precision)
     backbone = Backbone(checkpoint.model, arch, checkpoint.device, arithmetic)
-    engine, check = choose_engine(backbone, tokens.self_check_prompts(context_of(checkpoint.model.config).limit))
+    with at_work(f"opening {name}", "self-check: patches by the engine and by plain hooks"):
+        engine, check = choose_engine(backbone, tokens.self_check_prompts(context_of(checkpoint.model.config).limit))
     log.info(
         "opened %s: %s, %d layers x %d heads of %d, residual %d, %s on %s, %s arithmetic, %.1f s",
         name,

@@ -6,56 +6,25 @@ import logging
 import os
 import re
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from relfv.errors import RunError
+from relfv.progress import bar_hidden, heading, is_of_files, on_a_terminal
 from relfv.store.files import explained, make_folder, remedy
 
 _ROOT = logging.getLogger("relfv")
-
-
-class Progress(logging.Filter):
-    """Knows which q_id of how many is running, and puts it in front of every line."""
-
-    def __init__(self, total: int) -> None:
-        super().__init__()
-        self._total, self._done, self._seconds = total, 0, 0.0
-        self._started = 0.0
-
-    def begin(self) -> None:
-        """A q_id starts."""
-        self._started = time.monotonic()
-
-    def seconds(self) -> float:
-        """How long the present q_id has been running."""
-        return time.monotonic() - self._started
-
-    def end(self) -> None:
-        """It ended, in any way."""
-        self._done += 1
-        self._seconds += self.seconds()
-
-    def time_left(self) -> str:
-        """From the mean of the q_ids done so far; empty before the first."""
-        if not self._done or self._done >= self._total:
-            return ""
-        left = self._seconds / self._done * (self._total - self._done)
-        return f", {duration(left)} left"
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Logging's hook: never drops a line."""
-        record.progress = f"[{min(self._done + 1, self._total)}/{self._total}{self.time_left()}] "
-        return True
+_LINE = "%(asctime)s %(heading)s%(level_word)s%(message)s"
+_DAY_AND_TIME = "%Y-%m-%d %H:%M:%S"
 
 
 def set_up_logging(*, debug: bool) -> None:
-    """Lines of relfv go to stderr, one each, clean in a terminal and in a file alike."""
-    handler = logging.StreamHandler(sys.stderr)
+    """Lines of relfv go to stderr, one each, clean in a terminal and in a file alike; in a file with their day."""
+    terminal = on_a_terminal()
+    handler = _AboveBar(sys.stderr) if terminal else logging.StreamHandler(sys.stderr)
     handler.setLevel(logging.DEBUG if debug else logging.INFO)
-    handler.setFormatter(_Formatter("%(asctime)s %(progress)s%(level_word)s%(message)s", "%H:%M:%S"))
+    handler.setFormatter(_Formatter(_LINE, "%H:%M:%S" if terminal else _DAY_AND_TIME))
     _ROOT.handlers[:] = [handler]
     _ROOT.setLevel(logging.DEBUG)
     _ROOT.propagate = False
@@ -88,7 +57,7 @@ def logging_to(path: Path, earlier: Sequence[logging.LogRecord] = ()) -> Iterato
     with explained(path):
         make_folder(path.parent)
         handler = _LogFile(path, encoding="utf-8")
-    handler.setFormatter(_Formatter("%(asctime)s %(level_word)s%(message)s", "%Y-%m-%d %H:%M:%S"))
+    handler.setFormatter(_Formatter(_LINE, _DAY_AND_TIME))
     for record in earlier:
         handler.handle(record)
     _ROOT.addHandler(handler)
@@ -100,17 +69,14 @@ def logging_to(path: Path, earlier: Sequence[logging.LogRecord] = ()) -> Iterato
             handler.close()
 
 
-@contextmanager
-def showing(progress: Progress) -> Iterator[None]:
-    """While open, lines carry ``progress``."""
-    handlers = list(_ROOT.handlers)
-    for handler in handlers:
-        handler.addFilter(progress)
-    try:
-        yield
-    finally:
-        for handler in handlers:
-            handler.removeFilter(progress)
+class _AboveBar(logging.StreamHandler):  # type: ignore[type-arg]
+    """Lines on a terminal, which has a bar at its foot."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Logging's hook."""
+        if not is_of_files(record):
+            with bar_hidden():
+                super().emit(record)
 
 
 class _LogFile(logging.FileHandler):
@@ -132,7 +98,7 @@ class _Formatter(logging.Formatter):
     """One line a record: words from a CSV cannot start a line of their own or steer a terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
-        record.progress = getattr(record, "progress", "")
+        record.heading = heading()
         record.level_word = "" if record.levelno in (logging.INFO, logging.DEBUG) else f"{record.levelname}: "
         text = super().format(record)
         # A traceback is many lines; what stands in them is escaped all the same.
@@ -171,11 +137,3 @@ def printable(text: str) -> str:
     """``text`` on one line that cannot steer a terminal: controls, line breaks, marks that turn the direction of
     writing and invisible characters as escapes."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
-
-
-def duration(seconds: float) -> str:
-    """``50 s``, ``12 min``, ``3.4 h``."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes / 60:.1f} h"

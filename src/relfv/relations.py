@@ -20,6 +20,9 @@ _COLUMNS = {
     "input": ("ex_a", "exa", "input"),
     "output": ("ex_b", "exb", "output"),
 }
+_NAME = "name"
+"""The column, which need not be there, that says in words what a relation is."""
+_LONGEST_NAME = 100
 _Q_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 """No dot in front (hidden files, ``..``), and no ``-``: it makes an option of a file name and a formula of a CSV
 cell."""
@@ -39,13 +42,15 @@ def load_relations(path: Path) -> dict[str, Relation]:
 
     Header ``id,ex_A,ex_B`` or an accepted spelling, any case, with commas, semicolons or tabs between columns, which
     then stand between all columns; UTF-8 with or without BOM; rows of one q_id may stand
-    anywhere; blank lines are skipped; spaces around a cell are not part of the word. Raises InputError naming every
-    bad line (the first ten, then a count).
+    anywhere; blank lines are skipped; spaces around a cell are not part of the word. A column ``name`` gives relations
+    their words; every row of a q_id has the same, or none. Raises InputError naming every bad line (the first ten, then
+    a count).
     """
     text = read_text(path)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator_of(text), strict=True)
     problems = _Problems()
     pairs: dict[str, list[WordPair]] = {}
+    names: dict[str, str] = {}
     line = 1  # where the row at hand begins: a quoted cell may hold line breaks, or, never closed, the rest of the file
     try:
         column = columns_of(path, next(reader, None))
@@ -58,6 +63,9 @@ def load_relations(path: Path) -> dict[str, Relation]:
             elif any(cells):
                 pair = WordPair(cells[column["input"]], cells[column["output"]])
                 pairs.setdefault(cells[column["q_id"]], []).append(pair)
+                name = cells[column[_NAME]] if _NAME in column else ""
+                if name and names.setdefault(cells[column["q_id"]], name) != name:
+                    problems.add(line, _two_names(cells[column["q_id"]], names, name))
             line = reader.line_num + 1
     except csv.Error as problem:
         problems.add(line, f"not readable as CSV ({problem}; is a quote never closed?)")
@@ -68,7 +76,12 @@ def load_relations(path: Path) -> dict[str, Relation]:
     if not pairs:
         raise InputError(f"{path}: no word pairs; expected a header id,ex_A,ex_B and one pair a row")
     answers = tuple(dict.fromkeys(pair.output for rows in pairs.values() for pair in rows))
-    return {q_id: Relation(q_id, tuple(rows), answers) for q_id, rows in pairs.items()}
+    return {q_id: Relation(q_id, tuple(rows), answers, names.get(q_id, "")) for q_id, rows in pairs.items()}
+
+
+def called(q_id: str, name: str) -> str:
+    """A q_id with its relation's words, where it has some: ``Q10 (adjective -> opposite)``."""
+    return f"{q_id} ({name})" if name else q_id
 
 
 def is_q_id(text: object) -> bool:
@@ -224,6 +237,9 @@ def columns_of(path: Path, row: list[str] | None) -> dict[str, int]:
                 f"{wanted}; expected exactly one of {', '.join(spellings)} (any case), as in id,ex_A,ex_B{other}"
             )
         column[wanted] = columns[0]
+    if names.count(_NAME) > 1:
+        raise InputError(f"{path}: line 1: {names.count(_NAME)} columns are called name; expected one, or none")
+    column |= {_NAME: names.index(_NAME)} if _NAME in names else {}
     return column | {f"extra {i}": i for i in range(len(names)) if i not in column.values()}
 
 
@@ -247,7 +263,23 @@ def _row_problem(cells: list[str], width: int, column: dict[str, int]) -> str | 
             return f"the {name} of {q_id} is blank"
         if any(unicodedata.category(char) in LINE_BREAKS_AND_CONTROLS for char in word):
             return f"the {name} of {q_id} contains a line break or control character: {word[:40]!a}; take it out"
+    return _name_problem(q_id, cells[column[_NAME]]) if _NAME in column else None
+
+
+def _name_problem(q_id: str, name: str) -> str | None:
+    if len(name) > _LONGEST_NAME or not name.isprintable():
+        return (
+            f"the name of {q_id} is {name[:40]!a}...; expected a few words on one line, at most {_LONGEST_NAME} "
+            "characters, none of them a control character"
+        )
     return None
+
+
+def _two_names(q_id: str, names: dict[str, str], name: str) -> str:
+    return (
+        f"{q_id} is named {name!r} here and {names[q_id]!r} further up; expected one name for all rows of a q_id, or "
+        "none, so correct one of them"
+    )
 
 
 def _taken(q_id: str) -> str | None:

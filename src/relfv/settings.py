@@ -19,6 +19,8 @@ from relfv.errors import InputError
 from relfv.types import MEASURES
 
 SPEC_CSV = Path("datasets/relation/relationA_ex.csv")
+FORMATS = ("png", "svg", "pdf")
+"""Of figures."""
 SCORE_KEYS = tuple(f"mean_{kind}delta_{m}" for kind in ("", "abs_") for m in MEASURES)
 """What heads may be ranked by."""
 MOST = 100_000
@@ -151,11 +153,25 @@ class Settings:
         "with all adds them", ("extras", ("run",)), choices=("all", "none"), identity=False,
     )  # fmt: skip
 
+    figure_formats: str = _setting(
+        "png", "png, svg and pdf, separated by commas: in what each q_id's two figures are drawn (png always is)",
+        ("figures", ("run",)), identity=False,
+    )  # fmt: skip
+
     def __post_init__(self) -> None:
         for name, flag in FLAGS.items():
             value = getattr(self, name)
             for one in value if isinstance(value, tuple) else (value,):
                 _require_allowed(f"--{name}", one, flag)
+        if not set(self.more_formats) <= set(FORMATS):
+            raise InputError(
+                f"--figure_formats {self.figure_formats!r}: expected some of {', '.join(FORMATS)}, separated by commas"
+            )
+
+    @property
+    def more_formats(self) -> list[str]:
+        """What figures are drawn in beside PNG."""
+        return [kind for kind in self.figure_formats.split(",") if kind != "png"]
 
     @property
     def sweeps(self) -> bool:

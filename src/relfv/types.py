@@ -41,6 +41,8 @@ class Relation:
     pairs: tuple[WordPair, ...]
     csv_answers: tuple[str, ...] = field(default=(), repr=False, compare=False)
     """The distinct answers of all relations of the CSV: labels that have nothing to do with this one."""
+    name: str = field(default="", compare=False)
+    """What it is in words, where the CSV says so. No part of the experiment."""
 
     def answers_to(self, word: str) -> tuple[str, ...]:
         """All that the relation gives as answers to this input: each is right."""

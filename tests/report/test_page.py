@@ -17,6 +17,7 @@ from relfv.report.content import command_of
 from relfv.report.page import page_path, write_report
 from relfv.report.table import natural_key, status_table
 from relfv.settings import Settings
+from relfv.store.locks import lock
 from relfv.store.status import read_status
 
 
@@ -227,3 +228,34 @@ def test_a_folder_without_results_is_bad_input(tmp_path: Path) -> None:
 
 def test_q_ids_sort_as_people_count() -> None:
     assert sorted(["Q10", "Q2", "Q1"], key=natural_key) == ["Q1", "Q2", "Q10"]
+
+
+def test_the_first_sentences_of_the_verdict_stand_apart(copied: Path) -> None:
+    summarise(copied, verdict="One of 0.5 heads. Two: P 0.97 (95% CI). 3 queries. Four.")
+    html = write_report(copied).read_text()
+    assert '<p class="verdict">One of 0.5 heads. Two: P 0.97 (95% CI).</p>\n<p>3 queries. Four.</p>' in html
+
+
+def test_prompts_are_shown_token_by_token_as_they_were_fed(copied: Path) -> None:
+    fed = json.loads((copied / "A1/artifacts/step6/answers.json").read_text())["first_trial_as_fed"]
+    trial = json.loads((copied / "A1/artifacts/sampled_trials.json").read_text())["trials"][0]
+    for kind, text in (("clean", "clean_prompt_str"), ("corrupted", "corrupted_prompt_str")):
+        assert fed[kind][0] == "<bos>"
+        assert "".join(fed[kind][1:]) == trial[text].rstrip(" ")
+    assert fed["zero_shot"][-1] == ":"
+    html = write_report(copied).read_text()
+    assert html.count('<p class="tokens">') == 2 * 3
+    assert "<code>&lt;bos&gt;</code><wbr><code>Q</code>" in html
+
+
+def test_status_says_what_is_left_while_a_run_goes(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for q_id, state in (("B2", "running"),):
+        document = status(copied, q_id)
+        write_status(copied, q_id, {**document, "status": state, "stages": {}})
+    assert "left" not in status_table(copied)  # nobody is at work
+    with lock(copied / ".locks/B2.lock"):
+        assert re.search(r"1 completed, 1 running, 1 skipped; about \d+ s left", status_table(copied))
+    assert main(["status", str(copied), "--watch"]) == 0
+    said = capsys.readouterr().out
+    assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\n", said)
+    assert said.count("1 completed, 1 running") == 1

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from folders import arguments, contents, status, write_status
+from relfv import progress
 from relfv.cli import main
 from relfv.runs import qid
 from relfv.settings import Settings
@@ -79,8 +80,8 @@ def test_a_step_that_takes_long_is_spoken_of_meanwhile(
         assert heard.wait(60)
         return "done"
 
-    monkeypatch.setattr(qid, "_SILENCE_S", 0.01)
-    logger = logging.getLogger("relfv.runs.qid")
+    monkeypatch.setattr(progress, "SILENCE_S", 0.01)
+    logger = logging.getLogger("relfv.progress")
     listener = Listener()
     logger.addHandler(listener)
     caplog.set_level(logging.INFO, logger="relfv")

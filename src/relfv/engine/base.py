@@ -18,6 +18,7 @@ from torch import nn
 
 from relfv.engine.arithmetic import Arithmetic
 from relfv.models.architecture import Architecture
+from relfv.progress import counted
 from relfv.types import Effects, HeadId, Prompts
 
 TokenIds = Sequence[Sequence[int]]
@@ -191,6 +192,6 @@ def of_layer_and_prompts(parts: Sequence[torch.Tensor], layer: int, prompts: sli
 
 
 def prompt_chunks(n_prompts: int, size: int) -> Iterator[slice]:
-    """Slices of at most ``size`` prompts, in order."""
-    for start in range(0, n_prompts, size):
-        yield slice(start, min(start + size, n_prompts))
+    """Slices of at most ``size`` prompts, in order; progress counts them."""
+    parts = [slice(start, min(start + size, n_prompts)) for start in range(0, n_prompts, size)]
+    return counted(parts, lambda part: part.stop - part.start)

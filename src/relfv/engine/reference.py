@@ -19,6 +19,7 @@ from relfv.engine.base import Array, Backbone, Together, Vectors, in_parts, of_l
 from relfv.engine.hooks import editing_inputs, editing_outputs
 from relfv.engine.readout import joined, read_targets
 from relfv.engine.together import Edit, editing_together
+from relfv.progress import counted
 from relfv.types import Effects, HeadId, Prompts, TokenScores
 
 
@@ -172,7 +173,8 @@ class ReferenceEngine:
         a prompt, opens a context in which rows 1..count are edited."""
         base, edited = [], []
         with self.backbone.running():
-            for index, (prompt, target) in enumerate(zip(prompts.ids, prompts.targets, strict=True)):
+            pairs = list(zip(prompts.ids, prompts.targets, strict=True))
+            for index, (prompt, target) in counted([*enumerate(pairs)]):
                 batches = []
                 for _, editing in edits:
                     with editing(index):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from relfv.store.folder import File, QidFolder
 from relfv.store.formats import read_json
 from relfv.store.status import STATUS_FILE, QidStatus, fields_of
 
+_SENTENCE_ENDS = re.compile(r"(?<=\.)\s+(?=[A-Z0-9])")
 _LINKED = (
     SUMMARY, TOP_HEADS, AIE, TRIALS, CONTROLS_FILE, ANSWERS, STEP6_SUMMARY, SWEEPS_FILE, FV, HEATMAP, CURVE,
 )  # fmt: skip
@@ -52,6 +54,7 @@ def of_qid(folder: Path, status: QidStatus) -> dict[str, Any]:
     answers = if_there(ANSWERS)
     return {
         "q_id": status.q_id,
+        "name": with_arrow(status.name),
         "rows": status.q_row_count,
         "example_input": example.input,
         "example_output": example.output,
@@ -63,7 +66,8 @@ def of_qid(folder: Path, status: QidStatus) -> dict[str, Any]:
         "heads": heads,
         "n_distinguishable": sum(bool(head.get("distinguishable")) for head in heads),
         "noise_floor": if_there(NOISE_FLOOR),
-        "verdict": summary and summary["verdict"],
+        "verdict": summary and _SENTENCE_ENDS.split(summary["verdict"]),
+        "as_fed": answers and answers.get("first_trial_as_fed"),
         "share": _share(summary),
         "whole": answers and answers["summary"],
         "best_layer": steps["best_layer"],
@@ -84,6 +88,11 @@ def of_qid(folder: Path, status: QidStatus) -> dict[str, Any]:
         "files": [(file.named(status.q_id), link(folder, qid.path(file))) for file in _LINKED if qid.has(file)]
         + [(STATUS_FILE, link(folder, status.path))],
     }
+
+
+def with_arrow(name: str) -> str:
+    """One sign, which a line's end cannot break."""
+    return name.replace("->", "→")
 
 
 def _share(summary: dict[str, Any] | None) -> dict[str, Any]:

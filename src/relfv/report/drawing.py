@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from relfv.ticks import whole_ticks
 from relfv.types import ScoredHead
 
 _LEFT, _TOP, _BELOW = 34, 6, 38
@@ -54,8 +55,8 @@ def heatmap(scored: Sequence[ScoredHead], metric: str, top: Sequence[Mapping[str
             }
             for head in reversed(top)  # the best heads' frames lie above their neighbours'
         ],
-        "x_ticks": [((i + 0.5) * cell, i) for i in _ticks(n_heads, cell, apart=24)],
-        "y_ticks": [((n_layers - i - 0.5) * cell, i) for i in _ticks(n_layers, cell, apart=18)],
+        "x_ticks": [((i + 0.5) * cell, i) for i in whole_ticks(n_heads, cell, apart=24)],
+        "y_ticks": [((n_layers - i - 0.5) * cell, i) for i in whole_ticks(n_layers, cell, apart=18)],
     }
 
 
@@ -104,7 +105,7 @@ def curve(
         "width": _LEFT + _WIDE + 4,
         "height": _TOP + _HIGH + _BELOW,
         "best": x(best_layer),
-        "x_ticks": [(x(order[i]), order[i]) for i in _ticks(len(order), _WIDE / len(order), apart=24)],
+        "x_ticks": [(x(order[i]), order[i]) for i in whole_ticks(len(order), _WIDE / len(order), apart=24)],
         "y_ticks": [(_y(value), f"{value:g}") for value in (0, 0.25, 0.5, 0.75, 1)],
         "panels": [panel("P of the scored token", "mean_p", "mean_p"), panel("accuracy of that token", "acc", "acc")],
         "legend": [
@@ -140,9 +141,3 @@ def _band(controls: Mapping[str, Any], order: Sequence[int], x: Any) -> str:
     upper = [f"{x(layer)},{_y(zero + row['ci_high'])}" for layer, row in rows.items()]
     lower = [f"{x(layer)},{_y(zero + row['ci_low'])}" for layer, row in rows.items()]
     return " ".join([*upper, *reversed(lower)])
-
-
-def _ticks(n: int, pixels: float, apart: int) -> range:
-    """Which of ``n`` places, ``pixels`` wide each, get a label: labels stand at least ``apart`` pixels apart."""
-    step = next(step for size in (1, 10, 100, 1000) for step in (size, 2 * size, 5 * size) if step * pixels >= apart)
-    return range(0, n, step)

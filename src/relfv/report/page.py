@@ -14,7 +14,9 @@ from markupsafe import Markup
 
 from relfv import __version__
 from relfv.errors import InputError, RelfvError
-from relfv.report.content import cross_of, link, models_of, of_qid, run_of
+from relfv.logs import printable
+from relfv.relations import called
+from relfv.report.content import cross_of, link, models_of, of_qid, run_of, with_arrow
 from relfv.report.table import find_statuses
 from relfv.stages.cross import CROSS
 from relfv.store.files import read_bytes, require_no_links, sha256_bytes, sha256_file, write_atomic
@@ -89,6 +91,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )  # fmt: skip
     environment.filters["percent"] = lambda share: f"{round(100 * share) + 0}%"
+    environment.filters["visible"] = lambda token: printable(token.replace("\n", "⏎").replace(" ", "·"))
     return environment
 
 
@@ -151,7 +154,7 @@ def _made_from(folder: Path) -> str:
 
 def _told(folder: Path, status: QidStatus) -> list[Any]:
     files = [record.files for record in status.stages.values()]
-    where = [status.q_id, status.status, status.reason, status.q_row_count]
+    where = [status.q_id, status.name, status.status, status.reason, status.q_row_count]
     return [*where, status.settings.to_json(), files, run_of(folder, status)]
 
 
@@ -204,7 +207,13 @@ def _of_relation(folder: Path) -> dict[str, Any]:
             if status.status == "completed":
                 completed.append(_shown_once(folder, status))
             else:
-                others.append({"q_id": status.q_id, "status": status.status, "reason": status.reason or ""})
+                others.append(
+                    {
+                        "q_id": called(status.q_id, with_arrow(status.name)),
+                        "status": status.status,
+                        "reason": status.reason or "",
+                    }
+                )
         except Exception as problem:
             said = str(problem) if isinstance(problem, RelfvError) else f"{type(problem).__name__}: {problem}"
             others.append({"q_id": artifacts_dir.parent.name, "status": "unreadable", "reason": said})

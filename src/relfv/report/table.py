@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from itertools import groupby
 from pathlib import Path
@@ -14,13 +14,14 @@ from typing import Any
 
 from relfv.errors import InputError, RelfvError
 from relfv.logs import printable
+from relfv.progress import duration
 from relfv.stages.caveats import tells_apart
 from relfv.stages.step6_summary import STEP6_SUMMARY
 from relfv.stages.summary import SUMMARY
 from relfv.stages.table import steps
 from relfv.store.folder import QidFolder, was_moved_aside
 from relfv.store.locks import held_by
-from relfv.store.status import STATUS_FILE, QidStatus, read_status
+from relfv.store.status import STATUS_FILE, QidStatus, now, read_status
 
 _HEADER = ("q_id", "status", "rows", "best layer", "score", "accuracy", "age")
 _WHOLE = "* whole answers right: the scored tokens of these q_ids do not tell their answers apart"
@@ -47,23 +48,32 @@ def status_json(root: Path) -> str:
 
 
 def status_table(root: Path) -> str:
-    """One row a q_id under its relation and model, no line wider than the terminal: reasons stand below, wrapped.
-    Raises InputError if there is nothing below ``root``."""
+    """One row a q_id under its relation and model, no line wider than the terminal: reasons stand below, wrapped, and
+    so do names where some has no room beside its q_id. Raises InputError if there is nothing below ``root``."""
     width = max(_NARROWEST, shutil.get_terminal_size().columns)
     rows = _rows(root)
-    cells = [_HEADER, *map(_cells, rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(_HEADER))]
+    widths = _widths(map(_cells_with_name, rows))
+    beside = sum(widths) + 2 * len(widths[1:]) <= width
+    shown = _cells_with_name if beside else _cells
+    widths = _widths(map(shown, rows))
     widths[0] = max(6, min(widths[0], width - sum(widths[1:]) - 2 * len(widths[1:])))
     lines = [_line(_HEADER, widths)]
     for (relation, model), group in groupby(rows, key=lambda row: (row["relation"], row["model"])):
         lines += _wrapped(f"{relation}: {model or 'model not known'}", width, "")
         for row in group:
-            lines += [_line(_cells(row), widths), *_wrapped(row["reason"], width, _INDENT)]
+            below = [] if beside else _wrapped(row["name"], width, _INDENT)
+            lines += [_line(shown(row), widths), *below, *_wrapped(row["reason"], width, _INDENT)]
     if any(row["whole_answers"] for row in rows if row["tells_answers_apart"] is False):
         lines += _wrapped(_WHOLE, width, "")
     states = [row["status"] for row in rows]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    return "\n".join([*lines, "", counts])
+    left = [row["seconds_left"] for row in rows if row["seconds_left"] is not None]
+    return "\n".join([*lines, "", counts + (f"; about {duration(sum(left))} left" if left else "")])
+
+
+def _widths(rows: Iterable[tuple[str, ...]]) -> list[int]:
+    cells = [_HEADER, *rows]
+    return [max(len(row[i]) for row in cells) for i in range(len(_HEADER))]
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
@@ -108,6 +118,11 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
+def _cells_with_name(row: dict[str, Any]) -> tuple[str, ...]:
+    q_id, *rest = _cells(row)
+    return (f"{q_id} {printable(row['name'])}".rstrip(), *rest)
+
+
 def _age(updated_at: str | None) -> str:
     """Since a status was last written: ``5 min``, ``3 h``, ``2 d``."""
     try:
@@ -127,29 +142,49 @@ def _rows(root: Path) -> list[dict[str, Any]]:
     folders = find_statuses(root)
     if not folders:
         raise InputError(f"{root}: no {STATUS_FILE} here or below; expected the folder that relfv run wrote to")
-    return [_row(folder) for folder in folders]
+    rows = [_row(folder) for folder in folders]
+    for _, group in groupby(rows, key=lambda row: (row["relation"], row["model"])):
+        _add_time_left(list(group))
+    return rows
+
+
+def _add_time_left(rows: Sequence[dict[str, Any]]) -> None:
+    """Of one relation and model: what its completed q_ids took says what the others will, while a run goes."""
+    took = [row["seconds"] for row in rows if row["status"] == "completed" and row["seconds"]]
+    if took and any(row["status"] == "running" and row["reason"] != _GONE for row in rows):
+        for row in rows:
+            if row["status"] in ("running", "pending"):
+                row["seconds_left"] = round(max(0.0, sum(took) / len(took) - (row["seconds"] or 0.0)), 1)
 
 
 def _row(folder: Path) -> dict[str, Any]:
     q_id = folder.parent
     row: dict[str, Any] = {
-        "relation": q_id.absolute().parent.name, "q_id": q_id.absolute().name, "model": None, "status": "unreadable",
-        "rows": None, "stage": None, "n_steps_done": None, "n_steps": None, "best_layer": None, "n_layers": None,
-        "best_score": None, "accuracy": None, "whole_answers": None, "tells_answers_apart": None, "updated_at": None,
-        "reason": "",
+        "relation": q_id.absolute().parent.name, "q_id": q_id.absolute().name, "name": "", "model": None,
+        "status": "unreadable", "rows": None, "stage": None, "n_steps_done": None, "n_steps": None, "best_layer": None,
+        "n_layers": None, "best_score": None, "accuracy": None, "whole_answers": None, "tells_answers_apart": None,
+        "updated_at": None, "seconds": None, "seconds_left": None, "reason": "",
     }  # fmt: skip
     try:
         status = read_status(folder)
         assert status is not None
-        best = _best(status)
+        best, seconds = _best(status), _seconds(status)
     except Exception as problem:  # whatever one folder holds, the others get their row
         said = str(problem) if isinstance(problem, RelfvError) else f"{type(problem).__name__}: {problem}"
         return {**row, "reason": said}
     row |= {
-        "q_id": status.q_id, "model": status.settings.model, "status": status.status, "rows": status.q_row_count,
-        "updated_at": status.updated_at, "reason": status.reason or "", **best,
+        "q_id": status.q_id, "name": status.name, "model": status.settings.model, "status": status.status,
+        "rows": status.q_row_count, "updated_at": status.updated_at, "seconds": seconds,
+        "reason": status.reason or "", **best,
     }  # fmt: skip
     return row | _going_on(status) if status.status == "running" else row
+
+
+def _seconds(status: QidStatus) -> float:
+    """That its stages took, or have taken so far."""
+    at = datetime.fromisoformat
+    took = [at(record.finished_at or now()) - at(record.started_at) for record in status.stages.values()]
+    return round(sum(one.total_seconds() for one in took), 1)
 
 
 def _going_on(status: QidStatus) -> dict[str, Any]:

@@ -17,9 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from relfv.errors import InputError, RelfvError
-from relfv.logs import Progress, show, showing
+from relfv.logs import show
 from relfv.models.sources import model_identity
 from relfv.models.stored import resolved
+from relfv.pace import Pace
+from relfv.progress import at_work, headed
+from relfv.relations import called
 from relfv.report.page import write_report
 from relfv.report.table import find_statuses
 from relfv.runs.qid import open_for, work_on
@@ -171,14 +174,15 @@ class _Crossing:
         if not todo:
             self._write_if_changed()
             return
-        model, progress = opened(), Progress(len(todo))
-        with showing(progress):
+        model, pace = opened(), Pace(len(todo))
+        with headed(pace.heading):
             for q_id in todo:
-                progress.begin()
-                self._targets[q_id] = self._judged(model, q_id)
+                pace.begin()
+                with at_work(q_id, "every vector on its prompts", pace.begin_stage(""), unit="prompts"):
+                    self._targets[q_id] = self._judged(model, q_id)
                 self._write()
-                log.info("%s in %.1f s: %s", q_id, progress.seconds(), self._targets[q_id]["verdict"])
-                progress.end()
+                log.info("%s in %.1f s: %s", q_id, pace.seconds(), self._targets[q_id]["verdict"])
+                pace.end()
         log.info("%s", self._document()["verdict"])
 
     def _found(self) -> dict[str, Any] | None:
@@ -230,7 +234,8 @@ class _Crossing:
 
     def _write(self) -> None:
         document = self._document()
-        figure = _figure(document)
+        names = {q_id: status.name for q_id, status in self._statuses.items()}
+        figure = _figure(document, names, next(iter(self._statuses.values())).settings)
         # The manifest and the page of a run lie in the same folder: one writer at a time.
         with sole_writer(self._folder):
             if self._in_the_way:
@@ -245,8 +250,8 @@ class _Crossing:
             self._write()
 
 
-def _figure(document: Mapping[str, Any]) -> bytes:
-    from relfv.figures import cross_png
+def _figure(document: Mapping[str, Any], names: Mapping[str, str], settings: Settings) -> bytes:
+    from relfv.figures import caption, cross
 
     q_ids, targets = document["q_ids"], document["targets"]
     layers = {q_id: entry["best_layer"] for q_id, entry in targets.items()}
@@ -255,4 +260,5 @@ def _figure(document: Mapping[str, Any]) -> bytes:
         if target in targets:
             row = targets[target]["per_layer"][str(layers[target])]
             delta_p[i] = [row[source]["mean_delta_p"] for source in q_ids]
-    return cross_png(q_ids, layers, delta_p)
+    shown = [called(q_id, names[q_id]) for q_id in q_ids]
+    return cross(shown, [layers.get(q_id) for q_id in q_ids], delta_p, caption(settings)).to_bytes()

@@ -16,8 +16,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from relfv.errors import InputError, RelfvError
-from relfv.logs import duration, printable, show
+from relfv.logs import printable, show
 from relfv.models.memory import available_bytes
+from relfv.progress import duration
 from relfv.runs.checks import Evidence, Level, Line, check_bos, check_relations
 from relfv.runs.plan import Plan, RunRequest, chosen_relations, make_plan
 from relfv.runs.qid import open_for

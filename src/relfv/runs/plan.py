@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +10,9 @@ from pathlib import Path
 from relfv.errors import InputError, RelfvError
 from relfv.models.sources import model_identity
 from relfv.models.stored import resolved
+from relfv.progress import at_work
 from relfv.relations import csv_file, file_sha256, load_relations, relation_name, require_q_ids, rows_sha256
+from relfv.runs.figure import has_figures
 from relfv.runs.manifest import MANIFEST
 from relfv.runs.qid import has_extras, has_sweeps
 from relfv.settings import Settings, differences, fingerprint_fields
@@ -18,7 +20,7 @@ from relfv.stages.table import STEP_D, is_complete, settings_of
 from relfv.stages.trials import ineligible_reason
 from relfv.store.files import remove_temporaries, require_folder, require_no_links
 from relfv.store.folder import QidFolder
-from relfv.store.locks import lock
+from relfv.store.locks import held_by, lock
 from relfv.store.status import STATUS_FILE, DamagedStatus, QidStatus, read_status_of_results
 from relfv.types import Relation
 
@@ -88,7 +90,8 @@ class Plan:
         settings = settings.without_sweeps()  # what has been swept
         rows = rows_sha256(relation, settings.corruption)
         fields = fingerprint_fields(settings, rows_sha256=rows, model_identity=self.model_identity)
-        return QidStatus(self.artifacts_dir(q_id), q_id, settings, fields, q_row_count=len(relation.pairs))
+        n_rows = len(relation.pairs)
+        return QidStatus(self.artifacts_dir(q_id), q_id, settings, fields, q_row_count=n_rows, name=relation.name)
 
     def status_on_disk(self, q_id: str) -> QidStatus | None:
         """The status in the q_id's folder. Raises DamagedStatus if results lie there that no status vouches for."""
@@ -102,6 +105,17 @@ class Plan:
         """The status on disk, if it has results to go on from."""
         status = self.status_on_disk(q_id)
         return status if status and status.has_results() else None
+
+    def n_free(self, q_ids: Sequence[str]) -> int:
+        """How many of ``q_ids`` no other run is at, or has done meanwhile."""
+        held = [q_id for q_id in q_ids if held_by(QidFolder(self.artifacts_dir(q_id), q_id).lock)]
+        return sum(q_id not in held and not self._is_over(q_id) for q_id in q_ids)
+
+    def _is_over(self, q_id: str) -> bool:
+        with suppress(RelfvError):  # said elsewhere
+            status = self.status_on_disk(q_id)
+            return status is not None and status.status == "completed"
+        return False
 
     def unusable_statuses(self) -> dict[str, RelfvError]:
         """q_ids whose status cannot be read or is damaged, with the reason."""
@@ -126,7 +140,7 @@ class Plan:
         if status is None or status.status != "completed" or not is_complete(status):
             return False
         asked = self.request.settings
-        return has_extras(status, asked) and has_sweeps(status, asked)
+        return has_extras(status, asked) and has_sweeps(status, asked) and has_figures(status, asked)
 
 
 def chosen_relations(request: RunRequest) -> dict[str, Relation]:
@@ -145,13 +159,14 @@ def make_plan(request: RunRequest) -> Plan:
     require_folder(folder, "--out_root")
     for ours in (".locks", "report", "run.log", MANIFEST, *relations):
         require_no_links(folder / ours, below=request.out_root)
-    return Plan(
-        replace(request, settings=resolved(request.settings)),
-        folder,
-        relations,
-        file_sha256(csv_path),
-        model_identity(request.settings.model),
-    )
+    with at_work("reading", f"the CSV, and what {request.settings.model} is, by its hash"):
+        return Plan(
+            replace(request, settings=resolved(request.settings)),
+            folder,
+            relations,
+            file_sha256(csv_path),
+            model_identity(request.settings.model),
+        )
 
 
 def require_same_experiment(plan: Plan, besides: Collection[str]) -> None:

@@ -7,7 +7,6 @@ What is missing, damaged or out of date is repeated; a step repeated to the same
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from relfv.errors import RelfvError, RunError
 from relfv.models.context import TooLong
+from relfv.pace import Pace
+from relfv.progress import at_work
 from relfv.settings import Settings
 from relfv.signals import raise_received
 from relfv.stages import sweeps, trials
@@ -34,14 +35,13 @@ log = logging.getLogger(__name__)
 
 _LAYERS_A_RECORD = 8
 """Layers of one stage whose records are written together; after a kill at most as many are repeated."""
-_SILENCE_S = 20.0
-"""After so long a step that is still at work is spoken of again."""
 
 
 def open_for(settings: Settings) -> LanguageModel:
     """The model that ``settings`` name."""
     require_temporary_folder()
-    from relfv.language_model import open_model
+    with at_work(f"opening {settings.model}", "loading PyTorch and transformers"):
+        from relfv.language_model import open_model
 
     return open_model(
         settings.model,
@@ -61,6 +61,7 @@ def work_on(
     relation: Relation | None = None,
     csv_sha256: str = "",
     elsewhere: Mapping[File[Any], Path] | None = None,
+    pace: Pace | None = None,
 ) -> Work:
     """The work on the q_id of ``status``; ``opened`` is called only when a step needs the model."""
     return Work(
@@ -72,6 +73,8 @@ def work_on(
         status.trials_per_pass,
         relation,
         csv_sha256,
+        status.name,
+        pace or Pace(1),
     )
 
 
@@ -126,7 +129,7 @@ def run_step(work: Work, step: Step, status: QidStatus | None = None, *, write: 
     """Run one step between its two marks in the status, if there is one; ``write=False`` leaves writing the second to
     what comes next."""
     raise_received()  # an interrupt that a library kept to itself
-    started = time.monotonic()
+    started, q_id = time.monotonic(), f"{status.q_id} " if status else ""
     if status:
         for folder in status.make_way(step.name):
             log.warning("%s %s: a folder stood where a file belongs; it is now %s", status.q_id, step.name, folder)
@@ -135,7 +138,8 @@ def run_step(work: Work, step: Step, status: QidStatus | None = None, *, write: 
         first_of_some = step.layer is None or step.layer % _LAYERS_A_RECORD == 0
         status.begin(step.name, write=first_of_some and not step.stage.on_request)
     try:
-        with _heard_of(f"{status.q_id} {step.name}" if status else step.name, step.stage.about):
+        before = work.pace.begin_stage(step.stage.name)
+        with at_work(f"{q_id}{step.name}", step.stage.about, before if step.layer is None else None, unit="prompts"):
             said = step.run(work)
     except Exception:
         raise_received()  # or made an error of
@@ -144,28 +148,9 @@ def run_step(work: Work, step: Step, status: QidStatus | None = None, *, write: 
         status.settings = work.settings
         outputs, inputs = (work.folder.hashes(of(work.folder, work.layers)) for of in (step.outputs, step.inputs))
         status.finish(step.name, outputs, inputs, write=write)
-    q_id = f"{status.q_id} " if status else ""
     # Layers make one line on the terminal, too, that of their summary; the log file has them all.
     level = logging.INFO if step.layer is None else logging.DEBUG
     log.log(level, "%s%s %.2f s: %s", q_id, step.name, time.monotonic() - started, said)
-
-
-@contextmanager
-def _heard_of(name: str, about: str) -> Iterator[None]:
-    """While open, the log says from time to time that the step is at work, and on what."""
-    ended, started = threading.Event(), time.monotonic()
-
-    def say() -> None:
-        while not ended.wait(_SILENCE_S):
-            log.info("%s: %.0f s so far: %s", name, time.monotonic() - started, about)
-
-    voice = threading.Thread(target=say, daemon=True)
-    voice.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        voice.join()
 
 
 @contextmanager

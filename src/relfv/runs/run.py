@@ -14,16 +14,21 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from relfv.errors import InputError, RelfvError
-from relfv.logs import Progress, logging_to, remembering, showing
+from relfv.logs import logging_to, remembering
 from relfv.models.context import TooLong
-from relfv.relations import named
+from relfv.pace import Pace
+from relfv.progress import at_work, counted, headed
+from relfv.relations import called, named
 from relfv.report.page import is_up_to_date, page_path, write_report
 from relfv.runs.doctor import rehearse
+from relfv.runs.figure import add_figures
 from relfv.runs.manifest import model_description, run_description, sound_manifest, write_manifest
+from relfv.runs.naming import take_names
 from relfv.runs.plan import Plan, RunRequest, make_plan, require_same_experiment
 from relfv.runs.qid import add_sweeps, in_words, open_for, run_qid, settling, with_extras_of, work_on
 from relfv.runs.rehearsal import outline_for, require_enough_heads
 from relfv.runs.reuse import require_reusable, reuse_step_d
+from relfv.stages.table import shares
 from relfv.store.files import move_aside, require_temporary_folder, temporaries
 from relfv.store.locks import sole_writer
 from relfv.store.status import DamagedStatus, QidStatus, now
@@ -43,12 +48,13 @@ def run(request: RunRequest) -> int:
         return rehearse(request)
     plan = make_plan(request)
     started_at = now()
-    unusable = {} if request.force else plan.unusable_statuses()
-    if not request.force:
-        require_same_experiment(plan, besides=unusable)
-    require_reusable(plan)
-    afresh = [q_id for q_id, problem in unusable.items() if isinstance(problem, DamagedStatus)]
-    skipped, todo = _queue(plan, unreadable=set(unusable) - set(afresh), afresh=afresh)
+    with at_work("checking", "what is completed and intact, by its hashes", unit="q_ids"):
+        unusable = {} if request.force else plan.unusable_statuses()
+        if not request.force:
+            require_same_experiment(plan, besides=unusable)
+        require_reusable(plan)
+        afresh = [q_id for q_id, problem in unusable.items() if isinstance(problem, DamagedStatus)]
+        skipped, todo = _queue(plan, unreadable=set(unusable) - set(afresh), afresh=afresh)
     with remembering() as said:
         _say_queue(plan, skipped, todo, n_unreadable=len(unusable) - len(afresh))
         # Before anything is written or moved: a model that cannot be opened leaves everything as it was.
@@ -63,6 +69,7 @@ def run(request: RunRequest) -> int:
             code = _run_todo(plan, todo, model, started_at)
         else:
             code = 0
+            take_names(plan.folder, plan.relations)
             _finish_earlier_run(plan, started_at)
             everything = "nothing else to do" if left_alone else "everything is completed"
             n_done = len(plan.relations) - len(skipped.keys() | left_alone)
@@ -74,7 +81,7 @@ def _queue(plan: Plan, unreadable: Collection[str], afresh: Collection[str]) -> 
     """-> (q_ids to skip with reasons, q_ids that are not completed and intact, or are to be done ``afresh``)."""
     skipped: dict[str, str] = {}
     todo: list[str] = []
-    for q_id in plan.relations:
+    for q_id in counted([*plan.relations]):
         if q_id in unreadable:
             continue
         if reason := plan.skip_reason(q_id):
@@ -165,24 +172,26 @@ def _write_waiting(plan: Plan, skipped: Mapping[str, str], todo: Sequence[str]) 
 
 
 def _run_todo(plan: Plan, todo: Sequence[str], model: LanguageModel, started_at: str) -> int:
+    take_names(plan.folder, {q_id: relation for q_id, relation in plan.relations.items() if q_id not in todo})
     description = {**_description(plan, started_at), "model": model_description(model)}
     write_manifest(plan.folder, description)
-    progress = Progress(len(todo))
+    pace = Pace(len(todo), shares(plan.request.settings.extras))
     outcomes: dict[str, str] = {}
     page = _PageSoFar(plan)
-    with showing(progress), page.also_if_interrupted():
+    with at_work("run", "between stages"), headed(pace.heading), page.also_if_interrupted():
         page.write()
-        for q_id in todo:
-            progress.begin()
+        for i, q_id in enumerate(todo):
+            pace.begin()
             outcomes[q_id] = "failed"
             with _its_own_trouble(q_id, set()):
-                outcomes[q_id] = _run_one(plan, q_id, model)
-            log.info("%s %s in %.1f s", q_id, outcomes[q_id], progress.seconds())
-            progress.end()
+                outcomes[q_id] = _run_one(plan, q_id, model, pace)
+            log.info("%s %s in %.1f s", called(q_id, plan.relations[q_id].name), outcomes[q_id], pace.seconds())
+            pace.end(lambda i=i: plan.n_free(todo[i + 1 :]))
             if q_id != todo[-1] and page.is_due():  # after the last the manifest comes first
                 page.write()
     write_manifest(plan.folder, {**description, "finished_at": now(), "outcomes": outcomes})
-    path = write_report(plan.folder)
+    with at_work("report", "writing the page"):
+        path = write_report(plan.folder)
     failed = [q_id for q_id, outcome in outcomes.items() if outcome == "failed"]
     if failed:
         said = "%d of %d q_ids failed: %s; the same command tries them again"
@@ -245,7 +254,7 @@ def _finish_earlier_run(plan: Plan, started_at: str) -> None:
         log.info("report: %s", write_report(plan.folder))
 
 
-def _run_one(plan: Plan, q_id: str, model: LanguageModel) -> str:
+def _run_one(plan: Plan, q_id: str, model: LanguageModel, pace: Pace) -> str:
     """One q_id under its lock. Returns its outcome; only an interrupt passes through."""
     with plan.locked(q_id) as holder:
         if holder:
@@ -260,12 +269,13 @@ def _run_one(plan: Plan, q_id: str, model: LanguageModel) -> str:
         if plan.is_done(status):
             log.info("%s was meanwhile completed by another run", q_id)
             return status.status
-        return _run_locked(plan, status, model)
+        return _run_locked(plan, status, model, pace)
 
 
-def _run_locked(plan: Plan, status: QidStatus, model: LanguageModel) -> str:
+def _run_locked(plan: Plan, status: QidStatus, model: LanguageModel, pace: Pace) -> str:
     q_id, status.settings = status.q_id, with_extras_of(status, plan.request.settings)
-    work = work_on(status, lambda: model, relation=plan.relations[q_id], csv_sha256=plan.csv_sha256)
+    status.name = plan.relations[q_id].name
+    work = work_on(status, lambda: model, relation=plan.relations[q_id], csv_sha256=plan.csv_sha256, pace=pace)
     complete = False
     with ExitStack() as stack:
         try:
@@ -276,6 +286,7 @@ def _run_locked(plan: Plan, status: QidStatus, model: LanguageModel) -> str:
                 run_qid(status, work)
             complete = True
             add_sweeps(status, work, plan.request.settings)
+            add_figures(status, work, plan.request.settings)
         except TooLong as problem:
             if status.status == "skipped":
                 log.warning("%s skipped: %s", q_id, problem)
@@ -286,7 +297,7 @@ def _run_locked(plan: Plan, status: QidStatus, model: LanguageModel) -> str:
             log.error("%s failed: %s", q_id, in_words(problem))
             log.debug("traceback", exc_info=not isinstance(problem, RelfvError))
             if complete:
-                log.warning("%s: only its sweeps are missing; everything else is complete", q_id)
+                log.warning("%s: only sweeps or figures are missing; everything else is complete", q_id)
             return "failed"
         except BaseException:  # SIGINT or SIGTERM
             log.warning("%s interrupted; what was finished is on disk, and the same command goes on from there", q_id)

@@ -66,6 +66,7 @@ def run_step_d(settings: Settings, q_id: str, out_base_dir: Path) -> int:
         status = _begun(folder, settings, fields) or QidStatus(
             folder.artifacts, q_id, settings, fields, q_row_count=len(relation.pairs)
         )
+        status.name = relation.name
         if model is None:
             log.info("%s skipped: %s", q_id, reason)
             status.set("pending")
@@ -114,7 +115,7 @@ def run_heatmap(in_dir: Path, metric: str, topk: int, out_name: str | None) -> i
         return replace(base, score_key=metric, topk=topk)
 
     if status is None:
-        run_step(_loose_work(folder, overlay(Settings())), heatmap.STAGE.step())
+        run_step(_loose_work(folder, overlay(Settings(model=""))), heatmap.STAGE.step())
     elif out != QidFolder(in_dir, q_id).path(HEATMAP):
         # No stage, but what is being written in a q_id's folder can only be read under its lock.
         with noted(folder, out):

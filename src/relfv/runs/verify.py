@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from relfv.errors import InputError, RelfvError
+from relfv.progress import at_work, counted
 from relfv.report.page import page_path, page_problem
 from relfv.report.table import natural_key
 from relfv.runs.manifest import MANIFEST, manifest_runs
@@ -79,8 +80,9 @@ def _check_relation(folder: Path) -> list[Checked]:
     nothing if it is no relation."""
     q_ids = [path for path in _subfolders(folder) if is_of_a_qid(path) and not was_moved_aside(path)]
     manifest = folder / MANIFEST
-    at_work = any(map(writer_of, q_ids))
-    checked = [check_qid(path, awaited=at_work) for path in q_ids]
+    awaited = any(map(writer_of, q_ids))
+    with at_work("verify", f"hashing and reading the files of {folder.name}", unit="q_ids"):
+        checked = [check_qid(path, awaited=awaited) for path in counted(q_ids)]
     # The spec's single commands write no manifest, and no run.log either.
     if not manifest.exists() and not (q_ids and (folder / "run.log").exists()):
         return [*checked, *_check_cross(folder), *_check_page(folder)]
@@ -91,7 +93,7 @@ def _check_relation(folder: Path) -> list[Checked]:
         kind = "damaged" if manifest.exists() else "missing"
         problems.append(Problem(kind, MANIFEST, reason_of(problem, manifest)))
     # A run that is at work may just have moved some aside.
-    gone = [] if at_work else [folder / q_id for q_id in dict.fromkeys(known) if not is_of_a_qid(folder / q_id)]
+    gone = [] if awaited else [folder / q_id for q_id in dict.fromkeys(known) if not is_of_a_qid(folder / q_id)]
     checked += [Checked(name_of(path), str(path), "", 0, [Problem("missing", "artifacts", "")]) for path in gone]
     checked += [*_check_cross(folder), *_check_page(folder)]
     return [*checked, Checked(f"{folder.resolve().name}/{MANIFEST}", str(folder), "", 1, problems)]

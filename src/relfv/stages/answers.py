@@ -9,8 +9,10 @@ import numpy as np
 
 from relfv.settings import MODEL_SETTINGS
 from relfv.stages.function_vector import FV
+from relfv.stages.prompts import prompts_to_read
 from relfv.stages.stage import Stage, Work
 from relfv.stages.step6_summary import STEP6_SUMMARY
+from relfv.stages.trials import TRIALS
 from relfv.stages.zeroshot import ZERO_SHOT_TRIALS, evaluated
 from relfv.store.folder import File
 from relfv.store.formats import json_bytes, read_json
@@ -69,6 +71,7 @@ def _write_answers(work: Work) -> str:
             "decode to anything telling, and one that decodes well need not work (Todd et al. 2024, section 3.2).",
             "top": _tokens(model.tokens, decode_vector(model.backbone, model.tokens.encode("a")[:1], vector)),
         },
+        "first_trial_as_fed": _as_fed(work),
         "rows": rows,
     }
     work.write(ANSWERS, json_bytes(document), content=document)
@@ -78,6 +81,22 @@ def _write_answers(work: Work) -> str:
         for name in ("exact_match", "begins_with_answer")
     )
     return f"at layer {layer}, whole answers {exact}; begun with the answer {begun}"
+
+
+def _as_fed(work: Work) -> dict[str, Any]:
+    """The first trial's prompts token by token, with what is fed of the answer, and the token that is scored."""
+    tokens, trials = work.model.tokens, work.read(TRIALS)
+    target = trials.questions[0].target
+    texts = {
+        "clean": trials.clean_prompts[0],
+        "corrupted": trials.prompts[0],
+        "zero_shot": work.read(ZERO_SHOT_TRIALS).prompts[0],
+    }
+    fed = {kind: prompts_to_read([text], [target], tokens, [0]).ids[0] for kind, text in texts.items()}
+    return {
+        **{kind: [tokens.text(token) for token in ids] for kind, ids in fed.items()},
+        "scored": tokens.text(target.token_id),
+    }
 
 
 def _accepted(question: Question) -> list[str]:
@@ -121,8 +140,9 @@ STAGE = Stage(
     "step6_answers",
     "Whole answers at the best layer, without and with the vector.",
     _write_answers,
-    reads=(ZERO_SHOT_TRIALS, STEP6_SUMMARY, FV),
+    reads=(TRIALS, ZERO_SHOT_TRIALS, STEP6_SUMMARY, FV),
     writes=(ANSWERS,),
     settings=(*MODEL_SETTINGS, "alpha", "n_eval", "allow_query_duplicates"),
     extra=True,
+    share=0.05,
 )

@@ -190,4 +190,5 @@ STAGE = Stage(
     writes=(METRICS, CIE, AIE, NOISE_FLOOR),
     settings=(*MODEL_SETTINGS, "layers", "heads", "score_key"),
     agrees=_agrees,
+    share=0.2,
 )

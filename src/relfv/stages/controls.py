@@ -114,4 +114,5 @@ STAGE = Stage(
     settings=(*MODEL_SETTINGS, "alpha", "n_eval", "allow_query_duplicates", "seed", "score_key"),
     agrees=_agrees,
     extra=True,
+    share=0.4,
 )

@@ -291,4 +291,5 @@ STAGE = Stage(
     writes=(HEAD_STABILITY, TOP_HEADS, FV, FV_META, FV_BY_LAYER, STEP_E_EVAL),
     settings=(*MODEL_SETTINGS, "score_key", "topk", "alpha", "seed"),
     agrees=_agrees,
+    share=0.15,
 )

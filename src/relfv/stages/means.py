@@ -89,4 +89,5 @@ STAGE = Stage(
     writes=(MEANS, GLOBAL_MEANS),
     settings=MODEL_SETTINGS,
     agrees=_agrees,
+    share=0.04,
 )

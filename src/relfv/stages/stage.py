@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from relfv.pace import Pace
 from relfv.settings import Settings
 from relfv.stages.prompts import prompts_to_read
 from relfv.store.folder import File, QidFolder
@@ -39,6 +40,10 @@ class Work:
     relation: Relation | None = None
     """The rows that trials are drawn from; only the stage that freezes the trials needs them."""
     csv_sha256: str = ""
+    name: str = ""
+    """The relation in words, where there are some."""
+    pace: Pace = field(default_factory=lambda: Pace(1))
+    """Is told which stage runs."""
     _made: dict[Callable[..., Any], Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -113,6 +118,8 @@ class Stage:
     """Whether a q_id is complete without it."""
     extra: bool = False
     """Whether it is beyond the spec, and left out with ``--extras none``."""
+    share: float = 0.0
+    """Of a q_id's time, as a rule: what the time left rests on before a stage has been timed."""
 
     def step(self, layer: int | None = None) -> Step:
         """The stage for one q_id: at ``layer``, if it has a step for each."""

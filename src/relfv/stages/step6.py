@@ -171,4 +171,5 @@ STAGE = Stage(
     settings=(*MODEL_SETTINGS, "alpha", "n_eval", "allow_query_duplicates", "seed"),
     agrees=_agrees,
     per_layer=True,
+    share=0.05,
 )

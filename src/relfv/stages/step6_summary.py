@@ -76,4 +76,5 @@ STAGE = Stage(
     writes=(STEP6_SUMMARY,),
     settings=("score_key",),
     agrees=_agrees,
+    share=0.01,
 )

@@ -143,7 +143,7 @@ def _conclude(work: Work) -> str:
     )
     document = {"q_id": work.q_id, **numbers}
     work.write(SUMMARY, json_bytes(document), content=document)
-    return document["verdict"]
+    return f"{work.name}: {document['verdict']}" if work.name else document["verdict"]
 
 
 STAGE = Stage(
@@ -153,4 +153,5 @@ STAGE = Stage(
     reads=(TRIALS, TOP_HEADS, STEP_E_EVAL, CONTROLS_FILE, STEP6_SUMMARY, ANSWERS, HEAD_STABILITY),
     writes=(SUMMARY,),
     extra=True,
+    share=0.01,
 )

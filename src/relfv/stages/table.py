@@ -53,6 +53,11 @@ def steps(layers: Sequence[int], *, of: Iterable[Stage] = STAGES, extras: str = 
     return [step for stage in required for step in (map(stage.step, layers) if stage.per_layer else [stage.step()])]
 
 
+def shares(extras: str = "all") -> dict[str, float]:
+    """Of the stages that make a q_id complete, in order: what part of its time each takes as a rule."""
+    return {step.stage.name: step.stage.share for step in steps((0,), extras=extras)}
+
+
 def step_named(name: str) -> Step | None:
     """The step that qid_status.json calls ``name``; None for one of another version of relfv."""
     for stage in STAGES:

@@ -289,4 +289,5 @@ STAGE = Stage(
     writes=(TRIALS,),
     settings=("seed", "n_trials_per_q", "n_demos", "corruption", "target", "model_spec"),
     agrees=_agrees,
+    share=0.01,
 )

@@ -101,4 +101,5 @@ STAGE = Stage(
     reads=(TRIALS,),
     writes=(ZERO_SHOT_TRIALS,),
     agrees=_agrees,
+    share=0.01,
 )

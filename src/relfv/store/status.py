@@ -67,7 +67,8 @@ class QidStatus:
     """By the kind of pass (stepD_cie, stepE_heads, stepE, step6, ...) how many prompts shared a forward pass. Batch
     shapes change low-order bits, so a stage that is repeated, on whatever device, uses the number it was first made
     with."""
-
+    name: str = ""
+    """The relation in words, as the CSV has them now. No part of the experiment."""
     reused_stepd: str | None = None
     """The ``artifacts`` folder that StepD's files were copied from."""
 
@@ -87,6 +88,7 @@ class QidStatus:
         content = {
             "status_format": 2,  # 1, which did not say so, had no hash of itself
             "q_id": self.q_id,
+            "name": self.name,
             "status": self.status,
             "reason": self.reason,
             "created_at": self.created_at,
@@ -210,6 +212,7 @@ def read_status(artifacts_dir: Path) -> QidStatus | None:
             is_sealed=is_sealed,
             trials_per_pass=values.get("trials_per_pass", {}),
             reused_stepd=values.get("reused_stepd"),
+            name=values.get("name", ""),
         )
         _require_sound(status, values["fingerprint"])
     except (RelfvError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
@@ -243,8 +246,14 @@ def _require_sound(status: QidStatus, recorded_fingerprint: str) -> None:
     fields, config = status.fingerprint_fields, status.settings.to_json()
     promised = [(record.files, record.inputs) for record in status.stages.values()]
     hashes = [item for one in [*(d for pair in promised for d in pair), status.other_files] for item in one.items()]
-    words = [status.created_at, status.updated_at, status.reason or "", *(r.status for r in status.stages.values())]
-    words.append(status.reused_stepd or "")
+    words = [
+        status.created_at,
+        status.updated_at,
+        status.reason or "",
+        status.name,
+        status.reused_stepd or "",
+        *(r.status for r in status.stages.values()),
+    ]
     faults = {
         f"the status is {status.status!r}": status.status not in get_args(State),
         "the fingerprint is not that of its fields": recorded_fingerprint != fingerprint(fields),

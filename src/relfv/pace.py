@@ -1,0 +1,100 @@
+"""How long the rest of a run will take: from the stages that have been timed, and before those from their usual shares
+of a q_id's time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from statistics import mean
+
+from relfv.progress import at_hand, duration
+
+_LEAST_SHARE = 0.03
+"""Of a q_id that must be behind before anything is said of the rest."""
+
+
+class Pace:
+    """Knows which q_id of how many is running, and what each stage took."""
+
+    def __init__(self, total: int, shares: Mapping[str, float] | None = None) -> None:
+        """``total`` q_ids, each of the stages ``shares``, in order: what part of a q_id's time each takes as a rule."""
+        self._total, self._done, self._waiting = total, 0, total
+        self._shares = dict(shares or {"": 1.0})
+        self._took: dict[str, list[float]] = {}
+        """Of the q_ids before this one, by stage."""
+        self._of_this: dict[str, float] = {}
+        self._stage: str | None = None
+        self._started = self._stage_started = time.monotonic()
+
+    def begin(self) -> None:
+        """A q_id starts."""
+        self._of_this, self._stage = {}, None
+        self._started = time.monotonic()
+        self._waiting -= 1
+
+    def begin_stage(self, name: str) -> float | None:
+        """The present q_id comes to a stage, or to another layer of it. -> seconds that the stage took before."""
+        if name != self._stage:
+            self._end_stage()
+            self._stage, self._stage_started = name, time.monotonic()
+        return mean(self._took[name]) if name in self._took else None
+
+    def end(self, waiting: Callable[[], int] | None = None) -> None:
+        """It ended. Where another run took it, it says nothing of the pace, and ``waiting`` counts the q_ids that are
+        left for this run."""
+        was_run = self._stage is not None
+        self._end_stage()
+        for name, seconds in self._of_this.items():
+            self._took.setdefault(name, []).append(seconds)
+        self._done, self._of_this = self._done + 1, {}
+        if waiting and not was_run:
+            self._waiting = waiting()
+
+    def seconds(self) -> float:
+        """How long the present q_id has been running."""
+        return time.monotonic() - self._started
+
+    def heading(self) -> str:
+        """``[2/28, 14 min left] ``"""
+        left = self.left()
+        said = "" if left is None else f", {duration(left)} left"
+        return f"[{min(self._done + 1, self._total)}/{self._total}{said}] "
+
+    def left(self) -> float | None:
+        """Seconds for the rest of this q_id and the waiting ones; None before anything says so, and at the end."""
+        usual = self._usual()
+        if usual is None or self._done >= self._total:
+            return None
+        rest = 0.0
+        if self._stage is not None:
+            order = list(self._shares)
+            here = usual.get(self._stage, 0.0) - (time.monotonic() - self._stage_started)
+            after = order[order.index(self._stage) + 1 :] if self._stage in order else []
+            rest = max(0.0, here) + sum(usual[name] for name in after)
+        return rest + self._waiting * sum(usual.values())
+
+    def _usual(self) -> dict[str, float] | None:
+        """Seconds a q_id needs for each stage: as timed, else from its share and the time of what is behind."""
+        timed = {name: mean(took) for name, took in {**_each(self._of_this), **self._took}.items()}
+        behind = {name: (self._shares.get(name, 0.0), seconds) for name, seconds in timed.items()}
+        if self._stage and self._stage not in timed and (task := at_hand()) and task.total:
+            counted = task.done / task.total
+            behind[self._stage] = counted * self._shares.get(self._stage, 0.0), time.monotonic() - self._stage_started
+        share, seconds = (sum(column) for column in zip(*behind.values(), strict=True)) if behind else (0.0, 0.0)
+        if share < _LEAST_SHARE and not self._took:
+            return None
+        usual = {name: timed.get(name, part * seconds / share if share else 0.0) for name, part in self._shares.items()}
+        if self._stage in behind and self._stage not in timed and behind[self._stage][0]:
+            part, seconds = behind[self._stage]
+            usual[self._stage] = seconds * self._shares[self._stage] / part
+        return usual
+
+    def _end_stage(self) -> None:
+        if self._stage is not None:
+            seconds = time.monotonic() - self._stage_started
+            self._of_this[self._stage] = self._of_this.get(self._stage, 0.0) + seconds
+        self._stage = None
+
+
+def _each(seconds: Mapping[str, float]) -> dict[str, list[float]]:
+    return {name: [value] for name, value in seconds.items()}

@@ -1,0 +1,62 @@
+"""A relation's words, from the CSV into the status of its q_id, where the page, the figures and the tables find them.
+
+They are no part of the experiment: a relation that gets another name keeps its results.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+
+from relfv.errors import RelfvError
+from relfv.relations import load_relations, rows_sha256
+from relfv.report.table import find_statuses
+from relfv.store.folder import QidFolder
+from relfv.store.locks import lock
+from relfv.store.status import QidStatus, read_status
+from relfv.types import Relation
+
+log = logging.getLogger(__name__)
+
+
+def take_names(folder: Path, relations: Mapping[str, Relation]) -> None:
+    """Give the q_ids in a relation's ``folder`` the names of the CSV that is at hand."""
+    for q_id, relation in relations.items():
+        _rename(folder / q_id / "artifacts", lambda _, relation=relation: relation)
+
+
+def take_names_below(root: Path) -> None:
+    """Give all q_ids at or below ``root`` the names that the CSVs they were made from have now, where those are still
+    there."""
+    read = cache(_relations)
+    for artifacts_dir in find_statuses(root):
+        _rename(artifacts_dir, lambda status: read(status.settings.relation_csv_path).get(status.q_id))
+
+
+def _relations(csv_path: str) -> dict[str, Relation]:
+    try:
+        return load_relations(Path(csv_path))
+    except RelfvError:
+        return {}
+
+
+def _rename(artifacts_dir: Path, found: Callable[[QidStatus], Relation | None]) -> None:
+    """Record another name, if ``found`` gives the relation that a q_id was made from and it has one. Whoever is at work
+    in the folder does so itself."""
+    try:
+        status = read_status(artifacts_dir)
+        relation = found(status) if status else None
+        if status is None or relation is None or not _is_of(relation, status) or relation.name == status.name:
+            return
+        with lock(QidFolder(artifacts_dir, status.q_id).lock) as holder:
+            if not holder and (status := read_status(artifacts_dir)):
+                status.name = relation.name
+                status.write()
+    except RelfvError as problem:  # said where it matters
+        log.debug("%s", problem)
+
+
+def _is_of(relation: Relation, status: QidStatus) -> bool:
+    return rows_sha256(relation, status.settings.corruption) == status.fingerprint_fields.get("rows_sha256")
