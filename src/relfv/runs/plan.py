@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from relfv.errors import InputError, RelfvError
+from relfv.models.given import GivenModel
 from relfv.models.sources import model_identity
 from relfv.models.stored import resolved
 from relfv.relations import file_sha256, load_relations, relation_name, require_q_ids, rows_sha256
@@ -35,6 +36,8 @@ class RunRequest:
     """Move existing folders of the chosen q_ids aside, under a dated name, and start afresh."""
     dry_run: bool = False
     """Say what would be done and touch nothing."""
+    given: GivenModel | None = None
+    """A model that is open already, in place of the one that the settings name."""
 
 
 @dataclass(frozen=True)
@@ -130,14 +133,15 @@ def make_plan(request: RunRequest) -> Plan:
     require_q_ids(chosen, relations, "--q_list", csv_path)
     folder = request.out_root / relation_name(csv_path)
     require_folder(folder, "--out_root")
-    for ours in (".locks", "report", "run.log", MANIFEST, *chosen):
+    for ours in (".locks", "report", "tables", "run.log", MANIFEST, *chosen):
         require_no_links(folder / ours, below=request.out_root)
+    given = request.given
     return Plan(
-        replace(request, settings=resolved(request.settings)),
+        replace(request, settings=given.resolved(request.settings) if given else resolved(request.settings)),
         folder,
         {q_id: relations[q_id] for q_id in chosen},
         file_sha256(csv_path),
-        model_identity(request.settings.model),
+        given.identity() if given else model_identity(request.settings.model),
     )
 
 

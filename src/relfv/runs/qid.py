@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from relfv.errors import RelfvError, RunError
 from relfv.models.context import TooLong
+from relfv.models.given import GivenModel
 from relfv.settings import Settings
 from relfv.signals import raise_received
 from relfv.stages import sweeps, trials
@@ -38,11 +39,14 @@ _SILENCE_S = 20.0
 """After so long a step that is still at work is spoken of again."""
 
 
-def open_for(settings: Settings) -> LanguageModel:
-    """The model that ``settings`` name."""
+def open_for(settings: Settings, given: GivenModel | None = None) -> LanguageModel:
+    """The model that ``settings`` name, or the one that is ``given``."""
     require_temporary_folder()
-    from relfv.language_model import open_model
+    from relfv.language_model import open_given, open_model
 
+    if given:
+        spec, quant = settings.model_spec, settings.quant
+        return open_given(given, spec, quant=quant, precision=settings.precision)  # type: ignore[arg-type]
     return open_model(
         settings.model,
         settings.model_spec,
@@ -72,6 +76,7 @@ def work_on(
         status.trials_per_pass,
         relation,
         csv_sha256,
+        str(status.fingerprint_fields.get("model_identity", "")),
     )
 
 

@@ -3,8 +3,8 @@
 A q_id (verify_qid.py) holds if every stage is done, every file is there with its recorded hash, was made from inputs
 that still have theirs, is read by its own reader, and agrees with the others where that is cheap to see; and if no
 other file is there, and the folder is its own. Which files those are, and what they must agree on, the stages declare.
-qid_status.json itself and what lies beside the q_ids, the manifest, the page and cross_fv.json, hold a hash of
-themselves. Logs are not checked. What a process is writing just now is left for later, and no problem.
+qid_status.json itself and what lies beside the q_ids, the manifest, the page, cross_fv.json and the tables' record,
+hold a hash of themselves. Logs are not checked. What a process is writing just now is left for later, and no problem.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from relfv.errors import InputError, RelfvError
 from relfv.report.page import page_path, page_problem
 from relfv.report.table import natural_key
+from relfv.report.written_tables import tables_problem
 from relfv.runs.manifest import MANIFEST, manifest_runs
 from relfv.runs.verify_qid import Checked, Problem, check_qid, name_of, reason_of, writer_of
 from relfv.stages.cross import CROSS, CROSS_FIGURE, cross_changes, read_cross
@@ -98,12 +99,15 @@ def _check_relation(folder: Path) -> list[Checked]:
 
 
 def _check_page(folder: Path) -> list[Checked]:
-    """The page or index, if there is one: it can be made again at any time."""
-    path = page_path(folder)
-    if not (problem := page_problem(folder)):
-        return []
-    name = path.relative_to(folder).as_posix()
-    return [Checked(f"{folder.resolve().name}/{name}", str(folder), "", 1, [Problem("damaged", name, problem)])]
+    """The page or index, and the tables, if there are any: they can be made again at any time."""
+    page = page_problem(folder)
+    found = [(page_path(folder).relative_to(folder).as_posix(), page)] if page else []
+    if tables := tables_problem(folder):
+        found.append(tables)
+    return [
+        Checked(f"{folder.resolve().name}/{name}", str(folder), "", 1, [Problem("damaged", name, problem)])
+        for name, problem in found
+    ]
 
 
 def _check_cross(folder: Path) -> list[Checked]:

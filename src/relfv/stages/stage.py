@@ -39,6 +39,8 @@ class Work:
     relation: Relation | None = None
     """The rows that trials are drawn from; only the stage that freezes the trials needs them."""
     csv_sha256: str = ""
+    model_identity: str = ""
+    """What the fingerprint knows the model by; empty where there is no fingerprint."""
     _made: dict[Callable[..., Any], Any] = field(default_factory=dict, repr=False)
 
     @property
