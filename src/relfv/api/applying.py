@@ -185,9 +185,10 @@ class _Adding:
         n_before, width, ids = self._width, real.shape[1], call.ids
         self._width = width
         known = self._prompt
-        longer = known is not None and ids is not None and width == n_before + 1
-        if longer and ids[:, : known.shape[1]].equal(known):
-            return
+        if known is not None and ids is not None:
+            goes_on = width == n_before + 1 and ids[:, : known.shape[1]].equal(known)
+            if goes_on:
+                return
         self._prompt = ids
         at = torch.arange(width, device=real.device)
         self._ends = torch.where(real, at, -1).amax(1, keepdim=True)

@@ -18,7 +18,7 @@ from relfv.store.folder import QidFolder
 from relfv.store.status import QidStatus, read_status
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
+    from pandas import DataFrame  # type: ignore[import-not-found]
 
 
 class _Tables:
@@ -144,7 +144,7 @@ def load(folder: str | Path) -> Run:
 
 def _pandas() -> Any:
     try:
-        import pandas
+        import pandas  # type: ignore[import-not-found]
     except ImportError:
         raise InputError("tables need pandas, which is not installed; run: pip install 'relfv[pandas]'") from None
     return pandas

@@ -124,8 +124,10 @@ def inject(
 ) -> StepEffects:
     """What the target's score is when a vector is added after a block at the last token, for every layer.
 
-    ``vectors``: (resid_dim,) or (vector, resid_dim), already times alpha. ``layers``: by default all; they ascend in the
-    result. -> edits' axes (layer,), or (layer, vector). Raises InputError for shapes that do not fit the model or each other.
+    ``vectors``: (resid_dim,) or (vector, resid_dim), already times alpha. ``layers``: by default all; they ascend in
+    the result. -> edits' axes (layer,), or (layer, vector).
+
+    Raises InputError for shapes that do not fit the model or each other.
     """
     values, n_layers = np.asarray(vectors, dtype=np.float32), model.arch.n_layers
     if values.ndim not in (1, 2) or values.shape[-1] != model.arch.resid_dim:

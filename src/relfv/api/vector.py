@@ -6,12 +6,13 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from relfv.api import sharing
 from relfv.errors import InputError, UsageWarning
 from relfv.stages.prompts import zero_shot_prompt
 from relfv.stages.vector_file import PART, VECTOR, VECTOR_FILE, read_vector_file
@@ -31,19 +32,19 @@ class FunctionVector:
     *without* a space after it: the space belongs to the answer. ``prompt`` gives such prompts.
     """
 
-    vector: np.ndarray
+    vector: np.ndarray = field(repr=False)
     """float32 (resid_dim,)."""
-    by_layer: Mapping[int, np.ndarray]
+    by_layer: Mapping[int, np.ndarray] = field(repr=False)
     """layer -> float32 (resid_dim,): what this layer's heads contribute; the parts sum to ``vector``."""
     layer: int
     """The best layer for it, counted from 0: by the score of zero-shot prompts with the vector."""
     alpha: float
-    heads: tuple[HeadId, ...]
+    heads: tuple[HeadId, ...] = field(repr=False)
     """Best first."""
     q_id: str
     model: str
     """The name of the model that it was made with."""
-    metadata: Mapping[str, str]
+    metadata: Mapping[str, str] = field(repr=False)
     """All that the file says, lists and objects as JSON."""
 
     @staticmethod
@@ -85,11 +86,13 @@ class FunctionVector:
 
         tokens, spaces = Tokens(tokenizer), json.loads(self.metadata["space_ids"])
         given = [words] if isinstance(words, str) else list(words)
+        if not given:
+            raise InputError("words: is empty; expected a word or several")
         for word in given:
             _require_word(word)
             tokens.require_plain(word)
         rows = [[*tokens.encode(zero_shot_prompt(word)), *spaces.get(word, spaces[""])] for word in given]
-        width, padding = max(map(len, rows), default=0), tokenizer.pad_token_id or 0
+        width, padding = max(map(len, rows)), tokenizer.pad_token_id or 0
         return BatchEncoding(
             {
                 "input_ids": torch.tensor([[padding] * (width - len(row)) + row for row in rows]),
@@ -126,6 +129,26 @@ class FunctionVector:
         ids = (json.loads(self.metadata[f"prompt_{end}_with_ids"]) for end in ("begins", "ends"))
         vector = torch.from_numpy(np.float32(self.alpha if alpha is None else alpha) * self.vector)
         return adding(model, self.layer if layer is None else layer, vector, where, Frame(*ids))
+
+    @staticmethod
+    def from_hub(repo_id: str, revision: str | None = None) -> FunctionVector:
+        """The vector of a Hugging Face hub repository that ``push_to_hub`` wrote. Raises InputError if there is none to
+        be had."""
+        return FunctionVector.read(sharing.fetch(repo_id, revision))
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload its file and a card that says how it is used; ``options`` of ``HfApi.create_repo``, such as
+        ``private=True``. -> the commit's address. Raises RunError where that cannot be done."""
+        return sharing.push(self, repo_id, **options)
+
+    def to_gguf(self, path: str | Path) -> Path:
+        """Write alpha times the vector as a control vector for llama.cpp, which adds it at *every* token of prompt and
+        answer. Needs ``relfv[gguf]``. Raises InputError for layer 0, after which llama.cpp cannot add anything."""
+        return sharing.write_gguf(self, Path(path))
+
+    def to_steering_vector(self) -> Any:
+        """Alpha times the vector as a ``SteeringVector`` of the package steering-vectors."""
+        return sharing.as_steering_vector(self)
 
     def at(self, *, layer: int | None = None, alpha: float | None = None) -> FunctionVector:
         """The same vector with another layer or alpha."""

@@ -81,16 +81,17 @@ def borrowed(model: Any) -> Iterator[None]:
 
     training = [module for module in model.modules() if module.training]
     buffers = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
-    attention = model.config._attn_implementation
-    capped = getattr(text_config(model.config), "attn_logit_softcapping", None) is not None and attention != "eager"
+    capped = getattr(text_config(model.config), "attn_logit_softcapping", None) is not None
+    held = [model.config, text_config(model.config), *(m.config for m in model.modules() if hasattr(m, "config"))]
+    attention = [(config, config._attn_implementation) for config in held] if capped else []
     model.eval()
-    if capped:  # see opening._load_weights
-        model.set_attn_implementation("eager")
+    for config, _ in attention:  # see opening._load_weights
+        config._attn_implementation = "eager"
     try:
         yield
     finally:
-        if capped:
-            model.set_attn_implementation(attention)
+        for config, implementation in reversed(attention):
+            config._attn_implementation = implementation
         for module in training:
             module.training = True
         for module, own in buffers:
