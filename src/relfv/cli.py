@@ -13,8 +13,8 @@ from typing import Any
 
 from relfv import __version__
 from relfv.errors import InputError, RelfvError
-from relfv.flags import DEFAULTS, add_setting, path_flag, q_ids_from, settings_from, whole_number
-from relfv.logs import drop_output, printable, set_up_logging, shortened, show
+from relfv.flags import DEFAULTS, Parser, add_setting, path_flag, q_ids_from, settings_from, whole_number
+from relfv.logs import drop_output, set_up_logging, show
 from relfv.settings import DEFAULT_OUT_ROOT, FLAGS, MAX_SEED, MOST, SCORE_KEYS, SPEC_CSV
 from relfv.signals import Terminated, as_exceptions
 from relfv.store.files import remedy
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = _Parser(prog="relfv", description="Relation function vectors, one relation at a time.")
+    parser = Parser(prog="relfv", description="Relation function vectors, one relation at a time.")
     parser.add_argument("--version", action="version", version=f"relfv {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name, (help_text, _, _) in _COMMANDS.items():
@@ -41,21 +41,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def script_main(name: str, argv: Sequence[str] | None = None) -> int:
     """One command as a program of its own: what each file in scripts/ calls."""
-    parser = _Parser(description=_COMMANDS[name][0])
+    parser = Parser(description=_COMMANDS[name][0])
     _add(parser, name)
     return _execute(parser, argv)
-
-
-class _Parser(argparse.ArgumentParser):
-    """Errors in one line, exit code 2, no usage dump; no abbreviated flags."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("allow_abbrev", False)
-        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
-        super().__init__(*args, **kwargs)
-
-    def error(self, message: str) -> Any:
-        self.exit(2, printable(shortened(f"{self.prog}: error: {message} (see {self.prog} --help)")) + "\n")
 
 
 def _add(parser: argparse.ArgumentParser, name: str) -> None:
@@ -250,6 +238,18 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
+def _export_flags(parser: argparse.ArgumentParser) -> None:
+    _report_flags(parser)
+    parser.add_argument("--parquet", action="store_true", help="also as tables/*.parquet (needs relfv[parquet])")
+
+
+def _export(args: argparse.Namespace) -> int:
+    from relfv.report.written_tables import export
+
+    show(export(args.folder, parquet=args.parquet))
+    return 0
+
+
 def _demo_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=("train",), help="train: make the demo model again from its CSV")
     parser.add_argument("--out_dir", type=path_flag, required=True, help="where the model goes")
@@ -282,6 +282,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Comma
     "status": ("Say where every q_id stands.", _status_flags, _status),
     "verify": ("Check that results are complete, undamaged and agree; no model is opened.", _verify_flags, _verify),
     "report": ("Make the page of every relation of a results folder again.", _report_flags, _report),
+    "export": ("Write the tables of every relation of a results folder again.", _export_flags, _export),
     "stepd": ("StepD of one q_id: trials, mean activations, effect of every head.", _step_d_flags, _step_d),
     "heatmap": ("Heatmap of layers x heads from StepD's scores.", _heatmap_flags, _heatmap),
     "stepe": ("StepE: top heads and function vector, and the zero-shot snapshot.", _step_e_flags, _step_e),

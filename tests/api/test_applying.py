@@ -121,7 +121,7 @@ def hooks(model: Any) -> int:
 
 
 def test_hooks_are_gone_after_an_exception(fv: relfv.FunctionVector, demo_model: Any) -> None:
-    class Stop(Exception):  # noqa: N818
+    class Stop(Exception):
         pass
 
     def stop() -> None:

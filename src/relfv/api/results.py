@@ -11,8 +11,7 @@ from relfv.api.vector import FunctionVector
 from relfv.errors import InputError, RunError
 from relfv.relations import named
 from relfv.report.table import find_statuses
-from relfv.report.tables import columns_of
-from relfv.report.written_tables import statuses_of, table_of
+from relfv.report.written_tables import frame_of, statuses_of
 from relfv.stages.vector_file import VECTOR_FILE
 from relfv.store.folder import QidFolder
 from relfv.store.status import QidStatus, read_status
@@ -28,8 +27,7 @@ class _Tables:
         raise NotImplementedError
 
     def _frame(self, table: str) -> DataFrame:
-        pandas = _pandas()
-        return pandas.DataFrame(table_of(table, self._statuses()), columns=list(columns_of(table)))
+        return frame_of(table, self._statuses())
 
     def summary(self) -> DataFrame:
         """A row a q_id, also of those that are not completed: where it stands, its best layer, accuracy and P without
@@ -140,11 +138,3 @@ def load(folder: str | Path) -> Run:
     if not found:
         raise InputError(f"{folder}: no results here; expected a relation's folder that relfv run wrote to")
     raise InputError(f"{folder}: is not the folder of one relation; expected {named(sorted(map(str, found)))}")
-
-
-def _pandas() -> Any:
-    try:
-        import pandas  # type: ignore[import-not-found]
-    except ImportError:
-        raise InputError("tables need pandas, which is not installed; run: pip install 'relfv[pandas]'") from None
-    return pandas

@@ -33,12 +33,12 @@ tags:
 
 # Function vector {fv.q_id} of {fv.model}
 
-The sum of the mean outputs of {len(fv.heads)} attention heads in the residual stream ({len(fv.vector)} dimensions), chosen
-by their causal indirect effect ([Todd et al., ICLR 2024](https://arxiv.org/abs/2310.15213)) and made with relfv
+The sum of the mean outputs of {len(fv.heads)} attention heads in the residual stream ({len(fv.vector)} dimensions),
+chosen by their causal indirect effect ([Todd et al., ICLR 2024](https://arxiv.org/abs/2310.15213)) and made with relfv
 {about["relfv_version"]}. It belongs to this one model: `{about["model_identity"]}`.
 
-Added {fv.alpha:g} times after block {fv.layer} (counted from 0) at the last token of a prompt `Q: <word>\\nA:`. **No space
-after the colon:** it belongs to the answer, and with it the vector does nothing useful.
+Added {fv.alpha:g} times after block {fv.layer} (counted from 0) at the last token of a prompt `Q: <word>\\nA:`.
+**No space after the colon:** it belongs to the answer, and with it the vector does nothing useful.
 
 ```python
 import relfv

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from relfv import __version__
-from relfv.errors import RelfvError
+from relfv.errors import InputError, RelfvError
+from relfv.report.page import relations_of
 from relfv.report.table import find_statuses
 from relfv.report.tables import WRITTEN, Row, columns_of, rows_of
-from relfv.store.files import require_no_links, sha256_bytes, sha256_file, write_together
+from relfv.store.files import require_no_links, sha256_bytes, sha256_file, write_atomic, write_together
 from relfv.store.formats import csv_bytes, json_bytes, read_json, sealed, unsealed
 from relfv.store.locks import sole_writer
 from relfv.store.status import QidStatus, read_status
+
+if TYPE_CHECKING:
+    from pandas import DataFrame  # type: ignore[import-not-found]
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +64,38 @@ def write_tables(folder: Path) -> Path:
         contents = {**files, _RECORD: json_bytes(sealed(record))}
         write_together({place / name: data for name, data in contents.items()})
     return place
+
+
+def export(folder: Path, *, parquet: bool = False) -> Path:
+    """Write the tables of every relation at or below ``folder`` again, also as Parquet. -> the first one's folder.
+
+    Raises InputError if there is none, or without pandas and pyarrow where Parquet is asked for.
+    """
+    relations = relations_of(folder)
+    frames = {rel: {t: frame_of(t, statuses_of(rel)) for t in WRITTEN} for rel in relations if parquet}
+    places = [write_tables(relation) for relation in relations]
+    for relation, tables in frames.items():
+        for table, frame in tables.items():
+            write_atomic(relation / TABLES_FOLDER / f"{table}.parquet", _parquet(frame))
+    return places[0]
+
+
+def frame_of(table: str, statuses: list[QidStatus]) -> DataFrame:
+    """A table as a frame. Raises InputError without pandas."""
+    try:
+        import pandas  # type: ignore[import-not-found]
+    except ImportError:
+        raise InputError("frames need pandas, which is not installed; run: pip install 'relfv[pandas]'") from None
+    return pandas.DataFrame(table_of(table, statuses), columns=list(columns_of(table)))
+
+
+def _parquet(frame: DataFrame) -> bytes:
+    try:
+        return frame.to_parquet(None, index=False)
+    except ImportError:
+        raise InputError(
+            "--parquet: needs pyarrow, which is not installed; run: pip install 'relfv[parquet]'"
+        ) from None
 
 
 def _csv(table: str, statuses: list[QidStatus]) -> bytes:
