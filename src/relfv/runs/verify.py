@@ -84,7 +84,7 @@ def _check_relation(folder: Path) -> list[Checked]:
     checked = [check_qid(path, awaited=at_work) for path in q_ids]
     # The spec's single commands write no manifest, and no run.log either.
     if not manifest.exists() and not (q_ids and (folder / "run.log").exists()):
-        return [*checked, *_check_cross(folder), *_check_page(folder)]
+        return [*checked, *_check_cross(folder), *_check_page(folder), *_check_tables(folder)]
     problems, known = [], []
     try:
         known = [q_id for run in manifest_runs(folder) for q_id in run["q_list"]]
@@ -94,20 +94,25 @@ def _check_relation(folder: Path) -> list[Checked]:
     # A run that is at work may just have moved some aside.
     gone = [] if at_work else [folder / q_id for q_id in dict.fromkeys(known) if not is_of_a_qid(folder / q_id)]
     checked += [Checked(name_of(path), str(path), "", 0, [Problem("missing", "artifacts", "")]) for path in gone]
-    checked += [*_check_cross(folder), *_check_page(folder)]
+    checked += [*_check_cross(folder), *_check_page(folder), *_check_tables(folder)]
     return [*checked, Checked(f"{folder.resolve().name}/{MANIFEST}", str(folder), "", 1, problems)]
 
 
 def _check_page(folder: Path) -> list[Checked]:
-    """The page or index, and the tables, if there are any: they can be made again at any time."""
-    page = page_problem(folder)
-    found = [(page_path(folder).relative_to(folder).as_posix(), page)] if page else []
-    if tables := tables_problem(folder):
-        found.append(tables)
-    return [
-        Checked(f"{folder.resolve().name}/{name}", str(folder), "", 1, [Problem("damaged", name, problem)])
-        for name, problem in found
-    ]
+    """The page or index, if there is one: it can be made again at any time."""
+    return _beside(folder, page_path(folder).relative_to(folder).as_posix(), page_problem(folder))
+
+
+def _check_tables(folder: Path) -> list[Checked]:
+    """A relation's tables, if there are any: they can be made again, too."""
+    name, problem = tables_problem(folder) or ("", None)
+    return _beside(folder, name, problem)
+
+
+def _beside(folder: Path, name: str, problem: str | None) -> list[Checked]:
+    if not problem:
+        return []
+    return [Checked(f"{folder.resolve().name}/{name}", str(folder), "", 1, [Problem("damaged", name, problem)])]
 
 
 def _check_cross(folder: Path) -> list[Checked]:
