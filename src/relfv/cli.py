@@ -161,6 +161,18 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
+def _export_flags(parser: argparse.ArgumentParser) -> None:
+    _report_flags(parser)
+    parser.add_argument("--parquet", action="store_true", help="also as tables/*.parquet (needs relfv[parquet])")
+
+
+def _export(args: argparse.Namespace) -> int:
+    from relfv.report.written_tables import export
+
+    show(export(args.folder, parquet=args.parquet))
+    return 0
+
+
 def _import_flags(parser: argparse.ArgumentParser) -> None:
     from relfv.importing.formats import FORMATS
 
@@ -236,6 +248,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Comma
     "verify": ("Check that results are complete, undamaged and agree; no model is opened.", _verify_flags, _verify),
     "report": ("Make the page of every relation of a results folder again.", _report_flags, _report),
     "figure": (FIGURE_HELP, figure_flags, figure),
+    "export": ("Write the tables of every relation of a results folder again.", _export_flags, _export),
     "import": ("Make a relation CSV of other projects' word pairs.", _import_flags, _import),
     "stepd": (
         "StepD of one q_id: trials, mean activations, effect of every head.",

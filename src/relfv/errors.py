@@ -17,3 +17,8 @@ class RunError(RelfvError):
     """The input was accepted and the run failed. What was computed before is on disk."""
 
     exit_code = 1
+
+
+class UsageWarning(UserWarning):
+    """A vector is used on a prompt or a model that is not what it was made with, and what comes out may mean
+    nothing."""

@@ -11,7 +11,8 @@ from relfv.engine.base import Backbone, Engine
 from relfv.engine.selfcheck import SelfCheck, choose_engine
 from relfv.models.architecture import Architecture
 from relfv.models.context import Context, context_of
-from relfv.models.opening import load_checkpoint
+from relfv.models.given import GivenModel
+from relfv.models.opening import Checkpoint, load_checkpoint
 from relfv.models.tokens import Tokens
 from relfv.progress import at_work
 
@@ -91,6 +92,19 @@ def open_model(
             exact=precision == "exact",
             trust_remote_code=trust_remote_code,
         )
+    return _with_engine(name, spec, checkpoint, quant, precision, started)
+
+
+def open_given(
+    given: GivenModel, spec: str = "auto", *, quant: str = "none", precision: Precision = "exact"
+) -> LanguageModel:
+    """The same of a model that is open already, where it is and in its dtype; call within ``borrowed``."""
+    return _with_engine(given.name, spec, given.checkpoint(spec), quant, precision, time.monotonic())
+
+
+def _with_engine(
+    name: str, spec: str, checkpoint: Checkpoint, quant: str, precision: Precision, started: float
+) -> LanguageModel:
     arch, tokens = checkpoint.arch, checkpoint.tokens
     arithmetic = Arithmetic.with_kernels(checkpoint.model, arch, precision)
     backbone = Backbone(checkpoint.model, arch, checkpoint.device, arithmetic)

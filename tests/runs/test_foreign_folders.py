@@ -115,7 +115,7 @@ def test_exchanged_and_copied_folders_are_noticed(
     assert "and these are of" in verified(capsys, copied / wrong[0])[1]
 
 
-@pytest.mark.parametrize("name", ["artifacts", "my.replaced-rows", "report"])
+@pytest.mark.parametrize("name", ["artifacts", "my.replaced-rows", "report", "tables"])
 def test_a_csv_and_a_q_id_may_have_any_name(
     name: str, csv_path: Path, llama_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

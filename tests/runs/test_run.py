@@ -26,6 +26,7 @@ CONTRACT = [
     "fv_global_resid.pt", "fv_global_resid_meta.json", "fv_by_layer.pt", "stepE_eval.json", "qid_status.json",
     "aie_heatmap_A1.png", "step6/step6_all_layers_summary.json", "step6/injection_curve.png", "head_stability.json",
     "step6/controls.json", "step6/fv_as_written.pt", "step6/answers.json", "summary.json",
+    "function_vector.safetensors",
     *(f"step6/layer_{i}/{name}" for i in range(3) for name in ("eval_summary.json", "eval_trials.jsonl", "eval_meta.json")),  # noqa: E501
 ]  # fmt: skip
 
@@ -52,6 +53,7 @@ def test_every_file_of_the_contract_is_there_and_nothing_else(finished: Path) ->
         "report",
         "run.log",
         "run_manifest.json",
+        "tables",
         ".locks",
     }
 

@@ -239,7 +239,7 @@ def files_below(folder: Path) -> dict[Path, bytes]:
 
 @pytest.mark.parametrize(
     "place",
-    ["pairs", "pairs/A1", "pairs/.locks", "pairs/report", "pairs/A1/artifacts", "pairs/A1/logs",
+    ["pairs", "pairs/A1", "pairs/.locks", "pairs/report", "pairs/tables", "pairs/A1/artifacts", "pairs/A1/logs",
      "pairs/A1/artifacts/stepD_mean_acts", "pairs/A1/artifacts/step6/layer_1"],
 )  # fmt: skip
 @pytest.mark.parametrize("more", [(), ("--force",)], ids=["run", "force"])

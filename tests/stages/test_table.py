@@ -37,7 +37,7 @@ def test_the_order_is_the_specs() -> None:
     assert [step.name for step in steps(range(3))] == [
         "stepD_trials", "stepD_means", "stepD_cie", "heatmap", "stepE", "zeroshot",
         "step6_layer_0", "step6_layer_1", "step6_layer_2", "step6_summary",
-        "injection_curve", "step6_controls", "step6_answers", "summary",
+        "vector_file", "injection_curve", "step6_controls", "step6_answers", "summary",
     ]  # fmt: skip
     assert [stage.name for stage in STAGES if stage.on_request] == ["step6_sweeps"]
     assert [stage.name for stage in STEP_D] == NAMES[:3]

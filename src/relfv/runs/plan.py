@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from relfv.errors import InputError, RelfvError
+from relfv.models.given import GivenModel
 from relfv.models.sources import model_identity
 from relfv.models.stored import resolved
 from relfv.progress import at_work
@@ -42,6 +43,8 @@ class RunRequest:
     """Say what would be done and touch nothing."""
     reuse_stepd: Path | None = None
     """Results whose StepD files are taken into new folders instead of computing them again."""
+    given: GivenModel | None = None
+    """A model that is open already, in place of the one that the settings name."""
 
 
 @dataclass(frozen=True)
@@ -157,15 +160,16 @@ def make_plan(request: RunRequest) -> Plan:
     csv_path, relations = csv_file(request.settings.relation_csv_path), chosen_relations(request)
     folder = request.out_root / relation_name(csv_path)
     require_folder(folder, "--out_root")
-    for ours in (".locks", "report", "run.log", MANIFEST, *relations):
+    for ours in (".locks", "report", "tables", "run.log", MANIFEST, *relations):
         require_no_links(folder / ours, below=request.out_root)
+    given = request.given
     with at_work("reading", f"the CSV, and what {request.settings.model} is, by its hash"):
         return Plan(
-            replace(request, settings=resolved(request.settings)),
+            replace(request, settings=given.resolved(request.settings) if given else resolved(request.settings)),
             folder,
             relations,
             file_sha256(csv_path),
-            model_identity(request.settings.model),
+            given.identity() if given else model_identity(request.settings.model),
         )
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from relfv.errors import RelfvError, RunError
 from relfv.models.context import TooLong
+from relfv.models.given import GivenModel
 from relfv.pace import Pace
 from relfv.progress import at_work
 from relfv.settings import Settings
@@ -37,12 +38,15 @@ _LAYERS_A_RECORD = 8
 """Layers of one stage whose records are written together; after a kill at most as many are repeated."""
 
 
-def open_for(settings: Settings) -> LanguageModel:
-    """The model that ``settings`` name."""
+def open_for(settings: Settings, given: GivenModel | None = None) -> LanguageModel:
+    """The model that ``settings`` name, or the one that is ``given``."""
     require_temporary_folder()
     with at_work(f"opening {settings.model}", "loading PyTorch and transformers"):
-        from relfv.language_model import open_model
+        from relfv.language_model import open_given, open_model
 
+    if given:
+        spec, quant = settings.model_spec, settings.quant
+        return open_given(given, spec, quant=quant, precision=settings.precision)  # type: ignore[arg-type]
     return open_model(
         settings.model,
         settings.model_spec,
@@ -73,6 +77,7 @@ def work_on(
         status.trials_per_pass,
         relation,
         csv_sha256,
+        str(status.fingerprint_fields.get("model_identity", "")),
         status.name,
         pace or Pace(1),
     )

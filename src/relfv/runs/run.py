@@ -8,7 +8,6 @@ never opened.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from relfv.pace import Pace
 from relfv.progress import at_work, counted, headed
 from relfv.relations import called, named
 from relfv.report.page import is_up_to_date, page_path, write_report
+from relfv.report.written_tables import TABLES_FOLDER, are_up_to_date, write_tables
 from relfv.runs.doctor import rehearse
 from relfv.runs.figure import add_figures
 from relfv.runs.manifest import model_description, run_description, sound_manifest, write_manifest
@@ -28,6 +28,7 @@ from relfv.runs.plan import Plan, RunRequest, make_plan, require_same_experiment
 from relfv.runs.qid import add_sweeps, in_words, open_for, run_qid, settling, with_extras_of, work_on
 from relfv.runs.rehearsal import outline_for, require_enough_heads
 from relfv.runs.reuse import require_reusable, reuse_step_d
+from relfv.runs.so_far import SoFar
 from relfv.stages.table import shares
 from relfv.store.files import move_aside, require_temporary_folder, temporaries
 from relfv.store.locks import sole_writer
@@ -101,9 +102,11 @@ def _say_queue(plan: Plan, skipped: Mapping[str, str], todo: Sequence[str], n_un
 
 def _open_model(plan: Plan) -> LanguageModel:
     """The model of the request. Raises InputError if it cannot be opened, or has too few heads."""
-    require_temporary_folder()
-    outline_for(plan.request.settings)  # before its weights are read, which may take minutes
-    model = open_for(plan.request.settings)
+    settings, given = plan.request.settings, plan.request.given
+    if given is None:
+        require_temporary_folder()
+        outline_for(settings)  # before its weights are read, which may take minutes
+    model = open_for(settings, given)
     require_enough_heads(model, plan.request.settings)
     return model
 
@@ -177,9 +180,9 @@ def _run_todo(plan: Plan, todo: Sequence[str], model: LanguageModel, started_at:
     write_manifest(plan.folder, description)
     pace = Pace(len(todo), shares(plan.request.settings.extras))
     outcomes: dict[str, str] = {}
-    page = _PageSoFar(plan)
-    with at_work("run", "between stages"), headed(pace.heading), page.also_if_interrupted():
-        page.write()
+    so_far = SoFar(plan.folder)
+    with at_work("run", "between stages"), headed(pace.heading), so_far.also_if_interrupted():
+        so_far.write()
         for i, q_id in enumerate(todo):
             pace.begin()
             outcomes[q_id] = "failed"
@@ -187,10 +190,11 @@ def _run_todo(plan: Plan, todo: Sequence[str], model: LanguageModel, started_at:
                 outcomes[q_id] = _run_one(plan, q_id, model, pace)
             log.info("%s %s in %.1f s", called(q_id, plan.relations[q_id].name), outcomes[q_id], pace.seconds())
             pace.end(lambda i=i: plan.n_free(todo[i + 1 :]))
-            if q_id != todo[-1] and page.is_due():  # after the last the manifest comes first
-                page.write()
+            if q_id != todo[-1]:  # after the last the manifest comes first
+                so_far.write_what_is_due()
     write_manifest(plan.folder, {**description, "finished_at": now(), "outcomes": outcomes})
-    with at_work("report", "writing the page"):
+    with at_work("report", "writing the tables and the page"):
+        write_tables(plan.folder)
         path = write_report(plan.folder)
     failed = [q_id for q_id, outcome in outcomes.items() if outcome == "failed"]
     if failed:
@@ -198,36 +202,6 @@ def _run_todo(plan: Plan, todo: Sequence[str], model: LanguageModel, started_at:
         log.error(said, len(failed), len(todo), named(failed))
     log.info("report: %s", path)
     return 1 if failed else 0
-
-
-class _PageSoFar:
-    """What is finished, for who looks while a run goes on. That it cannot be written does not stop the run, whose end
-    tries again."""
-
-    def __init__(self, plan: Plan) -> None:
-        self._plan, self._took, self._written_at = plan, 0.0, 0.0
-
-    def write(self) -> None:
-        began = time.monotonic()
-        try:
-            write_report(self._plan.folder)
-        except (RelfvError, OSError) as problem:
-            log.warning("the page is not up to date: %s", in_words(problem))
-        self._written_at = time.monotonic()
-        self._took = self._written_at - began
-
-    def is_due(self) -> bool:
-        """After every q_id; of thousands, whose page takes long, in no more than a tenth of the time."""
-        return self._took < 1 or time.monotonic() - self._written_at > 10 * self._took
-
-    @contextmanager
-    def also_if_interrupted(self) -> Iterator[None]:
-        """The page says what ``relfv status`` says, also after SIGINT and SIGTERM."""
-        try:
-            yield
-        except BaseException:
-            self.write()
-            raise
 
 
 def _description(plan: Plan, started_at: str) -> dict[str, Any]:
@@ -250,6 +224,8 @@ def _finish_earlier_run(plan: Plan, started_at: str) -> None:
     if temporaries(plan.folder, below=False):
         with sole_writer(plan.folder):
             pass
+    if not are_up_to_date(plan.folder) or temporaries(plan.folder / TABLES_FOLDER):
+        write_tables(plan.folder)
     if not is_up_to_date(plan.folder) or temporaries(page_path(plan.folder).parent):
         log.info("report: %s", write_report(plan.folder))
 

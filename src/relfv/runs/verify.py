@@ -3,8 +3,8 @@
 A q_id (verify_qid.py) holds if every stage is done, every file is there with its recorded hash, was made from inputs
 that still have theirs, is read by its own reader, and agrees with the others where that is cheap to see; and if no
 other file is there, and the folder is its own. Which files those are, and what they must agree on, the stages declare.
-qid_status.json itself and what lies beside the q_ids, the manifest, the page and cross_fv.json, hold a hash of
-themselves. Logs are not checked. What a process is writing just now is left for later, and no problem.
+qid_status.json itself and what lies beside the q_ids, the manifest, the page, cross_fv.json and the tables' record,
+hold a hash of themselves. Logs are not checked. What a process is writing just now is left for later, and no problem.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from relfv.errors import InputError, RelfvError
 from relfv.progress import at_work, counted
 from relfv.report.page import page_path, page_problem
 from relfv.report.table import natural_key
+from relfv.report.written_tables import tables_problem
 from relfv.runs.manifest import MANIFEST, manifest_runs
 from relfv.runs.verify_qid import Checked, Problem, check_qid, name_of, reason_of, writer_of
 from relfv.stages.cross import CROSS, CROSS_FIGURE, cross_changes, read_cross
@@ -85,7 +86,7 @@ def _check_relation(folder: Path) -> list[Checked]:
         checked = [check_qid(path, awaited=awaited) for path in counted(q_ids)]
     # The spec's single commands write no manifest, and no run.log either.
     if not manifest.exists() and not (q_ids and (folder / "run.log").exists()):
-        return [*checked, *_check_cross(folder), *_check_page(folder)]
+        return [*checked, *_check_cross(folder), *_check_page(folder), *_check_tables(folder)]
     problems, known = [], []
     try:
         known = [q_id for run in manifest_runs(folder) for q_id in run["q_list"]]
@@ -95,16 +96,24 @@ def _check_relation(folder: Path) -> list[Checked]:
     # A run that is at work may just have moved some aside.
     gone = [] if awaited else [folder / q_id for q_id in dict.fromkeys(known) if not is_of_a_qid(folder / q_id)]
     checked += [Checked(name_of(path), str(path), "", 0, [Problem("missing", "artifacts", "")]) for path in gone]
-    checked += [*_check_cross(folder), *_check_page(folder)]
+    checked += [*_check_cross(folder), *_check_page(folder), *_check_tables(folder)]
     return [*checked, Checked(f"{folder.resolve().name}/{MANIFEST}", str(folder), "", 1, problems)]
 
 
 def _check_page(folder: Path) -> list[Checked]:
     """The page or index, if there is one: it can be made again at any time."""
-    path = page_path(folder)
-    if not (problem := page_problem(folder)):
+    return _beside(folder, page_path(folder).relative_to(folder).as_posix(), page_problem(folder))
+
+
+def _check_tables(folder: Path) -> list[Checked]:
+    """A relation's tables, if there are any: they can be made again, too."""
+    name, problem = tables_problem(folder) or ("", None)
+    return _beside(folder, name, problem)
+
+
+def _beside(folder: Path, name: str, problem: str | None) -> list[Checked]:
+    if not problem:
         return []
-    name = path.relative_to(folder).as_posix()
     return [Checked(f"{folder.resolve().name}/{name}", str(folder), "", 1, [Problem("damaged", name, problem)])]
 
 

@@ -13,7 +13,7 @@ from relfv.store.folder import File
 from relfv.store.formats import csv_bytes, read_csv
 from relfv.types import MEASURES, HeadEffects, HeadId, MeanActivations, ScoredHead
 
-_COLUMNS = [
+COLUMNS = [
     *(
         name
         for m in MEASURES
@@ -22,6 +22,7 @@ _COLUMNS = [
     "clean_mean_norm",
     *(f"mean_delta_p_{name}" for name in ("se", "ci_low", "ci_high", "p_value", "fdr", "queries_behind_half")),
 ]
+"""Of cie_scores.csv and aie_scores.csv, after those that say which head it is."""
 
 
 def score_heads(effects: HeadEffects, means: MeanActivations, queries: Sequence[int]) -> list[ScoredHead]:
@@ -100,7 +101,7 @@ def read_scores(path: Path) -> list[ScoredHead]:
             head = HeadId(int(row["layer"]), int(row["head"]))
             if min(head.layer, head.head) < 0:
                 raise ValueError("a negative layer or head")
-            scores = {name: float(value) for name, value in row.items() if name in _COLUMNS}
+            scores = {name: float(value) for name, value in row.items() if name in COLUMNS}
             scored.append(ScoredHead(head, scores, int(row.get("n_trials") or 0)))
     except (KeyError, TypeError, ValueError) as problem:
         raise RunError(f"{path}: line {len(scored) + 2} is not the score of a head ({problem!r})") from None
@@ -123,14 +124,14 @@ AIE = File("aie_scores.csv", read_scores)
 def cie_bytes(q_id: str, scored: Sequence[ScoredHead]) -> bytes:
     """cie_scores.csv: a row a head, in layer, head order."""
     rows = [[q_id, str(head.id.layer), str(head.id.head), str(head.n_trials), *_numbers(head)] for head in scored]
-    return csv_bytes([["q_id", "layer", "head", "n_trials", *_COLUMNS], *rows])
+    return csv_bytes([["q_id", "layer", "head", "n_trials", *COLUMNS], *rows])
 
 
 def aie_bytes(ranked: Sequence[ScoredHead]) -> bytes:
     """aie_scores.csv: the same heads, in the order of ``ranked``."""
     rows = [[str(head.id.layer), str(head.id.head), "1", *_numbers(head)] for head in ranked]
-    return csv_bytes([["layer", "head", "n_qid", *_COLUMNS], *rows])
+    return csv_bytes([["layer", "head", "n_qid", *COLUMNS], *rows])
 
 
 def _numbers(head: ScoredHead) -> list[str]:
-    return [repr(head.scores[name]) for name in _COLUMNS]
+    return [repr(head.scores[name]) for name in COLUMNS]

@@ -40,6 +40,8 @@ class Work:
     relation: Relation | None = None
     """The rows that trials are drawn from; only the stage that freezes the trials needs them."""
     csv_sha256: str = ""
+    model_identity: str = ""
+    """What the fingerprint knows the model by; empty where there is no fingerprint."""
     name: str = ""
     """The relation in words, where there are some."""
     pace: Pace = field(default_factory=lambda: Pace(1))

@@ -21,6 +21,7 @@ from relfv.stages import (
     summary,
     sweeps,
     trials,
+    vector_file,
     zeroshot,
 )
 from relfv.stages.stage import Stage, Step
@@ -37,6 +38,7 @@ STAGES: tuple[Stage, ...] = (
     zeroshot.STAGE,
     step6.STAGE,
     step6_summary.STAGE,
+    vector_file.STAGE,
     curve.STAGE,
     controls.STAGE,
     answers.STAGE,

@@ -1,0 +1,140 @@
+"""What a run has left in a folder, read without opening a model: tables as DataFrames, and the vector of every q_id."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from relfv.api.vector import FunctionVector
+from relfv.errors import InputError, RunError
+from relfv.relations import named
+from relfv.report.table import find_statuses
+from relfv.report.written_tables import frame_of, statuses_of
+from relfv.stages.vector_file import VECTOR_FILE
+from relfv.store.folder import QidFolder
+from relfv.store.status import QidStatus, read_status
+
+if TYPE_CHECKING:
+    from pandas import DataFrame  # type: ignore[import-not-found]
+
+
+class _Tables:
+    """Tables of one q_id or of several; their columns: docs/artifacts.md. Each needs pandas (``relfv[pandas]``)."""
+
+    def _statuses(self) -> list[QidStatus]:
+        raise NotImplementedError
+
+    def _frame(self, table: str) -> DataFrame:
+        return frame_of(table, self._statuses())
+
+    def summary(self) -> DataFrame:
+        """A row a q_id, also of those that are not completed: where it stands, its best layer, accuracy and P without
+        and with the vector, whole answers, the share of the gap to prompts with demos, the verdict."""
+        return self._frame("summary")
+
+    def heads(self) -> DataFrame:
+        """A row a head: its rank, its causal indirect effect (CIE) with interval and false-discovery rate, whether it
+        is in the function vector."""
+        return self._frame("heads")
+
+    def layers(self) -> DataFrame:
+        """A row a layer: accuracy and P of zero-shot prompts without the vector and with it added after that layer."""
+        return self._frame("layers")
+
+    def controls(self) -> DataFrame:
+        """A row a control and layer: what other vectors do there; without a layer what edits of several layers at once
+        do. Empty without extras."""
+        return self._frame("controls")
+
+    def answers(self) -> DataFrame:
+        """A row a query: what is written without and with the vector at the best layer. Empty without extras."""
+        return self._frame("answers")
+
+    def trials(self) -> DataFrame:
+        """A row a frozen trial: query, answer, scored token, clean and corrupted prompt."""
+        return self._frame("trials")
+
+    def effects(self) -> DataFrame:
+        """A row a trial and head: the scored token without and with the head's patch. Large."""
+        return self._frame("effects")
+
+
+@dataclass(frozen=True)
+class Qid(_Tables):
+    """One q_id of a run."""
+
+    q_id: str
+    artifacts: Path
+    """The folder of its files (docs/artifacts.md)."""
+    _held_by: Any = field(default=None, repr=False, compare=False)
+    """The run that keeps a temporary folder."""
+
+    @property
+    def status(self) -> str:
+        """``pending``, ``running``, ``completed``, ``failed`` or ``skipped``."""
+        return self._statuses()[0].status
+
+    @property
+    def function_vector(self) -> FunctionVector:
+        """Its vector, ready for use. Raises RunError, with the reason, for a q_id that is not completed."""
+        path = QidFolder(self.artifacts, self.q_id).path(VECTOR_FILE)
+        if path.is_file():
+            return FunctionVector.read(path)
+        (status,) = self._statuses()
+        raise RunError(
+            f"{self.q_id} has no {VECTOR_FILE.name}: it is {status.status}"
+            f"{f' ({status.reason})' if status.reason else ''}; expected a completed q_id, so run 'relfv run' again"
+        )
+
+    def _statuses(self) -> list[QidStatus]:
+        status = read_status(self.artifacts)
+        if status is None:
+            raise RunError(f"{self.artifacts}: its qid_status.json is gone; was the folder moved meanwhile?")
+        return [status]
+
+
+@dataclass(frozen=True)
+class Run(_Tables):
+    """All q_ids of a relation CSV: ``run["Q15"]``, ``"Q15" in run``, ``len(run)`` and a loop over their names."""
+
+    folder: Path
+    _keeps: Any = field(default=None, repr=False, compare=False)
+    """A temporary folder, which lasts as long as this object."""
+
+    def __getitem__(self, q_id: str) -> Qid:
+        if q_id not in self.q_ids:
+            raise InputError(f"{q_id!r}: no such q_id in {self.folder}, which has {named(self.q_ids)}")
+        return Qid(q_id, self.folder / q_id / "artifacts", self)
+
+    @property
+    def q_ids(self) -> list[str]:
+        """Their names, Q2 before Q10."""
+        return [path.parent.name for path in find_statuses(self.folder) if path.parent.parent == self.folder]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.q_ids)
+
+    def __len__(self) -> int:
+        return len(self.q_ids)
+
+    def __contains__(self, q_id: object) -> bool:
+        return q_id in self.q_ids
+
+    def _statuses(self) -> list[QidStatus]:
+        return statuses_of(self.folder)
+
+
+def load(folder: str | Path) -> Run:
+    """The results in a relation's folder, such as ``results_fv/relation_qwise/relationA_ex``; no model is opened.
+
+    Raises InputError if there are none, or those of several relations.
+    """
+    place = Path(folder)
+    found = {path.parent.parent for path in find_statuses(place)}
+    if found == {place}:
+        return Run(place)
+    if not found:
+        raise InputError(f"{folder}: no results here; expected a relation's folder that relfv run wrote to")
+    raise InputError(f"{folder}: is not the folder of one relation; expected {named(sorted(map(str, found)))}")

@@ -1,0 +1,48 @@
+"""The form of every JSON artifact: one declaration each, and from it a JSON Schema for whoever reads the files.
+
+The schemas are in the package, as ``schemas/json/<artifact>.schema.json`` (JSON lines: of one line); the tests write
+them from the declarations and hold real files against them.
+"""
+
+from __future__ import annotations
+
+from relfv.schemas import heads, injection, records
+from relfv.schemas.notation import Schema
+
+_DECLARED: dict[str, tuple[str, Schema]] = {
+    "sampled_trials.json": ("The frozen trials of a q_id.", heads.TRIALS),
+    "sampled_trials_zeroshot.json": ("Their queries without demos.", heads.ZERO_SHOT_TRIALS),
+    "trial_metrics.jsonl": ("A line: one head's effect on one trial.", heads.METRICS),
+    "noise_floor.json": ("What arithmetic alone makes of an effect.", heads.NOISE_FLOOR),
+    "head_stability.json": ("How stable the list of top heads is.", heads.HEAD_STABILITY),
+    "top_heads.json": ("The heads of the function vector, best first.", heads.TOP_HEADS),
+    "fv_global_resid_meta.json": ("What the function vector is made of.", heads.FV_META),
+    "stepE_eval.json": ("A quick check of the vector on the frozen trials.", heads.STEP_E_EVAL),
+    "eval_summary.json": ("Means over zero-shot prompts at one layer.", injection.EVAL_SUMMARY),
+    "eval_trials.jsonl": ("A line: one zero-shot prompt at one layer.", injection.EVAL_TRIAL),
+    "eval_meta.json": ("How it was measured.", injection.EVAL_META),
+    "step6_results.json": ("All of one layer: step6_results_<model>_layer<l>_n<N>.json.", injection.RESULTS),
+    "step6_all_layers_summary.json": ("Every layer's score, and the best.", injection.STEP6_SUMMARY),
+    "controls.json": ("The vector beside what it is held against.", injection.CONTROLS),
+    "answers.json": ("Whole answers without and with the vector.", injection.ANSWERS),
+    "summary.json": ("What may be concluded.", injection.SUMMARY),
+    "sweeps.json": ("Other alphas and numbers of heads.", injection.SWEEPS),
+    "qid_status.json": ("Where a q_id stands.", records.STATUS),
+    "run_manifest.json": ("What ran, with which settings, versions and device.", records.MANIFEST),
+    "cross_fv.json": ("Every q_id's vector on every q_id's prompts.", records.CROSS),
+    "made_from.json": ("What the tables were made from, and their hashes.", records.MADE_FROM),
+}
+
+ARTIFACTS = tuple(_DECLARED)
+"""The names of those that have a schema; of a file whose name holds the model's, the part before that."""
+
+
+def schema_of(artifact: str) -> Schema:
+    """The JSON Schema (draft 2020-12) of one of ``ARTIFACTS``."""
+    about, declared = _DECLARED[artifact]
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": artifact,
+        "description": f"{about} Floats are finite; keys beyond these may come with later versions.",
+        **declared,
+    }

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import relfv
+from conftest import llama, make_tokenizer
+from folders import contents
+
+FAST = {"n_trials_per_q": 4, "topk": 3, "extras": "none"}
+
+
+def state(model: Any) -> list[Any]:
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return [
+        {n: (t.data_ptr(), t.dtype, t.requires_grad, str(t.device), t.is_inference()) for n, t in tensors.items()},
+        {n: t.detach().clone() for n, t in tensors.items()},
+        {n: (m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()},
+        {n: sorted(vars(m)) for n, m in model.named_modules()},
+        model.config.to_dict(),
+        model.config._attn_implementation,
+        model.generation_config.to_dict(),
+        torch.get_float32_matmul_precision(),
+        torch.get_num_threads(),
+    ]  # fmt: skip
+
+
+def assert_untouched(before: list[Any], after: list[Any]) -> None:
+    for i, (one, other) in enumerate(zip(before, after, strict=True)):
+        if i == 1:
+            assert all(one[name].equal(other[name]) for name in one)
+        else:
+            assert one == other
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_of_the_users_own_comes_back_untouched_and_can_be_trained(
+    csv_path: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    model = llama().to(dtype).train()
+    before = state(model)
+    run = relfv.run(csv_path, model, make_tokenizer(), out_root=tmp_path, q_list=["A1"], **FAST)
+    assert_untouched(before, state(model))
+    assert run.folder == tmp_path / "pairs"
+    assert run["A1"].status == "completed"
+    model(input_ids=torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
+    assert model.model.layers[0].mlp.up_proj.weight.grad is not None
+
+
+def test_a_soft_cap_is_kept_and_the_attention_that_was_chosen_comes_back(csv_path: Path) -> None:
+    from zoo import ZOO
+
+    model = next(animal for animal in ZOO.values() if animal.family == "Gemma 2").build()
+    model.config._attn_implementation = "sdpa"  # as some releases of transformers choose it
+    relfv.run(csv_path, model, make_tokenizer(vocab_size=300), out_root=None, q_list=["A1"], **{**FAST, "topk": 1})
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_an_open_model_gives_the_bytes_that_its_folder_gives(csv_path: Path, llama_path: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    named = relfv.run(csv_path, str(llama_path), out_root=tmp_path / "named", q_list=["A1"], **FAST)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(llama_path), AutoTokenizer.from_pretrained(llama_path)
+    given = relfv.run(csv_path, model, tokenizer, out_root=tmp_path / "given", q_list=["A1"], **FAST)
+    one, other = contents(named["A1"].artifacts), contents(given["A1"].artifacts)
+    differing = {name for name in one if one[name] != other[name]}
+    assert one.keys() == other.keys()
+    assert differing == {"function_vector.safetensors"}  # which says by what the model is known
+    again = relfv.run(csv_path, model, tokenizer, out_root=tmp_path / "given", q_list=["A1"], **FAST)
+    assert contents(again["A1"].artifacts) == other
+    model.model.layers[1].mlp.up_proj.weight.data *= 2
+    with pytest.raises(relfv.InputError, match="the model's files or revision have changed"):
+        relfv.run(csv_path, model, tokenizer, out_root=tmp_path / "given", q_list=["A1"], **FAST)
+
+
+def test_in_memory_alone_nothing_is_left_on_disk(csv_path: Path) -> None:
+    run = relfv.run(csv_path, llama(), make_tokenizer(), out_root=None, q_list=["A1"], **FAST)
+    folder, fv = run.folder, run["A1"].function_vector
+    assert folder.is_dir()
+    del run
+    assert not folder.exists()
+    assert len(fv.vector) == 48
+
+
+def test_a_frame_is_run_as_its_csv_is(csv_path: Path, tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.read_csv(csv_path)
+    model, tokenizer = llama(), make_tokenizer()
+    run = relfv.run(frame, model, tokenizer, out_root=tmp_path, name="mine", q_list=["B2"], **FAST)
+    assert run.folder == tmp_path / "mine"
+    same = relfv.run(csv_path, model, tokenizer, out_root=tmp_path, q_list=["B2"], **FAST)
+    assert (run["B2"].function_vector.vector == same["B2"].function_vector.vector).all()
+    more = pandas.concat([frame, pandas.DataFrame({"id": ["D4"], "ex_A": ["a"], "ex_B": ["b"]})])
+    run = relfv.run(more, model, tokenizer, out_root=tmp_path, name="mine", q_list=["B2", "D4"], **FAST)
+    assert [run[q_id].status for q_id in run] == ["completed", "skipped"]
+    assert len(list(tmp_path.glob("mine.csv*"))) == 2  # the former is kept
+
+
+def test_what_cannot_be_run_is_refused_in_one_line(csv_path: Path, tmp_path: Path) -> None:
+    model, tokenizer = llama(), make_tokenizer()
+    refused = {
+        "tokenizer is None": (csv_path, model, None, {}),
+        "top_k=...: is no setting here": (csv_path, model, tokenizer, {"top_k": 3}),
+        "dtype='bfloat16': the model given has float32": (csv_path, model, tokenizer, {"dtype": "bfloat16"}),
+        "relations is a list": ([("a", "b")], model, tokenizer, {}),
+        "--topk 0: expected a whole number": (csv_path, model, tokenizer, {"topk": 0}),
+        "no such file": (tmp_path / "none.csv", model, tokenizer, {}),
+        "does not fit this checkpoint": (csv_path, model, tokenizer, {"model_spec": "gpt2"}),
+    }
+    for said, (relations, of, its, settings) in refused.items():
+        with pytest.raises(relfv.InputError, match=said):
+            relfv.run(relations, of, its, out_root=tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
