@@ -72,6 +72,7 @@ def open_model(
     device: str = "auto",
     dtype: str = "auto",
     quant: str = "none",
+    offload: str = "auto",
     precision: Precision = "exact",
     trust_remote_code: bool = False,
 ) -> LanguageModel:
@@ -86,12 +87,13 @@ def open_model(
         device=device,
         dtype=dtype,
         quant=quant,
+        offload=offload,
         exact=precision == "exact",
         trust_remote_code=trust_remote_code,
     )
     arch, tokens = checkpoint.arch, checkpoint.tokens
     arithmetic = Arithmetic.with_kernels(checkpoint.model, arch, precision)
-    backbone = Backbone(checkpoint.model, arch, checkpoint.device, arithmetic)
+    backbone = Backbone(checkpoint.model, arch, checkpoint.device, arithmetic, checkpoint.streaming)
     engine, check = choose_engine(backbone, tokens.self_check_prompts(context_of(checkpoint.model.config).limit))
     log.info(
         "opened %s: %s, %d layers x %d heads of %d, residual %d, %s on %s, %s arithmetic, %.1f s",

@@ -86,6 +86,11 @@ class Settings:
         "auto", "auto (the checkpoint's), fp32, bf16 or fp16", _MODEL, environment="DTYPE", blank=True
     )
     quant: str = _setting("none", "none, 8bit or 4bit (needs relfv[quant])", _MODEL, environment="QUANT", blank=True)
+    offload: str = _setting(
+        "auto", "where weights are that do not fit on the card: auto, none (all on it), cpu (blocks stream from host "
+        "memory) or disk (from their files); the same numbers", _MODEL, choices=("auto", "none", "cpu", "disk"),
+        identity=False,
+    )  # fmt: skip
     precision: str = _setting(
         "exact", "exact: float32 arithmetic; fast: the weights' dtype", _MODEL, choices=("exact", "fast")
     )

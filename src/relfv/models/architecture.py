@@ -74,6 +74,11 @@ class Architecture:
         """L, the number of blocks."""
         return len(self.blocks)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes; streamed blocks have their weights there only while they run (streaming.py)."""
+        return next(self.lm_head.parameters()).device
+
     def final_logits(self, raw: torch.Tensor) -> torch.Tensor:
         """What the family does to ``lm_head``'s output: scale, then soft cap."""
         logits = raw if self.logit_scale == 1.0 else raw * self.logit_scale
@@ -93,7 +98,8 @@ class Architecture:
         if isinstance(weight, torch.Tensor) and weight.dtype in _UNSCALED and weight.dim() == 2:
             transposed = _is_conv1d(projection)
             columns = weight.detach().narrow(0 if transposed else 1, start, self.head_dim)
-            columns = (columns if columns.is_cuda else columns.cpu()).double()  # not every device has float64
+            place = self.device if self.device.type == "cuda" else "cpu"  # not every device has float64
+            columns = columns.to(place).double()
             value = activation.to(columns.device).double()
             return (value @ (columns if transposed else columns.T)).cpu()
         if activation.dim() > 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,9 @@ import torch
 
 from relfv.models.adapters import adapter_in, require_peft
 from relfv.models.architecture import Architecture, resolve
-from relfv.models.opening import choose_device, model_class, quantization, quiet_transformers
+from relfv.models.opening import choose_device, model_class, quantization, quiet_transformers, torch_dtype
+from relfv.models.placement import Placement, foreseen, sketch
 from relfv.models.sources import base_source, hub_commit, model_source
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -23,9 +21,13 @@ class Outline:
 
     name: str
     arch: Architecture
+    placement: Placement | None
+    """Where its weights will be; None where nothing streams."""
 
 
-def outline(name: str, spec: str, *, device: str, quant: str, trust_remote_code: bool) -> Outline | None:
+def outline(
+    name: str, spec: str, *, device: str, dtype: str, quant: str, offload: str, trust_remote_code: bool
+) -> Outline | None:
     """The model that ``open_model`` would open, built from its config alone; None where only its weights can tell.
 
     Raises InputError for a device that is not there, a config that cannot be read, or a spec that does not fit it.
@@ -42,10 +44,9 @@ def outline(name: str, spec: str, *, device: str, quant: str, trust_remote_code:
         origin["revision"] = hub_commit(source, revision)
     with quiet_transformers():
         kind, config = model_class(source, name, origin)
-        try:
-            with torch.device("meta"):
-                model = kind.from_config(config, trust_remote_code=trust_remote_code)
-        except Exception as problem:  # of a config alone not every family can be built
-            log.debug("no outline of %s: %s", name, problem)
-            return None
-    return Outline(name, resolve(model, spec))
+        placement = foreseen(
+            name, spec, source, kind, config, offload=offload, device=place, dtype=torch_dtype(dtype), quant=quant,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        model = sketch(kind, config, trust_remote_code=trust_remote_code)
+    return None if model is None else Outline(name, resolve(model, spec), placement)

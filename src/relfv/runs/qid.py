@@ -49,6 +49,7 @@ def open_for(settings: Settings) -> LanguageModel:
         device=settings.device,
         dtype=settings.dtype,
         quant=settings.quant,
+        offload=settings.offload,
         precision=settings.precision,  # type: ignore[arg-type]
         trust_remote_code=settings.trust_remote_code,
     )

@@ -34,7 +34,9 @@ def rehearse(plan: Plan) -> int:
     ]
     would = {q_id: _what_would_happen(plan, q_id) for q_id in plan.relations}
     if any(not said.startswith(("skip: ", "completed, nothing", _REFUSED)) for said in would.values()):
-        _require_model(settings)
+        found = _require_model(settings)
+        if found and found.placement:
+            lines.insert(2, f"weights {found.placement}")
     rows = {q_id: len(relation.pairs) for q_id, relation in plan.relations.items()}
     show("\n".join(map(printable, [*lines, *(f"{q_id:<8} {rows[q_id]:>4} rows  {would[q_id]}" for q_id in would)])))
     return 2 if any(said.startswith(_REFUSED) for said in would.values()) else 0
@@ -48,7 +50,7 @@ def require_enough_heads(model: LanguageModel | Outline, settings: Settings) -> 
             raise InputError(f"{flag} {k}: {model.name} has {n_heads} heads to choose from; expected at most that")
 
 
-def _require_model(settings: Settings) -> None:
+def _require_model(settings: Settings) -> Outline | None:
     require_temporary_folder()
     from relfv.models.outline import outline
 
@@ -56,11 +58,14 @@ def _require_model(settings: Settings) -> None:
         settings.model,
         settings.model_spec,
         device=settings.device,
+        dtype=settings.dtype,
         quant=settings.quant,
+        offload=settings.offload,
         trust_remote_code=settings.trust_remote_code,
     )
     if found:
         require_enough_heads(found, settings)
+    return found
 
 
 def _what_would_happen(plan: Plan, q_id: str) -> str:
