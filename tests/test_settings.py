@@ -31,6 +31,7 @@ NO_CHOICE = {"model_spec"}
 NOT_COUNTED = {
     "model",
     "device",
+    "offload",
     "relation_csv_path",
     "trust_remote_code",
     "alpha_sweep",

@@ -23,7 +23,6 @@ from relfv.models.size import stored_names
 
 log = logging.getLogger(__name__)
 
-OFFLOADS = ("auto", "none", "cpu", "disk")
 SLOTS = 3
 """Blocks on the card at a time among those that stream: one computes, the others' weights are on their way."""
 
