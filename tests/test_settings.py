@@ -30,6 +30,7 @@ NO_CHOICE = {"model_spec"}
 """The checkpoint has one family; another is refused as such."""
 NOT_COUNTED = {
     "model",
+    "revision",
     "device",
     "offload",
     "relation_csv_path",

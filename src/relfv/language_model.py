@@ -69,6 +69,7 @@ def open_model(
     name: str,
     spec: str = "auto",
     *,
+    revision: str = "",
     device: str = "auto",
     dtype: str = "auto",
     quant: str = "none",
@@ -84,6 +85,7 @@ def open_model(
     checkpoint = load_checkpoint(
         name,
         spec,
+        revision=revision,
         device=device,
         dtype=dtype,
         quant=quant,

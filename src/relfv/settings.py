@@ -79,6 +79,10 @@ class Settings:
         environment="MODEL_SPEC",
         fixed=True,
     )
+    revision: str = _setting(
+        "", "branch, tag or commit of a model on the hub, such as a training checkpoint; its commit is part of the "
+        "model's identity", _MODEL, identity=False,
+    )  # fmt: skip
     device: str = _setting(
         "auto", "auto, cpu, cuda, cuda:<n> or mps", _MODEL, environment="DEVICE", blank=True, identity=False
     )

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from conftest import make_tokenizer, scale_up
+from conftest import scale_up
 from relfv.cli import main
 from relfv.errors import InputError
 from relfv.language_model import open_model
@@ -17,7 +15,6 @@ from relfv.models import memory, placement
 from relfv.models.architecture import resolve
 from relfv.models.placement import Placement, Sizes, bytes_of_prompt, plan, sizes_of
 from relfv.models.size import stored_names
-from relfv.settings import Settings
 from zoo import ZOO
 
 GB = 10**9

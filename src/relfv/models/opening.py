@@ -22,7 +22,7 @@ from relfv.models.architecture import Architecture, resolve, text_config
 from relfv.models.memory import available_bytes
 from relfv.models.placement import foreseen
 from relfv.models.size import check_size
-from relfv.models.sources import base_source, dtype_name, hub_commit, model_source, unreadable
+from relfv.models.sources import dtype_name, hub_commit, model_source, unreadable, weights_source
 from relfv.models.streaming import Streaming, stream
 from relfv.models.tokens import Tokens
 
@@ -53,6 +53,7 @@ def load_checkpoint(
     name: str,
     spec: str,
     *,
+    revision: str,
     device: str,
     dtype: str,
     quant: str,
@@ -67,16 +68,15 @@ def load_checkpoint(
     found or read, the spec does not fit it, or the device cannot do what is asked.
     """
     place = choose_device(device)
-    source = model_source(name)
-    adapter = adapter_in(source)
+    adapter = adapter_in(model_source(name))
     if adapter:
         require_peft(adapter)
         if quant != "none":
             raise InputError(f"--model {name!r}: an adapter cannot be merged into packed weights; use --quant none")
-        source = base_source(adapter)
+    source, asked = weights_source(name, revision)
     origin: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if not Path(source).is_dir():
-        origin["revision"] = hub_commit(source, adapter.revision if adapter else None)
+        origin["revision"] = hub_commit(source, asked)
     with quiet_transformers():
         # first, or its errors would be blamed on the tokenizer, which reads it, too
         kind, config = model_class(source, name, origin)

@@ -12,7 +12,7 @@ from relfv.models.adapters import adapter_in, require_peft
 from relfv.models.architecture import Architecture, resolve
 from relfv.models.opening import choose_device, model_class, quantization, quiet_transformers, torch_dtype
 from relfv.models.placement import Placement, foreseen, sketch
-from relfv.models.sources import base_source, hub_commit, model_source
+from relfv.models.sources import hub_commit, model_source, weights_source
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Outline:
 
 
 def outline(
-    name: str, spec: str, *, device: str, dtype: str, quant: str, offload: str, trust_remote_code: bool
+    name: str, spec: str, *, revision: str, device: str, dtype: str, quant: str, offload: str, trust_remote_code: bool
 ) -> Outline | None:
     """The model that ``open_model`` would open, built from its config alone; None where only its weights can tell.
 
@@ -35,13 +35,12 @@ def outline(
     place = choose_device(device)
     if quant != "none":
         quantization(quant, place, torch.float32)
-    source, revision = model_source(name), None
-    if adapter := adapter_in(source):
+    if adapter := adapter_in(model_source(name)):
         require_peft(adapter)
-        source, revision = base_source(adapter), adapter.revision
+    source, commit = weights_source(name, revision)
     origin: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if not Path(source).is_dir():
-        origin["revision"] = hub_commit(source, revision)
+        origin["revision"] = hub_commit(source, commit)
     with quiet_transformers():
         kind, config = model_class(source, name, origin)
         placement = foreseen(

@@ -1,7 +1,7 @@
 """Where each block's weights are kept: on the card, in host memory, or in the files they came in.
 
-``plan`` decides from sizes alone, before anything is loaded, so that ``--dry_run`` says the same. Everything outside the
-blocks (embeddings, vocabulary projection, final norm) is always on the card. How the others get there in time:
+``plan`` decides from sizes alone, before anything is loaded, so that ``--dry_run`` says the same. Everything outside
+the blocks (embeddings, vocabulary projection, final norm) is always on the card. How the others get there in time:
 streaming.py.
 """
 
@@ -91,22 +91,19 @@ def foreseen(
     """
     if not _may_stream(name, config, offload=offload, device=device, quant=quant):
         return None
-    stored = next((d for part in (config, text_config(config)) if isinstance(d := getattr(part, "dtype", None), torch.dtype)), None)
+    said = (getattr(part, "dtype", None) for part in (config, text_config(config)))
+    stored = next((dtype for dtype in said if isinstance(dtype, torch.dtype)), None)
     model = sketch(kind, config, trust_remote_code=trust_remote_code)
+    if model is None and offload == "auto":
+        return None
     if model is None:
-        if offload == "auto":
-            return None
-        raise InputError(
-            f"--offload {offload}: the size of {name!r} cannot be told before it is loaded; use --offload none"
-        )
+        raise InputError(f"--offload {offload}: of {name!r} only its weights tell their size; use --offload none")
     if dtype or stored:
         model.to(dtype or stored)
     arch = resolve(model, spec)
     sizes = sizes_of(model, arch, stored_names(Path(source)), converted=bool(dtype and stored and dtype != stored))
     one_prompt = bytes_of_prompt(arch, arch.n_heads * len(arch.out_projs))
-    return plan(
-        name, offload, sizes, card=card_bytes(device, arch), one_prompt=one_prompt, host=available_bytes()
-    )
+    return plan(name, offload, sizes, card=card_bytes(device, arch), one_prompt=one_prompt, host=available_bytes())
 
 
 def _may_stream(name: str, config: Any, *, offload: str, device: torch.device, quant: str) -> bool:
@@ -164,9 +161,7 @@ def streamable(model: nn.Module, arch: Architecture) -> list[dict[str, nn.Parame
     inside = {id(module) for block in arch.blocks for module in block.modules()}
     outside = (module for module in model.modules() if id(module) not in inside)
     shared = {id(p) for module in outside for p in module.parameters(recurse=False)}
-    return [
-        {name: p for name, p in block.items() if users[id(p)] == 1 and id(p) not in shared} for block in of_blocks
-    ]
+    return [{name: p for name, p in block.items() if users[id(p)] == 1 and id(p) not in shared} for block in of_blocks]
 
 
 def plan(name: str, offload: str, sizes: Sizes, *, card: int | None, one_prompt: int, host: int | None) -> Placement:
@@ -203,8 +198,8 @@ def _n_resident(name: str, sizes: Sizes, slots: int, card: int, one_prompt: int)
     if left < one_prompt:
         raise InputError(
             f"--model {name!r}: of its weights what does not stream takes {_gb(sizes.rest)}, {SLOTS} blocks that do "
-            f"{_gb(slots)} and a pass over one prompt {_gb(one_prompt)}, and the card has {_gb(max(card, 0))} for them; "
-            "use --precision fast, --quant 4bit or a larger card"
+            f"{_gb(slots)} and a pass over one prompt {_gb(one_prompt)}, and the card has {_gb(max(card, 0))} for "
+            "them; use --precision fast, --quant 4bit or a larger card"
         )
     left -= max(one_prompt, min(_PROMPTS * one_prompt, left // 2))
     n = 0

@@ -14,7 +14,6 @@ All of it runs on any device, on a CPU by plain copies, with the same bits as if
 
 from __future__ import annotations
 
-import logging
 import mmap
 import weakref
 from collections.abc import Iterator, Sequence
@@ -25,10 +24,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from relfv.errors import RunError
 from relfv.models.architecture import Architecture
 from relfv.models.placement import SLOTS, Placement, streamable
-
-log = logging.getLogger(__name__)
 
 _ALIGNMENT = 256
 """Of tensors in a buffer, in bytes: that of PyTorch's own on a GPU is 512, and products ask for 16."""
@@ -222,11 +220,21 @@ def host_buffer(n_bytes: int, device: torch.device) -> torch.Tensor:
 
 def page_lock(buffer: torch.Tensor, device: torch.device) -> None:
     """Lock a buffer that has been written to, if ``device`` is a GPU: it copies from locked memory ten times faster,
-    and while it computes. PyTorch's own locked memory comes in powers of two, a third more than is needed."""
-    if device.type == "cuda" and (failed := int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), len(buffer), 0))):
-        log.warning("host memory cannot be page-locked (CUDA error %d): copies to the device will be slow", failed)
+    and while it computes. PyTorch's own locked memory comes in powers of two, up to twice what is needed.
+
+    Raises RunError if the system does not let it be locked.
+    """
+    if device.type != "cuda":
+        return
+    cuda: Any = torch.cuda.cudart()
+    if (result := cuda.cudaHostRegister(buffer.data_ptr(), len(buffer), 0)) != cuda.cudaError.success:
+        raise RunError(
+            f"{len(buffer) / 1e9:.1f} GB of host memory cannot be page-locked for the GPU (CUDA error {int(result)}); "
+            "free host memory, or use --offload disk"
+        )
 
 
 def _unlock(addresses: Sequence[int]) -> None:
+    cuda: Any = torch.cuda.cudart()
     for address in addresses:
-        torch.cuda.cudart().cudaHostUnregister(address)
+        cuda.cudaHostUnregister(address)

@@ -137,7 +137,7 @@ def make_plan(request: RunRequest) -> Plan:
         folder,
         {q_id: relations[q_id] for q_id in chosen},
         file_sha256(csv_path),
-        model_identity(request.settings.model),
+        model_identity(request.settings.model, request.settings.revision),
     )
 
 

@@ -46,6 +46,7 @@ def open_for(settings: Settings) -> LanguageModel:
     return open_model(
         settings.model,
         settings.model_spec,
+        revision=settings.revision,
         device=settings.device,
         dtype=settings.dtype,
         quant=settings.quant,

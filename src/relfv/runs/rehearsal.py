@@ -57,6 +57,7 @@ def _require_model(settings: Settings) -> Outline | None:
     found = outline(
         settings.model,
         settings.model_spec,
+        revision=settings.revision,
         device=settings.device,
         dtype=settings.dtype,
         quant=settings.quant,
