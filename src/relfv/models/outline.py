@@ -33,8 +33,6 @@ def outline(
     Raises InputError for a device that is not there, a config that cannot be read, or a spec that does not fit it.
     """
     place = choose_device(device)
-    if quant != "none":
-        quantization(quant, place, torch.float32)
     if adapter := adapter_in(model_source(name)):
         require_peft(adapter)
     source, commit = weights_source(name, revision)
@@ -47,5 +45,7 @@ def outline(
             name, spec, source, kind, config, offload=offload, device=place, dtype=torch_dtype(dtype), quant=quant,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
+        if quant != "none":
+            quantization(quant, place, torch.float32)
         model = sketch(kind, config, trust_remote_code=trust_remote_code)
     return None if model is None else Outline(name, resolve(model, spec), placement)
