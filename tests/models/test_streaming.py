@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -189,6 +190,19 @@ def test_the_card_never_holds_all_blocks(offload: str, tmp_path: Path) -> None:
     assert torch.cuda.max_memory_allocated() - before < weights / 2
     locked = {p.is_pinned() for block in model.arch.blocks for p in block.parameters()}
     assert locked == {offload == "cpu"}
+
+
+@needs_gpu
+def test_a_model_that_is_done_with_gives_its_memory_back(tmp_path: Path) -> None:
+    folder = saved(FAMILIES["llama"], tmp_path / "model", torch.bfloat16)
+    before = torch.cuda.memory_allocated()
+    for offload in ("cpu", "disk", "cpu"):
+        model = opened(folder, offload, "cuda")
+        with model.backbone.running():
+            model.backbone.decoder(input_ids=torch.tensor([[1, 2, 3]], device="cuda"))
+        del model
+        gc.collect()
+        assert torch.cuda.memory_allocated() == before
 
 
 @needs_gpu

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import mmap
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +72,8 @@ class _Block:
     """The true weights, as ``parameters`` have them while the block does not run."""
     offsets: Sequence[int]
     """Of each in a buffer, in bytes."""
+    strides: Sequence[tuple[int, ...]]
+    """Of each there, as a copy on the device would have them: products may depend on it in their last bits."""
     n_bytes: int
     buffer: torch.Tensor | None = None
     """All of them in one piece; None where they are in files."""
@@ -83,7 +85,8 @@ class _Block:
         for parameter in parameters:
             offsets.append(n_bytes)
             n_bytes += -(-parameter.nbytes // _ALIGNMENT) * _ALIGNMENT
-        block = _Block(parameters, [p.data for p in parameters], offsets, n_bytes)
+        strides = [torch.empty_like(p, device="meta").stride() for p in parameters]
+        block = _Block(parameters, [p.data for p in parameters], offsets, strides, n_bytes)
         if keep:
             block.buffer = host_buffer(n_bytes, device)
             at_rest = block.within(block.buffer)
@@ -96,9 +99,9 @@ class _Block:
     def within(self, buffer: torch.Tensor) -> list[torch.Tensor]:
         """Tensors like the weights, in the bytes of ``buffer``."""
         found = []
-        for tensor, offset in zip(self.at_rest, self.offsets, strict=True):
+        for tensor, offset, strides in zip(self.at_rest, self.offsets, self.strides, strict=True):
             part = buffer[offset : offset + tensor.nbytes].view(tensor.dtype)
-            found.append(part.as_strided(tensor.shape, torch.empty_like(tensor, device="meta").stride()))
+            found.append(part.as_strided(tensor.shape, strides))
         return found
 
     def become(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -131,20 +134,20 @@ class Streaming:
         size = max(block.n_bytes for block in blocks)
         n_slots = min(SLOTS, len(blocks))
         self.slots = [_Buffer(torch.empty(size, dtype=torch.uint8, device=device)) for _ in range(n_slots)]
-        cuda = device.type == "cuda"
         n_stages = _STAGES if any(block.buffer is None for block in blocks) else 0
         self._stages = [_Buffer(host_buffer(size, device).zero_()) for _ in range(n_stages)]
         for stage in self._stages:
             page_lock(stage.memory, device)
-        self._copying = torch.cuda.Stream(device) if cuda else None
+        self._copying = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._device = device
         for index, module in enumerate(modules):
             # The first hooks of each block, so that all others, such as widening, find the slot's weights.
             module.register_forward_pre_hook(lambda *_, index=index: self._enter(index))
             module.register_forward_hook(lambda *_, index=index: self._leave(index), always_call=True)
-        if cuda:  # before the memory is given back, which is after this object
+        if self._copying:  # before the memory is given back, which is after this object
             locked = [block.buffer for block in blocks if block.buffer is not None] + [s.memory for s in self._stages]
-            weakref.finalize(self, _unlock, [buffer.data_ptr() for buffer in locked]).atexit = False
+            addresses = {buffer.data_ptr() for buffer in locked}
+            weakref.finalize(self, _unlock, addresses, self._copying).atexit = False
         self.bytes_streamed = 0
         """In all, since the model was opened."""
 
@@ -181,8 +184,9 @@ class Streaming:
         block = self._blocks[index]
         stage = self._staged(block) if block.buffer is None else None
         source: Any = stage.memory if stage else block.buffer
-        slot.block = index
+        slot.block = None  # neither the one nor the other, should this be interrupted
         self._copy(slot, source[: block.n_bytes], stage)
+        slot.block = index
         self.bytes_streamed += block.n_bytes
 
     def _copy(self, slot: _Buffer, source: torch.Tensor, stage: _Buffer | None) -> None:
@@ -234,7 +238,8 @@ def page_lock(buffer: torch.Tensor, device: torch.device) -> None:
         )
 
 
-def _unlock(addresses: Sequence[int]) -> None:
+def _unlock(addresses: Iterable[int], copying: torch.cuda.Stream) -> None:
+    copying.synchronize()  # slots for a pass that will not come are still being filled
     cuda: Any = torch.cuda.cudart()
     for address in addresses:
         cuda.cudaHostUnregister(address)
