@@ -40,12 +40,11 @@ from relfv.engine.shared_prefix import SharedPrefixEngine
 from relfv.models.architecture import resolve
 from relfv.models.memory import available_bytes
 from relfv.models.opening import load_checkpoint
-from relfv.models.placement import Placement, bytes_of_prompt, card_bytes, plan, sizes_of
+from relfv.models.placement import N_TRIALS, Placement, bytes_of_prompt, card_bytes, plan, sizes_of
 from relfv.models.sources import model_source
 from relfv.models.streaming import Streaming, _Block, stream
 from relfv.types import HeadId, Prompts
 
-N_TRIALS = 25
 WIDE = {
     "vocab_size": 128256, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
     "num_attention_heads": 64, "num_key_value_heads": 8, "max_position_embeddings": 8192,
@@ -67,6 +66,9 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="shapes for any machine, on the CPU if there is no GPU")
     parser.add_argument("--layers", type=int, default=None, help="of the large shape, if not all 80")
     parser.add_argument("--all_stream", action="store_true", help="no block of the large shape stays on the card")
+    parser.add_argument(
+        "--room", type=int, default=N_TRIALS, help="trials that its passes get room for; with fewer, more layers stay"
+    )
     parser.add_argument("--disk", type=int, default=0, help="layers of a checkpoint of the large shape's widths")
     parser.add_argument("--work", type=Path, default=None, help="where that checkpoint is written")
     parser.add_argument("--repeats", type=int, default=1, help="timed sweeps of the large shape")
@@ -107,11 +109,14 @@ def compared(shape: dict[str, int], device: torch.device) -> list[list[str]]:
 
 def streamed(args: argparse.Namespace, shape: dict[str, int], device: torch.device) -> list[list[str]]:
     """The large shape, in both precisions."""
-    backbone, placement = built(shape, device, "cpu" if args.all_stream or device.type != "cuda" else "auto")
+    offload = "cpu" if args.all_stream or device.type != "cuda" else "auto"
+    backbone, placement = built(shape, device, offload, args.room)
     return [swept(backbone, shape, precision, where(placement), args.repeats)[0] for precision in ("exact", "fast")]
 
 
-def built(shape: dict[str, int], device: torch.device, offload: str) -> tuple[Backbone, Placement]:
+def built(
+    shape: dict[str, int], device: torch.device, offload: str, room: int = N_TRIALS
+) -> tuple[Backbone, Placement]:
     """The model of this shape with random weights where ``offload`` puts them."""
     started = time.perf_counter()
     config = transformers.LlamaConfig(**shape, dtype="bfloat16", tie_word_embeddings=False)
@@ -121,7 +126,8 @@ def built(shape: dict[str, int], device: torch.device, offload: str) -> tuple[Ba
     arch = resolve(model, "llama3")
     sizes = sizes_of(model, arch, None, converted=False)
     one = bytes_of_prompt(arch, arch.n_heads * arch.n_layers)
-    placement = plan(size(shape), offload, sizes, card=card_bytes(device, arch), one_prompt=one, host=None)
+    card = card_bytes(device, arch)
+    placement = plan(size(shape), offload, sizes, card=card, one_prompt=one, host=None, prompts=room)
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     torch.manual_seed(0)
     noise = random_numbers(max(sizes.blocks) // 2 + (1 << 20), device)

@@ -22,7 +22,7 @@ from relfv.models.architecture import Architecture, resolve, text_config
 from relfv.models.memory import available_bytes
 from relfv.models.placement import foreseen
 from relfv.models.size import check_size
-from relfv.models.sources import dtype_name, hub_commit, model_source, unreadable, weights_source
+from relfv.models.sources import dtype_name, hub_commit, model_source, snapshot, unreadable, weights_source
 from relfv.models.streaming import Streaming, stream
 from relfv.models.tokens import Tokens
 
@@ -82,11 +82,10 @@ def load_checkpoint(
         kind, config = model_class(source, name, origin)
         check_size(name, source, text_config(config), place, torch_dtype(dtype))
         placement = foreseen(
-            name, spec, source, kind, config, offload=offload, device=place, dtype=torch_dtype(dtype), quant=quant,
-            trust_remote_code=trust_remote_code,
+            name, spec, snapshot(source, asked), kind, config, offload=offload, device=place, dtype=torch_dtype(dtype),
+            quant=quant, trust_remote_code=trust_remote_code,
         )  # fmt: skip
-        streams = placement is not None and placement.streams
-        loaded_on = torch.device("cpu") if streams else place
+        loaded_on = torch.device("cpu") if placement and placement.streams else place
         if adapter and adapter.has_tokenizer:
             tokenizer = _load_tokenizer(str(adapter.folder), name, {"trust_remote_code": trust_remote_code})
         else:

@@ -12,7 +12,7 @@ from relfv.models.adapters import adapter_in, require_peft
 from relfv.models.architecture import Architecture, resolve
 from relfv.models.opening import choose_device, model_class, quantization, quiet_transformers, torch_dtype
 from relfv.models.placement import Placement, foreseen, sketch
-from relfv.models.sources import hub_commit, model_source, weights_source
+from relfv.models.sources import hub_commit, model_source, snapshot, weights_source
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ def outline(
     with quiet_transformers():
         kind, config = model_class(source, name, origin)
         placement = foreseen(
-            name, spec, source, kind, config, offload=offload, device=place, dtype=torch_dtype(dtype), quant=quant,
-            trust_remote_code=trust_remote_code,
+            name, spec, snapshot(source, commit), kind, config, offload=offload, device=place, dtype=torch_dtype(dtype),
+            quant=quant, trust_remote_code=trust_remote_code,
         )  # fmt: skip
         if quant != "none":
             quantization(quant, place, torch.float32)

@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 SLOTS = 3
 """Blocks on the card at a time among those that stream: one computes, the others' weights are on their way."""
 
-_PROMPTS = 25
-"""Prompts whose pass a larger card makes room for before it keeps more layers: a q_id's trials."""
+N_TRIALS = 25
+"""Of a q_id: more prompts than these no pass has, and needs no room for."""
 _TOKENS = 128
 """Of a prompt, for estimates."""
 _SHARE = 0.9
@@ -81,10 +81,10 @@ class Placement:
 
 
 def foreseen(
-    name: str, spec: str, source: str, kind: Any, config: Any, *, offload: str, device: torch.device, dtype: Any,
+    name: str, spec: str, folder: Path, kind: Any, config: Any, *, offload: str, device: torch.device, dtype: Any,
     quant: str, trust_remote_code: bool,
 ) -> Placement | None:  # fmt: skip
-    """Where the weights of the model in ``source``, of the class ``kind``, will be once it is opened on ``device`` in
+    """Where the weights of the model in ``folder``, of the class ``kind``, will be once it is opened on ``device`` in
     ``dtype`` (None: as stored); None where nothing streams, or can.
 
     Raises InputError for weights that do not fit, and for packed ones that are to stream.
@@ -101,7 +101,7 @@ def foreseen(
     if dtype or stored:
         model.to(dtype or stored)
     arch = resolve(model, spec)
-    sizes = sizes_of(model, arch, stored_names(Path(source)), converted=bool(dtype and stored and dtype != stored))
+    sizes = sizes_of(model, arch, stored_names(folder), converted=bool(dtype and stored and dtype != stored))
     one_prompt = bytes_of_prompt(arch, arch.n_heads * len(arch.out_projs))
     return plan(name, offload, sizes, card=card_bytes(device, arch), one_prompt=one_prompt, host=available_bytes())
 
@@ -164,20 +164,33 @@ def streamable(model: nn.Module, arch: Architecture) -> list[dict[str, nn.Parame
     return [{name: p for name, p in block.items() if users[id(p)] == 1 and id(p) not in shared} for block in of_blocks]
 
 
-def plan(name: str, offload: str, sizes: Sizes, *, card: int | None, one_prompt: int, host: int | None) -> Placement:
+def plan(
+    name: str,
+    offload: str,
+    sizes: Sizes,
+    *,
+    card: int | None,
+    one_prompt: int,
+    host: int | None,
+    prompts: int = N_TRIALS,
+) -> Placement:
     """Where the blocks of the model ``name`` go.
 
     ``card`` bytes are there for weights and passes, ``one_prompt`` of them are taken by a pass over one prompt, and
     ``host`` bytes are free; None: no limit. ``offload`` is ``auto``: on the card if all fits, else as many of the first
-    layers as leave room for large passes (they compute least in a sweep), then host memory, then files; ``none``,
-    ``cpu`` or ``disk``: all blocks there. Raises InputError if they do not fit.
+    layers as leave room for passes over ``prompts`` (they compute least in a sweep), then host memory, then files;
+    ``none``, ``cpu`` or ``disk``: all blocks there. Raises InputError if they do not fit.
     """
     layers, total = range(len(sizes.blocks)), sum(sizes.blocks)
     everything = Placement(tuple(layers), (), (), sizes.rest + total, 0, 0)
-    if offload == "none" or (offload == "auto" and (card is None or everything.card_bytes + one_prompt <= card)):
+    # A pass over a few prompts needs little of the slack, and a card that is just large enough is quicker than a bus.
+    fits = card is None or everything.card_bytes + one_prompt <= card + _SLACK // 2
+    if offload == "none" or (offload == "auto" and fits):
         return everything
     slots = min(SLOTS, len(sizes.blocks)) * max(sizes.blocks)
-    n_resident = _n_resident(name, sizes, slots, card, one_prompt) if offload == "auto" and card is not None else 0
+    n_resident = 0
+    if offload == "auto" and card is not None:
+        n_resident = _n_resident(name, sizes, slots, card, one_prompt, prompts)
     streamed = layers[n_resident:]
     usable = None if host is None else int(_SHARE * host)
     in_host = _in_host(name, offload, sizes, streamed, usable)
@@ -192,8 +205,8 @@ def plan(name: str, offload: str, sizes: Sizes, *, card: int | None, one_prompt:
     )
 
 
-def _n_resident(name: str, sizes: Sizes, slots: int, card: int, one_prompt: int) -> int:
-    """Passes get room for all trials, but no more than half of what is left, and at least for one prompt."""
+def _n_resident(name: str, sizes: Sizes, slots: int, card: int, one_prompt: int, prompts: int) -> int:
+    """Passes get room for all ``prompts``, but no more than half of what is left, and at least for one."""
     left = card - sizes.rest - slots
     if left < one_prompt:
         raise InputError(
@@ -201,7 +214,7 @@ def _n_resident(name: str, sizes: Sizes, slots: int, card: int, one_prompt: int)
             f"{_gb(slots)} and a pass over one prompt {_gb(one_prompt)}, and the card has {_gb(max(card, 0))} for "
             "them; use --precision fast, --quant 4bit or a larger card"
         )
-    left -= max(one_prompt, min(_PROMPTS * one_prompt, left // 2))
+    left -= max(one_prompt, min(prompts * one_prompt, left // 2))
     n = 0
     while n < len(sizes.blocks) and sizes.blocks[n] <= left:
         left -= sizes.blocks[n]

@@ -167,6 +167,11 @@ def hub_file(repo_id: str, name: str, revision: str | None = None) -> Path:
         raise unreadable(repo_id, name, problem) from problem
 
 
+def snapshot(source: str, revision: str | None = None) -> Path:
+    """The folder ``source``, or that of a hub model in the local cache, where its weights may be yet to come."""
+    return Path(source) if Path(source).is_dir() else hub_file(source, "config.json", revision).parent
+
+
 def _is_hub_id(name: str) -> bool:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from relfv.models.families import family_name
-from relfv.models.sources import DTYPE_NAMES, hub_file, unreadable, weights_source
+from relfv.models.sources import DTYPE_NAMES, snapshot, unreadable, weights_source
 from relfv.settings import Settings
 
 _LARGEST_HEADER = 100 << 20
@@ -33,7 +33,7 @@ def resolved(settings: Settings) -> Settings:
 
 
 def _config(source: str, revision: str | None, name: str) -> dict[str, Any]:
-    path = Path(source) / "config.json" if Path(source).is_dir() else hub_file(source, "config.json", revision)
+    path = snapshot(source, revision) / "config.json"
     try:
         content = json.loads(path.read_bytes()) if path.is_file() else None
     except (OSError, ValueError, RecursionError) as problem:
