@@ -27,7 +27,7 @@ SLOTS = 3
 """Blocks on the card at a time among those that stream: one computes, the others' weights are on their way."""
 
 N_TRIALS = 25
-"""Of a q_id: more prompts than these no pass has, and needs no room for."""
+"""Of a q_id by default: passes need no room for more prompts."""
 _TOKENS = 128
 """Of a prompt, for estimates."""
 _SHARE = 0.9
