@@ -31,7 +31,9 @@ NO_CHOICE = {"model_spec"}
 NOT_COUNTED = {
     "figure_formats",
     "model",
+    "revision",
     "device",
+    "offload",
     "relation_csv_path",
     "trust_remote_code",
     "alpha_sweep",

@@ -76,8 +76,9 @@ def settings_from(args: argparse.Namespace, base: Settings = DEFAULTS, *, enviro
     for field, value in given.items():
         if isinstance(value, str) and not _is_text(value):
             raise InputError(f"--{field} {value!a}: {_NOT_TEXT}")
-    if given.get("model", base.model) != base.model:  # the base's family is that of its own model
+    if given.get("model", base.model) != base.model:  # the base's family and revision are those of its own model
         given.setdefault("model_spec", "auto")
+        given.setdefault("revision", "")
     settings = replace(base, **given)
     for field, names in (("quant", QUANTS), ("model_spec", SPEC_NAMES)):
         if (value := getattr(settings, field)) not in names:

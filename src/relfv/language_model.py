@@ -71,9 +71,11 @@ def open_model(
     name: str,
     spec: str = "auto",
     *,
+    revision: str = "",
     device: str = "auto",
     dtype: str = "auto",
     quant: str = "none",
+    offload: str = "auto",
     precision: Precision = "exact",
     trust_remote_code: bool = False,
 ) -> LanguageModel:
@@ -86,9 +88,11 @@ def open_model(
         checkpoint = load_checkpoint(
             name,
             spec,
+            revision=revision,
             device=device,
             dtype=dtype,
             quant=quant,
+            offload=offload,
             exact=precision == "exact",
             trust_remote_code=trust_remote_code,
         )
@@ -107,7 +111,7 @@ def _with_engine(
 ) -> LanguageModel:
     arch, tokens = checkpoint.arch, checkpoint.tokens
     arithmetic = Arithmetic.with_kernels(checkpoint.model, arch, precision)
-    backbone = Backbone(checkpoint.model, arch, checkpoint.device, arithmetic)
+    backbone = Backbone(checkpoint.model, arch, checkpoint.device, arithmetic, checkpoint.streaming)
     with at_work(f"opening {name}", "self-check: patches by the engine and by plain hooks"):
         engine, check = choose_engine(backbone, tokens.self_check_prompts(context_of(checkpoint.model.config).limit))
     log.info(

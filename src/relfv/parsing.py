@@ -43,5 +43,5 @@ class Parser(argparse.ArgumentParser):
 
 
 def _did_you_mean(words: Iterable[str], known: Sequence[str]) -> str:
-    found = [match for word in words for match in get_close_matches(word, known, n=1, cutoff=0.7)]
+    found = [match for word in words for match in get_close_matches(word, known, n=1, cutoff=0.6)]
     return f"; did you mean {', '.join(found)}?" if found else ""

@@ -81,6 +81,10 @@ class Settings:
         environment="MODEL_SPEC",
         fixed=True,
     )
+    revision: str = _setting(
+        "", "branch, tag or commit of a model on the hub, such as a training checkpoint; its commit is part of the "
+        "model's identity", _MODEL, identity=False,
+    )  # fmt: skip
     device: str = _setting(
         "auto", "auto, cpu, cuda, cuda:<n> or mps", _MODEL, environment="DEVICE", blank=True, identity=False
     )
@@ -88,6 +92,11 @@ class Settings:
         "auto", "auto (the checkpoint's), fp32, bf16 or fp16", _MODEL, environment="DTYPE", blank=True
     )
     quant: str = _setting("none", "none, 8bit or 4bit (needs relfv[quant])", _MODEL, environment="QUANT", blank=True)
+    offload: str = _setting(
+        "auto", "where weights are that do not fit on the card: auto, none (all on it), cpu (blocks stream from host "
+        "memory) or disk (from their files); the same numbers", _MODEL, choices=("auto", "none", "cpu", "disk"),
+        identity=False,
+    )  # fmt: skip
     precision: str = _setting(
         "exact", "exact: float32 arithmetic; fast: the weights' dtype", _MODEL, choices=("exact", "fast")
     )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -71,6 +72,41 @@ def test_a_model_in_the_hugging_face_cache_opens_by_its_id_without_a_network(lla
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == f"hub:someone/tiny@{commit} 3", done.stderr
+
+
+@pytest.mark.slow
+def test_a_revision_opens_at_its_commit_and_is_part_of_the_identity(llama_path: Path, tmp_path: Path) -> None:
+    commits = {
+        "main": "0123456789abcdef0123456789abcdef01234567",
+        "step1000": "89abcdef0123456789abcdef0123456789abcdef",
+    }
+    repo = tmp_path / "models--someone--tiny"
+    (repo / "refs").mkdir(parents=True)
+    for name, commit in commits.items():
+        (repo / "refs" / name).write_text(commit)
+        shutil.copytree(llama_path, repo / "snapshots" / commit)
+    config = repo / "snapshots" / commits["step1000"] / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "initializer_range": 0.077}))
+    program = (
+        "from relfv.models.sources import model_identity\n"
+        "from relfv.language_model import open_model\n"
+        "for revision in ('', 'step1000', '89abcdef0123456789abcdef0123456789abcdef'):\n"
+        "    model = open_model('someone/tiny', revision=revision, device='cpu')\n"
+        "    print(model_identity('someone/tiny', revision), model.backbone.model.config.initializer_range)\n"
+        "open_model('someone/tiny', revision='step9', device='cpu')"
+    )
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    main, other = f"hub:someone/tiny@{commits['main']}", f"hub:someone/tiny@{commits['step1000']}"
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith(main), done.stderr
+    assert lines[1] == lines[2] == f"{other} 0.077", done.stderr
+    assert "--model 'someone/tiny': cannot open its config at revision 'step9'" in done.stderr
+
+
+def test_a_folder_has_no_revisions(llama_path: Path) -> None:
+    with pytest.raises(InputError, match="is a folder, and only models on the hub have revisions"):
+        open_model(str(llama_path), revision="step1000", device="cpu")
 
 
 @pytest.mark.parametrize(

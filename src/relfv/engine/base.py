@@ -18,6 +18,7 @@ from torch import nn
 
 from relfv.engine.arithmetic import Arithmetic
 from relfv.models.architecture import Architecture
+from relfv.models.streaming import Streaming
 from relfv.progress import counted
 from relfv.types import Effects, HeadId, Prompts
 
@@ -37,6 +38,8 @@ class Backbone:
     arch: Architecture
     device: torch.device
     arithmetic: Arithmetic
+    streaming: Streaming | None = None
+    """The blocks that stream, if any do."""
 
     def running(self) -> AbstractContextManager[None]:
         """The context in which every forward pass happens: no gradients, and ``arithmetic``."""
@@ -78,9 +81,10 @@ class Backbone:
         """False for families that number positions themselves (Falcon with ALiBi, Bloom)."""
         return "position_ids" in inspect.signature(self.decoder.forward).parameters
 
-    def intermediate_size(self) -> int:
-        """Width of the MLP, for memory estimates alone."""
-        return self.arch.intermediate_size
+    def weights_on_device(self) -> int:
+        """Bytes of the device that weights take, slots of streamed blocks included."""
+        there = sum(p.nbytes for p in self.model.parameters() if p.device == self.device)
+        return there + (self.streaming.slot_bytes if self.streaming else 0)
 
 
 @dataclass(frozen=True)

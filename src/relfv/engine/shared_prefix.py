@@ -47,6 +47,7 @@ from relfv.engine.readout import joined, read_targets
 from relfv.engine.reference import ReferenceEngine
 from relfv.engine.together import editing_together
 from relfv.errors import RunError
+from relfv.models.placement import bytes_of_prompt, card_bytes
 from relfv.types import Effects, HeadId, Prompts, TokenScores
 
 _CPU_BUDGET = 2 << 30
@@ -176,22 +177,13 @@ class SharedPrefixEngine:
     def _prompts_that_fit(self, prompts: TokenIds, n_edits: int) -> int:
         """Prompts a pass, from the memory above the weights: as far as possible a function of shapes and the device,
         not of what is free now. Batch shapes change low-order bits, and a resumed run must give the same bytes."""
-        arch, bytes_each = self.backbone.arch, 4
-        rows = 1 + n_edits
-        per_row = 3 * self.backbone.intermediate_size() + 6 * arch.resid_dim + 3 * arch.n_heads * arch.head_dim
         longest = max(len(prompt) for prompt in prompts)
-        per_prompt = bytes_each * (rows * per_row + 3 * rows * arch.n_heads * longest)
-        return max(1, self._budget() // per_prompt)
+        return max(1, self._budget() // bytes_of_prompt(self.backbone.arch, n_edits, longest))
 
     def _budget(self) -> int:
-        """Bytes for one pass. On CUDA what the card has beside the weights, one widened unit and some slack."""
-        if self.backbone.device.type != "cuda":
-            return _CPU_BUDGET
-        arch, parameters = self.backbone.arch, list(self.backbone.model.parameters())
-        total = torch.cuda.get_device_properties(self.backbone.device).total_memory
-        weights = sum(p.numel() * p.element_size() for p in parameters)
-        widened = max(sum(p.numel() for p in unit.parameters()) for unit in [*arch.blocks, arch.lm_head])
-        return max(1 << 30, int(0.9 * total) - weights - 4 * widened - (4 << 30))
+        """Bytes for one pass. On CUDA what the card has beside the weights."""
+        card = card_bytes(self.backbone.device, self.backbone.arch)
+        return _CPU_BUDGET if card is None else max(1 << 30, card - self.backbone.weights_on_device())
 
 
 def prefill(backbone: Backbone, prompts: TokenIds) -> Prefix:

@@ -74,6 +74,11 @@ class Architecture:
         """L, the number of blocks."""
         return len(self.blocks)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes; streamed blocks have their weights there only while they run (streaming.py)."""
+        return next(self.lm_head.parameters()).device
+
     def final_logits(self, raw: torch.Tensor) -> torch.Tensor:
         """What the family does to ``lm_head``'s output: scale, then soft cap."""
         logits = raw if self.logit_scale == 1.0 else raw * self.logit_scale
@@ -97,7 +102,8 @@ class Architecture:
             inputs_first = weight.detach() if _is_conv1d(projection) else weight.detach().T
             by_head = inputs_first.unflatten(0, (self.n_heads, self.head_dim))
             columns = by_head[torch.tensor(heads, device=weight.device)].flatten(0, 1)
-            columns = (columns if columns.is_cuda else columns.cpu()).double()  # not every device has float64
+            place = self.device if self.device.type == "cuda" else "cpu"  # not every device has float64
+            columns = columns.to(place).double()
             return (activations.flatten(-2).to(columns.device).double() @ columns).cpu()
         if activations.dim() > 2:
             return torch.stack([self.project_heads(layer, heads, one) for one in activations])

@@ -39,7 +39,18 @@ def _groups() -> list[Path]:
 def _of_group(group: Path) -> int | None:
     for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
         try:
-            return int((group / limit).read_text()) - int((group / used).read_text())
+            return int((group / limit).read_text()) - int((group / used).read_text()) + _page_cache(group)
         except (OSError, ValueError):  # not this version of control groups, or no limit ("max")
             continue
     return None
+
+
+def _page_cache(group: Path) -> int:
+    """What of a group's memory holds parts of files, and is given back on demand."""
+    try:
+        lines = [line.split() for line in (group / "memory.stat").read_text().splitlines()]
+    except OSError:
+        return 0
+    # v2 counts the groups inside as well, v1 does so by names of their own.
+    found = {name: int(n_bytes) for name, n_bytes in lines}
+    return sum(found.get(f"total_{name}", found.get(name, 0)) for name in ("inactive_file", "active_file"))

@@ -27,9 +27,7 @@ def rounded_or_capped(model: Any, config: Any) -> tuple[str, ...]:
     scaled = (module for module in model.modules() if getattr(module, "scalar_embed_scale", None))
     table = next(scaled, None)
     scale, stored = getattr(table, "scalar_embed_scale", None), getattr(table, "embed_scale", None)
-    if not isinstance(stored, torch.Tensor) or stored.is_meta:  # an outline has no numbers
-        return tuple(notes)
-    if scale and abs(float(stored) / scale - 1) > 1e-5:
+    if scale and isinstance(stored, torch.Tensor) and not stored.is_meta and abs(float(stored) / scale - 1) > 1e-5:
         notes.append(
             f"this family scales its embeddings by {scale:.6g}, which its weights' {stored.dtype} rounds to "
             f"{float(stored):.6g}; the rounded one is used in every precision, as in the model's own code"

@@ -20,8 +20,10 @@ from relfv.errors import InputError
 from relfv.models.adapters import adapter_in, merged, require_peft
 from relfv.models.architecture import Architecture, resolve, text_config
 from relfv.models.memory import available_bytes
+from relfv.models.placement import foreseen
 from relfv.models.size import check_size
-from relfv.models.sources import base_source, dtype_name, hub_commit, model_source, unreadable
+from relfv.models.sources import dtype_name, hub_commit, model_source, snapshot, unreadable, weights_source
+from relfv.models.streaming import Streaming, stream
 from relfv.models.tokens import Tokens
 
 log = logging.getLogger(__name__)
@@ -43,15 +45,19 @@ class Checkpoint:
     device: torch.device
     dtype: str
     """dtype of the stored weights, e.g. ``bfloat16``."""
+    streaming: Streaming | None = None
+    """The blocks whose weights are on the device only while they run; None where all weights always are."""
 
 
 def load_checkpoint(
     name: str,
     spec: str,
     *,
+    revision: str,
     device: str,
     dtype: str,
     quant: str,
+    offload: str,
     exact: bool,
     trust_remote_code: bool,
 ) -> Checkpoint:
@@ -62,47 +68,55 @@ def load_checkpoint(
     found or read, the spec does not fit it, or the device cannot do what is asked.
     """
     place = choose_device(device)
-    source = model_source(name)
-    adapter = adapter_in(source)
+    adapter = adapter_in(model_source(name))
     if adapter:
         require_peft(adapter)
         if quant != "none":
             raise InputError(f"--model {name!r}: an adapter cannot be merged into packed weights; use --quant none")
-        source = base_source(adapter)
+    source, asked = weights_source(name, revision)
     origin: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if not Path(source).is_dir():
-        origin["revision"] = hub_commit(source, adapter.revision if adapter else None)
+        origin["revision"] = hub_commit(source, asked)
     with quiet_transformers():
-        model_class(source, name, origin)  # first, or its errors would be blamed on the tokenizer, which reads it, too
+        # first, or its errors would be blamed on the tokenizer, which reads it, too
+        kind, config = model_class(source, name, origin)
+        check_size(name, source, text_config(config), place, torch_dtype(dtype))
+        placement = foreseen(
+            name, spec, snapshot(source, asked), kind, config, offload=offload, device=place, dtype=torch_dtype(dtype),
+            quant=quant, trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        loaded_on = torch.device("cpu") if placement and placement.streams else place
         if adapter and adapter.has_tokenizer:
             tokenizer = _load_tokenizer(str(adapter.folder), name, {"trust_remote_code": trust_remote_code})
         else:
             tokenizer = _load_tokenizer(source, name, origin)
         compute = torch.float32 if exact else torch.bfloat16
-        model = _load_weights(source, name, place, dtype, quant, compute, origin)
+        model = _load_weights(kind, source, name, loaded_on, dtype, quant, compute, origin)
     if adapter:
-        model = merged(model, adapter, place).eval().requires_grad_(False)
+        model = merged(model, adapter, loaded_on).eval().requires_grad_(False)
     arch = resolve(model, spec)
     if adapter:
         arch = replace(arch, notes=(*arch.notes, adapter.note))
     for note in arch.notes:
         log.warning("%s", note)
     stored = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    if exact and place.type == "cpu" and stored.itemsize == 2 and not _is_packed(model) and _fits_widened(model):
+    streaming = stream(model, arch, placement, place) if placement and placement.streams else None
+    if streaming:
+        log.info("weights: %s", placement)
+    elif exact and place.type == "cpu" and stored.itemsize == 2 and not _is_packed(model) and _fits_widened(model):
         model.float()
     tokens = Tokens(tokenizer, n_embeddings=model.get_input_embeddings().weight.shape[0])
-    return Checkpoint(model, tokens, arch, place, str(stored).removeprefix("torch."))
+    return Checkpoint(model, tokens, arch, place, str(stored).removeprefix("torch."), streaming)
 
 
-def load_tokenizer(name: str, *, trust_remote_code: bool) -> Tokens:
+def load_tokenizer(name: str, revision: str, *, trust_remote_code: bool) -> Tokens:
     """The tokenizer alone, of a model that ``load_checkpoint`` would open. Raises InputError as that does."""
-    source = model_source(name)
-    adapter = adapter_in(source)
+    adapter = adapter_in(model_source(name))
+    of_adapter = str(adapter.folder) if adapter and adapter.has_tokenizer else None
+    source, asked = (of_adapter, None) if of_adapter else weights_source(name, revision)
     origin: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if adapter and not adapter.has_tokenizer:
-        source = base_source(adapter)
     if not Path(source).is_dir():
-        origin["revision"] = hub_commit(source, adapter.revision if adapter else None)
+        origin["revision"] = hub_commit(source, asked)
     with quiet_transformers():
         return Tokens(_load_tokenizer(source, name, origin))
 
@@ -167,6 +181,7 @@ def _load_tokenizer(source: str, name: str, origin: dict[str, Any]) -> Any:
 
 
 def _load_weights(
+    kind: Any,
     source: str,
     name: str,
     place: torch.device,
@@ -175,16 +190,14 @@ def _load_weights(
     quant_compute: torch.dtype,
     origin: dict[str, Any],
 ) -> Any:
-    options: dict[str, Any] = {"torch_dtype" if _old_transformers() else "dtype": _torch_dtype(dtype)}
+    options: dict[str, Any] = {"torch_dtype" if _old_transformers() else "dtype": torch_dtype(dtype) or "auto"}
     options["device_map"] = {"": str(place)}
     if quant != "none":
         options["quantization_config"] = quantization(quant, place, quant_compute)
     # For tensors that are missing or of another shape transformers draws random ones, with a warning at most.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    auto_class, config = model_class(source, name, origin)
-    check_size(name, source, text_config(config), place, None if dtype == "auto" else _torch_dtype(dtype))
     try:
-        model, loading_info = auto_class.from_pretrained(source, **origin, **options)
+        model, loading_info = kind.from_pretrained(source, **origin, **options)
     except torch.OutOfMemoryError:
         raise InputError(
             f"--model {name!r} does not fit on {place}; use --dtype bf16, --quant 8bit or 4bit, or a larger device"
@@ -261,9 +274,10 @@ def _require_sane(name: str, config: Any, *, trusted: bool) -> None:
                 )
 
 
-def _torch_dtype(dtype: str) -> Any:
+def torch_dtype(dtype: str) -> torch.dtype | None:
+    """The dtype of that name; None for ``auto``, as stored."""
     name = dtype_name(dtype)
-    return name if name == "auto" else getattr(torch, name)
+    return None if name == "auto" else getattr(torch, name)
 
 
 def quantization(quant: str, place: torch.device, compute: torch.dtype) -> Any:

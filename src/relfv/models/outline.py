@@ -13,8 +13,9 @@ from relfv.errors import RelfvError
 from relfv.models.adapters import adapter_in, require_peft
 from relfv.models.architecture import Architecture, resolve
 from relfv.models.context import Context, context_of
-from relfv.models.opening import choose_device, model_class, quantization, quiet_transformers
-from relfv.models.sources import base_source, hub_commit, model_source
+from relfv.models.opening import choose_device, model_class, quantization, quiet_transformers, torch_dtype
+from relfv.models.placement import Placement, foreseen, sketch
+from relfv.models.sources import hub_commit, model_source, snapshot, weights_source
 
 log = logging.getLogger(__name__)
 
@@ -29,31 +30,35 @@ class Outline:
     n_embeddings: int
     """Token ids that it knows."""
     n_parameters: int
+    placement: Placement | None
+    """Where its weights will be; None where nothing streams."""
 
 
-def outline(name: str, spec: str, *, device: str, quant: str, trust_remote_code: bool) -> Outline | None:
+def outline(
+    name: str, spec: str, *, revision: str, device: str, dtype: str, quant: str, offload: str, trust_remote_code: bool
+) -> Outline | None:
     """The model that ``open_model`` would open, built from its config alone; None where only its weights can tell.
 
     Raises InputError for a device that is not there, a config that cannot be read, or a spec that does not fit it.
     """
     place = choose_device(device)
-    if quant != "none":
-        quantization(quant, place, torch.float32)
-    source, revision = model_source(name), None
-    if adapter := adapter_in(source):
+    if adapter := adapter_in(model_source(name)):
         require_peft(adapter)
-        source, revision = base_source(adapter), adapter.revision
+    source, commit = weights_source(name, revision)
     origin: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if not Path(source).is_dir():
-        origin["revision"] = hub_commit(source, revision)
+        origin["revision"] = hub_commit(source, commit)
     with quiet_transformers():
         kind, config = model_class(source, name, origin)
-        try:
-            with torch.device("meta"):
-                model = kind.from_config(config, trust_remote_code=trust_remote_code)
-        except Exception as problem:  # of a config alone not every family can be built
-            log.debug("no outline of %s: %s", name, problem)
-            return None
+        placement = foreseen(
+            name, spec, snapshot(source, commit), kind, config, offload=offload, device=place, dtype=torch_dtype(dtype),
+            quant=quant, trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        if quant != "none":
+            quantization(quant, place, torch.float32)
+        model = sketch(kind, config, trust_remote_code=trust_remote_code)
+    if model is None:
+        return None
     try:
         arch = resolve(model, spec)
     except RelfvError:
@@ -67,4 +72,5 @@ def outline(name: str, spec: str, *, device: str, quant: str, trust_remote_code:
         context_of(model.config),
         model.get_input_embeddings().weight.shape[0],
         sum(parameter.numel() for parameter in model.parameters()),
+        placement,
     )

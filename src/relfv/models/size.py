@@ -54,6 +54,11 @@ def check_size(name: str, source: str, config: Any, place: torch.device, dtype: 
 
 def stored_depth(folder: Path) -> int | None:
     """``depth_of`` the names of the folder's tensors; None where they are not to be had quickly."""
+    return depth_of(stored_names(folder))
+
+
+def stored_names(folder: Path) -> list[str]:
+    """The names of the folder's tensors; none where they are not to be had quickly."""
     names: list[str] = []
     try:
         if indexes := sorted(folder.glob("*.index.json")):
@@ -65,8 +70,8 @@ def stored_depth(folder: Path) -> int | None:
                 with safe_open(file, framework="pt") as tensors:
                     names += tensors.keys()
     except Exception:  # damaged in one of many ways, which loading will explain
-        return None
-    return depth_of(names)
+        return []
+    return names
 
 
 def depth_of(names: Iterable[str]) -> int | None:

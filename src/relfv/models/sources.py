@@ -64,6 +64,21 @@ def model_source(name: str) -> str:
     return name
 
 
+def weights_source(name: str, revision: str = "") -> tuple[str, str | None]:
+    """Where the weights of a model are, those of an adapter's base model for an adapter, and the revision asked for.
+
+    Raises InputError for a model that is not there, and for a revision of a folder.
+    """
+    source = model_source(name)
+    if revision and Path(source).is_dir():
+        raise InputError(
+            f"--revision {revision!r}: {name!r} is a folder, and only models on the hub have revisions; leave it out, "
+            "or name a hub id"
+        )
+    adapter = adapter_in(source)
+    return (base_source(adapter), adapter.revision) if adapter else (source, revision or None)
+
+
 def base_source(adapter: Adapter) -> str:
     """Where the base model of an adapter is. Raises InputError if it is not there."""
     try:
@@ -78,16 +93,14 @@ def base_source(adapter: Adapter) -> str:
     return source
 
 
-def model_identity(name: str) -> str:
+def model_identity(name: str, revision: str = "") -> str:
     """What the fingerprint knows the model by: a content hash of its folder, or hub id and commit.
 
     Raises InputError if the model is neither a folder nor in the cache nor, where there is a network, on the hub.
     """
-    source = model_source(name)
-    adapter = adapter_in(source)
-    if adapter:
-        return f"{_identity(source)}+{_identity(base_source(adapter), adapter.revision)}"
-    return _identity(source)
+    source, weights = model_source(name), weights_source(name, revision)
+    of_adapter = f"{_identity(source)}+" if adapter_in(source) else ""
+    return of_adapter + _identity(*weights)
 
 
 def _identity(source: str, revision: str | None = None) -> str:
@@ -135,7 +148,8 @@ def hub_commit(repo_id: str, revision: str | None = None) -> str:
         try:
             hf_hub_download(repo_id, "config.json", revision=revision)
         except Exception as problem:  # no network, no such repo, no access: many kinds, all mean it cannot be had
-            raise unreadable(repo_id, "config", problem) from problem
+            what = f"config at revision {revision!r}" if revision else "config"
+            raise unreadable(repo_id, what, problem) from problem
         cached = _cached_commit(repo_id, revision)
     if cached is None:
         raise InputError(f"--model {repo_id!r}: its config was fetched but is not in the Hugging Face cache")
@@ -151,6 +165,11 @@ def hub_file(repo_id: str, name: str, revision: str | None = None) -> Path:
         return Path(hf_hub_download(repo_id, name, revision=commit))
     except Exception as problem:  # as in hub_commit
         raise unreadable(repo_id, name, problem) from problem
+
+
+def snapshot(source: str, revision: str | None = None) -> Path:
+    """The folder ``source``, or that of a hub model in the local cache, where its weights may be yet to come."""
+    return Path(source) if Path(source).is_dir() else hub_file(source, "config.json", revision).parent
 
 
 def _is_hub_id(name: str) -> bool:

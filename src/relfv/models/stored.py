@@ -9,9 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from relfv.models.adapters import adapter_in
 from relfv.models.families import family_name
-from relfv.models.sources import DTYPE_NAMES, base_source, hub_file, model_source, unreadable
+from relfv.models.sources import DTYPE_NAMES, snapshot, unreadable, weights_source
 from relfv.settings import Settings
 
 _LARGEST_HEADER = 100 << 20
@@ -24,9 +23,7 @@ def resolved(settings: Settings) -> Settings:
     A family that no spec describes stays ``auto``. Raises InputError for a model that cannot be had, and for a family
     that is another one than the checkpoint's.
     """
-    source, revision = model_source(settings.model), None
-    if adapter := adapter_in(source):
-        source, revision = base_source(adapter), adapter.revision
+    source, revision = weights_source(settings.model, settings.revision)
     config = _config(source, revision, settings.model)
     text = config.get("text_config")
     text = text if isinstance(text, dict) else {}
@@ -36,7 +33,7 @@ def resolved(settings: Settings) -> Settings:
 
 
 def _config(source: str, revision: str | None, name: str) -> dict[str, Any]:
-    path = Path(source) / "config.json" if Path(source).is_dir() else hub_file(source, "config.json", revision)
+    path = snapshot(source, revision) / "config.json"
     try:
         content = json.loads(path.read_bytes()) if path.is_file() else None
     except (OSError, ValueError, RecursionError) as problem:

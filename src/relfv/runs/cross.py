@@ -121,7 +121,8 @@ def _shared_settings(
 ) -> Settings:
     """The settings to open the model with. Raises InputError, naming what differs, if any q_id was made with others."""
     settings = resolved(overlay(next(iter(statuses.values())).settings))
-    here = fingerprint_fields(settings, rows_sha256="", model_identity=model_identity(settings.model))
+    identity = model_identity(settings.model, settings.revision)
+    here = fingerprint_fields(settings, rows_sha256="", model_identity=identity)
     wanted = {name: here[name] for name in CROSS_SETTINGS}
     differing: dict[str, list[str]] = {}
     for q_id, status in statuses.items():

@@ -131,7 +131,7 @@ class _Visit:
         from relfv.models.opening import load_tokenizer
 
         settings = plan.request.settings
-        tokens = load_tokenizer(settings.model, trust_remote_code=settings.trust_remote_code)
+        tokens = load_tokenizer(settings.model, settings.revision, trust_remote_code=settings.trust_remote_code)
         for of in self._evidence:
             of.settings, of.tokens = settings, tokens
         self._add(check_bos(tokens))

@@ -76,6 +76,7 @@ def model_description(model: LanguageModel) -> dict[str, Any]:
         **{name: facts[name] for name in ("dtype", "quant", "precision")},
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "weights": str(streaming.placement) if (streaming := model.backbone.streaming) else "on the device",
         "cpu_threads": torch.get_num_threads(),
         "engine": facts["engine"],
         "self_check": vars(model.check),

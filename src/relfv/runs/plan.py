@@ -169,7 +169,7 @@ def make_plan(request: RunRequest) -> Plan:
             folder,
             relations,
             file_sha256(csv_path),
-            given.identity() if given else model_identity(request.settings.model),
+            given.identity() if given else model_identity(request.settings.model, request.settings.revision),
         )
 
 

@@ -50,9 +50,11 @@ def open_for(settings: Settings, given: GivenModel | None = None) -> LanguageMod
     return open_model(
         settings.model,
         settings.model_spec,
+        revision=settings.revision,
         device=settings.device,
         dtype=settings.dtype,
         quant=settings.quant,
+        offload=settings.offload,
         precision=settings.precision,  # type: ignore[arg-type]
         trust_remote_code=settings.trust_remote_code,
     )

@@ -79,7 +79,7 @@ def settings_within(status: QidStatus, overlay: Overlay, stages: Sequence[Stage]
     settings, model = overlay(status.settings), {}
     if any(set(MODEL_SETTINGS) <= set(stage.settings) for stage in stages):
         settings = resolved(settings)
-        model = {"model_identity": model_identity(settings.model)}
+        model = {"model_identity": model_identity(settings.model, settings.revision)}
     free = free_settings(status, stages)
     wanted = {name: getattr(settings, name) for name in IDENTITY if name not in free}
     require_same(status, {**wanted, **model}, settings.model)

@@ -40,8 +40,11 @@ def outline_for(settings: Settings) -> Outline | None:
     found = outline(
         settings.model,
         settings.model_spec,
+        revision=settings.revision,
         device=settings.device,
+        dtype=settings.dtype,
         quant=settings.quant,
+        offload=settings.offload,
         trust_remote_code=settings.trust_remote_code,
     )
     if found:

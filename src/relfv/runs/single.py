@@ -55,7 +55,7 @@ def run_step_d(settings: Settings, q_id: str, out_base_dir: Path) -> int:
     fields = fingerprint_fields(
         settings,
         rows_sha256=rows_sha256(relation, settings.corruption),
-        model_identity=model_identity(settings.model),
+        model_identity=model_identity(settings.model, settings.revision),
     )
     _begun(folder, settings, fields)
     reason = ineligible_reason(relation, settings.n_demos, settings.corruption)

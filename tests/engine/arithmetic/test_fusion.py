@@ -18,6 +18,7 @@ from relfv.models.architecture import resolve
 
 LLAMA = tf.LlamaConfig(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=1, vocab_size=50)
 GEMMA = tf.GemmaConfig(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=1, vocab_size=50)
+CPU = torch.device("cpu")
 
 
 def with_random_weights(module: nn.Module) -> nn.Module:
@@ -29,12 +30,12 @@ def with_random_weights(module: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_norms_are_told_apart_by_what_they_compute(dtype: torch.dtype) -> None:
     with torch.inference_mode():
-        llama = as_norm(with_random_weights(modeling_llama.LlamaRMSNorm(32, eps=1e-5)).to(dtype))
+        llama = as_norm(with_random_weights(modeling_llama.LlamaRMSNorm(32, eps=1e-5)).to(dtype), CPU)
         assert (llama.eps, llama.offset) == (1e-5, 0.0)
-        gemma = as_norm(with_random_weights(GemmaRMSNorm(32)).to(dtype))
+        gemma = as_norm(with_random_weights(GemmaRMSNorm(32)).to(dtype), CPU)
         assert gemma.offset == 1.0
-        assert as_norm(nn.LayerNorm(32)) is None
-        assert as_norm(nn.Linear(32, 32)) is None
+        assert as_norm(nn.LayerNorm(32), CPU) is None
+        assert as_norm(nn.Linear(32, 32), CPU) is None
 
 
 def test_a_norm_with_another_formula_keeps_its_own_code() -> None:
@@ -55,16 +56,16 @@ def test_a_norm_with_another_formula_keeps_its_own_code() -> None:
             raise AssertionError
 
     with torch.inference_mode():
-        assert as_norm(with_random_weights(Lookalike(32))) is None
-        assert as_norm(with_random_weights(OtherEpsilon(32))) is None
-        assert as_norm(with_random_weights(Raising(32))) is None
+        assert as_norm(with_random_weights(Lookalike(32)), CPU) is None
+        assert as_norm(with_random_weights(OtherEpsilon(32)), CPU) is None
+        assert as_norm(with_random_weights(Raising(32)), CPU) is None
 
 
 def test_gated_mlps_are_told_apart_by_their_activation() -> None:
     with torch.inference_mode():
-        assert as_gated_mlp(with_random_weights(modeling_llama.LlamaMLP(LLAMA))).activation == "silu"
-        assert as_gated_mlp(with_random_weights(GemmaMLP(GEMMA))).activation == "gelu_tanh"
-        assert as_gated_mlp(modeling_llama.LlamaAttention(LLAMA, 0)) is None
+        assert as_gated_mlp(with_random_weights(modeling_llama.LlamaMLP(LLAMA)), CPU).activation == "silu"
+        assert as_gated_mlp(with_random_weights(GemmaMLP(GEMMA)), CPU).activation == "gelu_tanh"
+        assert as_gated_mlp(modeling_llama.LlamaAttention(LLAMA, 0), CPU) is None
 
 
 def test_a_gated_mlp_with_another_formula_keeps_its_own_code() -> None:
@@ -78,9 +79,9 @@ def test_a_gated_mlp_with_another_formula_keeps_its_own_code() -> None:
 
     relu = tf.LlamaConfig(**{**LLAMA.to_dict(), "hidden_act": "relu"})
     with torch.inference_mode():
-        assert as_gated_mlp(with_random_weights(Clamped(LLAMA))) is None
-        assert as_gated_mlp(with_random_weights(ClampedLate(LLAMA))) is None
-        assert as_gated_mlp(with_random_weights(modeling_llama.LlamaMLP(relu))) is None
+        assert as_gated_mlp(with_random_weights(Clamped(LLAMA)), CPU) is None
+        assert as_gated_mlp(with_random_weights(ClampedLate(LLAMA)), CPU) is None
+        assert as_gated_mlp(with_random_weights(modeling_llama.LlamaMLP(relu)), CPU) is None
 
 
 def test_activations_are_told_apart_by_what_they_compute() -> None:

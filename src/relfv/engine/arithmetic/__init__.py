@@ -54,7 +54,7 @@ class Arithmetic:
     @classmethod
     def with_kernels(cls, model: Any, arch: Architecture, precision: Precision) -> Arithmetic:
         """With all pieces and kernels that fit ``model``, which must be on the device where it will run."""
-        linears = tuple(module for module in model.modules() if takes_pieces(module))
+        linears = tuple(module for module in model.modules() if takes_pieces(module, arch.device))
         return cls(model, arch, precision, linears=linears, fusions=recognise(model, arch))
 
     def plain(self) -> Arithmetic:

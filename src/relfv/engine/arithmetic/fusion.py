@@ -19,6 +19,7 @@ from torch import nn
 from relfv.engine.arithmetic import kernels
 from relfv.engine.arithmetic.products import Differences, replaced
 from relfv.models.architecture import Architecture
+from relfv.models.streaming import brought
 
 _AGREE = 1e-5
 _SIZES = (1e-3, 1.0, 100.0)
@@ -100,46 +101,50 @@ def recognise(model: nn.Module, arch: Architecture) -> Fusions | None:
     """Look through ``model``, which must be on the device where it will run. None where kernels cannot run."""
     if not kernels.usable(arch.lm_head.weight):  # type: ignore[arg-type]
         return None
-    device: Any = arch.lm_head.weight.device
+    device = arch.device
     with torch.inference_mode(), torch.random.fork_rng(devices=[device]):
         torch.manual_seed(0)
         candidates = [module for module in model.modules() if "forward" not in vars(module)]
-        norms = [norm for module in candidates if (norm := as_norm(module))]
-        mlps = [mlp for module in candidates if (mlp := as_gated_mlp(module))]
+        norms = [norm for module in candidates if (norm := as_norm(module, device))]
+        mlps = [mlp for module in candidates if (mlp := as_gated_mlp(module, device))]
         activations = [(module, name) for module in candidates if (name := as_activation(module, device))]
         namespaces = {sys.modules.get(type(module).__module__) for module in arch.blocks[0].modules()}
         rotaries = [namespace for namespace in namespaces if rotates_halves(namespace, arch)]
     return Fusions(tuple(norms), tuple(mlps), tuple(activations), tuple(rotaries))
 
 
-def as_norm(module: Any) -> Norm | None:
-    """The module as an RMS norm, if it is one."""
+def as_norm(module: Any, device: torch.device) -> Norm | None:
+    """The module, which runs on ``device``, as an RMS norm, if it is one."""
     weight = dict(module.named_parameters(recurse=False))
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if list(weight) != ["weight"] or weight["weight"].dim() != 1 or not isinstance(eps, float):
         return None
-    x = torch.randn(2, 3, len(weight["weight"]), device=weight["weight"].device)
+    x = torch.randn(2, 3, len(weight["weight"]), device=device)
     for offset in (0.0, 1.0):
 
         def formula(x: torch.Tensor, offset: float = offset) -> torch.Tensor:
             return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * (weight["weight"].float() + offset)
 
-        if _same(module, formula, [size * x for size in _SIZES]):
+        with brought(module, device):
+            same = _same(module, formula, [size * x for size in _SIZES])
+        if same:
             return Norm(module, eps, offset)
     return None
 
 
-def as_gated_mlp(module: Any) -> GatedMLP | None:
-    """The module as a gated MLP of ``nn.Linear`` layers, if it is one."""
+def as_gated_mlp(module: Any, device: torch.device) -> GatedMLP | None:
+    """The module, which runs on ``device``, as a gated MLP of ``nn.Linear`` layers, if it is one."""
     parts: list[Any] = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     activate: Any = getattr(module, "act_fn", None)
     if any(type(part) is not nn.Linear for part in parts) or activate is None:
         return None
     gate, up, down = parts
-    x = torch.randn(1, 2, gate.in_features, device=gate.weight.device, dtype=gate.weight.dtype)
-    if not _same(module, lambda x: down(activate(gate(x)) * up(x)), [size * x for size in _SIZES]):
+    x = torch.randn(1, 2, gate.in_features, device=device, dtype=gate.weight.dtype)
+    with brought(module, device):
+        same = _same(module, lambda x: down(activate(gate(x)) * up(x)), [size * x for size in _SIZES])
+    if not same:
         return None
-    name = _formula_of(activate, gate.weight.device)
+    name = _formula_of(activate, device)
     return GatedMLP(module, name) if name else None
 
 
@@ -158,7 +163,7 @@ def rotates_halves(namespace: Any, arch: Architecture) -> bool:
     rotate = getattr(namespace, "apply_rotary_pos_emb", None)
     if rotate is None or arch.head_dim % 2:
         return False
-    device: Any = arch.lm_head.weight.device
+    device = arch.device
     q, k = torch.randn(2, 1, 2, 3, arch.head_dim, device=device)
     cos, sin = torch.randn(2, 1, 3, arch.head_dim, device=device)
     return _same(

@@ -130,7 +130,7 @@ def _raw_logits(
         split = differences.split(hidden.float())
         return differences.base(split, head, len(hidden)), differences.products(split, head, len(rows), chunks)
     nothing = torch.zeros(1, vocabulary, device=hidden.device)
-    if may_use_kernels and hidden.dtype == torch.bfloat16 and takes_bf16(head):
+    if may_use_kernels and hidden.dtype == torch.bfloat16 and takes_bf16(head, hidden.device):
         base = nothing if head.bias is None else head.bias.float()[None]  # type: ignore[union-attr]
         return base, ((part.start, product(rows[part], head.weight)) for part in chunks)
     return nothing, ((part.start, head(rows[part].float()).float()) for part in chunks)

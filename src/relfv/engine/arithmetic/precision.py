@@ -111,9 +111,10 @@ def _widened(unit: nn.Module, low: Sequence[torch.Tensor]) -> Iterator[None]:
     else:
         kept = []
         widen, narrow = _swappers(low, kept)
+        # Inside the hooks that a streamed block has from its opening: its weights come first and go last.
         handles = [
-            unit.register_forward_pre_hook(widen, prepend=True),
-            unit.register_forward_hook(narrow, always_call=True),
+            unit.register_forward_pre_hook(widen),
+            unit.register_forward_hook(narrow, always_call=True, prepend=True),
         ]
     try:
         yield

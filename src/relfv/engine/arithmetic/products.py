@@ -49,16 +49,17 @@ FLOAT32 = Pieces(whole=3, base=3, difference=3)
 """Enough everywhere to be float32 in everything but name."""
 
 
-def takes_pieces(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """True for a linear layer that can multiply in pieces, and whose ``forward`` is nobody else's."""
-    return takes_bf16(module) and "forward" not in vars(module)
+def takes_pieces(module: nn.Module, device: torch.device) -> TypeGuard[nn.Linear]:
+    """True for a linear layer that can multiply in pieces on ``device``, and whose ``forward`` is nobody else's."""
+    return takes_bf16(module, device) and "forward" not in vars(module)
 
 
-def takes_bf16(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """True for an ``nn.Linear`` with bf16 weights on a device where bf16 products can come out in float32."""
+def takes_bf16(module: nn.Module, device: torch.device) -> TypeGuard[nn.Linear]:
+    """True for an ``nn.Linear`` with bf16 weights that runs on a ``device`` where bf16 products can come out in
+    float32."""
     if type(module) is not nn.Linear or not hasattr(torch.ops.aten.mm, "dtype"):  # PyTorch 2.8
         return False
-    return module.weight.dtype == torch.bfloat16 and module.weight.is_cuda
+    return module.weight.dtype == torch.bfloat16 and device.type == "cuda"
 
 
 @contextmanager
