@@ -25,6 +25,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "status": ("relfv status", "relfv status --out_root results_fv/relation_qwise --json"),
     "verify": ("relfv verify", "relfv verify results_fv/relation_qwise/relationA_ex/Q1"),
+    "figure": (
+        "relfv figure results_fv/relation_qwise/relationA_ex --out heatmaps.pdf",
+        "relfv figure results_fv/relation_qwise/relationA_ex --kind curve --q_list Q1,Q15 --out curves.svg",
+    ),
+    "export": ("relfv export results_fv/relation_qwise/relationA_ex --parquet",),
     "report": ("relfv report results_fv/relation_qwise/relationA_ex",),
     "import": (
         "relfv import function_vectors/dataset_files --out todd.csv",

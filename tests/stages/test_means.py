@@ -19,7 +19,7 @@ def test_the_mean_is_over_prompts_whatever_their_order() -> None:
     scores = TokenScores(torch.zeros(25), torch.zeros(25), torch.zeros(25, dtype=torch.long))
 
     def means(z: torch.Tensor):  # type: ignore[no-untyped-def]
-        return mean_activations(CleanRun(z, torch.zeros(3, 48), lengths=torch.zeros(3), writing=None, scores=scores))
+        return mean_activations(CleanRun(z, torch.zeros(3, 48), writing=None, scores=scores))
 
     found = means(z)
     assert found.n_prompts == 25

@@ -207,13 +207,8 @@ def _of_relation(folder: Path) -> dict[str, Any]:
             if status.status == "completed":
                 completed.append(_shown_once(folder, status))
             else:
-                others.append(
-                    {
-                        "q_id": called(status.q_id, with_arrow(status.name)),
-                        "status": status.status,
-                        "reason": status.reason or "",
-                    }
-                )
+                named = called(status.q_id, with_arrow(status.name))
+                others.append({"q_id": named, "status": status.status, "reason": status.reason or ""})
         except Exception as problem:
             said = str(problem) if isinstance(problem, RelfvError) else f"{type(problem).__name__}: {problem}"
             others.append({"q_id": artifacts_dir.parent.name, "status": "unreadable", "reason": said})

@@ -158,7 +158,7 @@ class _Visit:
         self._say(
             "weights",
             f"{outline.n_parameters / 1e6:,.1f} million, {_gb(outline.n_parameters * _ITEM_BYTES.get(stored, 2.0))} in "
-            f"{stored}",
+            f"{stored}{f'; {outline.placement}' if outline.placement else ''}",
         )
 
     def _measure(self, plan: Plan, todo: list[Evidence]) -> None:

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from relfv.settings import MODEL_SETTINGS
+from relfv.stages.cie import corrupted_prompts
 from relfv.stages.function_vector import FV
-from relfv.stages.prompts import prompts_to_read
+from relfv.stages.means import clean_prompts
 from relfv.stages.stage import Stage, Work
 from relfv.stages.step6_summary import STEP6_SUMMARY
 from relfv.stages.trials import TRIALS
-from relfv.stages.zeroshot import ZERO_SHOT_TRIALS, evaluated
+from relfv.stages.zeroshot import ZERO_SHOT_TRIALS, evaluated, evaluated_prompts
 from relfv.store.folder import File
 from relfv.store.formats import json_bytes, read_json
 from relfv.types import Question
@@ -85,17 +86,11 @@ def _write_answers(work: Work) -> str:
 
 def _as_fed(work: Work) -> dict[str, Any]:
     """The first trial's prompts token by token, with what is fed of the answer, and the token that is scored."""
-    tokens, trials = work.model.tokens, work.read(TRIALS)
-    target = trials.questions[0].target
-    texts = {
-        "clean": trials.clean_prompts[0],
-        "corrupted": trials.prompts[0],
-        "zero_shot": work.read(ZERO_SHOT_TRIALS).prompts[0],
-    }
-    fed = {kind: prompts_to_read([text], [target], tokens, [0]).ids[0] for kind, text in texts.items()}
+    text = work.model.tokens.text
+    prompts = {"clean": clean_prompts, "corrupted": corrupted_prompts, "zero_shot": evaluated_prompts}
     return {
-        **{kind: [tokens.text(token) for token in ids] for kind, ids in fed.items()},
-        "scored": tokens.text(target.token_id),
+        **{kind: [text(token) for token in work.once(tokenised).ids[0]] for kind, tokenised in prompts.items()},
+        "scored": text(work.once(evaluated).questions[0].target.token_id),
     }
 
 

@@ -39,7 +39,7 @@ def curve_of(folder: QidFolder, name: str) -> Curve:
 
 def _draw(work: Work) -> str:
     work.write(CURVE, drawn(work).to_bytes())
-    return f"{len(work.read(STEP6_SUMMARY)['completed_layers'])} layers"
+    return f"{len(work.layers)} layers"
 
 
 STAGE = Stage(

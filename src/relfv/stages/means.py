@@ -16,7 +16,7 @@ from relfv.stages.trials import TRIALS
 from relfv.store.folder import File, QidFolder
 from relfv.store.formats import read_tensors, tensor_bytes
 from relfv.store.status import QidStatus
-from relfv.types import MeanActivations
+from relfv.types import MeanActivations, Prompts
 
 if TYPE_CHECKING:
     from relfv.engine.clean import CleanRun
@@ -30,11 +30,16 @@ def mean_activations(clean: CleanRun) -> MeanActivations:
     return MeanActivations(clean.activations.double().mean(0).float().numpy(), n_prompts=len(clean.activations))
 
 
+def clean_prompts(work: Work) -> Prompts:
+    """The frozen trials' clean prompts as token ids (``work.once(clean_prompts)``)."""
+    return work.tokenised(work.read(TRIALS), clean=True)
+
+
 def clean_run(work: Work) -> CleanRun:
     """The frozen trials' clean prompts, run; several stages need what they give (``work.once(clean_run)``)."""
     from relfv.engine.clean import run_clean
 
-    clean = run_clean(work.model.backbone, work.tokenised(work.read(TRIALS), clean=True))
+    clean = run_clean(work.model.backbone, work.once(clean_prompts))
     return clean if work.model.check.knows_writing else replace(clean, writing=None)
 
 
