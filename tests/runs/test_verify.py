@@ -61,7 +61,7 @@ def test_a_finished_run_holds_wherever_one_asks_and_nothing_is_written(
     assert [line.split("  ")[0] for line in said.splitlines()[:4]] == [
         "pairs/A1", "pairs/B2", "pairs/C3", "pairs/run_manifest.json",
     ]  # fmt: skip
-    assert "completed and intact (34 files)" in said
+    assert "completed and intact (35 files)" in said
     assert "pairs/C3  skipped and intact (1 files)" in said
     assert said.endswith("all 4 hold\n")
     assert main(["verify", str(finished.parent)]) == 0
