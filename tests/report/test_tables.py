@@ -36,7 +36,9 @@ def test_one_thing_has_one_name_and_one_value_in_all_tables(finished: Path) -> N
     best = next(row for row in table(finished, "layers") if (row["q_id"], row["is_best"]) == ("A1", "True"))
     shared = set(best) & set(summary)
     assert {"layer", "acc_base", "acc_with", "mean_delta_p", "mean_delta_p_ci_low", "n_eval", "alpha"} <= shared
-    assert all(best[column] == summary[column] for column in shared)
+    ends = {"mean_delta_p_ci_low", "mean_delta_p_ci_high"}  # one layer alone is summed in another order than all
+    assert all(best[column] == summary[column] for column in shared - ends)
+    assert all(float(best[column]) == pytest.approx(float(summary[column]), rel=1e-12) for column in ends)
 
 
 def test_numbers_are_those_of_the_artifacts_to_the_last_digit(finished: Path) -> None:

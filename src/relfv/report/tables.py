@@ -41,7 +41,7 @@ _WHOLE = tuple(f"{what}_{half}" for what in ("exact_match", "begins_with_answer"
 def _summary(qid: QidFolder, status: QidStatus) -> Iterator[Row]:
     steps, reference = qid.read(STEP6_SUMMARY), qid.read(STEP_E_EVAL)["reference"]
     layer, trials = steps["best_layer"], qid.read(TRIALS)
-    best, found = _of_layer(qid, layer), _if_there(qid, SUMMARY)
+    (best,), found = _of_layers(qid, [layer]), _if_there(qid, SUMMARY)
     shares = found.get("share_of_gap", {})
     yield {
         "n_trials": len(trials.questions),
@@ -79,22 +79,29 @@ def _heads(qid: QidFolder, status: QidStatus) -> Iterator[Row]:
 
 def _layers(qid: QidFolder, status: QidStatus) -> Iterator[Row]:
     best = qid.read(STEP6_SUMMARY)["best_layer"]
-    for layer in status.expected_layers:
-        yield {**_of_layer(qid, layer), "is_best": layer == best}
+    for row in _of_layers(qid, status.expected_layers):
+        yield {**row, "is_best": row["layer"] == best}
 
 
-def _of_layer(qid: QidFolder, layer: int) -> Row:
-    meta, rows = qid.read(EVAL_META, layer), qid.read(EVAL_TRIALS, layer)
-    prompts = {prompt: i for i, prompt in enumerate(dict.fromkeys(row["prompt"] for row in rows))}
-    delta = np.array([[row["delta_p"]] for row in rows])
-    mean = clustered_mean(delta, [prompts[row["prompt"]] for row in rows])
-    return {
-        "layer": layer,
-        **{name: meta[name] for name in ("alpha", "fv_norm", "mean_norm_hidden", "share_of_hidden")},
-        **qid.read(EVAL_SUMMARY, layer),
-        "mean_delta_p_ci_low": finite(mean.low[0]),
-        "mean_delta_p_ci_high": finite(mean.high[0]),
-    }
+def _of_layers(qid: QidFolder, layers: Sequence[int]) -> list[Row]:
+    """Each layer's summary, with intervals: the same prompts at every layer."""
+    of_layers = [qid.read(EVAL_TRIALS, layer) for layer in layers]
+    prompts = {prompt: i for i, prompt in enumerate(dict.fromkeys(row["prompt"] for row in of_layers[0]))}
+    delta = np.array([[row["delta_p"] for row in rows] for rows in of_layers]).T
+    mean = clustered_mean(delta, [prompts[row["prompt"]] for row in of_layers[0]])
+    found = []
+    for i, layer in enumerate(layers):
+        meta = qid.read(EVAL_META, layer)
+        found.append(
+            {
+                "layer": layer,
+                **{name: meta[name] for name in ("alpha", "fv_norm", "mean_norm_hidden", "share_of_hidden")},
+                **qid.read(EVAL_SUMMARY, layer),
+                "mean_delta_p_ci_low": finite(mean.low[i]),
+                "mean_delta_p_ci_high": finite(mean.high[i]),
+            }
+        )
+    return found
 
 
 def _controls(qid: QidFolder, _: QidStatus) -> Iterator[Row]:
