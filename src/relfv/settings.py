@@ -19,8 +19,7 @@ from relfv.errors import InputError
 from relfv.types import MEASURES
 
 SPEC_CSV = Path("datasets/relation/relationA_ex.csv")
-FORMATS = ("png", "svg", "pdf")
-"""Of figures."""
+FORMATS = ("png", "svg", "pdf")  # of figures
 SCORE_KEYS = tuple(f"mean_{kind}delta_{m}" for kind in ("", "abs_") for m in MEASURES)
 """What heads may be ranked by."""
 MOST = 100_000

@@ -262,32 +262,6 @@ class HeadEffects:
 
 
 @dataclass(frozen=True)
-class ArithmeticNoise:
-    """Differences between effects that would be equal if sums were exact, over some heads and trials."""
-
-    per_pass: int
-    """Prompts that shared a forward pass."""
-    largest: dict[str, float]
-    """For each of MEASURES the largest absolute difference."""
-    median: dict[str, float]
-    """Likewise the median."""
-
-
-@dataclass(frozen=True)
-class NoiseFloor:
-    """What arithmetic alone makes of a head's effect on one trial."""
-
-    heads: tuple[HeadId, ...]
-    """The heads measured."""
-    n_trials: int
-    """How many trials were measured, from the first."""
-    identity: ArithmeticNoise
-    """Effects of giving each head its own value back; in exact arithmetic 0."""
-    other_shape: ArithmeticNoise
-    """The sweep's effects against the same ones from batches of another shape."""
-
-
-@dataclass(frozen=True)
 class ScoredHead:
     """One head with its mean scores over trials, as in a row of cie_scores.csv / aie_scores.csv."""
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def available_bytes() -> int | None:
@@ -10,6 +14,12 @@ def available_bytes() -> int | None:
     None where neither is said (not on Linux)."""
     limits = [_of_machine(), *map(_of_group, _groups())]
     return min((limit for limit in limits if limit is not None), default=None)
+
+
+def fits_widened(model: nn.Module) -> bool:
+    """Whether there is room for twice what float32 weights take beyond the loaded ones of 16 bits."""
+    free = available_bytes()
+    return free is not None and free > 4 * sum(p.numel() for p in model.parameters())
 
 
 def _of_machine() -> int | None:

@@ -19,7 +19,7 @@ import torch
 from relfv.errors import InputError
 from relfv.models.adapters import adapter_in, merged, require_peft
 from relfv.models.architecture import Architecture, resolve, text_config
-from relfv.models.memory import available_bytes
+from relfv.models.memory import fits_widened
 from relfv.models.placement import foreseen
 from relfv.models.size import check_size
 from relfv.models.sources import dtype_name, hub_commit, model_source, snapshot, unreadable, weights_source
@@ -103,7 +103,7 @@ def load_checkpoint(
     streaming = stream(model, arch, placement, place) if placement and placement.streams else None
     if streaming:
         log.info("weights: %s", placement)
-    elif exact and place.type == "cpu" and stored.itemsize == 2 and not _is_packed(model) and _fits_widened(model):
+    elif exact and place.type == "cpu" and stored.itemsize == 2 and not _is_packed(model) and fits_widened(model):
         model.float()
     tokens = Tokens(tokenizer, n_embeddings=model.get_input_embeddings().weight.shape[0])
     return Checkpoint(model, tokens, arch, place, str(stored).removeprefix("torch."), streaming)
@@ -123,12 +123,6 @@ def load_tokenizer(name: str, revision: str, *, trust_remote_code: bool) -> Toke
 
 def _is_packed(model: Any) -> bool:
     return getattr(model, "hf_quantizer", None) is not None
-
-
-def _fits_widened(model: torch.nn.Module) -> bool:
-    """Whether the host has room for twice what float32 weights take beyond the loaded ones of 16 bits."""
-    free = available_bytes()
-    return free is not None and free > 4 * sum(p.numel() for p in model.parameters())
 
 
 def choose_device(device: str) -> torch.device:

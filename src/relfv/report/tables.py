@@ -217,7 +217,7 @@ def rows_of(table: str, status: QidStatus) -> list[Row]:
 
     Raises an exception of any kind where its files are of another shape than relfv writes.
     """
-    common: Row = {"q_id": status.q_id, "name": None, "model": status.settings.model}
+    common: Row = {"q_id": status.q_id, "name": status.name or None, "model": status.settings.model}
     if table == "summary":
         common |= {"status": status.status, "reason": status.reason, "n_rows": status.q_row_count}
     qid, columns = QidFolder(status.artifacts_dir, status.q_id), columns_of(table)

@@ -13,7 +13,7 @@ from relfv.report.page import relations_of
 from relfv.report.table import find_statuses
 from relfv.report.tables import WRITTEN, Row, columns_of, rows_of
 from relfv.store.files import require_no_links, sha256_bytes, sha256_file, write_atomic, write_together
-from relfv.store.formats import csv_bytes, json_bytes, read_json, sealed, unsealed
+from relfv.store.formats import csv_bytes, csv_cell, json_bytes, read_json, sealed, unsealed
 from relfv.store.locks import sole_writer
 from relfv.store.status import QidStatus, read_status
 
@@ -99,12 +99,8 @@ def _parquet(frame: DataFrame) -> bytes:
 
 
 def _csv(table: str, statuses: list[QidStatus]) -> bytes:
-    rows = ([_cell(value) for value in row.values()] for row in table_of(table, statuses))
+    rows = ([csv_cell(value) for value in row.values()] for row in table_of(table, statuses))
     return csv_bytes([columns_of(table), *rows])
-
-
-def _cell(value: Any) -> str:
-    return "" if value is None else repr(value) if isinstance(value, float) else str(value)
 
 
 def are_up_to_date(folder: Path) -> bool:

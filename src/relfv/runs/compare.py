@@ -17,7 +17,7 @@ from relfv.settings import FLAGS
 from relfv.stages.comparison import Side, over_q_ids, side_of
 from relfv.stages.comparison import compare as compare_sides
 from relfv.store.files import require_folder, write_together
-from relfv.store.formats import csv_bytes
+from relfv.store.formats import csv_bytes, csv_cell
 from relfv.store.status import QidStatus, read_status
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def compare(folders: Sequence[Path], q_list: Sequence[str] | None, out_dir: Path
     written = write_together(
         {
             out_dir / "compare.csv": csv_bytes(
-                [[*rows[0]], *([_cell(value) for value in row.values()] for row in rows)]
+                [[*rows[0]], *([csv_cell(value) for value in row.values()] for row in rows)]
             ),
             out_dir / "compare.svg": comparison_svg(rows, standalone=True).encode(),
             out_dir / "compare.html": comparison_page(sides, rows).encode(),
@@ -143,7 +143,3 @@ def _described(letter: str, folder: Path, found: Found) -> dict[str, Any]:
         values = dict.fromkeys(str(getattr(status.settings, name)) for status in found.values())
         settings[name] = list(values)
     return {"letter": letter, "folder": str(folder), "settings": {name: ", ".join(of) for name, of in settings.items()}}
-
-
-def _cell(value: object) -> str:
-    return "" if value is None else repr(value) if isinstance(value, float) else str(value)

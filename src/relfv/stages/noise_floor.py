@@ -8,6 +8,7 @@ where the engine has a choice.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +19,9 @@ from relfv.store.folder import File
 from relfv.store.formats import read_json
 from relfv.types import (
     MEASURES,
-    ArithmeticNoise,
     HeadEffects,
     HeadId,
     MeanActivations,
-    NoiseFloor,
     Prompts,
     ScoredHead,
 )
@@ -33,6 +32,32 @@ if TYPE_CHECKING:
 N_BEST, N_SPREAD = 3, 5
 N_TRIALS = 3
 """Few: what these passes cost is mostly their prefixes, and a sweep has 25 of those in all."""
+
+
+@dataclass(frozen=True)
+class ArithmeticNoise:
+    """Differences between effects that would be equal if sums were exact, over some heads and trials."""
+
+    per_pass: int
+    """Prompts that shared a forward pass."""
+    largest: dict[str, float]
+    """For each of MEASURES the largest absolute difference."""
+    median: dict[str, float]
+    """Likewise the median."""
+
+
+@dataclass(frozen=True)
+class NoiseFloor:
+    """What arithmetic alone makes of a head's effect on one trial."""
+
+    heads: tuple[HeadId, ...]
+    """The heads measured."""
+    n_trials: int
+    """How many trials were measured, from the first."""
+    identity: ArithmeticNoise
+    """Effects of giving each head its own value back; in exact arithmetic 0."""
+    other_shape: ArithmeticNoise
+    """The sweep's effects against the same ones from batches of another shape."""
 
 
 def heads_to_probe(ranked: Sequence[ScoredHead]) -> list[HeadId]:

@@ -40,6 +40,14 @@ def csv_bytes(rows: Iterable[Sequence[str]]) -> bytes:
     return buffer.getvalue().encode()
 
 
+def csv_cell(value: Any) -> str:
+    """A value as a table has it: floats with every digit, nothing for None, and before words that a spreadsheet would
+    take for a formula an apostrophe, which is how spreadsheets mark a cell as text."""
+    if isinstance(value, str):
+        return f"'{value}" if value.startswith(("=", "+", "-", "@")) else value
+    return "" if value is None else repr(value) if isinstance(value, float) else str(value)
+
+
 def tensor_bytes(content: Mapping[str, Any]) -> bytes:
     """A ``.pt`` file that ``torch.load(weights_only=True)`` opens; NumPy arrays become tensors."""
     import torch
