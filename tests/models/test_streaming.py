@@ -177,7 +177,7 @@ def test_kernels_and_pieces_run_on_streamed_blocks(tmp_path: Path) -> None:
 @pytest.mark.parametrize("offload", ["cpu", "disk"])
 def test_the_card_never_holds_all_blocks(offload: str, tmp_path: Path) -> None:
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "vocab_size": 300}
-    config = tf.LlamaConfig(**{**DEEP, **sizes}, num_attention_heads=8, dtype="bfloat16")
+    config = tf.LlamaConfig(**{**DEEP, **sizes, "num_attention_heads": 8}, dtype="bfloat16")
     torch.manual_seed(0)
     tf.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
     make_tokenizer(vocab_size=300).save_pretrained(tmp_path)
