@@ -166,6 +166,11 @@ def settling(status: QidStatus) -> Iterator[None]:
     next, or failed, or skipped if its prompts are too long for the model, with the reason."""
     try:
         yield
+        following = next(not_done(status), None)
+        if following is None:
+            status.set("completed")
+        else:
+            status.set("pending", f"next stage: {following.name}")
     except TooLong as problem:
         if not status.has_results():  # what is there is not forgotten
             status.stages.clear()
@@ -177,11 +182,6 @@ def settling(status: QidStatus) -> Iterator[None]:
     except BaseException:  # SIGINT or SIGTERM
         _record(status, "pending", "interrupted; the same command goes on from here")
         raise
-    following = next(not_done(status), None)
-    if following is None:
-        status.set("completed")
-    else:
-        status.set("pending", f"next stage: {following.name}")
 
 
 def in_words(problem: Exception) -> str:

@@ -105,7 +105,8 @@ def _open_model(plan: Plan) -> LanguageModel:
     settings, given = plan.request.settings, plan.request.given
     if given is None:
         require_temporary_folder()
-        outline_for(settings)  # before its weights are read, which may take minutes
+        with at_work(f"opening {settings.model}", "loading PyTorch and transformers"):
+            outline_for(settings)  # before its weights are read, which may take minutes
     model = open_for(settings, given)
     require_enough_heads(model, plan.request.settings)
     return model
