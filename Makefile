@@ -73,7 +73,7 @@ $(DOCS_READY): docs/requirements.txt
 	@touch $@
 
 docs: $(DOCS_READY)
-	.venv-docs/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
 	@echo "open site/index.html"
 
 clean:
