@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= 2
 
-.PHONY: help setup demo test test-quick test-cpus lint format types check clean
+.PHONY: help setup demo test test-quick test-cpus lint format types check docs clean
 
 help:
 	@echo "make setup   .venv with relfv in it (.venv/bin/relfv)"
@@ -13,6 +13,7 @@ help:
 	@echo "make test    the tests; make test-quick: those without slow, for every edit; WORKERS=8 for more processes than 2"
 	@echo "make test-cpus  the tests of sums, as other processors add them"
 	@echo "make lint    ruff: rules and format; make types: pyright; make check: all of it"
+	@echo "make docs    the docs site, in site/index.html"
 
 setup: $(READY)
 
@@ -63,5 +64,17 @@ types: setup
 
 check: lint types test
 
+# The site has an environment of its own: it reads relfv's sources and does not import them.
+DOCS_READY := .venv-docs/.ready
+
+$(DOCS_READY): docs/requirements.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check --requirement docs/requirements.txt
+	@touch $@
+
+docs: $(DOCS_READY)
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+	@echo "open site/index.html"
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-docs site .pytest_cache .ruff_cache .hypothesis

@@ -44,6 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     ``--kills``, ``--faults`` and ``--cuts`` make tests/runs/test_crashes.py thorough."""
     parser.addoption("--write-bad-input", action="store_true", help="write docs/bad_input.md from the tests' list")
     parser.addoption("--write-stages", action="store_true", help="write docs/stages.md from the table of stages")
+    parser.addoption("--write-reference", action="store_true", help="write docs/reference/ from the code")
     parser.addoption("--write-schemas", action="store_true", help="write the JSON Schemas from their declarations")
     parser.addoption("--write-families", action="store_true", help="write docs/families.md from what the tests find")
     parser.addoption("--kills", type=int, default=50, help="how many times test_crashes kills a run")
