@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 from relfv import __version__
 from relfv.cli import build_parser, main
-from relfv.examples import EXAMPLES
+from relfv.commands.examples import EXAMPLES
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from relfv import __version__, run_commands, stage_commands
+from relfv import __version__
+from relfv.commands import runs, stages
+from relfv.commands.examples import EXAMPLES
+from relfv.commands.figure import FIGURE_HELP, figure, figure_flags
+from relfv.commands.flags import add_setting, path_flag, whole_number
+from relfv.commands.parsing import Parser
 from relfv.errors import RelfvError
-from relfv.examples import EXAMPLES
-from relfv.figure_command import FIGURE_HELP, figure, figure_flags
-from relfv.flags import add_setting, path_flag, whole_number
 from relfv.logs import drop_output, set_up_logging, show
-from relfv.parsing import Parser
 from relfv.settings import DEFAULT_OUT_ROOT, FLAGS, MAX_SEED, MOST, SPEC_CSV
 from relfv.signals import Terminated, as_exceptions
 from relfv.store.files import remedy
@@ -162,14 +163,14 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _export_flags(parser: argparse.ArgumentParser) -> None:
-    _report_flags(parser)
+    _add_place(parser, "of a relation, or all results")
     parser.add_argument("--parquet", action="store_true", help="also as tables/*.parquet (needs relfv[parquet])")
 
 
 def _export(args: argparse.Namespace) -> int:
     from relfv.report.written_tables import export
 
-    show(export(args.folder, parquet=args.parquet))
+    show(export(_place(args), parquet=args.parquet))
     return 0
 
 
@@ -198,7 +199,7 @@ def _completion_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _completion(args: argparse.Namespace) -> int:
-    from relfv.completion import completion
+    from relfv.commands.completion import completion
 
     show(completion(build_parser(), args.shell))
     return 0
@@ -226,23 +227,23 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Command]] = {
-    "run": ("Run every stage of every q_id; a restart carries on.", run_commands.run_flags, run_commands.run),
+    "run": ("Run every stage of every q_id; a restart carries on.", runs.run_flags, runs.run),
     "doctor": (
         "Look before a run: is everything there, what do the relations and the tokenizer forbid to conclude, how long "
         "will it take; exit code 1 if the run would be refused.",
-        run_commands.doctor_flags,
-        run_commands.doctor,
+        runs.doctor_flags,
+        runs.doctor,
     ),
     "compare": (
         "Compare two models, or two settings, on the same relations: paired differences, heads they share, vectors.",
-        run_commands.compare_flags,
-        run_commands.compare,
+        runs.compare_flags,
+        runs.compare,
     ),
     "cross": (
         "Inject every completed q_id's function vector into every other's prompts (model flags default to the q_ids' "
         "own).",
-        run_commands.cross_flags,
-        run_commands.cross,
+        runs.cross_flags,
+        runs.cross,
     ),
     "status": ("Say where every q_id stands.", _status_flags, _status),
     "verify": ("Check that results are complete, undamaged and agree; no model is opened.", _verify_flags, _verify),
@@ -252,25 +253,25 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Comma
     "import": ("Make a relation CSV of other projects' word pairs.", _import_flags, _import),
     "stepd": (
         "StepD of one q_id: trials, mean activations, effect of every head.",
-        stage_commands.step_d_flags,
-        stage_commands.step_d,
+        stages.step_d_flags,
+        stages.step_d,
     ),
     "heatmap": (
         "Heatmap of layers x heads from StepD's scores.",
-        stage_commands.heatmap_flags,
-        stage_commands.heatmap,
+        stages.heatmap_flags,
+        stages.heatmap,
     ),
     "stepe": (
         "StepE: top heads and function vector, and the zero-shot snapshot.",
-        stage_commands.step_e_flags,
-        stage_commands.step_e,
+        stages.step_e_flags,
+        stages.step_e,
     ),
     "zeroshot": (
         "The zero-shot snapshot of frozen trials.",
-        stage_commands.zero_shot_flags,
-        stage_commands.zero_shot,
+        stages.zero_shot_flags,
+        stages.zero_shot,
     ),
-    "step6": ("Step6: inject the function vector at one layer.", stage_commands.step6_flags, stage_commands.step6),
+    "step6": ("Step6: inject the function vector at one layer.", stages.step6_flags, stages.step6),
     "completion": (
         "Print a script that completes commands and flags in your shell.",
         _completion_flags,

@@ -11,8 +11,8 @@ import pytest
 
 from folders import rewrite, status, write_status
 from relfv.cli import build_parser, main
+from relfv.commands.flags import settings_from
 from relfv.errors import InputError
-from relfv.flags import settings_from
 from relfv.report.content import command_of
 from relfv.report.page import page_path, write_report
 from relfv.report.table import natural_key, status_table

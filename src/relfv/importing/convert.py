@@ -78,6 +78,8 @@ def _read_all(sources: Sequence[Path], form: str) -> tuple[list[_Source], list[s
     read: list[_Source] = []
     unread: list[str] = []
     for source in sources:
+        if not source.exists():
+            raise InputError(f"{source}: no such file or folder; expected files of word pairs, or folders of them")
         in_folder = source.is_dir()
         paths = sorted(p for p in source.rglob("*") if p.suffix.lower() in _ENDINGS) if in_folder else [source]
         for path in paths:
@@ -128,7 +130,7 @@ def _say(document: dict[str, Any], relations: Mapping[str, Relation]) -> None:
     for what in document["not_read"][:_MOST_NAMED]:
         log.warning("not read: %s", what)
     for relation in document["relations"]:
-        done = [f"{n['n']} {kind}" for how in ("changed", "dropped") for kind, n in relation[how].items()]
+        done = [f"{kind}: {n['n']}" for how in ("changed", "dropped") for kind, n in relation[how].items()]
         pairs = relations.get(relation["q_id"])
         skipped = ineligible_reason(pairs, Settings().n_demos) if pairs else "no pair is left"
         if skipped:

@@ -252,7 +252,7 @@ class _Crossing:
 
 
 def _figure(document: Mapping[str, Any], names: Mapping[str, str], settings: Settings) -> bytes:
-    from relfv.figures import caption, cross
+    from relfv.figures.images import caption, cross
 
     q_ids, targets = document["q_ids"], document["targets"]
     layers = {q_id: entry["best_layer"] for q_id, entry in targets.items()}

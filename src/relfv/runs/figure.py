@@ -23,7 +23,7 @@ from relfv.store.files import sha256_file, write_atomic
 from relfv.store.status import STATUS_FILE, QidStatus, read_status
 
 if TYPE_CHECKING:
-    from relfv.canvas import Canvas
+    from relfv.figures.canvas import Canvas
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,8 @@ def _chosen(request: FigureRequest) -> list[QidStatus]:
     elif not wanted:
         raise InputError(f"{request.folder}: no completed q_id here; expected the folder that relfv run wrote to")
     if missing := [q_id for q_id in wanted if q_id not in by_name or not by_name[q_id].has_results()]:
-        raise InputError(f"--q_list: {named(missing)} without results in {request.folder}; it has {named([*by_name])}")
+        there = [q_id for q_id, status in by_name.items() if status.has_results()]
+        raise InputError(f"--q_list: {named(missing)} without results in {request.folder}; it has {named(there)}")
     return [by_name[q_id] for q_id in wanted]
 
 
@@ -116,8 +117,8 @@ def _work_on(status: QidStatus, request: FigureRequest) -> Work:
 
 
 def _heatmaps(works: Sequence[Work], request: FigureRequest) -> Canvas:
-    from relfv.figures import heatmap as one_heatmap
-    from relfv.figures import heatmaps
+    from relfv.figures.images import heatmap as one_heatmap
+    from relfv.figures.images import heatmaps
 
     shown, size = [heatmap.heatmap_of(work) for work in works], {"width": request.width, "height": request.height}
     metric, about = works[0].settings.score_key, _about(works)
@@ -128,7 +129,7 @@ def _heatmaps(works: Sequence[Work], request: FigureRequest) -> Canvas:
 
 
 def _curves(works: Sequence[Work], request: FigureRequest) -> Canvas:
-    from relfv.figures import injection_curve, injection_curves
+    from relfv.figures.images import injection_curve, injection_curves
 
     for work in works:
         if not work.folder.has(STEP6_SUMMARY):
@@ -144,7 +145,7 @@ def _curves(works: Sequence[Work], request: FigureRequest) -> Canvas:
 
 def _about(works: Sequence[Work]) -> str:
     """What the q_ids share; empty where they were made in different ways."""
-    from relfv.figures import caption
+    from relfv.figures.images import caption
 
     captions = {caption(work.settings) for work in works}
     return captions.pop() if len(captions) == 1 else ""

@@ -56,7 +56,7 @@ def run_description(settings: Settings, q_list: list[str], csv_sha256: str, mode
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _LIBRARIES}},
         "platform": platform.platform(),
         "pid": os.getpid(),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [Path(sys.argv[0]).name.replace("__main__.py", "relfv"), *sys.argv[1:]],
     }
 
 

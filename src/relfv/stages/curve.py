@@ -13,22 +13,22 @@ from relfv.stages.step6_summary import STEP6_SUMMARY
 from relfv.store.folder import File, QidFolder
 
 if TYPE_CHECKING:
-    from relfv.canvas import Canvas
-    from relfv.figures import Curve
+    from relfv.figures.canvas import Canvas
+    from relfv.figures.images import Curve
 
 CURVE = File("step6/injection_curve.png", Path.stat)
 
 
 def drawn(work: Work) -> Canvas:
     """The curve of a q_id."""
-    from relfv.figures import caption, injection_curve
+    from relfv.figures.images import caption, injection_curve
 
     return injection_curve(curve_of(work.folder, work.name), caption(work.settings))
 
 
 def curve_of(folder: QidFolder, name: str) -> Curve:
     """What the curve shows of a q_id."""
-    from relfv.figures import Curve
+    from relfv.figures.images import Curve
 
     layers = {layer: folder.read(EVAL_SUMMARY, layer) for layer in folder.read(STEP6_SUMMARY)["completed_layers"]}
     reference = folder.read(STEP_E_EVAL).get("reference")

@@ -11,22 +11,22 @@ from relfv.stages.stage import Stage, Work
 from relfv.store.folder import File
 
 if TYPE_CHECKING:
-    from relfv.canvas import Canvas
-    from relfv.figures import Heatmap
+    from relfv.figures.canvas import Canvas
+    from relfv.figures.images import Heatmap
 
 HEATMAP = File("aie_heatmap_{q_id}.png", Path.stat)
 
 
 def drawn(work: Work) -> Canvas:
     """The heatmap as the settings of the work say."""
-    from relfv.figures import caption, heatmap
+    from relfv.figures.images import caption, heatmap
 
     return heatmap(heatmap_of(work), work.settings.score_key, caption(work.settings))
 
 
 def heatmap_of(work: Work) -> Heatmap:
     """What it shows of a q_id."""
-    from relfv.figures import Heatmap
+    from relfv.figures.images import Heatmap
 
     metric, scored = work.settings.score_key, work.read(AIE)
     require_score(scored, metric, work.folder.path(AIE))

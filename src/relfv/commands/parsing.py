@@ -34,14 +34,14 @@ class Parser(argparse.ArgumentParser):
     def meant_by(self, unknown: Iterable[str]) -> str:
         """The flags of this command that look like those unknown ones, as a question."""
         flags = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
-        return _did_you_mean((word.partition("=")[0] for word in unknown if word.startswith("-")), flags)
+        return _did_you_mean((word.partition("=")[0] for word in unknown if word.startswith("-")), flags, 0.75)
 
     def error(self, message: str) -> NoReturn:
         if choice := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
-            message += _did_you_mean([choice[1]], [word.strip("' ") for word in choice[2].split(",")])
+            message += _did_you_mean([choice[1]], [word.strip("' ") for word in choice[2].split(",")], 0.6)
         self.exit(2, printable(shortened(f"{self.prog}: error: {message} (see {self.prog} --help)")) + "\n")
 
 
-def _did_you_mean(words: Iterable[str], known: Sequence[str]) -> str:
-    found = [match for word in words for match in get_close_matches(word, known, n=1, cutoff=0.6)]
+def _did_you_mean(words: Iterable[str], known: Sequence[str], cutoff: float) -> str:
+    found = [match for word in words for match in get_close_matches(word, known, n=1, cutoff=cutoff)]
     return f"; did you mean {', '.join(found)}?" if found else ""

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import argparse
 
+from relfv.commands.flags import DEFAULTS, path_flag, q_ids_from, settings_from, whole_number
 from relfv.errors import InputError
-from relfv.flags import DEFAULTS, path_flag, q_ids_from, settings_from, whole_number
 from relfv.settings import MOST, SCORE_KEYS
 
 

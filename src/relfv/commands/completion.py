@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
+from relfv.commands.flags import path_flag
 from relfv.errors import InputError
-from relfv.flags import path_flag
 
 
 def completion(parser: argparse.ArgumentParser, shell: str) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from relfv.commands.flags import path_flag, q_ids_from, whole_number
 from relfv.errors import InputError
-from relfv.flags import path_flag, q_ids_from, whole_number
 from relfv.settings import DEFAULT_OUT_ROOT, MOST, SCORE_KEYS, SPEC_CSV
 
 FIGURE_HELP = "Draw heatmaps or injection curves again: another size, format or metric, or several q_ids side by side."

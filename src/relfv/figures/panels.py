@@ -11,7 +11,7 @@ from functools import cache
 import numpy as np
 from matplotlib import colormaps
 
-from relfv.canvas import Canvas, cut, text_width, wrapped
+from relfv.figures.canvas import Canvas, cut, text_width, wrapped
 from relfv.ticks import even_ticks
 
 TITLE, SMALL, TICK = 10.0, 7.0, 7.5

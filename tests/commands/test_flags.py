@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from relfv.commands.flags import add_setting, settings_from
 from relfv.errors import InputError
-from relfv.flags import add_setting, settings_from
 from relfv.settings import FLAGS, SPEC_CSV, Settings
 
 # TECH_SPEC_RELATION_QWISE, section 2: the variable of each setting, and a value that is not the default.

@@ -8,9 +8,9 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from relfv import figures
-from relfv.canvas import Canvas, cut, text_width, wrapped
-from relfv.figures import Curve, Heatmap, caption
+from relfv.figures import images as figures
+from relfv.figures.canvas import Canvas, cut, text_width, wrapped
+from relfv.figures.images import Curve, Heatmap, caption
 from relfv.settings import FORMATS, Settings
 from relfv.ticks import even_ticks, whole_ticks
 from relfv.types import HeadId, ScoredHead

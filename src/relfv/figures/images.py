@@ -12,8 +12,18 @@ from typing import Any
 
 import numpy as np
 
-from relfv.canvas import Canvas, cut, text_width
-from relfv.panels import TICK, Page, axes, bar_width, colour_bar, colours_of, columns_for, tick_below, tick_beside
+from relfv.figures.canvas import Canvas, cut, text_width
+from relfv.figures.panels import (
+    TICK,
+    Page,
+    axes,
+    bar_width,
+    colour_bar,
+    colours_of,
+    columns_for,
+    tick_below,
+    tick_beside,
+)
 from relfv.settings import Settings
 from relfv.ticks import whole_ticks
 from relfv.types import ScoredHead

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from relfv.flags import DEFAULTS, path_flag, q_ids_from, settings_from
+from relfv.commands.flags import DEFAULTS, path_flag, q_ids_from, settings_from
 from relfv.settings import DEFAULT_OUT_ROOT, SPEC_CSV
 
 if TYPE_CHECKING:
