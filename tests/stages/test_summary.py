@@ -184,7 +184,7 @@ def test_the_best_of_many_layers_of_noise_is_no_effect() -> None:
         p = np.clip(0.3 + 0.15 * rng.standard_normal((32, N)), 0, 1)
         found["by_prompt"]["p_fv"] = {str(layer): row.tolist() for layer, row in enumerate(p)}
         found["per_layer"] = {str(layer): {"fv": {"acc": 0.5, "mean_p": row.mean()}} for layer, row in enumerate(p)}
-        found["mean_hidden_norm"] = dict.fromkeys(found["per_layer"], 20.0)
+        found["mean_norm_hidden"] = dict.fromkeys(found["per_layer"], 20.0)
         verdict = said(found, layer=int(p.mean(1).argmax()))
         claimed += "closes" in verdict and "so that it closes any of it is not shown" not in verdict
     assert claimed <= 4
