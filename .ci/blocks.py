@@ -1,6 +1,8 @@
-"""Runs the blocks of one page, in the current folder, in their order: `bash` in a shell each, `python` all in one process.
+"""Runs the blocks of one page, in the current folder, in their order: `bash` in a shell each, `python` in one process.
+
 An `output` block holds what the block before it prints, spaces and line breaks aside; `--write` puts it there. `sh` and
-`py` are only shown."""
+`py` are only shown.
+"""
 
 from __future__ import annotations
 

@@ -74,7 +74,8 @@ def run_page(folder: Path, text: str, *flags: str) -> subprocess.CompletedProces
 
 
 def test_blocks_run_in_order_and_share_their_names(tmp_path: Path) -> None:
-    page = "```python\na = 2\n```\n```bash\necho 3 > n\n```\n```python\nprint(a * int(open('n').read()))\n```\n```output\n6\n```\n"
+    page = "```python\na = 2\n```\n```bash\necho 3 > n\n```\n```python\nprint(a * int(open('n').read()))\n```\n"
+    page += "```output\n6\n```\n"
     assert run_page(tmp_path, page).returncode == 0
 
 

@@ -74,8 +74,8 @@ def settings_page() -> str:
 def schemas_page() -> str:
     head = (
         f"# JSON Schemas\n\n{HOW}\n\nThe form of every JSON file of a run, as JSON Schema (draft 2020-12), also from "
-        'Python: `relfv.schemas.schema_of("answers.json")`. What the files hold: [Files](../artifacts.md). Each file is '
-        "checked against its schema in the tests.\n\n| file | what it is | keys | schema |\n|---|---|---|---|\n"
+        'Python: `relfv.schemas.schema_of("answers.json")`. What the files hold: [Files](../artifacts.md). Each file '
+        "is checked against its schema in the tests.\n\n| file | what it is | keys | schema |\n|---|---|---|---|\n"
     )
     rows = []
     for name in ARTIFACTS:
