@@ -28,3 +28,12 @@ def test_a_delta_is_each_edited_score_minus_its_prompts_base_in_float64(measure:
 def test_types_are_there_without_torch() -> None:
     code = "import sys, relfv.types; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_prompts_may_have_different_numbers_of_right_tokens_and_token_0_is_one_like_any_other() -> None:
+    top = torch.tensor([[0, 7], [0, 5], [0, 3]])
+    found = TokenScores(torch.zeros(3, 2), torch.zeros(3, 2), top)
+    assert found.correct([[7], [5, 0, 9], [4, 2]]).tolist() == [[0, 1], [1, 1], [0, 0]]
+    assert found[:, 0].correct([[0], [5], [4, 0]]).tolist() == [1, 0, 1]
+    with pytest.raises(ValueError, match="2 prompts' right tokens for scores of 3 prompts"):
+        found.correct([[0], [1]])
