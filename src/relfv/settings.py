@@ -27,6 +27,8 @@ MOST = 100_000
 noticed."""
 MAX_SEED = 2**63 - 1
 """What other readers of the JSON files can hold."""
+STUDIES: tuple[str, ...] = ()
+"""What ``--extras`` may name beside all and none: stages that a q_id is complete without."""
 _MAX_ALPHA = 1e6
 """Beyond it models compute nothing but overflow."""
 DEFAULT_OUT_ROOT = Path("results_fv/relation_qwise")
@@ -157,8 +159,9 @@ class Settings:
         ("injection", ("run",)), low=1, high=MOST, identity=False,
     )  # fmt: skip
     extras: str = _setting(
-        "all", "what relfv adds to the spec's stages (controls, whole answers, verdict): all, or none; a later run "
-        "with all adds them", ("extras", ("run",)), choices=("all", "none"), identity=False,
+        "all", "what relfv adds to the spec's stages (controls, whole answers, verdict): all, or none, or studies that "
+        f"cost more and come on top of all: {', '.join(STUDIES)}, separated by commas; a later run adds what it asks "
+        "for", ("extras", ("run",)), identity=False,
     )  # fmt: skip
 
     figure_formats: str = _setting(
@@ -171,6 +174,10 @@ class Settings:
             value = getattr(self, name)
             for one in value if isinstance(value, tuple) else (value,):
                 _require_allowed(f"--{name}", one, flag)
+        if self.extras not in ("all", "none") and not {*self.extras.split(",")} <= {"all", *STUDIES}:
+            raise InputError(
+                f"--extras {self.extras!r}: expected all, none, or some of {', '.join(STUDIES)}, separated by commas"
+            )
         if not set(self.more_formats) <= set(FORMATS):
             raise InputError(
                 f"--figure_formats {self.figure_formats!r}: expected some of {', '.join(FORMATS)}, separated by commas"
@@ -182,17 +189,33 @@ class Settings:
         return [kind for kind in self.figure_formats.split(",") if kind != "png"]
 
     @property
-    def sweeps(self) -> bool:
-        """Whether other alphas or k are asked for."""
-        return any(getattr(self, name) for name in SWEEPS)
+    def has_extras(self) -> bool:
+        """Whether the stages beyond the spec's are asked for."""
+        return self.extras != "none"
 
-    def with_sweeps_of(self, other: Settings) -> Settings:
-        """With its own sweeps and those of ``other``: what has been swept once stays."""
-        return replace(self, **{name: tuple(sorted({*getattr(self, name), *getattr(other, name)})) for name in SWEEPS})
+    @property
+    def studies(self) -> frozenset[str]:
+        """Those of STUDIES that are asked for."""
+        return frozenset(self.extras.split(",")) & frozenset(STUDIES)
 
-    def without_sweeps(self) -> Settings:
+    @property
+    def sweeps(self) -> tuple[tuple[float, ...], ...]:
+        """The other alphas and k that are asked for; empty where none is."""
+        values = tuple(getattr(self, name) for name in SWEEPS)
+        return values if any(values) else ()
+
+    def with_requests_of(self, other: Settings) -> Settings:
+        """With its own sweeps and studies and those of ``other``: what was asked for once stays."""
+        studies = self.studies | other.studies
+        return replace(
+            self,
+            extras=",".join(["all", *(name for name in STUDIES if name in studies)]) if studies else self.extras,
+            **{name: tuple(sorted({*getattr(self, name), *getattr(other, name)})) for name in SWEEPS},
+        )
+
+    def without_requests(self) -> Settings:
         """With none of them."""
-        return replace(self, **dict.fromkeys(SWEEPS, ()))
+        return replace(self, extras="all" if self.has_extras else "none", **dict.fromkeys(SWEEPS, ()))
 
     def departures(self) -> list[str]:
         """In what these settings depart from what the spec fixes (section 2), in words."""

@@ -463,7 +463,7 @@ def test_sweeps_that_fail_leave_the_q_id_completed(
     assert main([*command, "--dry_run", "--k_sweep", "3"]) == 0
     assert "completed, sweeps to be added" in capsys.readouterr().out
     assert main([*command, "--k_sweep", "3"]) == 1
-    assert "A1: only sweeps or figures are missing" in capsys.readouterr().err
+    assert "A1: only sweeps, studies or figures are missing" in capsys.readouterr().err
     found = status(copied, "A1")
     assert (found["status"], found["config"]["k_sweep"]) == ("completed", [])
     assert "step6_sweeps" not in found["stages"]

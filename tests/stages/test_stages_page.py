@@ -25,7 +25,7 @@ Written by the tests from the declarations in `src/relfv/stages/` (`pytest tests
 def page() -> str:
     rows = []
     for stage in STAGES:
-        marks = [mark for mark, is_so in (("on request", stage.on_request), ("extra", stage.extra)) if is_so]
+        marks = [mark for mark, is_so in (("on request", stage.asked is not None), ("extra", stage.extra)) if is_so]
         name = ", ".join([f"`{stage.name}{'<l>' if stage.per_layer else ''}`", *marks])
         reads, writes = (
             ", ".join(f"`{file.name}`".replace("{q_id}", "<Q>").replace("{layer}", "<l>") for file in files)

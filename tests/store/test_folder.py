@@ -28,7 +28,7 @@ def test_every_file_of_a_finished_q_id_is_where_its_declaration_says(finished: P
     declared = {
         str(folder.path(file, layer).relative_to(folder.artifacts))
         for file, stage in makers().items()
-        if not stage.on_request
+        if not stage.asked
         for layer in (range(3) if file.per_layer else [None])
     }
     assert declared == there

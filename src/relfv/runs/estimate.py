@@ -22,9 +22,8 @@ from typing import TYPE_CHECKING
 from relfv.report.page import write_report
 from relfv.runs.plan import Plan
 from relfv.runs.qid import run_step, work_on
-from relfv.stages import sweeps
 from relfv.stages.stage import Stage
-from relfv.stages.table import STAGES, steps
+from relfv.stages.table import STAGES, asked_for, steps
 from relfv.stages.trials import TRIALS
 from relfv.stages.zeroshot import ZERO_SHOT_TRIALS, evaluated
 from relfv.store.status import QidStatus
@@ -137,11 +136,11 @@ def measure(plan: Plan, model: LanguageModel, q_id: str, n_trials: int) -> Measu
         status = there.new_status(q_id)
         status.expected_layers = list(range(model.arch.n_layers))
         work = work_on(status, lambda: model, relation=plan.relations[q_id], csv_sha256=plan.csv_sha256)
-        wanted = steps(status.expected_layers, extras=asked.extras)
+        wanted = steps(status.expected_layers, extras=asked.has_extras)
         seconds: dict[str, float] = {}
         _begin_peak(model)
-        for step in [*wanted, *([sweeps.STAGE.step()] if asked.sweeps else [])]:
-            work.settings = asked if step.stage is sweeps.STAGE else status.settings
+        for step in [*wanted, *(stage.step() for stage in asked_for(asked))]:
+            work.settings = asked if step.stage.asked else status.settings
             began = time.monotonic()
             run_step(work, step, status, write=False)
             seconds[step.stage.name] = seconds.get(step.stage.name, 0.0) + time.monotonic() - began

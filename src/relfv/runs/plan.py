@@ -15,7 +15,7 @@ from relfv.progress import at_work
 from relfv.relations import csv_file, file_sha256, load_relations, relation_name, require_q_ids, rows_sha256
 from relfv.runs.figure import has_figures
 from relfv.runs.manifest import MANIFEST
-from relfv.runs.qid import has_extras, has_sweeps
+from relfv.runs.qid import has_extras, missing_requests
 from relfv.settings import Settings, differences, fingerprint_fields
 from relfv.stages.table import STEP_D, is_complete, settings_of
 from relfv.stages.trials import ineligible_reason
@@ -90,7 +90,7 @@ class Plan:
     def new_status(self, q_id: str) -> QidStatus:
         """A pending status for a q_id that has none."""
         relation, settings = self.relations[q_id], self.request.settings
-        settings = settings.without_sweeps()  # what has been swept
+        settings = settings.without_requests()  # what has been swept or studied
         rows = rows_sha256(relation, settings.corruption)
         fields = fingerprint_fields(settings, rows_sha256=rows, model_identity=self.model_identity)
         n_rows = len(relation.pairs)
@@ -143,7 +143,7 @@ class Plan:
         if status is None or status.status != "completed" or not is_complete(status):
             return False
         asked = self.request.settings
-        return has_extras(status, asked) and has_sweeps(status, asked) and has_figures(status, asked)
+        return has_extras(status, asked) and not missing_requests(status, asked) and has_figures(status, asked)
 
 
 def chosen_relations(request: RunRequest) -> dict[str, Relation]:

@@ -21,9 +21,9 @@ from relfv.pace import Pace
 from relfv.progress import at_work
 from relfv.settings import Settings
 from relfv.signals import raise_received
-from relfv.stages import sweeps, trials
+from relfv.stages import trials
 from relfv.stages.stage import Stage, Step, Work
-from relfv.stages.table import STAGES, is_complete, is_done, not_done, steps
+from relfv.stages.table import STAGES, asked_for, is_complete, is_done, not_done, steps
 from relfv.store.files import require_temporary_folder
 from relfv.store.folder import File, QidFolder
 from relfv.store.status import QidStatus
@@ -100,36 +100,45 @@ def run_qid(status: QidStatus, work: Work) -> None:
 
 def run_steps(status: QidStatus, work: Work, of: Iterable[Stage] = STAGES) -> None:
     """Run the steps of some stages that are missing, damaged, or made from inputs that have changed since."""
-    for step in steps(status.expected_layers, of=of, extras=work.settings.extras):
+    for step in steps(status.expected_layers, of=of, extras=work.settings.has_extras):
         if not is_done(status, step):
             run_step(work, step, status, write=False)  # the next one's beginning, or ``settling``, does
 
 
-def add_sweeps(status: QidStatus, work: Work, asked: Settings) -> None:
-    """Add the alphas and k that ``asked`` has to those of a complete q_id, which stays complete whatever stops this."""
-    if has_sweeps(status, asked):
-        return
-    work.settings = status.settings.with_sweeps_of(asked)
-    if work.settings != status.settings:  # of other values another number of prompts may fit
-        work.trials_per_pass.pop(sweeps.STAGE.name, None)
-    run_step(work, sweeps.STAGE.step(), status)
+def add_requests(status: QidStatus, work: Work, asked: Settings) -> None:
+    """Add the sweeps and studies that ``asked`` has to those of a complete q_id, which stays complete whatever stops
+    this."""
+    before = status.settings
+    wanted = before.with_requests_of(asked)
+    for stage in missing_requests(status, asked):
+        work.settings = wanted
+        if stage.asked and stage.asked(wanted) != stage.asked(before):  # of other values another number may fit
+            work.trials_per_pass.pop(stage.name, None)
+        run_step(work, stage.step(), status)
+
+
+def missing_requests(status: QidStatus, asked: Settings) -> list[Stage]:
+    """The stages that ``asked``, or an earlier run, asks for beyond what completes the q_id, and that are not there, or
+    damaged, or were asked for less."""
+    wanted = status.settings.with_requests_of(asked)
+    return [
+        stage
+        for stage in asked_for(wanted)
+        if stage.asked and (stage.asked(wanted) != stage.asked(status.settings) or not is_done(status, stage.step()))
+    ]
 
 
 def with_extras_of(status: QidStatus, asked: Settings) -> Settings:
     """The settings of ``status`` with the extras that are asked for; what was begun once is finished."""
+    if status.settings.studies:
+        return status.settings
     begun = any(stage.extra and stage.name in status.stages for stage in STAGES)
-    return replace(status.settings, extras="all" if begun else asked.extras)
+    return replace(status.settings, extras="all" if begun or asked.has_extras else "none")
 
 
 def has_extras(status: QidStatus, asked: Settings) -> bool:
     """Whether a complete q_id has the extras that are asked for."""
-    return asked.extras == "none" or status.settings.extras == "all"
-
-
-def has_sweeps(status: QidStatus, asked: Settings) -> bool:
-    """Whether the alphas and k of ``asked``, and those that were swept before, are swept and intact."""
-    wanted = status.settings.with_sweeps_of(asked)
-    return not wanted.sweeps or (wanted == status.settings and is_done(status, sweeps.STAGE.step()))
+    return status.settings.has_extras or not asked.has_extras
 
 
 def run_step(work: Work, step: Step, status: QidStatus | None = None, *, write: bool = True) -> None:
@@ -143,7 +152,7 @@ def run_step(work: Work, step: Step, status: QidStatus | None = None, *, write: 
         # 32 to 80 layers take milliseconds each: a mark for every one would cost as much as they do. What is made on
         # request is not missing before it is there.
         first_of_some = step.layer is None or step.layer % _LAYERS_A_RECORD == 0
-        status.begin(step.name, write=first_of_some and not step.stage.on_request)
+        status.begin(step.name, write=first_of_some and not step.stage.asked)
     try:
         before = work.pace.begin_stage(step.stage.name)
         with at_work(f"{q_id}{step.name}", step.stage.about, before if step.layer is None else None, unit="prompts"):

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, cast
 
 from relfv.errors import InputError, RelfvError
 from relfv.runs.plan import Plan
-from relfv.runs.qid import has_extras, has_sweeps, require_frozen_trials, with_extras_of
+from relfv.runs.qid import has_extras, missing_requests, require_frozen_trials, with_extras_of
 from relfv.settings import Settings
-from relfv.stages import sweeps
 from relfv.stages.cie import heads_to_sweep
-from relfv.stages.table import STEP_D, is_complete, not_done, steps
+from relfv.stages.table import STEP_D, asked_for, is_complete, not_done, steps
 from relfv.store.status import DamagedStatus
 
 if TYPE_CHECKING:
@@ -65,12 +64,12 @@ def stages_to_run(plan: Plan, q_id: str) -> frozenset[str]:
             status = plan.status_with_results(q_id)
     if status is None:
         begun = {stage.name for stage in STEP_D} if plan.request.reuse_stepd else set()
-        wanted = {step.stage.name for step in steps([0], extras=asked.extras)} - begun
+        wanted = {step.stage.name for step in steps([0], extras=asked.has_extras)} - begun
     else:
         status.settings = with_extras_of(status, asked)
         wanted = {step.stage.name for step in not_done(status)}
-    swept = not asked.sweeps if status is None else has_sweeps(status, asked)
-    return frozenset(wanted if swept else {*wanted, sweeps.STAGE.name})
+    requested = asked_for(asked) if status is None else missing_requests(status, asked)
+    return frozenset({*wanted, *(stage.name for stage in requested)})
 
 
 def what_would_happen(plan: Plan, q_id: str) -> str:
@@ -94,5 +93,7 @@ def what_would_happen(plan: Plan, q_id: str) -> str:
     if plan.is_done(status):
         return _DONE
     if status.status == "completed" and is_complete(status):
-        return f"completed, {'sweeps' if has_extras(status, plan.request.settings) else 'extras'} to be added"
+        extras = [] if has_extras(status, plan.request.settings) else ["extras"]
+        requested = [stage.name.removeprefix("step6_") for stage in missing_requests(status, plan.request.settings)]
+        return f"completed, {', '.join([*extras, *requested]) or 'figures'} to be added"
     return f"run (now {status.status})"

@@ -25,11 +25,11 @@ from relfv.runs.figure import add_figures
 from relfv.runs.manifest import model_description, run_description, sound_manifest, write_manifest
 from relfv.runs.naming import take_names
 from relfv.runs.plan import Plan, RunRequest, make_plan, require_same_experiment
-from relfv.runs.qid import add_sweeps, in_words, open_for, run_qid, settling, with_extras_of, work_on
+from relfv.runs.qid import add_requests, in_words, open_for, run_qid, settling, with_extras_of, work_on
 from relfv.runs.rehearsal import outline_for, require_enough_heads
 from relfv.runs.reuse import require_reusable, reuse_step_d
 from relfv.runs.so_far import SoFar
-from relfv.stages.table import shares
+from relfv.stages.table import asked_for, shares
 from relfv.store.files import move_aside, require_temporary_folder, temporaries
 from relfv.store.locks import sole_writer
 from relfv.store.status import DamagedStatus, QidStatus, now
@@ -179,7 +179,7 @@ def _run_todo(plan: Plan, todo: Sequence[str], model: LanguageModel, started_at:
     take_names(plan.folder, {q_id: relation for q_id, relation in plan.relations.items() if q_id not in todo})
     description = {**_description(plan, started_at), "model": model_description(model)}
     write_manifest(plan.folder, description)
-    pace = Pace(len(todo), shares(plan.request.settings.extras))
+    pace = Pace(len(todo), shares(plan.request.settings.has_extras))
     outcomes: dict[str, str] = {}
     so_far = SoFar(plan.folder)
     with at_work("run", "between stages"), headed(pace.heading), so_far.also_if_interrupted():
@@ -235,7 +235,7 @@ def _run_one(plan: Plan, q_id: str, model: LanguageModel, pace: Pace) -> str:
     """One q_id under its lock. Returns its outcome; only an interrupt passes through."""
     with plan.locked(q_id) as holder:
         if holder:
-            also = "; for its sweeps run the same command again" if plan.request.settings.sweeps else ""
+            also = "; for what is asked beyond run the same command again" if asked_for(plan.request.settings) else ""
             log.warning("%s is being run by %s, which goes on with it%s", q_id, holder, also)
             return "left to another run"
         # Read under the lock: since the plan was made another run may have come and gone, with other settings.
@@ -262,7 +262,7 @@ def _run_locked(plan: Plan, status: QidStatus, model: LanguageModel, pace: Pace)
                 work.layers = status.expected_layers
                 run_qid(status, work)
             complete = True
-            add_sweeps(status, work, plan.request.settings)
+            add_requests(status, work, plan.request.settings)
             add_figures(status, work, plan.request.settings)
         except TooLong as problem:
             if status.status == "skipped":
@@ -274,7 +274,7 @@ def _run_locked(plan: Plan, status: QidStatus, model: LanguageModel, pace: Pace)
             log.error("%s failed: %s", q_id, in_words(problem))
             log.debug("traceback", exc_info=not isinstance(problem, RelfvError))
             if complete:
-                log.warning("%s: only sweeps or figures are missing; everything else is complete", q_id)
+                log.warning("%s: only sweeps, studies or figures are missing; everything else is complete", q_id)
             return "failed"
         except BaseException:  # SIGINT or SIGTERM
             log.warning("%s interrupted; what was finished is on disk, and the same command goes on from there", q_id)

@@ -135,7 +135,7 @@ def _unfinished(status: QidStatus, awaited: bool) -> Iterator[Problem]:
     if status.status == "skipped" or (awaited and status.status == "pending"):
         return
     done = {name for name, record in status.stages.items() if record.status == "completed"}
-    wanted = steps(status.expected_layers, extras=status.settings.extras)
+    wanted = steps(status.expected_layers, extras=status.settings.has_extras)
     missing = [step.name for step in wanted if step.name not in done]
     if status.status == "completed" and status.expected_layers and not missing:
         return
@@ -184,7 +184,7 @@ def _unparsable(folder: QidFolder, promised: Mapping[str, str]) -> list[Problem]
 
 def _inconsistent(folder: QidFolder, status: QidStatus) -> list[Problem]:
     """Of files that are each as they were written: do they tell one story?"""
-    left_out = {stage for stage in STAGES if (stage.on_request or stage.extra) and stage.name not in status.stages}
+    left_out = {stage for stage in STAGES if (stage.asked or stage.extra) and stage.name not in status.stages}
     checks: list[Callable[[QidFolder, QidStatus], Iterator[Finding]]] = [
         stage.agrees for stage in STAGES if stage.agrees and stage not in left_out
     ]

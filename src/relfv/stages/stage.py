@@ -116,8 +116,9 @@ class Stage:
     """For ``relfv verify``: what its files must agree on, with others and with the q_id's status."""
     per_layer: bool = False
     """Whether each layer has a step of its own."""
-    on_request: bool = False
-    """Whether a q_id is complete without it."""
+    asked: Callable[[Settings], Any] | None = None
+    """Of a stage that a q_id is complete without: what settings ask of it; something false where they ask for
+    nothing."""
     extra: bool = False
     """Whether it is beyond the spec, and left out with ``--extras none``."""
     share: float = 0.0

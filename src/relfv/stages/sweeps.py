@@ -159,5 +159,5 @@ STAGE = Stage(
     writes=(SWEEPS_FILE,),
     settings=(*MODEL_SETTINGS, "alpha", "topk", "score_key", "n_eval", "allow_query_duplicates"),
     agrees=_agrees,
-    on_request=True,
+    asked=lambda settings: settings.sweeps,
 )

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
-from relfv.settings import IDENTITY
+from relfv.settings import IDENTITY, Settings
 from relfv.stages import (
     answers,
     cie,
@@ -49,13 +49,18 @@ STEP_D = (trials.STAGE, means.STAGE, cie.STAGE)
 """What the spec calls StepD."""
 
 
-def steps(layers: Sequence[int], *, of: Iterable[Stage] = STAGES, extras: str = "all") -> list[Step]:
-    """The entries of qid_status.json that make a q_id complete, in order; with ``extras`` "none" the spec's alone."""
-    required = [stage for stage in of if not (stage.on_request or (stage.extra and extras == "none"))]
+def steps(layers: Sequence[int], *, of: Iterable[Stage] = STAGES, extras: bool = True) -> list[Step]:
+    """The entries of qid_status.json that make a q_id complete, in order; without ``extras`` the spec's alone."""
+    required = [stage for stage in of if not stage.asked and (extras or not stage.extra)]
     return [step for stage in required for step in (map(stage.step, layers) if stage.per_layer else [stage.step()])]
 
 
-def shares(extras: str = "all") -> dict[str, float]:
+def asked_for(settings: Settings) -> list[Stage]:
+    """The stages that a q_id is complete without and ``settings`` ask for, in order."""
+    return [stage for stage in STAGES if stage.asked and stage.asked(settings)]
+
+
+def shares(extras: bool = True) -> dict[str, float]:
     """Of the stages that make a q_id complete, in order: what part of its time each takes as a rule."""
     return {step.stage.name: step.stage.share for step in steps((0,), extras=extras)}
 
@@ -80,7 +85,7 @@ def is_done(status: QidStatus, step: Step, hash_of: HashOf = sha256_file) -> boo
 
 def not_done(status: QidStatus) -> Iterator[Step]:
     """The steps that are missing, damaged or out of date, in order. Each file is read once."""
-    wanted, hash_of = steps(status.expected_layers, extras=status.settings.extras), cache(sha256_file)
+    wanted, hash_of = steps(status.expected_layers, extras=status.settings.has_extras), cache(sha256_file)
     return (step for step in wanted if not is_done(status, step, hash_of))
 
 
