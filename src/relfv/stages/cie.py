@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ from relfv.stages.scores import AIE, CIE, aie_bytes, cie_bytes, rank_heads, scor
 from relfv.stages.stage import Finding, Stage, Work
 from relfv.stages.trials import TRIALS
 from relfv.store.folder import File, QidFolder
-from relfv.store.formats import json_bytes, read_jsonl
+from relfv.store.formats import digits, json_bytes, read_jsonl
 from relfv.store.status import QidStatus
 from relfv.types import MEASURES, HeadEffects, HeadId, MeanActivations, Prompts
 
@@ -105,20 +106,18 @@ def _metrics_bytes(q_id: str, effects: HeadEffects, target_ids: Sequence[int]) -
     """A row for every (trial, layer, head), written by hand: 25,600 rows of an 8B model take a second by way of
     dicts."""
     base, patched = effects.effects.base.measures(), effects.effects.edited.measures()
+    heads = [f'"layer": {head.layer}, "head": {head.head}' for head in effects.heads]
     parts = []
     for trial_idx, target in enumerate(target_ids):
-        row = [
-            f'{{"q_id": {json.dumps(q_id)}, "trial_idx": {trial_idx}, "layer": %d, "head": %d, "target_id": {target}'
-        ]
-        columns: list[np.ndarray] = []
+        row = [f'{{"q_id": {json.dumps(q_id)}, "trial_idx": {trial_idx}, %s, "target_id": {target}']
+        columns: list[list[str]] = []
         for m in MEASURES:
             before, after = base[m][trial_idx], patched[m][trial_idx]
             _require_finite(after, f"{METRICS.name}, trial {trial_idx}, {m}")
-            row.append(f'"{m}_base": {float(before)!r}, "{m}_patch": %r, "delta_{m}": %r')
-            columns += [after, after - before]
-        fields = zip(effects.heads, *(values.tolist() for values in columns), strict=True)
-        trial = (", ".join(row) + "}\n") * len(effects.heads)
-        parts.append(trial % tuple(value for head, *values in fields for value in (head.layer, head.head, *values)))
+            row.append(f'"{m}_base": {digits(before[None])[0]}, "{m}_patch": %s, "delta_{m}": %s')
+            columns += [digits(after), digits(after - before)]
+        trial = (", ".join(row) + "}\n") * len(heads)
+        parts.append(trial % tuple(chain.from_iterable(zip(heads, *columns, strict=True))))
     return "".join(parts).encode()
 
 

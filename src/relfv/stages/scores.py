@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from relfv.errors import InputError, RunError
 from relfv.stats import clustered_mean, false_discovery, queries_behind_half, sign_flip_p_values
 from relfv.store.folder import File
-from relfv.store.formats import csv_bytes, read_csv
+from relfv.store.formats import csv_bytes, digits, read_csv
 from relfv.types import MEASURES, HeadEffects, HeadId, MeanActivations, ScoredHead
 
 COLUMNS = [
@@ -123,15 +123,23 @@ AIE = File("aie_scores.csv", read_scores)
 
 def cie_bytes(q_id: str, scored: Sequence[ScoredHead]) -> bytes:
     """cie_scores.csv: a row a head, in layer, head order."""
-    rows = [[q_id, str(head.id.layer), str(head.id.head), str(head.n_trials), *_numbers(head)] for head in scored]
+    rows = (
+        [q_id, str(head.id.layer), str(head.id.head), str(head.n_trials), *numbers]
+        for head, numbers in zip(scored, _numbers(scored), strict=True)
+    )
     return csv_bytes([["q_id", "layer", "head", "n_trials", *COLUMNS], *rows])
 
 
 def aie_bytes(ranked: Sequence[ScoredHead]) -> bytes:
     """aie_scores.csv: the same heads, in the order of ``ranked``."""
-    rows = [[str(head.id.layer), str(head.id.head), "1", *_numbers(head)] for head in ranked]
+    rows = (
+        [str(head.id.layer), str(head.id.head), "1", *numbers]
+        for head, numbers in zip(ranked, _numbers(ranked), strict=True)
+    )
     return csv_bytes([["layer", "head", "n_qid", *COLUMNS], *rows])
 
 
-def _numbers(head: ScoredHead) -> list[str]:
-    return [repr(head.scores[name]) for name in COLUMNS]
+def _numbers(scored: Sequence[ScoredHead]) -> Iterator[list[str]]:
+    """A row a head, in the order of COLUMNS."""
+    flat = digits(np.array([[head.scores[name] for name in COLUMNS] for head in scored]).ravel())
+    return (flat[start : start + len(COLUMNS)] for start in range(0, len(flat), len(COLUMNS)))

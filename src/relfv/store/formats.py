@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 
 from relfv.errors import InputError, RelfvError, RunError
 from relfv.store.files import read_bytes, sha256_bytes
@@ -46,6 +47,16 @@ def csv_cell(value: Any) -> str:
     if isinstance(value, str):
         return f"'{value}" if value.startswith(("=", "+", "-", "@")) else value
     return "" if value is None else repr(value) if isinstance(value, float) else str(value)
+
+
+def digits(values: np.ndarray) -> list[str]:
+    """Finite float64 numbers (n,), each in the fewest digits that give it back, as JSON and CSV have them. Tens of
+    thousands take ``repr`` longer than the GPU takes for the effects that they are."""
+    return (
+        orjson.dumps(np.ascontiguousarray(values, np.float64), option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
+        .decode()
+        .split(",")
+    )
 
 
 def tensor_bytes(content: Mapping[str, Any]) -> bytes:
