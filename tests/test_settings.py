@@ -17,7 +17,8 @@ from folders import arguments, contents, status, write_status
 from relfv import ALGORITHM_VERSION
 from relfv.cli import main
 from relfv.errors import InputError
-from relfv.settings import IDENTITY, Settings, differences, fingerprint, fingerprint_fields, parse_index_list
+from relfv.fingerprints import differences, fingerprint, fingerprint_fields
+from relfv.settings import IDENTITY, Settings, parse_index_list
 from relfv.store.files import move_aside
 
 OTHER = {

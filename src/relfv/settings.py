@@ -1,4 +1,4 @@
-"""The settings of a run, the spec's fixed values, and the fingerprint of a result.
+"""The settings of a run, and the spec's fixed values.
 
 A setting is one field of ``Settings``: its default, its help text, its bounds, and the commands that have it as a flag.
 The command line, the fingerprint, the list of departures from the spec and the bounds all follow from the fields.
@@ -6,15 +6,12 @@ The command line, the fingerprint, the list of departures from the spec and the 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from relfv import ALGORITHM_VERSION
 from relfv.errors import InputError
 from relfv.types import MEASURES
 
@@ -27,7 +24,7 @@ MOST = 100_000
 noticed."""
 MAX_SEED = 2**63 - 1
 """What other readers of the JSON files can hold."""
-STUDIES: tuple[str, ...] = ()
+STUDIES: tuple[str, ...] = ("new_queries",)
 """What ``--extras`` may name beside all and none: stages that a q_id is complete without."""
 _MAX_ALPHA = 1e6
 """Beyond it models compute nothing but overflow."""
@@ -220,9 +217,9 @@ class Settings:
     def departures(self) -> list[str]:
         """In what these settings depart from what the spec fixes (section 2), in words."""
         departures = [
-            f"{name} is {getattr(self, name)}, the spec fixes {_DEFAULTS[name]}"
+            f"{name} is {getattr(self, name)}, the spec fixes {DEFAULTS[name]}"
             for name, flag in FLAGS.items()
-            if flag.fixed and getattr(self, name) != _DEFAULTS[name]
+            if flag.fixed and getattr(self, name) != DEFAULTS[name]
         ]
         # The same file by another path, say from another working folder, is no departure.
         if Path(self.relation_csv_path).parts[-len(SPEC_CSV.parts) :] != SPEC_CSV.parts:
@@ -245,7 +242,8 @@ class Settings:
 
 FLAGS: dict[str, Flag] = {one.name: one.metadata["flag"] for one in fields(Settings)}
 """The flag of each setting, in the order of the fields."""
-_DEFAULTS: dict[str, Any] = {one.name: one.default for one in fields(Settings)}
+DEFAULTS: dict[str, Any] = {one.name: one.default for one in fields(Settings)}
+"""The value of each setting where it is not given."""
 
 SWEEPS = ("alpha_sweep", "alpha_sweep_relative", "k_sweep")
 """The settings that ask for sweeps."""
@@ -253,37 +251,6 @@ IDENTITY = tuple(name for name, flag in FLAGS.items() if flag.identity)
 """The settings that make an experiment."""
 MODEL_SETTINGS = tuple(name for name in IDENTITY if FLAGS[name].group == "model")
 """Those of them that every number of the model depends on."""
-
-
-def fingerprint_fields(settings: Settings, *, rows_sha256: str, model_identity: str) -> dict[str, Any]:
-    """What two runs must share to continue each other, by name: settings, rows, model, algorithm version."""
-    return {
-        **{name: getattr(settings, name) for name in IDENTITY},
-        "rows_sha256": rows_sha256,
-        "model_identity": model_identity,
-        "algorithm_version": ALGORITHM_VERSION,
-    }
-
-
-def fingerprint(values: Mapping[str, Any]) -> str:
-    """sha256 of the fields."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def differences(
-    there: Mapping[str, Any], here: Mapping[str, Any], q_id: str, *, models: tuple[str, str] = ("", "")
-) -> list[str]:
-    """In what two experiments' fingerprint fields differ, in words; another model, one of ``models`` there and here,
-    first. A setting that one side lacks, because an earlier version of relfv wrote it, has its default there."""
-    in_words = {
-        "rows_sha256": f"the rows of {q_id} in the CSV have changed",
-        "model_identity": "the model's files or revision have changed"
-        if models[0] == models[1]
-        else f"model was {models[0]}, now {models[1]}",
-    }
-    names = sorted({**there, **here}, key=lambda name: name != "model_identity")  # the rest in its order
-    values = {name: tuple(side.get(name, _DEFAULTS.get(name)) for side in (there, here)) for name in names}
-    return [in_words.get(name, f"{name} was {was}, now {now}") for name, (was, now) in values.items() if was != now]
 
 
 def _require_allowed(flag_name: str, value: Any, flag: Flag) -> None:

@@ -19,6 +19,8 @@ FDR = 0.05
 """Share of false ones among the heads that are called distinguishable from noise."""
 N_FLIPS = 20_000
 """Of signs by query: all there are up to 14 queries, of which there are no more than that; else so many at random."""
+POWER = 0.8
+"""Probability of finding an effect that is called large enough to be found."""
 FEW_QUERIES = 2
 """A mean of which half comes from so few queries says little of the next one."""
 
@@ -71,9 +73,25 @@ def mean_with_left_out(mean: np.ndarray, without: np.ndarray, clusters: Sequence
 def _with_interval(mean: np.ndarray, se: np.ndarray, sizes: np.ndarray) -> ClusteredMean:
     from scipy import stats  # takes a second to import, which commands that compute nothing should not cost
 
-    df = min(_satterthwaite(sizes, together) for together in (False, True))
+    df = _degrees_of_freedom(sizes)
     half = stats.t.ppf(0.5 + LEVEL / 2, df) * se
     return ClusteredMean(mean, se, mean - half, mean + half, len(sizes), df)
+
+
+def detectable_mean(se: float, clusters: Sequence[int], p_value: float) -> float:
+    """The mean over trials that would have a two-sided p-value of at most ``p_value`` with probability ``POWER``, where
+    its standard error is ``se``: Student's t, two quantiles apart. Infinite for a single cluster."""
+    from scipy import stats
+
+    sizes, _ = _members(clusters)
+    if len(sizes) < 2:
+        return math.inf
+    df = _degrees_of_freedom(sizes)
+    return float((stats.t.ppf(1 - p_value / 2, df) + stats.t.ppf(POWER, df)) * se)
+
+
+def _degrees_of_freedom(sizes: np.ndarray) -> float:
+    return min(_satterthwaite(sizes, together) for together in (False, True))
 
 
 def _members(clusters: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -19,6 +19,7 @@ from relfv.stages.cross import CROSS, CROSS_FIGURE, cross_changes, read_cross
 from relfv.stages.curve import CURVE
 from relfv.stages.function_vector import FV, STEP_E_EVAL, TOP_HEADS
 from relfv.stages.heatmap import HEATMAP
+from relfv.stages.new_queries import NEW_QUERIES
 from relfv.stages.noise_floor import NOISE_FLOOR
 from relfv.stages.scores import AIE
 from relfv.stages.step6 import EVAL_SUMMARY
@@ -34,7 +35,8 @@ from relfv.store.status import STATUS_FILE, QidStatus, fields_of
 
 _SENTENCE_ENDS = re.compile(r"(?<=\.)\s+(?=[A-Z0-9])")
 _LINKED = (
-    SUMMARY, TOP_HEADS, AIE, TRIALS, CONTROLS_FILE, ANSWERS, STEP6_SUMMARY, SWEEPS_FILE, FV, HEATMAP, CURVE,
+    SUMMARY, TOP_HEADS, AIE, TRIALS, CONTROLS_FILE, ANSWERS, STEP6_SUMMARY, SWEEPS_FILE, NEW_QUERIES, FV, HEATMAP,
+    CURVE,
 )  # fmt: skip
 """Files that the page leads to."""
 
@@ -47,7 +49,8 @@ def of_qid(folder: Path, status: QidStatus) -> dict[str, Any]:
         """Folders of earlier versions lack some files."""
         return qid.read(file) if qid.has(file) else None
 
-    trials, heads, steps = qid.read(TRIALS), qid.read(TOP_HEADS)["heads"], qid.read(STEP6_SUMMARY)
+    trials, top, steps = qid.read(TRIALS), qid.read(TOP_HEADS), qid.read(STEP6_SUMMARY)
+    heads = top["heads"]
     layers = {layer: qid.read(EVAL_SUMMARY, layer) for layer in steps["completed_layers"]}
     example, summary, controls = trials.questions[0].query, if_there(SUMMARY), if_there(CONTROLS_FILE)
     reference = qid.read(STEP_E_EVAL)["reference"]
@@ -64,6 +67,7 @@ def of_qid(folder: Path, status: QidStatus) -> dict[str, Any]:
         "n_queries": len(set(trials.clusters)),
         "collisions": len(trials.meta["first_token_collisions"]),
         "heads": heads,
+        "detectable": top["meta"].get("detectable_mean_delta_p"),
         "n_distinguishable": sum(bool(head.get("distinguishable")) for head in heads),
         "noise_floor": if_there(NOISE_FLOOR),
         "verdict": summary and _SENTENCE_ENDS.split(summary["verdict"]),
@@ -77,6 +81,7 @@ def of_qid(folder: Path, status: QidStatus) -> dict[str, Any]:
         "answers": answers and _answers(answers, controls),
         "decoded": answers and answers["fv_decoded"],
         "sweeps": _sweeps(if_there(SWEEPS_FILE)),
+        "new_queries": if_there(NEW_QUERIES),
         "heatmap": heatmap(qid.read(AIE), status.settings.score_key, heads),
         "curve": curve(layers, reference, controls, steps["best_layer"]),
         "run": run_of(folder, status),

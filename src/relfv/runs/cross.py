@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from relfv.errors import InputError, RelfvError
+from relfv.fingerprints import differences, fingerprint_fields
 from relfv.logs import show
 from relfv.models.sources import model_identity
 from relfv.models.stored import resolved
@@ -26,7 +27,7 @@ from relfv.relations import called
 from relfv.report.page import write_report
 from relfv.report.table import find_statuses
 from relfv.runs.qid import open_for, work_on
-from relfv.settings import Settings, differences, fingerprint_fields
+from relfv.settings import Settings
 from relfv.stages.cross import (
     CROSS,
     CROSS_FIGURE,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from relfv.errors import InputError, RelfvError
+from relfv.fingerprints import differences, fingerprint_fields
 from relfv.models.given import GivenModel
 from relfv.models.sources import model_identity
 from relfv.models.stored import resolved
@@ -16,7 +17,7 @@ from relfv.relations import csv_file, file_sha256, load_relations, relation_name
 from relfv.runs.figure import has_figures
 from relfv.runs.manifest import MANIFEST
 from relfv.runs.qid import has_extras, missing_requests
-from relfv.settings import Settings, differences, fingerprint_fields
+from relfv.settings import Settings
 from relfv.stages.table import STEP_D, is_complete, settings_of
 from relfv.stages.trials import ineligible_reason
 from relfv.store.files import remove_temporaries, require_folder, require_no_links

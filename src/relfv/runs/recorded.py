@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from relfv.errors import InputError, RunError
+from relfv.fingerprints import differences
 from relfv.logs import logging_to
 from relfv.models.sources import model_identity
 from relfv.models.stored import resolved
 from relfv.runs.qid import require_frozen_trials, settling
-from relfv.settings import IDENTITY, MODEL_SETTINGS, Settings, differences
+from relfv.settings import IDENTITY, MODEL_SETTINGS, Settings
 from relfv.stages.heatmap import HEATMAP
 from relfv.stages.stage import Stage
 from relfv.stages.table import file_named, free_settings

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from relfv.errors import InputError
+from relfv.fingerprints import fingerprint_fields
 from relfv.logs import logging_to, show
 from relfv.models.context import TooLong
 from relfv.models.sources import model_identity
@@ -24,7 +25,7 @@ from relfv.models.stored import resolved
 from relfv.relations import csv_file, file_sha256, load_relations, require_q_ids, rows_sha256
 from relfv.runs.qid import open_for, require_frozen_trials, run_step, run_steps, work_on
 from relfv.runs.recorded import Overlay, noted, recorded, require_free, require_same, settings_within, settled_aloud
-from relfv.settings import FLAGS, Settings, fingerprint_fields
+from relfv.settings import FLAGS, Settings
 from relfv.stages import function_vector, heatmap, step6, zeroshot
 from relfv.stages.cie import METRICS, heads_to_sweep
 from relfv.stages.function_vector import FV

@@ -71,7 +71,11 @@ HEAD_STABILITY = record(
     }
 )
 
-_OF_CALLS: Schema = {**keys("n_distinguishable n_queries n_called_at_once", INDEX), "fdr_level": NUMBER}
+_OF_CALLS: Schema = {
+    **keys("n_distinguishable n_queries n_called_at_once", INDEX),
+    "fdr_level": NUMBER,
+    "detectable_mean_delta_p": record({"power": NUMBER, **keys("se alone among_all", nullable(NUMBER))}),
+}
 _MADE_OF: Schema = {"k": INDEX, **keys("score_key model model_spec q_id", TEXT)}
 _TOP_HEAD = record(
     {**_HEAD, "score_key": TEXT, **keys("rank_score mean_delta_p mean_delta_logprob", NUMBER), "n_trials": INDEX},
@@ -82,6 +86,7 @@ _TOP_HEAD = record(
         },
         "distinguishable": FLAG,
         "in_top_k": NUMBER,
+        "share_of_clean_minus_corrupted": nullable(NUMBER),
         "leave_query_out": record(keys("se ci_low ci_high", nullable(NUMBER))),
     },
 )

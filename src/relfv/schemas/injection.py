@@ -191,3 +191,28 @@ SWEEPS = record(
     },
     keys("alpha alpha_relative k", array(_SWEPT)),
 )
+
+NEW_QUERIES = record(
+    {
+        **keys("q_id verdict", TEXT),
+        "meaning": by_name(TEXT),
+        **keys("layer n_queries", INDEX),
+    },
+    {
+        **keys("alpha ci_level", NUMBER),
+        "precision": TEXT,
+        **keys("p acc", record(keys("zero_shot fv clean", NUMBER))),
+        "share_of_gap": _SHARE,
+        "per_layer": by_name(record(JUDGED)),
+        "queries": array(
+            record(
+                {
+                    **keys("query answer", TEXT),
+                    "query_source_index": INDEX,
+                    **keys("p_zero_shot p_fv p_clean", NUMBER),
+                    **keys("right_zero_shot right_fv right_clean", ZERO_OR_ONE),
+                }
+            )
+        ),
+    },
+)

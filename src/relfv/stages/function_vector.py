@@ -12,6 +12,7 @@ import numpy as np
 from relfv.errors import RunError
 from relfv.settings import MODEL_SETTINGS
 from relfv.stages.cie import METRICS, corrupted_prompts
+from relfv.stages.head_evidence import evidence_of_head, evidence_of_list, head_entry
 from relfv.stages.head_stability import HEAD_STABILITY, head_stability, stability_document
 from relfv.stages.injection import TOKEN_RULE, Injections, inject_at_every_layer, length, summarize
 from relfv.stages.leave_query_out import with_error_of_means
@@ -20,7 +21,6 @@ from relfv.stages.noise_floor import NOISE_FLOOR
 from relfv.stages.scores import CIE, rank_heads, require_score, select_heads
 from relfv.stages.stage import Finding, Stage, Work
 from relfv.stages.trials import TRIALS
-from relfv.stats import FDR, called_at_once
 from relfv.store.folder import File, QidFolder
 from relfv.store.formats import finite, json_bytes, read_json, read_tensors, tensor_bytes
 from relfv.store.status import QidStatus
@@ -109,37 +109,6 @@ FV_BY_LAYER = File("fv_by_layer.pt", read_fv_by_layer)
 STEP_E_EVAL = File("stepE_eval.json", read_json)
 
 
-def _head(head: ScoredHead, score_key: str) -> dict[str, Any]:
-    return {
-        "layer": head.id.layer,
-        "head": head.id.head,
-        "score_key": score_key,
-        "rank_score": head.scores[score_key],
-        "mean_delta_p": head.scores["mean_delta_p"],
-        "mean_delta_logprob": head.scores["mean_delta_logprob"],
-        "n_trials": head.n_trials,
-    }
-
-
-_EVIDENCE = ("ci_low", "ci_high", "p_value", "fdr", "queries_behind_half")
-
-
-def _evidence(head: ScoredHead, noise: float, share_in_top_k: float | None) -> dict[str, Any]:
-    """What is known of a head's score beside the score. Scores of other tools come without, and then nothing is
-    said."""
-    evidence: dict[str, Any] = {
-        column: finite(head.scores[column])
-        for column in (f"mean_delta_p_{name}" for name in _EVIDENCE)
-        if column in head.scores
-    }
-    if evidence:
-        called = head.scores["mean_delta_p_fdr"] <= FDR and abs(head.scores["mean_delta_p"]) > noise
-        evidence["distinguishable"] = called
-    if share_in_top_k is not None:
-        evidence["in_top_k"] = share_in_top_k
-    return evidence
-
-
 # --- the stage -----------------------------------------------------------------------------------------------------
 
 
@@ -150,12 +119,13 @@ def _build(work: Work) -> str:
     top = select_heads(rank_heads(scored, settings.score_key), settings.topk)
     heads = _judged(work, top)
     called = [head["distinguishable"] for head in heads if "distinguishable" in head]
+    of_calls = evidence_of_list(top, called, len(scored), work.read(TRIALS).clusters) if called else {}
     shared: dict[str, Any] = {
         "k": settings.topk,
         "score_key": settings.score_key,
         "model": model.name,
         "model_spec": model.spec,
-        **(_of_calls(called, len(scored), len(set(work.read(TRIALS).clusters))) if called else {}),
+        **of_calls,
         "q_id": work.q_id,
     }
     fv = build_function_vector(model.arch, work.read(MEANS), [head.id for head in top])
@@ -178,21 +148,15 @@ def _judged(work: Work, top: Sequence[ScoredHead]) -> list[dict[str, Any]]:
     if folder.has(METRICS):
         stability, shares = head_stability(work.read(METRICS), work.read(TRIALS).clusters, settings, work.q_id)
         work.write(HEAD_STABILITY, json_bytes(stability_document(stability, shares, settings, work.q_id)))
-    heads = [{**_head(head, settings.score_key), **_evidence(head, noise, shares.get(head.id))} for head in top]
+    p_clean = float(work.once(clean_run).scores.measure("p").mean())
+    heads = [
+        {**head_entry(head, settings.score_key), **evidence_of_head(head, noise, shares.get(head.id), p_clean)}
+        for head in top
+    ]
     if shares and "mean_delta_p_fdr" in top[0].scores:
         for head, interval in zip(heads, _leave_query_out(work, top), strict=True):
             head["leave_query_out"] = interval
     return heads
-
-
-def _of_calls(called: Sequence[bool], n_heads: int, n_queries: int) -> dict[str, Any]:
-    """How many of the top heads are called, and how many heads must be called for any to be."""
-    return {
-        "n_distinguishable": sum(called),
-        "fdr_level": FDR,
-        "n_queries": n_queries,
-        "n_called_at_once": called_at_once(n_heads, n_queries),
-    }
 
 
 def _leave_query_out(work: Work, top: Sequence[ScoredHead]) -> list[dict[str, float | None]]:

@@ -16,6 +16,7 @@ from relfv.stages import (
     function_vector,
     heatmap,
     means,
+    new_queries,
     step6,
     step6_summary,
     summary,
@@ -44,6 +45,7 @@ STAGES: tuple[Stage, ...] = (
     answers.STAGE,
     summary.STAGE,
     sweeps.STAGE,
+    new_queries.STAGE,
 )
 STEP_D = (trials.STAGE, means.STAGE, cie.STAGE)
 """What the spec calls StepD."""

@@ -65,35 +65,27 @@ def sample_trials(
         raise ValueError(f"{relation.q_id}: {reason}")
     # A string seed is hashed with SHA-512 by random.Random: the same trials on every machine and Python version.
     rng = random.Random(f"relfv:{seed}:{relation.q_id}")
-    first_row = {pair: row for row, pair in reversed(list(enumerate(relation.pairs)))}
-    distinct = sorted(first_row.values())
-    pool = {"random": list(dict.fromkeys(pair.output for pair in relation.pairs)), "other": _labels_of_others(relation)}
-    labels = pool.get(corruption, [])
-    return [
-        _sample_trial(relation, rng, trial_idx, distinct, n_demos, corruption, labels) for trial_idx in range(n_trials)
-    ]
+    n_rows = len(relation.pairs)
+    return [trial_of(relation, rng, i, rng.randrange(n_rows), n_demos, corruption) for i in range(n_trials)]
 
 
-def _sample_trial(
-    relation: Relation,
-    rng: random.Random,
-    trial_idx: int,
-    distinct: list[int],
-    n_demos: int,
-    corruption: Corruption,
-    other_labels: Sequence[str],
+def trial_of(
+    relation: Relation, rng: random.Random, trial_idx: int, query_row: int, n_demos: int, corruption: Corruption
 ) -> Trial:
+    """The trial of an eligible relation that asks row ``query_row``; demos and labels are drawn by ``rng``."""
     pairs = relation.pairs
-    query_row = rng.randrange(len(pairs))
     query = pairs[query_row]
+    first_row = {pair: row for row, pair in reversed(list(enumerate(pairs)))}
+    distinct = sorted(first_row.values())
     pool = [row for row in distinct if pairs[row].input != query.input]
     if len(pool) < n_demos:
         pool = [row for row in distinct if pairs[row] != query]
     demo_rows = rng.sample(pool, n_demos)
     demos = [pairs[row] for row in demo_rows]
     right = [relation.answers_to(demo.input) for demo in demos]
-    if other_labels:
-        labels = rng.choices(other_labels, k=n_demos)
+    if corruption in ("random", "other"):
+        answers = list(dict.fromkeys(pair.output for pair in pairs))
+        labels = rng.choices(answers if corruption == "random" else _labels_of_others(relation), k=n_demos)
     else:
         labels = corrupt_labels([demo.output for demo in demos], right, rng, corruption)
     return Trial(

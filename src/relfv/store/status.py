@@ -16,8 +16,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
 
 from relfv.errors import RelfvError, RunError
+from relfv.fingerprints import fingerprint
 from relfv.relations import is_q_id
-from relfv.settings import Settings, fingerprint
+from relfv.settings import Settings
 from relfv.store.files import move_aside, read_bytes, remedy, require_hash, sha256_file, write_atomic
 from relfv.store.formats import SEAL, sealed_bytes, unsealed
 
