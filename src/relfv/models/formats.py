@@ -33,16 +33,24 @@ def unpacks(config: Any) -> bool:
     return format_of(config) == GGUF or unpacking(config) is not None
 
 
-def unpacking(config: Any) -> Any:
-    """The quantisation config that makes transformers unpack such a checkpoint's weights while it reads them; None
-    where they are ordinary ones, or of a format that it does not unpack."""
+def unpacking(config: Any) -> dict[str, Any] | None:
+    """What a checkpoint's config says of its packed weights, and that transformers shall unpack them while it reads
+    them; None where they are ordinary ones, or of a format that it does not unpack."""
     stated = _stated(config)
-    if isinstance(stated, dict):
-        stated = _as_object(stated)
-    if not hasattr(stated, "dequantize"):
+    if not isinstance(stated, dict) or not hasattr(as_object(stated), "dequantize"):
         return None
-    stated.dequantize = True
-    return stated
+    return {**stated, "dequantize": True}
+
+
+def as_object(stated: dict[str, Any]) -> Any:
+    """transformers' object for what a config says of packed weights; None for a format that it does not know."""
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    try:
+        return AutoQuantizationConfig.from_dict(stated)
+    except Exception as problem:  # a format that is not known, which ``require_format`` names
+        log.debug("no quantisation config: %s", problem)
+        return None
 
 
 def require_format(name: str, config: Any, place: torch.device, quant: str) -> None:
@@ -99,7 +107,8 @@ def packing_note(model: Any, kind: str | None) -> tuple[str, ...]:
             f"linear layers are packed by {kind} and read in {str(weight_dtype(linear)).removeprefix('torch.')} while "
             "they run; activations are not rounded, as the package's own products would do",
         )
-    if is_opaque(model):
+    left = getattr(model.config, "quantization_config", None)  # none where transformers has unpacked all
+    if is_opaque(model) or not (kind == GGUF or left is None or getattr(left, "dequantize", False)):
         return (f"weights are packed ({kind}) and multiplied by that format's own code, in its own precision",)
     dtype = str(next(p.dtype for p in model.parameters())).removeprefix("torch.")
     return (f"weights are stored packed ({kind}) and were unpacked to {dtype} on opening; activations are not rounded",)
@@ -108,13 +117,3 @@ def packing_note(model: Any, kind: str | None) -> tuple[str, ...]:
 def _stated(config: Any) -> Any:
     """The quantisation config, of the whole checkpoint or of its text model."""
     return getattr(config, "quantization_config", None) or getattr(text_config(config), "quantization_config", None)
-
-
-def _as_object(stated: dict[str, Any]) -> Any:
-    from transformers.quantizers.auto import AutoQuantizationConfig
-
-    try:
-        return AutoQuantizationConfig.from_dict(stated)
-    except Exception as problem:  # a format that is not known, which ``require_format`` names
-        log.debug("no quantisation config: %s", problem)
-        return None

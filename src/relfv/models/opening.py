@@ -20,11 +20,10 @@ import torch
 from relfv.errors import InputError
 from relfv.models.adapters import adapter_in, merged, require_peft
 from relfv.models.architecture import Architecture, resolve, text_config
-from relfv.models.formats import format_of, packing_note, quantization, require_format, unpacking
+from relfv.models.formats import as_object, format_of, packing_note, quantization, require_format, unpacking
 from relfv.models.gguf import DTYPE, read_tokenizer
 from relfv.models.kinds import model_class
 from relfv.models.memory import fits_widened
-from relfv.models.packed import is_packed
 from relfv.models.placement import foreseen
 from relfv.models.size import check_size
 from relfv.models.sources import dtype_name, location, model_source, snapshot, unreadable, weights_source
@@ -103,7 +102,13 @@ def load_checkpoint(
     streaming = stream(model, arch, placement, place) if placement and placement.streams else None
     if streaming:
         log.info("weights: %s", placement)
-    elif exact and place.type == "cpu" and stored.itemsize == 2 and not is_packed(model) and fits_widened(model):
+    elif (
+        exact
+        and place.type == "cpu"
+        and stored.itemsize == 2
+        and not getattr(model, "hf_quantizer", None)
+        and fits_widened(model)
+    ):
         model.float()
     tokens = Tokens(tokenizer, n_embeddings=model.get_input_embeddings().weight.shape[0])
     return Checkpoint(model, tokens, arch, place, str(stored).removeprefix("torch."), streaming)
@@ -181,15 +186,20 @@ def _load_weights(
     options["device_map"] = {"": str(place)}
     if quant != "none":
         options["quantization_config"] = quantization(quant, place)
-    elif unpacked := unpacking(config):
-        options["quantization_config"] = unpacked
-    if "gguf_file" in origin:  # not read once more, and without what only ``read_config`` says
+    unpacked = unpacking(config)
+    if unpacked:
+        # In the config: as an option it would bring a warning.
+        options["config"] = copy.copy(config)
+        options["config"].quantization_config = unpacked
+    if "gguf_file" in origin:  # its config is not read once more, and says nothing of quantisation itself
         options["config"] = copy.copy(config)
         del options["config"].quantization_config
+        if unpacked:
+            options["quantization_config"] = as_object(unpacked)
     # For tensors that are missing or of another shape transformers draws random ones, with a warning at most.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        model, loading_info = kind.from_pretrained(source, **origin, **options)
+        model, loading_info = _loaded(kind, source, {**origin, **options})
     except torch.OutOfMemoryError:
         raise InputError(
             f"--model {name!r} does not fit on {place}; use --dtype bf16, --quant 8bit or 4bit, or a larger device"
@@ -201,6 +211,24 @@ def _load_weights(
         # SDPA has no soft cap (Gemma 2); some releases of transformers use SDPA all the same and drop the cap.
         model.set_attn_implementation("eager")
     return model.eval().requires_grad_(False)
+
+
+def _loaded(kind: Any, source: str, options: dict[str, Any]) -> Any:
+    """As ``from_pretrained``; packed weights that transformers fails to unpack are left to their format's code."""
+    packed = getattr(options.get("config"), "quantization_config", {})
+    try:
+        return kind.from_pretrained(source, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as problem:
+        if not packed:
+            raise
+        log.info("its packed weights could not be unpacked (%s); using them as they are stored", problem)
+    packed["dequantize"] = False
+    model, loading_info = kind.from_pretrained(source, **options)
+    with torch.inference_mode():  # some formats change their modules the first time they are used
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device))
+    return model, loading_info
 
 
 def _require_whole(name: str, loading_info: Any) -> None:

@@ -64,8 +64,3 @@ def is_opaque(model: nn.Module) -> bool:
     others = (module for module in model.modules() if not is_readable(module))
     own = (tensor for m in others for tensor in (*m.parameters(recurse=False), *m.buffers(recurse=False)))
     return any(t.dtype not in (*_FLOATS, torch.bool) and t.dim() > 1 and len(t) > 1 for t in own)
-
-
-def is_packed(model: nn.Module) -> bool:
-    """Whether any weights are held in few bits."""
-    return is_opaque(model) or any(is_readable(module) for module in model.modules())
