@@ -41,8 +41,8 @@ from streaming import TINY, WIDE
 
 PRECISIONS = ("exact", "fast")
 STD = 0.012
-"""Of the 70B shape's weights: a product then keeps its input's size. With more, 80 random layers amplify the rounding of
-float32 itself."""
+"""Of the 70B shape's weights: a product then keeps its input's size. With more, 80 random layers amplify rounding, that
+of float32 as well."""
 
 
 def main() -> None:
@@ -116,8 +116,9 @@ def one_row(
     hooks, package = "", ""
     if precision == "exact":
         hooks, package = against_hooks(args, backbone, sweep, delta, packed=quant != "none")
+    weights = f"{backbone.weights_on_device() / 2**30:.1f}"
     return [
-        model.dtype if quant == "none" else quant, precision, f"{backbone.weights_on_device() / 2**30:.1f}", f"{gib:.1f}",
+        model.dtype if quant == "none" else quant, precision, weights, f"{gib:.1f}",
         f"{seconds:.3f}", f"{work / seconds / 1e12:.0f}", str(len(best(delta) & true[precision])), hooks, package,
     ]  # fmt: skip
 

@@ -57,10 +57,10 @@ def require_format(name: str, config: Any, place: torch.device, quant: str) -> N
     """Raise InputError, before any weight is read, for weights that are to be packed but are already, and for packed
     ones that transformers cannot read on ``place``: it knows which package and which device each format needs."""
     kind = format_of(config)
-    if quant != "none":
-        quantization(quant, place)
     if kind is not None and quant != "none":
         raise InputError(f"--quant {quant}: the weights of {name!r} are packed already ({kind}); use --quant none")
+    if quant != "none":
+        quantization(quant, place)
     if kind in (None, GGUF):
         return
     from transformers.quantizers.auto import AutoHfQuantizer

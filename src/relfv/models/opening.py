@@ -79,12 +79,12 @@ def load_checkpoint(
     with quiet_transformers():
         # first, or its errors would be blamed on the tokenizer, which reads it, too
         kind, config = model_class(place_of, name, origin)
-        require_format(name, config, place, quant)
         check_size(name, source, text_config(config), place, torch_dtype(dtype))
         placement = foreseen(
             name, spec, snapshot(source, asked), kind, config, offload=offload, device=place, dtype=torch_dtype(dtype),
             quant=quant, trust_remote_code=trust_remote_code,
         )  # fmt: skip
+        require_format(name, config, place, quant)
         loaded_on = torch.device("cpu") if placement and placement.streams else place
         if adapter and adapter.has_tokenizer:
             tokenizer = _load_tokenizer(str(adapter.folder), name, {"trust_remote_code": trust_remote_code})

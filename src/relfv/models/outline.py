@@ -54,11 +54,11 @@ def outline(
     dtype = DTYPE if dtype == "auto" and "gguf_file" in origin else dtype
     with quiet_transformers():
         kind, config = model_class(place_of, name, {**origin, "trust_remote_code": trust_remote_code})
-        require_format(name, config, place, quant)
         placement = foreseen(
             name, spec, snapshot(source, commit), kind, config, offload=offload, device=place, dtype=torch_dtype(dtype),
             quant=quant, trust_remote_code=trust_remote_code,
         )  # fmt: skip
+        require_format(name, config, place, quant)
         model = sketch(kind, config, trust_remote_code=trust_remote_code)
     if model is None:
         return None
