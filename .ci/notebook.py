@@ -29,8 +29,8 @@ from pathlib import Path
 
 while not Path("src/relfv").is_dir():  # the paths below count from the root of the clone
     os.chdir("..")"""
-PREFACE = """*Made of [this page](../docs/tutorial.md) by `.ci/notebook.py`, and run. On Colab, clone the repository, enter
-it (`%cd`) and `pip install '.[pandas]'` first; the other cells are as they are here.*"""
+PREFACE = """*Made of [this page](../docs/tutorial.md) by `.ci/notebook.py`, and run. On Colab, clone the repository,
+enter it (`%cd`) and `pip install '.[pandas]'` first; the other cells are as they are here.*"""
 _PART = re.compile(r"^```(\w+)\n(.*?)^```$\n?", re.MULTILINE | re.DOTALL)
 
 
