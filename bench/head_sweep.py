@@ -65,9 +65,9 @@ def main() -> None:
 class Sweep:
     """One q_id's sweep: corrupted prompts, targets and clean means of 25 trials."""
 
-    def __init__(self, model: LanguageModel, shape: str) -> None:
+    def __init__(self, model: LanguageModel, shape: str, csv: Path = DATASET, q_id: str = "Q1") -> None:
         if shape == "demo":
-            relation = load_relations(DATASET)["Q1"]
+            relation = load_relations(csv)[q_id]
             trials = sample_trials(relation, seed=0, n_trials=25, n_demos=9)
             prompted = [AnswerTokens(relation, model.tokens).prompted(trial) for trial in trials]
             targets, rows = [item.target for item in prompted], [trial.query_source_index for trial in trials]

@@ -57,7 +57,7 @@ _HEADER_SAYS = (
     "$CSV: line 1: header is …, which has … columns for the …; expected exactly one of … (any case), as in id,ex_A,ex_B"
 )
 _CONTROL = "$CSV: 1 problem(s): line 2: the input of A1 contains a line break or control character: …; take it out"
-_OUT_OF_REACH = "expected a Hugging Face model folder, a model in the local cache or on the hub, or 'demo'"
+_OUT_OF_REACH = "expected a Hugging Face model folder, a GGUF file, a model in the local cache or on the hub, or 'demo'"
 
 CSV_ROWS = [
     Row("no such file", "$CSV: no such file; expected a relation CSV (see --relation_csv_path; paths count from the current folder)", csv=None),
@@ -135,7 +135,6 @@ FLAG_ROWS = [
     Row("a CUDA device that is not there", "--device 'cuda:99': this machine has … usable CUDA device(s); use --device cpu, or a PyTorch build and driver that see your GPU (python -c 'import torch; print(torch.cuda.is_available())')", flags=[("--device", "cuda:99")]),
     Row("an unknown dtype", "--dtype 'float8': expected one of auto, float32, bfloat16, float16, fp32, bf16, fp16", flags=[("--dtype", "float8")]),
     Row("an unknown quantisation", "--quant '3bit': expected one of none, 8bit, 4bit", flags=[("--quant", "3bit")]),
-    Row("a quantisation that the device cannot do", "--quant …bit: bitsandbytes needs a CUDA device, this run is on cpu; use --quant none", flags=[("--quant", "8bit"), ("--quant", "4bit")]),
     Row("packed weights that are to stream", "--offload cpu: the weights of '$MODEL' are packed in few bits, and packed weights do not stream; use --offload none, or a model with weights of 16 or 32 bits", flags=[("--quant", "8bit", "--offload", "cpu")]),
     Row("a revision of a folder", "--revision 'step1000': '$MODEL' is a folder, and only models on the hub have revisions; leave it out, or name a hub id", flags=[("--revision", "step1000")]),
     Row("an unknown family", "--model_spec 'bert': expected one of auto, llama3, …", flags=[("--model_spec", "bert")]),
@@ -244,13 +243,17 @@ MODEL_ROWS = [
     Row("a path that is not there", "--model …: no such folder; expected a model folder, a hub id or 'demo'", flags=[("--model", name) for name in ("/nowhere", "./nowhere", "a/b/c", "no hub id!")]),
     Row("an empty one", "--model '': is empty; expected a model folder, a hub id or 'demo'", flags=[("--model", "")]),
     Row("a path that cannot be", "--model …: cannot be opened (…); expected a model folder, a hub id or 'demo'", flags=[("--model", "a\0b"), ("--model", "a" * 5000)]),
-    Row("a file", "--model '$CSV': is a file; expected a Hugging Face model folder or a hub id", flags=[("--model", "$CSV")]),
+    Row("a file", "--model '$CSV': is a file; expected a Hugging Face model folder, a .gguf file or a hub id", flags=[("--model", "$CSV")]),
     Row("a hub id, and no network", "--model 'someone/nothing': cannot open its config (HF_HUB_OFFLINE is set): …; " + _OUT_OF_REACH, flags=[("--model", "someone/nothing")]),
     Row("no config", "--model '$MODEL': the folder has no config.json; expected a Hugging Face model folder", model=lambda folder: (folder / "config.json").unlink()),
     Row("a user that is not known", "--model '~nosuchuser/x': cannot be opened (…); expected a model folder, a hub id or 'demo'", flags=[("--model", "~nosuchuser/x")]),
     Row("an adapter whose base model is a number", "$MODEL/adapter_config.json: names no base model; write the base model's folder into base_model_name_or_path", model=_adapter_of_a_number),
     Row("a config of 10,000 layers", "--model '$MODEL': its config asks for 10000 layers; expected at most 2000, so is the config.json damaged?", model=_config(num_hidden_layers=10_000)),
     Row("a config that asks for code from elsewhere (it is not fetched)", "--model '$MODEL': its config asks for attn_implementation 'someone/kernel', which is no part of transformers; expected one of eager, …: take it out of config.json, or allow code from elsewhere by --trust_remote_code", model=_config(attn_implementation="someone/kernel")),
+    Row("weights packed in a format whose package is not there", "--model '$MODEL': its weights are packed (gptq), and what reads them is missing on cpu: …", model=_config(quantization_config={"quant_method": "gptq", "bits": 4})),
+    Row("weights packed in a format that transformers does not know", "--model '$MODEL': its weights are packed (of-tomorrow), and what reads them is missing on cpu: …", model=_config(quantization_config={"quant_method": "of-tomorrow"})),
+    Row("packed weights that are to be packed", "--quant …bit: the weights of '$MODEL' are packed already (gptq); use --quant none", model=_config(quantization_config={"quant_method": "gptq", "bits": 4}), flags=[("--quant", "8bit"), ("--quant", "4bit")]),
+    Row("a GGUF file that is none", "--model '…none.gguf': cannot open its config: …; " + _OUT_OF_REACH, model=lambda folder: (folder / "none.gguf").write_bytes(b"GG"), flags=[("--model", "$MODEL/none.gguf")]),
     Row("a damaged config", "--model '$MODEL': cannot open its config: …; " + _OUT_OF_REACH, model=lambda folder: (folder / "config.json").write_text("{")),
     Row("a config without weights", "--model '$MODEL': cannot open its model: …; " + _OUT_OF_REACH, model=lambda folder: (folder / "model.safetensors").unlink()),
     Row("weights cut short", "--model '$MODEL': cannot open its model: …; " + _OUT_OF_REACH, model=_cut),

@@ -96,7 +96,13 @@ def test_what_only_a_q_id_shows_is_its_failure_and_no_other_file_of_it_is_writte
 
 @pytest.mark.parametrize(
     "flags",
-    [("--device", "tpu"), ("--quant", "8bit"), ("--topk", "100"), ("--model_spec", "gpt2"), ("--q_list", "A1,Z9")],
+    [
+        ("--device", "tpu"),
+        ("--quant", "8bit", "--offload", "cpu"),
+        ("--topk", "100"),
+        ("--model_spec", "gpt2"),
+        ("--q_list", "A1,Z9"),
+    ],
     ids=" ".join,
 )
 def test_a_refused_force_leaves_every_result_where_it_is(

@@ -167,7 +167,7 @@ def test_a_long_path_is_cut_in_its_middle(tmp_path: Path, capsys: pytest.Capture
         (("--topk", "25"), "has 24 heads to choose from"),
         (("--k_sweep", "25"), "has 24 heads to choose from"),
         (("--model_spec", "gpt2"), "--model_spec 'gpt2'"),
-        (("--quant", "8bit"), "bitsandbytes needs a CUDA device"),
+        (("--quant", "8bit", "--offload", "cpu"), "packed weights do not stream"),
     ],
 )
 def test_a_dry_run_refuses_what_the_run_refuses(

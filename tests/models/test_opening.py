@@ -45,7 +45,7 @@ def test_the_dtype_asked_for_is_the_dtype_of_the_weights(llama_path: Path) -> No
     ("change", "words"),
     [
         ({"name": "someone/some-model-that-is-nowhere"}, "cannot open its config"),
-        ({"quant": "4bit"}, "bitsandbytes"),
+        ({"quant": "4bit", "offload": "cpu"}, "packed weights do not stream"),
         ({"spec": "gpt2"}, "expected llama3 or llama: use --model_spec llama3, or auto"),
     ],
 )

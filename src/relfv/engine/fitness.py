@@ -16,6 +16,7 @@ from relfv.engine.base import Backbone, TokenIds
 from relfv.engine.hooks import editing_outputs
 from relfv.engine.passes import capture_heads
 from relfv.errors import RunError
+from relfv.models.packed import is_opaque
 from relfv.models.streaming import brought
 from relfv.types import Prompts
 
@@ -29,8 +30,8 @@ wrong mask is off by far more."""
 
 
 def is_packed(backbone: Backbone) -> bool:
-    """Whether weights are in 8 or 4 bits: their products depend on what shares the batch, by a percent or so."""
-    return bool(getattr(backbone.model, "is_quantized", False))
+    """Whether weights are multiplied by a format's own code: the products may depend on what shares the batch."""
+    return is_opaque(backbone.model)
 
 
 def check_blocks(backbone: Backbone, prompt: Sequence[int]) -> None:
@@ -92,7 +93,7 @@ def check_projection(backbone: Backbone, z: torch.Tensor, layers: list[int]) -> 
     for layer in layers:
         parts = torch.stack([arch.project_head(layer, head, z[layer, head]) for head in range(arch.n_heads)]).sum(0)
         rows = torch.stack([z[layer].flatten(), torch.zeros(arch.n_heads * arch.head_dim)])[:, None]
-        with torch.inference_mode(), brought(arch.out_projs[layer], backbone.device), widened(arch.out_projs[layer]):
+        with backbone.running(), brought(arch.out_projs[layer], backbone.device), widened(arch.out_projs[layer]):
             out = arch.out_projs[layer](rows.to(backbone.device)).cpu().double()[:, 0]
         gap = _relative(parts, out[0] - out[1])
         if not gap <= RELATIVE_TOLERANCE:

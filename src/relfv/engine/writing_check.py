@@ -34,7 +34,7 @@ def writing_error(backbone: Backbone, prompt: Sequence[int], layers: Sequence[in
     errors = []
     for layer in layers:
         parts = [arch.project_head(layer, h, clean.activations[0, layer, h]) for h in range(arch.n_heads)]
-        with torch.inference_mode(), brought(arch.out_projs[layer], backbone.device), widened(arch.out_projs[layer]):
+        with backbone.running(), brought(arch.out_projs[layer], backbone.device), widened(arch.out_projs[layer]):
             zero = torch.zeros(1, 1, arch.n_heads * arch.head_dim, device=backbone.device)
             bias = arch.out_projs[layer](zero).cpu().double()[0, 0]
         writing = clean.writing

@@ -16,6 +16,7 @@ from torch import nn
 from relfv.errors import InputError
 from relfv.models.layout import find_layout
 from relfv.models.notes import rounded_or_capped, what_lies_between
+from relfv.models.packed import is_readable, weight_of
 
 _UNSCALED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """dtypes of weights that can be multiplied as they are. A float8 weight has a scale, kept elsewhere in its module."""
@@ -97,7 +98,7 @@ class Architecture:
     def project_heads(self, layer: int, heads: Sequence[int], activations: torch.Tensor) -> torch.Tensor:
         """The sum of ``project_head`` over ``heads``: (..., head, head_dim) -> float64 (..., resid_dim) on the CPU."""
         projection = self.out_projs[layer]
-        weight: Any = getattr(projection, "weight", None)
+        weight: Any = weight_of(projection) if is_readable(projection) else getattr(projection, "weight", None)
         if isinstance(weight, torch.Tensor) and weight.dtype in _UNSCALED and weight.dim() == 2:
             inputs_first = weight.detach() if _is_conv1d(projection) else weight.detach().T
             by_head = inputs_first.unflatten(0, (self.n_heads, self.head_dim))
@@ -112,11 +113,10 @@ class Architecture:
         return torch.stack([self._project_through_module(projection, start, z) for start, z in each]).sum(0)
 
     def _project_through_module(self, projection: nn.Module, start: int, activation: torch.Tensor) -> torch.Tensor:
-        """The same where the weight is packed or scaled (4 or 8 bit): run the module, then subtract its bias."""
-        device = next(projection.parameters()).device
+        """The same where the weight is packed in a way of its module's own: run the module, then subtract its bias."""
         width = self.n_heads * self.head_dim
-        rows = torch.zeros(2, 1, width, device=device, dtype=torch.float32)
-        rows[0, 0, start : start + self.head_dim] = activation.to(device)
+        rows = torch.zeros(2, 1, width, device=self.device, dtype=torch.float32)
+        rows[0, 0, start : start + self.head_dim] = activation.to(self.device)
         with torch.no_grad():
             out = projection(rows).cpu().double()
         return (out[0] - out[1])[0]

@@ -123,7 +123,7 @@ def difference(model: Any, identity: str) -> str | None:
     try:
         if identity.startswith(OBJECT):
             own = weights_identity(model)
-        elif source and Path(source).is_dir():
+        elif source and Path(source).exists():
             own = model_identity(source)
         else:
             own = f"hub:{source}@{getattr(model.config, '_commit_hash', None)}"

@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from relfv.errors import RelfvError
 from relfv.models.adapters import adapter_in, require_peft
 from relfv.models.architecture import Architecture, resolve
 from relfv.models.context import Context, context_of
-from relfv.models.opening import choose_device, model_class, quantization, quiet_transformers, torch_dtype
+from relfv.models.formats import format_of, require_format, unpacks
+from relfv.models.gguf import DTYPE
+from relfv.models.kinds import model_class
+from relfv.models.opening import choose_device, quiet_transformers, torch_dtype
 from relfv.models.placement import Placement, foreseen, sketch
-from relfv.models.sources import hub_commit, model_source, snapshot, weights_source
+from relfv.models.sources import location, model_source, snapshot, weights_source
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,10 @@ class Outline:
     n_parameters: int
     placement: Placement | None
     """Where its weights will be; None where nothing streams."""
+    stored: str
+    """How they are stored, where that is packed in few bits."""
+    packed_bytes: int
+    """What they take where they stay as stored; 0 where they are unpacked, or ordinary ones."""
 
 
 def outline(
@@ -45,17 +50,15 @@ def outline(
     if adapter := adapter_in(model_source(name)):
         require_peft(adapter)
     source, commit = weights_source(name, revision)
-    origin: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if not Path(source).is_dir():
-        origin["revision"] = hub_commit(source, commit)
+    place_of, origin = location(source, commit)
+    dtype = DTYPE if dtype == "auto" and "gguf_file" in origin else dtype
     with quiet_transformers():
-        kind, config = model_class(source, name, origin)
+        kind, config = model_class(place_of, name, {**origin, "trust_remote_code": trust_remote_code})
         placement = foreseen(
             name, spec, snapshot(source, commit), kind, config, offload=offload, device=place, dtype=torch_dtype(dtype),
             quant=quant, trust_remote_code=trust_remote_code,
         )  # fmt: skip
-        if quant != "none":
-            quantization(quant, place, torch.float32)
+        require_format(name, config, place, quant)
         model = sketch(kind, config, trust_remote_code=trust_remote_code)
     if model is None:
         return None
@@ -73,4 +76,13 @@ def outline(
         model.get_input_embeddings().weight.shape[0],
         sum(parameter.numel() for parameter in model.parameters()),
         placement,
+        *_as_stored(config, snapshot(source, commit)),
     )
+
+
+def _as_stored(config: Any, folder: Path) -> tuple[str, int]:
+    kind = format_of(config)
+    if kind is None or unpacks(config):
+        return f"stored as {kind} and unpacked on opening" if kind else "", 0
+    sizes = (file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
+    return f"as {kind} stores them", sum(sizes)

@@ -18,6 +18,7 @@ from torch import nn
 
 from relfv.errors import InputError
 from relfv.models.architecture import Architecture, resolve, text_config
+from relfv.models.formats import format_of, unpacks
 from relfv.models.memory import available_bytes
 from relfv.models.size import stored_names
 
@@ -101,7 +102,8 @@ def foreseen(
     if dtype or stored:
         model.to(dtype or stored)
     arch = resolve(model, spec)
-    sizes = sizes_of(model, arch, stored_names(folder), converted=bool(dtype and stored and dtype != stored))
+    converted = bool(format_of(config) or (dtype and stored and dtype != stored))
+    sizes = sizes_of(model, arch, stored_names(folder), converted=converted)
     one_prompt = bytes_of_prompt(arch, arch.n_heads * len(arch.out_projs))
     return plan(name, offload, sizes, card=card_bytes(device, arch), one_prompt=one_prompt, host=available_bytes())
 
@@ -109,7 +111,7 @@ def foreseen(
 def _may_stream(name: str, config: Any, *, offload: str, device: torch.device, quant: str) -> bool:
     if offload == "none":
         return False
-    packed = quant != "none" or getattr(config, "quantization_config", None) is not None
+    packed = quant != "none" or (format_of(config) is not None and not unpacks(config))
     if offload == "auto":
         return device.type == "cuda" and not packed
     if packed:

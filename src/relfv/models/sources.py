@@ -34,7 +34,7 @@ def dtype_name(dtype: str) -> str:
 
 
 def model_source(name: str) -> str:
-    """Where ``from_pretrained`` finds the model: a folder or a hub id. Raises InputError for a path that is missing."""
+    """Where the model is: a folder, a GGUF file or a hub id. Raises InputError for a path that is missing."""
     if name == DEMO:
         return str(Path(__file__).parents[1] / "demo" / "weights")
     path = Path(name)
@@ -55,8 +55,10 @@ def model_source(name: str) -> str:
         if not any((path / known).is_file() for known in ("config.json", "adapter_config.json")):
             raise InputError(f"--model {name!r}: the folder has no config.json; expected a Hugging Face model folder")
         return str(path)
+    if path.is_file() and path.suffix == ".gguf":
+        return str(path)
     if path.exists():
-        raise InputError(f"--model {name!r}: is a file; expected a Hugging Face model folder or a hub id")
+        raise InputError(f"--model {name!r}: is a file; expected a Hugging Face model folder, a .gguf file or a hub id")
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     in_a_folder_here = path.parent != Path() and path.parent.is_dir()
     if looks_like_path or not _is_hub_id(name) or (in_a_folder_here and _cached_commit(name) is None):
@@ -70,21 +72,30 @@ def weights_source(name: str, revision: str = "") -> tuple[str, str | None]:
     Raises InputError for a model that is not there, and for a revision of a folder.
     """
     source = model_source(name)
-    if revision and Path(source).is_dir():
+    if revision and Path(source).exists():
+        kind = "folder" if Path(source).is_dir() else "file"
         raise InputError(
-            f"--revision {revision!r}: {name!r} is a folder, and only models on the hub have revisions; leave it out, "
+            f"--revision {revision!r}: {name!r} is a {kind}, and only models on the hub have revisions; leave it out, "
             "or name a hub id"
         )
     adapter = adapter_in(source)
     return (base_source(adapter), adapter.revision) if adapter else (source, revision or None)
 
 
+def location(source: str, revision: str | None) -> tuple[str, dict[str, str]]:
+    """What ``from_pretrained`` takes to open what is at ``source``: a folder or hub id, and the commit or the name of
+    the GGUF file."""
+    path = Path(source)
+    if path.is_file():
+        return str(path.parent), {"gguf_file": path.name}
+    return source, {} if path.is_dir() else {"revision": hub_commit(source, revision)}
+
+
 def base_source(adapter: Adapter) -> str:
     """Where the base model of an adapter is. Raises InputError if it is not there."""
     try:
         source = model_source(adapter.base)
-        if not Path(source).is_dir():
-            hub_commit(source, adapter.revision)
+        location(source, adapter.revision)
     except InputError as problem:
         raise InputError(
             f"--model {str(adapter.folder)!r}: is an adapter for {adapter.base!r}, which cannot be opened "
@@ -94,9 +105,9 @@ def base_source(adapter: Adapter) -> str:
 
 
 def model_identity(name: str, revision: str = "") -> str:
-    """What the fingerprint knows the model by: a content hash of its folder, or hub id and commit.
+    """What the fingerprint knows the model by: a content hash of its folder or file, or hub id and commit.
 
-    Raises InputError if the model is neither a folder nor in the cache nor, where there is a network, on the hub.
+    Raises InputError if the model is not on this machine nor, where there is a network, on the hub.
     """
     source, weights = model_source(name), weights_source(name, revision)
     of_adapter = f"{_identity(source)}+" if adapter_in(source) else ""
@@ -106,6 +117,8 @@ def model_identity(name: str, revision: str = "") -> str:
 def _identity(source: str, revision: str | None = None) -> str:
     if Path(source).is_dir():
         return f"folder-sha256:{_folder_hash(Path(source))}"
+    if Path(source).is_file():
+        return f"file-sha256:{_sampled_hash(Path(source)).hex()}"
     return f"hub:{source}@{hub_commit(source, revision)}"
 
 
@@ -168,8 +181,8 @@ def hub_file(repo_id: str, name: str, revision: str | None = None) -> Path:
 
 
 def snapshot(source: str, revision: str | None = None) -> Path:
-    """The folder ``source``, or that of a hub model in the local cache, where its weights may be yet to come."""
-    return Path(source) if Path(source).is_dir() else hub_file(source, "config.json", revision).parent
+    """The folder or file ``source``, or a hub model's folder in the local cache, where weights may be yet to come."""
+    return Path(source) if Path(source).exists() else hub_file(source, "config.json", revision).parent
 
 
 def _is_hub_id(name: str) -> bool:
@@ -214,8 +227,8 @@ def unreadable(name: str, what: str, problem: Exception) -> InputError:
             f"--model {name!r}: is a gated model, and no token that may read it was found; accept its terms at "
             f"https://huggingface.co/{name}, then log in ('hf auth login', or set HF_TOKEN)"
         )
-    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") and not Path(name).is_dir() else ""
+    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") and not Path(name).exists() else ""
     return InputError(
         f"--model {name!r}: cannot open its {what}{offline}: {first_line}; "
-        "expected a Hugging Face model folder, a model in the local cache or on the hub, or 'demo'"
+        "expected a Hugging Face model folder, a GGUF file, a model in the local cache or on the hub, or 'demo'"
     )

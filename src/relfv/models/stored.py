@@ -1,5 +1,5 @@
-"""What a checkpoint is, from its config.json and the headers of its weights, without transformers: so that two runs of
-the same model are the same experiment, whether they name its family and dtype or say ``auto``."""
+"""What a checkpoint is, from its config.json and the headers of its weights, without transformers (but for GGUF files):
+so that two runs of the same model are the same experiment, whether they name its family and dtype or say ``auto``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ def resolved(settings: Settings) -> Settings:
     that is another one than the checkpoint's.
     """
     source, revision = weights_source(settings.model, settings.revision)
-    config = _config(source, revision, settings.model)
+    if Path(source).is_file():
+        config = _of_gguf(Path(source), settings.model)
+    else:
+        config = _config(source, revision, settings.model)
     text = config.get("text_config")
     text = text if isinstance(text, dict) else {}
     family = family_name(settings.model_spec, str(text.get("model_type") or config.get("model_type")))
@@ -41,6 +44,15 @@ def _config(source: str, revision: str | None, name: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise unreadable(name, "config", ValueError(f"{path} holds no JSON object"))
     return content
+
+
+def _of_gguf(path: Path, name: str) -> dict[str, Any]:
+    """Of a GGUF file transformers alone knows what its config would say."""
+    from relfv.models.gguf import DTYPE
+    from relfv.models.kinds import model_class
+
+    config = model_class(str(path.parent), name, {"gguf_file": path.name, "trust_remote_code": False})[1]
+    return {"model_type": config.model_type, "dtype": DTYPE}
 
 
 def _dtype(source: str, config: Mapping[str, Any], text: Mapping[str, Any]) -> str:

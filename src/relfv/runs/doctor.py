@@ -155,11 +155,11 @@ class _Visit:
             of.context = outline.context
         self._look("config")
         stored = settings.quant if settings.quant != "none" else settings.dtype
-        self._say(
-            "weights",
-            f"{outline.n_parameters / 1e6:,.1f} million, {_gb(outline.n_parameters * _ITEM_BYTES.get(stored, 2.0))} in "
-            f"{stored}{f'; {outline.placement}' if outline.placement else ''}",
-        )
+        taken = outline.packed_bytes or outline.n_parameters * _ITEM_BYTES.get(stored, 2.0)
+        form = outline.stored if outline.packed_bytes else f"in {stored}"
+        more = [outline.stored if form != outline.stored else "", str(outline.placement or "")]
+        said = "; ".join([f"{outline.n_parameters / 1e6:,.1f} million, {_gb(taken)} {form}", *filter(None, more)])
+        self._say("weights", said)
 
     def _measure(self, plan: Plan, todo: list[Evidence]) -> None:
         from relfv.runs.estimate import estimate

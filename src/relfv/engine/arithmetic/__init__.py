@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from relfv.engine.arithmetic.fusion import Fusions, recognise
 from relfv.engine.arithmetic.precision import Mode, Precision, mode_of, widened
 from relfv.engine.arithmetic.products import FLOAT32, Differences, Pieces, Whole, replaced, takes_pieces
 from relfv.models.architecture import Architecture
+from relfv.models.packed import is_readable, unpacked_product
 
 __all__ = ["Arithmetic", "Precision", "widened"]
 
@@ -91,7 +92,8 @@ class Arithmetic:
     def running(self) -> Iterator[None]:
         """While open, forward passes of the model compute so, without gradients. Everything below happens within it."""
         whole = Whole(self.pieces.whole)
-        forwards = [(linear, whole.forward(linear)) for linear in self._in_pieces]
+        forwards: list[Any] = [(linear, whole.forward(linear)) for linear in self._in_pieces]
+        forwards += [(linear, partial(unpacked_product, linear)) for linear in self._packed]
         fused = self.fusions.installed() if self.fusions else nullcontext()
         with torch.inference_mode(), self._mode.in_force(), replaced(forwards), fused:
             yield
@@ -145,6 +147,12 @@ class Arithmetic:
     @property
     def _in_pieces(self) -> tuple[nn.Linear, ...]:
         return self.linears if self.precision == "exact" else ()
+
+    @cached_property
+    def _packed(self) -> tuple[nn.Linear, ...]:
+        """Packed layers that do not multiply in pieces."""
+        known = {id(linear) for linear in self._in_pieces}
+        return tuple(m for m in self.model.modules() if is_readable(m) and id(m) not in known)
 
     @cached_property
     def _mode(self) -> Mode:

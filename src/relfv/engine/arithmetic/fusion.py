@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import nn
 from relfv.engine.arithmetic import kernels
 from relfv.engine.arithmetic.products import Differences, replaced
 from relfv.models.architecture import Architecture
+from relfv.models.packed import is_readable, unpacked_product, weight_dtype
 from relfv.models.streaming import brought
 
 _AGREE = 1e-5
@@ -102,7 +104,8 @@ def recognise(model: nn.Module, arch: Architecture) -> Fusions | None:
     if not kernels.usable(arch.lm_head.weight):  # type: ignore[arg-type]
         return None
     device = arch.device
-    with torch.inference_mode(), torch.random.fork_rng(devices=[device]):
+    packed = [(module, partial(unpacked_product, module)) for module in model.modules() if is_readable(module)]
+    with torch.inference_mode(), torch.random.fork_rng(devices=[device]), replaced(packed):
         torch.manual_seed(0)
         candidates = [module for module in model.modules() if "forward" not in vars(module)]
         norms = [norm for module in candidates if (norm := as_norm(module, device))]
@@ -133,13 +136,13 @@ def as_norm(module: Any, device: torch.device) -> Norm | None:
 
 
 def as_gated_mlp(module: Any, device: torch.device) -> GatedMLP | None:
-    """The module, which runs on ``device``, as a gated MLP of ``nn.Linear`` layers, if it is one."""
+    """The module, which runs on ``device``, as a gated MLP of linear layers, if it is one."""
     parts: list[Any] = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     activate: Any = getattr(module, "act_fn", None)
-    if any(type(part) is not nn.Linear for part in parts) or activate is None:
+    if not all(type(part) is nn.Linear or is_readable(part) for part in parts) or activate is None:
         return None
     gate, up, down = parts
-    x = torch.randn(1, 2, gate.in_features, device=device, dtype=gate.weight.dtype)
+    x = torch.randn(1, 2, gate.in_features, device=device, dtype=weight_dtype(gate))
     with brought(module, device):
         same = _same(module, lambda x: down(activate(gate(x)) * up(x)), [size * x for size in _SIZES])
     if not same:

@@ -11,6 +11,7 @@ from torch import nn
 from relfv.engine.arithmetic import kernels
 from relfv.engine.arithmetic.products import Differences, Pieces, product, takes_bf16
 from relfv.models.architecture import Architecture
+from relfv.models.packed import weight_of
 
 _CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 2 << 30}
 """Memory for one chunk's float32 logits and their temporaries."""
@@ -123,7 +124,7 @@ def _raw_logits(
     it is the same for all, and chunks of rows, (start, (R, V)), in the order of the copies."""
     head = arch.lm_head
     rows = hidden.reshape(-1, hidden.shape[-1])
-    vocabulary = int(head.weight.shape[0])  # type: ignore[union-attr]
+    vocabulary = int(getattr(head, "out_features", 0) or head.weight.shape[0])  # type: ignore[union-attr]
     chunks = _row_chunks(len(rows), vocabulary, hidden.device.type)
     if pieces is not None and isinstance(head, nn.Linear):
         differences = Differences(pieces)
@@ -132,7 +133,8 @@ def _raw_logits(
     nothing = torch.zeros(1, vocabulary, device=hidden.device)
     if may_use_kernels and hidden.dtype == torch.bfloat16 and takes_bf16(head, hidden.device):
         base = nothing if head.bias is None else head.bias.float()[None]  # type: ignore[union-attr]
-        return base, ((part.start, product(rows[part], head.weight)) for part in chunks)
+        weight = weight_of(head)
+        return base, ((part.start, product(rows[part], weight)) for part in chunks)
     return nothing, ((part.start, head(rows[part].float()).float()) for part in chunks)
 
 

@@ -33,6 +33,7 @@ import torch
 from torch import nn
 
 from relfv.engine.arithmetic import kernels
+from relfv.models.packed import is_readable, weight_dtype, weight_of
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,11 @@ def takes_pieces(module: nn.Module, device: torch.device) -> TypeGuard[nn.Linear
 
 
 def takes_bf16(module: nn.Module, device: torch.device) -> TypeGuard[nn.Linear]:
-    """True for an ``nn.Linear`` with bf16 weights that runs on a ``device`` where bf16 products can come out in
-    float32."""
-    if type(module) is not nn.Linear or not hasattr(torch.ops.aten.mm, "dtype"):  # PyTorch 2.8
+    """True for an ``nn.Linear`` with weights that are bf16, or packed and read in bf16, that runs on a ``device`` where
+    bf16 products can come out in float32."""
+    if not (type(module) is nn.Linear or is_readable(module)) or not hasattr(torch.ops.aten.mm, "dtype"):  # PyTorch 2.8
         return False
-    return module.weight.dtype == torch.bfloat16 and device.type == "cuda"
+    return weight_dtype(module) == torch.bfloat16 and device.type == "cuda"
 
 
 @contextmanager
@@ -92,7 +93,7 @@ class Whole:
         """The replacement of ``linear.forward``."""
 
         def forward(x: torch.Tensor) -> torch.Tensor:
-            parts = product(self._remembered(self._split, x), linear.weight).chunk(self._pieces)
+            parts = product(self._remembered(self._split, x), weight_of(linear)).chunk(self._pieces)
             out = functools.reduce(torch.Tensor.add_, parts)
             return (out if linear.bias is None else out.add_(linear.bias)).view(*x.shape[:-1], -1)
 
@@ -114,7 +115,7 @@ class Differences:
         def forward(x: torch.Tensor) -> torch.Tensor:
             if x.dim() != 3:  # not laid out as copies: tokens on their way to experts, say
                 return whole(x)
-            return self.join(product(self._remembered(self.split, x), linear.weight), linear.bias, *x.shape[:2])
+            return self.join(product(self._remembered(self.split, x), weight_of(linear)), linear.bias, *x.shape[:2])
 
         return forward
 
@@ -139,7 +140,7 @@ class Differences:
     def base(self, rows: torch.Tensor, linear: nn.Linear, n_prompts: int) -> torch.Tensor:
         """From rows of pieces the outputs of the bases alone: (N, out)."""
         pieces = rows[len(rows) - self._pieces.base * n_prompts :]
-        out = product(pieces, linear.weight).view(self._pieces.base, n_prompts, -1).sum(0)
+        out = product(pieces, weight_of(linear)).view(self._pieces.base, n_prompts, -1).sum(0)
         return out if linear.bias is None else out + linear.bias
 
     def products(
@@ -147,13 +148,14 @@ class Differences:
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """From rows of pieces the outputs of the differences alone, for some of the ``n_rows`` copies at a time:
         (start, (R, out))."""
+        weight = weight_of(linear)
         for part in parts:
             starts = [i * n_rows + part.start for i in range(self._pieces.difference)]
             length = part.stop - part.start
             yield (
                 part.start,
                 functools.reduce(
-                    torch.Tensor.add_, (product(rows[start : start + length], linear.weight) for start in starts)
+                    torch.Tensor.add_, (product(rows[start : start + length], weight) for start in starts)
                 ),
             )
 
@@ -162,13 +164,13 @@ class Differences:
         n_prompts, n_copies = x.shape[:2]
         self._remembered.forget()
         rows = self.split(x)
-        gate_rows, up_rows = product(rows, gate.weight), product(rows, up.weight)
+        gate_rows, up_rows = product(rows, weight_of(gate)), product(rows, weight_of(up))
         rows = kernels.gate_differences(
             gate_rows, up_rows, gate.bias, up.bias, activation, n_prompts, n_copies,
             self._pieces.difference, self._pieces.base,
         )  # fmt: skip
         del gate_rows, up_rows
-        return self.join(product(rows, down.weight), down.bias, n_prompts, n_copies)
+        return self.join(product(rows, weight_of(down)), down.bias, n_prompts, n_copies)
 
 
 class _Remembering:
