@@ -27,8 +27,8 @@ QUICK = [
 
 
 def versions_and_truth(t: Truth) -> tuple[list[Together], Effects]:
-    """Three versions: some heads set, for all prompts alike; other heads and values for each prompt; both, with
-    vectors after two blocks."""
+    """Four versions: some heads set, for all prompts alike; other heads and values for each prompt; both, with vectors
+    after two blocks; directions taken out after two blocks, with a vector added after one of them."""
     arch, heads = t.backbone.arch, all_heads(t.backbone)
     sets = [[heads[(5 * n + i) % len(heads)] for i in (0, 4, 9)] for n in range(len(t.prompts))]
     own = torch.stack([(1 + n) * t.values for n in range(len(t.prompts))])
@@ -36,7 +36,11 @@ def versions_and_truth(t: Truth) -> tuple[list[Together], Effects]:
     added[0, 0], added[0, 2] = t.vectors
     some = Together.setting([heads[::3]], t.values[None])
     each_its_own = Together.setting(sets, own)
-    versions = [some, each_its_own, replace(each_its_own, added=added)]
+    removed = torch.nn.functional.normalize(t.vectors.flip(0), dim=1)
+    taken_out = Together(added=added * torch.tensor([1.0, 0, 0])[:, None], removed=torch.zeros_like(added))
+    assert taken_out.removed is not None
+    taken_out.removed[0, :2] = removed
+    versions = [some, each_its_own, replace(each_its_own, added=added), taken_out]
     edited, base = [], t.injection.base
 
     def of(chosen: list[HeadId], values: torch.Tensor) -> dict[HeadId, torch.Tensor]:
@@ -50,6 +54,7 @@ def versions_and_truth(t: Truth) -> tuple[list[Together], Effects]:
                 naive_together(backbone, prompt, target, of(heads[::3], t.values), {}),
                 naive_together(backbone, prompt, target, of(sets[n], own[n]), {}),
                 naive_together(backbone, prompt, target, of(sets[n], own[n]), vectors),
+                naive_together(backbone, prompt, target, {}, {0: t.vectors[0]}, dict(enumerate(removed))),
             ]
             edited.append(joined(rows)[None])
     return versions, Effects(base, joined(edited))

@@ -29,8 +29,9 @@ def editing_together(
     for layer in range(arch.n_layers):
         if edit := _setting(backbone, versions, layer, prompts):
             inputs.append((arch.out_projs[layer], where(edit)))
-        if edit := _adding(backbone, versions, layer, prompts):
-            outputs.append((arch.blocks[layer], where(edit)))
+        for kind in (_removing, _adding):  # hooks of one block run in this order
+            if edit := kind(backbone, versions, layer, prompts):
+                outputs.append((arch.blocks[layer], where(edit)))
     with editing_inputs(inputs), editing_outputs(outputs):
         yield
 
@@ -48,6 +49,21 @@ def _setting(backbone: Backbone, versions: Sequence[Together], layer: int, promp
         by_head = z.unflatten(-1, (n_heads, head_dim))
         edited = torch.where(chosen, values.to(z.dtype), by_head[:, 1:])
         return torch.cat([by_head[:, :1], edited], dim=1).flatten(2)
+
+    return edit
+
+
+def _removing(backbone: Backbone, versions: Sequence[Together], layer: int, prompts: slice) -> Edit | None:
+    """The version's direction, taken out of the hidden state after the block."""
+    removed = _of_layer([v.removed for v in versions], layer, prompts, torch.zeros(backbone.arch.resid_dim))
+    if not removed.any():
+        return None
+    removed = removed.to(backbone.device)
+
+    def edit(hidden: torch.Tensor) -> torch.Tensor:
+        # Products and sums of float32, not a matrix product: on a GPU that would be TF32.
+        along = (hidden[:, 1:].float() * removed).sum(-1, keepdim=True)
+        return torch.cat([hidden[:, :1], hidden[:, 1:] - (along * removed).to(hidden.dtype)], dim=1)
 
     return edit
 
