@@ -42,12 +42,15 @@ def _setting(backbone: Backbone, versions: Sequence[Together], layer: int, promp
     chosen = _of_layer([v.chosen for v in versions], layer, prompts, torch.zeros(n_heads, dtype=torch.bool))
     if not chosen.any():
         return None
-    values = _of_layer([v.values for v in versions], layer, prompts, torch.zeros(n_heads, head_dim))
+    # Many versions may set different heads to the same values, which are large and are held for all layers: held once.
+    distinct = {id(v.values): v.values for v in versions}
+    which = torch.tensor([[*distinct].index(id(v.values)) for v in versions], device=backbone.device)
+    values = _of_layer([*distinct.values()], layer, prompts, torch.zeros(n_heads, head_dim))
     chosen, values = chosen[..., None].to(backbone.device), values.to(backbone.device)
 
     def edit(z: torch.Tensor) -> torch.Tensor:
         by_head = z.unflatten(-1, (n_heads, head_dim))
-        edited = torch.where(chosen, values.to(z.dtype), by_head[:, 1:])
+        edited = torch.where(chosen, values.to(z.dtype)[:, which], by_head[:, 1:])
         return torch.cat([by_head[:, :1], edited], dim=1).flatten(2)
 
     return edit

@@ -9,6 +9,7 @@ from typing import Any
 
 from relfv.settings import IDENTITY, Settings
 from relfv.stages import (
+    ablation,
     answers,
     cie,
     controls,
@@ -44,6 +45,7 @@ STAGES: tuple[Stage, ...] = (
     answers.STAGE,
     summary.STAGE,
     sweeps.STAGE,
+    ablation.STAGE,
 )
 STEP_D = (trials.STAGE, means.STAGE, cie.STAGE)
 """What the spec calls StepD."""
