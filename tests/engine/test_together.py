@@ -11,6 +11,7 @@ import torch
 from conftest import llama
 from parity import ENGINES, Truth, all_heads, assert_same, assert_same_scores, gaps, truth
 from relfv.engine.base import Together
+from relfv.engine.passes import capture_mlps
 from relfv.engine.readout import joined
 from relfv.engine.reference import naive_together
 from relfv.engine.shared_prefix import SharedPrefixEngine
@@ -23,6 +24,12 @@ QUICK = [
     "GPT-2: Conv1D, learned positions",
     "Gemma 2: soft caps, window in some layers, norms after attention",
     "Falcon: ALiBi (rw)",
+]
+
+MLPS = [
+    "GPT-NeoX, Pythia: fused qkv, parallel residual",
+    "Mixtral: window, experts",
+    "GPT-OSS: sinks, window in some layers, experts",
 ]
 
 
@@ -110,3 +117,30 @@ def test_prompts_that_must_not_be_split_are_run_whole() -> None:
     with backbone.running():
         true = naive_together(backbone, prompt, 5, {head: values[0, 1, 3]}, {})
     assert_same_scores(found.edited[0], true)
+
+
+@pytest.mark.parametrize(
+    ("family", "engine"),
+    [case for case in cases() if case.values[0] in (*QUICK, *MLPS)],
+)
+def test_mlps_are_set_as_plain_hooks_set_them(family: str, engine: str) -> None:
+    t = truth(family)
+    with t.backbone.running():
+        written = capture_mlps(t.backbone, t.prompts)
+    assert [*written] == [0, 1, 2]
+    own = torch.stack([written[layer] for layer in written], dim=1)
+    values = 3.0 * own.flip(0).mean(0)
+    versions = [Together(mlps=torch.full((1, *values.shape), torch.nan)) for _ in values]
+    for layer, version in enumerate(versions):
+        assert version.mlps is not None
+        version.mlps[0, layer] = values[layer]
+    backbone = t.backbone.in_float32()
+    with backbone.running():
+        edited = [
+            joined([naive_together(backbone, p, y, {}, {}, mlps={layer: values[layer]}) for layer in range(3)])[None]
+            for p, y in zip(t.prompts, t.targets, strict=True)
+        ]
+    true = Effects(t.injection.base, joined(edited))
+    assert_same(gaps(ENGINES[engine](t.backbone).edit_together(Prompts(t.prompts, t.targets), versions), true))
+    same = ENGINES[engine](t.backbone).edit_together(Prompts(t.prompts, t.targets), [Together(mlps=own)])
+    assert_same_scores(same.edited, t.injection.base[:, None])

@@ -102,6 +102,9 @@ class Together:
     """(prompt or 1, layer, resid_dim): d, of length 1, or of length 0 where nothing is taken out: after the block the
     hidden state h becomes h - (h . d) d."""
 
+    mlps: torch.Tensor | None = None
+    """(prompt or 1, layer, resid_dim): what the output of each layer's MLP is set to; NaN where it is left alone."""
+
     @staticmethod
     def setting(sets: Sequence[Sequence[HeadId]], values: torch.Tensor) -> Together:
         """z := ``values`` of the heads of each set: a set and its values for each prompt, or one for all."""

@@ -13,6 +13,7 @@ import torch
 
 from relfv.engine.base import Backbone, Together
 from relfv.engine.hooks import editing_inputs, editing_outputs
+from relfv.models.mlps import mlps_of
 
 Edit = Callable[[torch.Tensor], torch.Tensor]
 """(prompt, 1 + version, width) -> the same, the first of each prompt unchanged."""
@@ -29,6 +30,8 @@ def editing_together(
     for layer in range(arch.n_layers):
         if edit := _setting(backbone, versions, layer, prompts):
             inputs.append((arch.out_projs[layer], where(edit)))
+        if edit := _setting_mlp(backbone, versions, layer, prompts):
+            outputs.append((mlps_of(arch)[layer], where(edit)))
         for kind in (_removing, _adding):  # hooks of one block run in this order
             if edit := kind(backbone, versions, layer, prompts):
                 outputs.append((arch.blocks[layer], where(edit)))
@@ -52,6 +55,20 @@ def _setting(backbone: Backbone, versions: Sequence[Together], layer: int, promp
         by_head = z.unflatten(-1, (n_heads, head_dim))
         edited = torch.where(chosen, values.to(z.dtype)[:, which], by_head[:, 1:])
         return torch.cat([by_head[:, :1], edited], dim=1).flatten(2)
+
+    return edit
+
+
+def _setting_mlp(backbone: Backbone, versions: Sequence[Together], layer: int, prompts: slice) -> Edit | None:
+    """The output of the layer's MLP := the version's."""
+    alone = torch.full((backbone.arch.resid_dim,), torch.nan)
+    values = _of_layer([v.mlps for v in versions], layer, prompts, alone).to(backbone.device)
+    is_set = ~values.isnan()
+    if not is_set.any():
+        return None
+
+    def edit(written: torch.Tensor) -> torch.Tensor:
+        return torch.cat([written[:, :1], torch.where(is_set, values.to(written.dtype), written[:, 1:])], dim=1)
 
     return edit
 

@@ -20,6 +20,7 @@ from relfv.stages.cross import CROSS, CROSS_FIGURE, cross_changes, read_cross
 from relfv.stages.curve import CURVE
 from relfv.stages.function_vector import FV, STEP_E_EVAL, TOP_HEADS
 from relfv.stages.heatmap import HEATMAP
+from relfv.stages.mlps import MLP_CIE
 from relfv.stages.noise_floor import NOISE_FLOOR
 from relfv.stages.scores import AIE
 from relfv.stages.step6 import EVAL_SUMMARY
@@ -35,7 +36,7 @@ from relfv.store.status import STATUS_FILE, QidStatus, fields_of
 
 _SENTENCE_ENDS = re.compile(r"(?<=\.)\s+(?=[A-Z0-9])")
 _LINKED = (
-    SUMMARY, TOP_HEADS, AIE, TRIALS, CONTROLS_FILE, ANSWERS, STEP6_SUMMARY, SWEEPS_FILE, ABLATION, FV, HEATMAP,
+    SUMMARY, TOP_HEADS, AIE, TRIALS, CONTROLS_FILE, ANSWERS, STEP6_SUMMARY, SWEEPS_FILE, MLP_CIE, ABLATION, FV, HEATMAP,
     CURVE,
 )  # fmt: skip
 """Files that the page leads to."""
@@ -79,6 +80,7 @@ def of_qid(folder: Path, status: QidStatus) -> dict[str, Any]:
         "answers": answers and _answers(answers, controls),
         "decoded": answers and answers["fv_decoded"],
         "sweeps": _sweeps(if_there(SWEEPS_FILE)),
+        "mlps": if_there(MLP_CIE),
         "ablation": _ablation(if_there(ABLATION)),
         "heatmap": heatmap(qid.read(AIE), status.settings.score_key, heads),
         "curve": curve(layers, reference, controls, steps["best_layer"]),

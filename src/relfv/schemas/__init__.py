@@ -28,6 +28,7 @@ _DECLARED: dict[str, tuple[str, Schema]] = {
     "summary.json": ("What may be concluded.", injection.SUMMARY),
     "sweeps.json": ("Other alphas and numbers of heads.", injection.SWEEPS),
     "ablation.json": ("What is lost without heads and directions.", necessity.ABLATION),
+    "mlp_cie.json": ("The effect of every layer's MLP.", necessity.MLP_CIE),
     "qid_status.json": ("Where a q_id stands.", records.STATUS),
     "run_manifest.json": ("What ran, with which settings, versions and device.", records.MANIFEST),
     "cross_fv.json": ("Every q_id's vector on every q_id's prompts.", records.CROSS),

@@ -1,4 +1,4 @@
-"""What ``--extras ablation`` writes."""
+"""What ``--extras ablation`` and ``--extras mlp`` write."""
 
 from __future__ import annotations
 
@@ -51,6 +51,31 @@ ABLATION = record(
                 "query_source_index": array(INDEX),
                 **keys("p_clean p_shuffled", array(NUMBER)),
                 "p_without": by_name(array(nullable(NUMBER))),
+            }
+        ),
+    }
+)
+
+_MLP = record(
+    {
+        **keys("layer mean_delta_p_queries_behind_half", INDEX),
+        **keys("mean_delta_p mean_delta_logit mean_delta_logprob clean_mean_norm", nullable(NUMBER)),
+        **keys("mean_delta_p_se mean_delta_p_ci_low mean_delta_p_ci_high", nullable(NUMBER)),
+        **keys("mean_delta_p_p_value mean_delta_p_fdr", nullable(NUMBER)),
+        "best_head": nullable(record({"head": INDEX, "mean_delta_p": NUMBER})),
+    }
+)
+MLP_CIE = record(
+    {
+        **keys("q_id meaning precision", TEXT),
+        **keys("n_trials n_queries", INDEX),
+        "ci_level": NUMBER,
+        "mlps": array(_MLP),
+        "by_trial": record(
+            {
+                "query_source_index": array(INDEX),
+                "p_base": array(NUMBER),
+                "delta_p": by_name(array(nullable(NUMBER))),
             }
         ),
     }

@@ -17,6 +17,7 @@ from relfv.stages import (
     function_vector,
     heatmap,
     means,
+    mlps,
     step6,
     step6_summary,
     summary,
@@ -46,6 +47,7 @@ STAGES: tuple[Stage, ...] = (
     summary.STAGE,
     sweeps.STAGE,
     ablation.STAGE,
+    mlps.STAGE,
 )
 STEP_D = (trials.STAGE, means.STAGE, cie.STAGE)
 """What the spec calls StepD."""
