@@ -48,7 +48,7 @@ def test_tables_are_frames_with_a_row_a_unit(finished: Path) -> None:
     run = relfv.load(finished)
     frames = {
         name: getattr(run, name)()
-        for name in ("summary", "heads", "layers", "controls", "answers", "trials", "effects")
+        for name in ("summary", "heads", "layers", "controls", "answers", "ablation", "mlps", "trials", "effects")
     }
     assert all(isinstance(frame, pandas.DataFrame) for frame in frames.values())
     assert all(list(frame)[:3] == ["q_id", "name", "model"] for frame in frames.values())

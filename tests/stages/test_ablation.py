@@ -23,6 +23,7 @@ from relfv.engine.passes import capture_heads, reading_blocks
 from relfv.engine.reference import naive_together
 from relfv.language_model import open_model
 from relfv.relations import load_relations
+from relfv.report.written_tables import statuses_of, table_of
 from relfv.stages.ablation_edits import drawn_by_length, ladder, sets_of_heads
 from relfv.stages.ablation_words import verdict_of_ablation
 from relfv.types import HeadId
@@ -43,6 +44,10 @@ def test_a_finished_q_id_gets_what_plain_hooks_find_and_nothing_else_changes(
     document = json.loads(first["stepE/ablation.json"])
     assert "Enough, and needed?" in (folder / "report/index.html").read_text()
     assert main(["verify", str(folder)]) == 0
+    rows = {(r["without"], r["how"], r["layer"]): r for r in table_of("ablation", statuses_of(folder))}
+    top = document["heads"]["top"]["swapped"]
+    assert rows["top", "swapped", None]["mean_delta_logprob"] == top["mean_delta_logprob"]
+    assert rows["fv", "alone", 2]["mean_p_with"] == document["directions"]["fv"]["per_layer"]["2"]["mean_p"]
     (artifacts / "stepE/ablation.json").unlink()
     assert main(command) == 0  # what was asked for once is made again
     assert contents(artifacts) == first

@@ -18,6 +18,7 @@ from parity import largest, rounding
 from relfv.cli import main
 from relfv.engine.reference import naive_baseline, naive_together
 from relfv.language_model import open_model
+from relfv.report.written_tables import statuses_of, table_of
 
 
 def test_every_mlp_has_the_effect_that_plain_hooks_find(
@@ -32,6 +33,8 @@ def test_every_mlp_has_the_effect_that_plain_hooks_find(
     assert main(["verify", str(folder)]) == 0
     assert "CIE of its MLP in P" in (folder / "report/index.html").read_text()
     document, trials = json.loads(after["stepD_mlp/mlp_cie.json"]), json.loads(after["sampled_trials.json"])["trials"]
+    rows = table_of("mlps", statuses_of(folder))
+    assert [row["mean_delta_p_fdr"] for row in rows] == [mlp["mean_delta_p_fdr"] for mlp in document["mlps"]]
     model = open_model(str(llama_path))
     backbone = model.backbone.plain().in_float32()
     written: list[torch.Tensor] = []
