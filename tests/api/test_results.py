@@ -52,6 +52,8 @@ def test_tables_are_frames_with_a_row_a_unit(finished: Path) -> None:
     }
     assert all(isinstance(frame, pandas.DataFrame) for frame in frames.values())
     assert all(list(frame)[:3] == ["q_id", "name", "model"] for frame in frames.values())
+    assert run.ablation().empty
+    assert run.mlps().empty
     n_rows = {name: len(frame) for name, frame in frames.items()}
     assert (n_rows["summary"], n_rows["heads"], n_rows["layers"]) == (3, 2 * 24, 2 * 3)
     assert (n_rows["trials"], n_rows["effects"]) == (2 * 25, 2 * 25 * 24)

@@ -11,6 +11,7 @@ import torch
 from conftest import llama
 from parity import ENGINES, Truth, all_heads, assert_same, assert_same_scores, gaps, truth
 from relfv.engine.base import Together
+from relfv.engine.passes import capture_mlps
 from relfv.engine.readout import joined
 from relfv.engine.reference import naive_together
 from relfv.engine.shared_prefix import SharedPrefixEngine
@@ -25,10 +26,16 @@ QUICK = [
     "Falcon: ALiBi (rw)",
 ]
 
+MLPS = [
+    "GPT-NeoX, Pythia: fused qkv, parallel residual",
+    "Mixtral: window, experts",
+    "GPT-OSS: sinks, window in some layers, experts",
+]
+
 
 def versions_and_truth(t: Truth) -> tuple[list[Together], Effects]:
-    """Three versions: some heads set, for all prompts alike; other heads and values for each prompt; both, with
-    vectors after two blocks."""
+    """Four versions: some heads set, for all prompts alike; other heads and values for each prompt; both, with vectors
+    after two blocks; directions taken out after two blocks, with a vector added after one of them."""
     arch, heads = t.backbone.arch, all_heads(t.backbone)
     sets = [[heads[(5 * n + i) % len(heads)] for i in (0, 4, 9)] for n in range(len(t.prompts))]
     own = torch.stack([(1 + n) * t.values for n in range(len(t.prompts))])
@@ -36,7 +43,11 @@ def versions_and_truth(t: Truth) -> tuple[list[Together], Effects]:
     added[0, 0], added[0, 2] = t.vectors
     some = Together.setting([heads[::3]], t.values[None])
     each_its_own = Together.setting(sets, own)
-    versions = [some, each_its_own, replace(each_its_own, added=added)]
+    removed = torch.nn.functional.normalize(t.vectors.flip(0), dim=1)
+    taken_out = Together(added=added * torch.tensor([1.0, 0, 0])[:, None], removed=torch.zeros_like(added))
+    assert taken_out.removed is not None
+    taken_out.removed[0, :2] = removed
+    versions = [some, each_its_own, replace(each_its_own, added=added), taken_out]
     edited, base = [], t.injection.base
 
     def of(chosen: list[HeadId], values: torch.Tensor) -> dict[HeadId, torch.Tensor]:
@@ -50,6 +61,7 @@ def versions_and_truth(t: Truth) -> tuple[list[Together], Effects]:
                 naive_together(backbone, prompt, target, of(heads[::3], t.values), {}),
                 naive_together(backbone, prompt, target, of(sets[n], own[n]), {}),
                 naive_together(backbone, prompt, target, of(sets[n], own[n]), vectors),
+                naive_together(backbone, prompt, target, {}, {0: t.vectors[0]}, dict(enumerate(removed))),
             ]
             edited.append(joined(rows)[None])
     return versions, Effects(base, joined(edited))
@@ -105,3 +117,30 @@ def test_prompts_that_must_not_be_split_are_run_whole() -> None:
     with backbone.running():
         true = naive_together(backbone, prompt, 5, {head: values[0, 1, 3]}, {})
     assert_same_scores(found.edited[0], true)
+
+
+@pytest.mark.parametrize(
+    ("family", "engine"),
+    [case for case in cases() if case.values[0] in (*QUICK, *MLPS)],
+)
+def test_mlps_are_set_as_plain_hooks_set_them(family: str, engine: str) -> None:
+    t = truth(family)
+    with t.backbone.running():
+        written = capture_mlps(t.backbone, t.prompts)
+    assert [*written] == [0, 1, 2]
+    own = torch.stack([written[layer] for layer in written], dim=1)
+    values = 3.0 * own.flip(0).mean(0)
+    versions = [Together(mlps=torch.full((1, *values.shape), torch.nan)) for _ in values]
+    for layer, version in enumerate(versions):
+        assert version.mlps is not None
+        version.mlps[0, layer] = values[layer]
+    backbone = t.backbone.in_float32()
+    with backbone.running():
+        edited = [
+            joined([naive_together(backbone, p, y, {}, {}, mlps={layer: values[layer]}) for layer in range(3)])[None]
+            for p, y in zip(t.prompts, t.targets, strict=True)
+        ]
+    true = Effects(t.injection.base, joined(edited))
+    assert_same(gaps(ENGINES[engine](t.backbone).edit_together(Prompts(t.prompts, t.targets), versions), true))
+    same = ENGINES[engine](t.backbone).edit_together(Prompts(t.prompts, t.targets), [Together(mlps=own)])
+    assert_same_scores(same.edited, t.injection.base[:, None])

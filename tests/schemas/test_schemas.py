@@ -15,6 +15,7 @@ import relfv
 from conftest import ROOT, make_tokenizer
 from relfv.cli import main
 from relfv.schemas import ARTIFACTS, schema_of
+from relfv.settings import STUDIES
 
 jsonschema = pytest.importorskip("jsonschema")
 FILES = ROOT / "src/relfv/schemas/json"
@@ -64,7 +65,8 @@ def test_a_whole_run_with_a_skipped_q_id_sweeps_and_cross(
     finished: Path, csv_path: Path, llama_path: Path, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(finished, tmp_path / "pairs"))
-    swept = ["--alpha_sweep", "0.5", "--alpha_sweep_relative", "0.1", "--k_sweep", "1,3", "--extras", "new_queries"]
+    swept = ["--alpha_sweep", "0.5", "--alpha_sweep_relative", "0.1", "--k_sweep", "1,3"]
+    swept += ["--extras", ",".join(STUDIES)]
     command = ["run", "--model", str(llama_path), "--relation_csv_path", str(csv_path), "--out_root", str(tmp_path)]
     assert main([*command, *swept]) == 0
     assert main(["cross", str(folder)]) == 0
@@ -75,8 +77,8 @@ def test_a_single_trial_no_extras_and_a_failed_q_id(csv_path: Path, llama_path: 
     settings = {"q_list": ["A1", "C3"], "out_root": tmp_path, "n_trials_per_q": 1, "topk": 1}
     relfv.run(csv_path, str(llama_path), extras="none", **settings)
     assert "summary.json" not in assert_valid(tmp_path)
-    run = relfv.run(csv_path, str(llama_path), **settings)
-    assert "summary.json" in assert_valid(tmp_path)
+    run = relfv.run(csv_path, str(llama_path), extras="ablation,mlp", **settings)
+    assert {"summary.json", "ablation.json", "mlp_cie.json"} <= assert_valid(tmp_path)
     trials = run["A1"].artifacts / "sampled_trials.json"
     trials.chmod(0o644)
     trials.write_text(trials.read_text().replace('"seed": 0', '"seed": 1'))

@@ -52,6 +52,15 @@ class _Tables:
         """A row a query: what is written without and with the vector at the best layer. Empty without extras."""
         return self._frame("answers")
 
+    def ablation(self) -> DataFrame:
+        """A row a set of heads or direction, and how it was taken away from clean prompts: what is lost. Empty without
+        ``extras="ablation"``."""
+        return self._frame("ablation")
+
+    def mlps(self) -> DataFrame:
+        """A row a layer: the causal indirect effect of its MLP. Empty without ``extras="mlp"``."""
+        return self._frame("mlps")
+
     def trials(self) -> DataFrame:
         """A row a frozen trial: query, answer, scored token, clean and corrupted prompt."""
         return self._frame("trials")

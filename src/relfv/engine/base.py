@@ -90,7 +90,7 @@ class Backbone:
 @dataclass(frozen=True)
 class Together:
     """Edits of the last token that are made in one pass, all at once. Of every tensor a first axis of 1 is shared by
-    all prompts."""
+    all prompts. After a block a direction is taken out before a vector is added."""
 
     chosen: torch.Tensor | None = None
     """bool (prompt or 1, layer, head): the heads whose z is set."""
@@ -98,6 +98,12 @@ class Together:
     """(prompt or 1, layer, head, head_dim): what it is set to; of heads that are not chosen nothing is read."""
     added: torch.Tensor | None = None
     """(prompt or 1, layer, resid_dim): what is added to the hidden state after each block."""
+    removed: torch.Tensor | None = None
+    """(prompt or 1, layer, resid_dim): d, of length 1, or of length 0 where nothing is taken out: after the block the
+    hidden state h becomes h - (h . d) d."""
+
+    mlps: torch.Tensor | None = None
+    """(prompt or 1, layer, resid_dim): what the output of each layer's MLP is set to; NaN where it is left alone."""
 
     @staticmethod
     def setting(sets: Sequence[Sequence[HeadId]], values: torch.Tensor) -> Together:

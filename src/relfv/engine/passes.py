@@ -12,6 +12,7 @@ import torch
 
 from relfv.engine.base import Backbone, TokenIds
 from relfv.engine.hooks import editing_inputs, editing_outputs
+from relfv.models.mlps import mlps_of
 
 
 def pad_right(prompts: TokenIds, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -52,6 +53,14 @@ def reading_blocks(backbone: Backbone, prompts: TokenIds) -> Iterator[dict[int, 
     seen, reader = _recorder(backbone, prompts)
     with editing_outputs([(block, reader(layer)) for layer, block in enumerate(backbone.arch.blocks)]):
         yield seen
+
+
+def capture_mlps(backbone: Backbone, prompts: TokenIds) -> dict[int, torch.Tensor]:
+    """Layer -> float32 (N, resid_dim): the output of its MLP at the last token, on the CPU."""
+    seen, reader = _recorder(backbone, prompts)
+    with editing_outputs([(mlp, reader(layer)) for layer, mlp in mlps_of(backbone.arch).items()]):
+        last_hidden(backbone, prompts)
+    return {layer: written.cpu() for layer, written in seen.items()}
 
 
 def last_tokens(backbone: Backbone, prompts: TokenIds) -> Callable[[torch.Tensor], torch.Tensor]:

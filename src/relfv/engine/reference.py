@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
+from types import MappingProxyType
 
 import torch
 
@@ -19,6 +20,7 @@ from relfv.engine.base import Array, Backbone, Together, Vectors, in_parts, of_l
 from relfv.engine.hooks import editing_inputs, editing_outputs
 from relfv.engine.readout import joined, read_targets
 from relfv.engine.together import Edit, editing_together
+from relfv.models.mlps import mlps_of
 from relfv.progress import counted
 from relfv.types import Effects, HeadId, Prompts, TokenScores
 
@@ -43,9 +45,12 @@ def naive_together(
     target: int,
     activations: Mapping[HeadId, torch.Tensor],
     vectors: Mapping[int, torch.Tensor],
+    directions: Mapping[int, torch.Tensor] = MappingProxyType({}),
+    mlps: Mapping[int, torch.Tensor] = MappingProxyType({}),
 ) -> TokenScores:
-    """One forward pass with several heads' last-token outputs set to their ``activations`` (head_dim,), and
-    ``vectors`` (resid_dim,) added to the last token after the blocks of these layers. Fields are (1,)."""
+    """One forward pass with several heads' last-token outputs set to their ``activations`` (head_dim,), and the output
+    of the ``mlps`` of these layers to (resid_dim,); and after the blocks of these layers ``directions`` (resid_dim,),
+    of length 1, taken out of the last token, and then ``vectors`` (resid_dim,) added to it. Fields are (1,)."""
     dim = backbone.arch.head_dim
 
     def patching(layer: int) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -58,6 +63,22 @@ def naive_together(
 
         return patch
 
+    def setting(value: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        def put(written: torch.Tensor) -> torch.Tensor:
+            written = written.clone()
+            written[:, -1] = value.to(written)
+            return written
+
+        return put
+
+    def removing(direction: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        def remove(hidden: torch.Tensor) -> torch.Tensor:
+            hidden, unit = hidden.clone(), direction.to(hidden)
+            hidden[:, -1] -= (hidden[:, -1] * unit).sum(-1, keepdim=True) * unit
+            return hidden
+
+        return remove
+
     def adding(vector: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         def add(hidden: torch.Tensor) -> torch.Tensor:
             hidden = hidden.clone()
@@ -67,7 +88,9 @@ def naive_together(
         return add
 
     inputs = [(backbone.arch.out_projs[layer], patching(layer)) for layer in sorted({h.layer for h in activations})]
-    outputs = [(backbone.arch.blocks[layer], adding(vector)) for layer, vector in vectors.items()]
+    outputs = [(backbone.arch.blocks[layer], removing(direction)) for layer, direction in directions.items()]
+    outputs += [(backbone.arch.blocks[layer], adding(vector)) for layer, vector in vectors.items()]
+    outputs += [(mlps_of(backbone.arch)[layer], setting(value)) for layer, value in mlps.items()]
     with editing_inputs(inputs), editing_outputs(outputs):
         return _score_rows(backbone, prompt, target, n_rows=1)
 

@@ -13,6 +13,7 @@ import torch
 
 from relfv.engine.base import Backbone, Together
 from relfv.engine.hooks import editing_inputs, editing_outputs
+from relfv.models.mlps import mlps_of
 
 Edit = Callable[[torch.Tensor], torch.Tensor]
 """(prompt, 1 + version, width) -> the same, the first of each prompt unchanged."""
@@ -29,8 +30,11 @@ def editing_together(
     for layer in range(arch.n_layers):
         if edit := _setting(backbone, versions, layer, prompts):
             inputs.append((arch.out_projs[layer], where(edit)))
-        if edit := _adding(backbone, versions, layer, prompts):
-            outputs.append((arch.blocks[layer], where(edit)))
+        if edit := _setting_mlp(backbone, versions, layer, prompts):
+            outputs.append((mlps_of(arch)[layer], where(edit)))
+        for kind in (_removing, _adding):  # hooks of one block run in this order
+            if edit := kind(backbone, versions, layer, prompts):
+                outputs.append((arch.blocks[layer], where(edit)))
     with editing_inputs(inputs), editing_outputs(outputs):
         yield
 
@@ -41,13 +45,45 @@ def _setting(backbone: Backbone, versions: Sequence[Together], layer: int, promp
     chosen = _of_layer([v.chosen for v in versions], layer, prompts, torch.zeros(n_heads, dtype=torch.bool))
     if not chosen.any():
         return None
-    values = _of_layer([v.values for v in versions], layer, prompts, torch.zeros(n_heads, head_dim))
+    # Many versions may set different heads to the same values, which are large and are held for all layers: held once.
+    distinct = {id(v.values): v.values for v in versions}
+    which = torch.tensor([[*distinct].index(id(v.values)) for v in versions], device=backbone.device)
+    values = _of_layer([*distinct.values()], layer, prompts, torch.zeros(n_heads, head_dim))
     chosen, values = chosen[..., None].to(backbone.device), values.to(backbone.device)
 
     def edit(z: torch.Tensor) -> torch.Tensor:
         by_head = z.unflatten(-1, (n_heads, head_dim))
-        edited = torch.where(chosen, values.to(z.dtype), by_head[:, 1:])
+        edited = torch.where(chosen, values.to(z.dtype)[:, which], by_head[:, 1:])
         return torch.cat([by_head[:, :1], edited], dim=1).flatten(2)
+
+    return edit
+
+
+def _setting_mlp(backbone: Backbone, versions: Sequence[Together], layer: int, prompts: slice) -> Edit | None:
+    """The output of the layer's MLP := the version's."""
+    alone = torch.full((backbone.arch.resid_dim,), torch.nan)
+    values = _of_layer([v.mlps for v in versions], layer, prompts, alone).to(backbone.device)
+    is_set = ~values.isnan()
+    if not is_set.any():
+        return None
+
+    def edit(written: torch.Tensor) -> torch.Tensor:
+        return torch.cat([written[:, :1], torch.where(is_set, values.to(written.dtype), written[:, 1:])], dim=1)
+
+    return edit
+
+
+def _removing(backbone: Backbone, versions: Sequence[Together], layer: int, prompts: slice) -> Edit | None:
+    """The version's direction, taken out of the hidden state after the block."""
+    removed = _of_layer([v.removed for v in versions], layer, prompts, torch.zeros(backbone.arch.resid_dim))
+    if not removed.any():
+        return None
+    removed = removed.to(backbone.device)
+
+    def edit(hidden: torch.Tensor) -> torch.Tensor:
+        # Products and sums of float32, not a matrix product: on a GPU that would be TF32.
+        along = (hidden[:, 1:].float() * removed).sum(-1, keepdim=True)
+        return torch.cat([hidden[:, :1], hidden[:, 1:] - (along * removed).to(hidden.dtype)], dim=1)
 
     return edit
 

@@ -12,6 +12,7 @@ from urllib.parse import quote
 from relfv.errors import RelfvError
 from relfv.report.drawing import curve, heatmap
 from relfv.settings import FLAGS, Settings
+from relfv.stages.ablation import ABLATION, SET_TO
 from relfv.stages.answers import ANSWERS
 from relfv.stages.caveats import tells_apart
 from relfv.stages.controls import CONTROLS_FILE
@@ -19,6 +20,7 @@ from relfv.stages.cross import CROSS, CROSS_FIGURE, cross_changes, read_cross
 from relfv.stages.curve import CURVE
 from relfv.stages.function_vector import FV, STEP_E_EVAL, TOP_HEADS
 from relfv.stages.heatmap import HEATMAP
+from relfv.stages.mlps import MLP_CIE
 from relfv.stages.new_queries import NEW_QUERIES
 from relfv.stages.noise_floor import NOISE_FLOOR
 from relfv.stages.scores import AIE
@@ -35,8 +37,8 @@ from relfv.store.status import STATUS_FILE, QidStatus, fields_of
 
 _SENTENCE_ENDS = re.compile(r"(?<=\.)\s+(?=[A-Z0-9])")
 _LINKED = (
-    SUMMARY, TOP_HEADS, AIE, TRIALS, CONTROLS_FILE, ANSWERS, STEP6_SUMMARY, SWEEPS_FILE, NEW_QUERIES, FV, HEATMAP,
-    CURVE,
+    SUMMARY, TOP_HEADS, AIE, TRIALS, CONTROLS_FILE, ANSWERS, STEP6_SUMMARY, SWEEPS_FILE, NEW_QUERIES, ABLATION, MLP_CIE,
+    FV, HEATMAP, CURVE,
 )  # fmt: skip
 """Files that the page leads to."""
 
@@ -82,6 +84,8 @@ def of_qid(folder: Path, status: QidStatus) -> dict[str, Any]:
         "decoded": answers and answers["fv_decoded"],
         "sweeps": _sweeps(if_there(SWEEPS_FILE)),
         "new_queries": if_there(NEW_QUERIES),
+        "mlps": if_there(MLP_CIE),
+        "ablation": _ablation(if_there(ABLATION)),
         "heatmap": heatmap(qid.read(AIE), status.settings.score_key, heads),
         "curve": curve(layers, reference, controls, steps["best_layer"]),
         "run": run_of(folder, status),
@@ -125,6 +129,19 @@ def _sweeps(sweeps: dict[str, Any] | None) -> dict[str, Any] | None:
     if sweeps is None:
         return None
     return {"caution": sweeps["caution"], "rows": [(kind, row) for kind in KINDS for row in sweeps.get(kind) or ()]}
+
+
+def _ablation(ablation: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The table of sufficiency and necessity; what is lost without each set of heads; and, by direction, after which
+    single layer most is lost without it."""
+    if ablation is None:
+        return None
+    by_layer = {
+        name: min(of["per_layer"].items(), key=lambda item: item[1]["mean_p"] or 0.0)
+        for name, of in ablation["directions"].items()
+        if "per_layer" in of
+    }
+    return {**ablation, "lowest_layer": by_layer, "ways": [way for way in SET_TO if way in ablation["heads"]["top"]]}
 
 
 def _settings(settings: Settings) -> list[tuple[str, str, bool]]:

@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from relfv.stages.ablation import ABLATION
 from relfv.stages.answers import ANSWERS
 from relfv.stages.cie import METRICS
 from relfv.stages.controls import CONTROLS_FILE
 from relfv.stages.function_vector import STEP_E_EVAL, TOP_HEADS
+from relfv.stages.mlps import MLP_CIE
 from relfv.stages.scores import AIE, COLUMNS
 from relfv.stages.step6 import EVAL_META, EVAL_SUMMARY, EVAL_TRIALS
 from relfv.stages.step6_summary import STEP6_SUMMARY
@@ -160,6 +162,36 @@ def _effects(qid: QidFolder, _: QidStatus) -> Iterator[Row]:
     yield from read_jsonl(qid.path(METRICS))
 
 
+def _ablation(qid: QidFolder, _: QidStatus) -> Iterator[Row]:
+    document = _if_there(qid, ABLATION)
+    for what, done in [*document.get("heads", {}).items(), *document.get("directions", {}).items()]:
+        ways = {how: numbers for how, numbers in done.items() if isinstance(numbers, dict) and "mean_p" in numbers}
+        by_layer = [("alone", int(layer), numbers) for layer, numbers in done.get("per_layer", {}).items()]
+        for how, layer, numbers in [*((how, None, numbers) for how, numbers in ways.items()), *by_layer]:
+            yield {
+                "without": what,
+                "how": how,
+                "layer": layer,
+                "n_heads": done.get("n_heads"),
+                "acc_base": document["clean"]["acc"],
+                "acc_with": numbers["acc"],
+                "delta_acc": numbers["acc"] - document["clean"]["acc"],
+                "mean_p_base": document["clean"]["mean_p"],
+                "mean_p_with": numbers["mean_p"],
+                "mean_delta_p_ci_low": numbers["ci_low"],
+                "mean_delta_p_ci_high": numbers["ci_high"],
+                "mean_delta_logprob_ci_low": numbers["delta_logprob_ci_low"],
+                "mean_delta_logprob_ci_high": numbers["delta_logprob_ci_high"],
+                **{name: numbers[name] for name in ("mean_delta_p", "mean_delta_logprob")},
+                **_share("share_of_gap", numbers["share_of_gap"]),
+                "n_draws": len(numbers.get("mean_p_of_draws", ())) or None,
+            }
+
+
+def _mlps(qid: QidFolder, _: QidStatus) -> Iterator[Row]:
+    yield from _if_there(qid, MLP_CIE).get("mlps", ())
+
+
 def _share(name: str, share: dict[str, float] | None) -> Row:
     if not share:
         return {}
@@ -194,6 +226,14 @@ TABLES: dict[str, tuple[_RowsOf, tuple[str, ...]]] = {
     )),
     "controls": (_controls, ("control", "layer", "alpha", "n_eval", *_ACCURACY, *_DELTA, "n_draws")),
     "answers": (_answers, ("layer", "alpha", "query", "answer", "n_tokens", *_PAIRS)),
+    "ablation": (_ablation, (
+        "without", "how", "layer", "n_heads", *_ACCURACY, *_DELTA, "mean_delta_logprob", "mean_delta_logprob_ci_low",
+        "mean_delta_logprob_ci_high", *_GAP[:3], "n_draws",
+    )),
+    "mlps": (_mlps, (
+        "layer", "mean_delta_p", "mean_delta_logit", "mean_delta_logprob", "clean_mean_norm",
+        *(column for column in COLUMNS if column.startswith("mean_delta_p_")),
+    )),
     "trials": (_trials, (
         "trial_idx", "query_source_index", "query", "answer", "target_id", "clean_prompt", "corrupted_prompt",
     )),
@@ -202,8 +242,8 @@ TABLES: dict[str, tuple[_RowsOf, tuple[str, ...]]] = {
         *(column for m in MEASURES for column in (f"{m}_base", f"{m}_patch", f"delta_{m}")),
     )),
 }  # fmt: skip
-"""What a table has a row for, and its columns after ``COMMON``. The last two are not written: they are as large as the
-artifacts that they come from."""
+"""What a table has a row for, and its columns after ``COMMON``. Not written are those of studies, which few runs have,
+and the last two: they are as large as the artifacts that they come from."""
 WRITTEN = ("summary", "heads", "layers", "controls", "answers")
 
 

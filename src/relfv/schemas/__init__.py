@@ -6,7 +6,7 @@ them from the declarations and hold real files against them.
 
 from __future__ import annotations
 
-from relfv.schemas import heads, injection, records
+from relfv.schemas import heads, injection, necessity, records
 from relfv.schemas.notation import Schema
 
 _DECLARED: dict[str, tuple[str, Schema]] = {
@@ -28,6 +28,8 @@ _DECLARED: dict[str, tuple[str, Schema]] = {
     "summary.json": ("What may be concluded.", injection.SUMMARY),
     "sweeps.json": ("Other alphas and numbers of heads.", injection.SWEEPS),
     "new_queries.json": ("The vector on rows that no trial asks.", injection.NEW_QUERIES),
+    "ablation.json": ("What is lost without heads and directions.", necessity.ABLATION),
+    "mlp_cie.json": ("The effect of every layer's MLP.", necessity.MLP_CIE),
     "qid_status.json": ("Where a q_id stands.", records.STATUS),
     "run_manifest.json": ("What ran, with which settings, versions and device.", records.MANIFEST),
     "cross_fv.json": ("Every q_id's vector on every q_id's prompts.", records.CROSS),

@@ -118,7 +118,7 @@ ANSWERS = record(
     }
 )
 
-_SHARE = nullable(
+SHARE = nullable(
     record(
         {
             **keys("value low high high_of_mean others_up_to", NUMBER),
@@ -133,7 +133,7 @@ _RIVAL = record(
     }
 )
 _CARRIER = record(
-    {"share_of_gap": _SHARE},
+    {"share_of_gap": SHARE},
     {**keys("p acc", nullable(NUMBER)), "share_of_gap_of_draws": array(NUMBER), "layer": INDEX},
 )
 SUMMARY = record(
@@ -144,7 +144,7 @@ SUMMARY = record(
         "n_queries_of_trials": nullable(INDEX),
         **keys("half_overlap_of_top_heads chance_overlap_of_top_heads", nullable(NUMBER)),
         **keys("p acc", by_name(nullable(NUMBER))),
-        "share_of_gap": by_name(_SHARE),
+        "share_of_gap": by_name(SHARE),
         "share_of_gap_of_draws": by_name(array(NUMBER)),
         "against_random": by_name(_RIVAL),
         **keys("share_of_hidden share_of_hidden_at_the_median_layer", nullable(NUMBER)),

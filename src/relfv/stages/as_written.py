@@ -33,12 +33,12 @@ _N_DRAWS_BY_LAYER = 5
 # --- made from clean activations -------------------------------------------------------------------------------------
 
 
-def means(ground: Ground, shares: np.ndarray) -> torch.Tensor:
-    """float32 (set, layer, head, head_dim): mean clean activations by each set's ``shares`` (set, trial) of the
-    trials."""
+def means(activations: torch.Tensor, shares: np.ndarray) -> torch.Tensor:
+    """float32 (set, layer, head, head_dim): means of ``activations`` (trial, layer, head, head_dim) by each set's
+    ``shares`` (set, trial) of the trials."""
     import torch
 
-    z = ground.clean.activations.double()
+    z = activations.double()
     return (torch.from_numpy(shares) @ z.flatten(1)).view(len(shares), *z.shape[1:]).float()
 
 
@@ -113,18 +113,18 @@ class AtOnce:
 
 
 def _in_place(ground: Ground, _: float) -> list[Together]:
-    return _put([[ground.selected]], means(ground, ground.all_trials(1)))
+    return _put([[ground.selected]], means(ground.clean.activations, ground.all_trials(1)))
 
 
 def _in_place_held_out(ground: Ground, _: float) -> list[Together]:
     if ground.held_out is None:
         return []
     shares, chosen, prompt = ground.held_out
-    return _put([[chosen[i] for i in prompt]], means(ground, shares)[prompt])
+    return _put([[chosen[i] for i in prompt]], means(ground.clean.activations, shares)[prompt])
 
 
 def _random_in_place(ground: Ground, _: float) -> list[Together]:
-    return _put([[draw] for draw in ground.draws], means(ground, ground.all_trials(1)))
+    return _put([[draw] for draw in ground.draws], means(ground.clean.activations, ground.all_trials(1)))
 
 
 def _by_layer(ground: Ground, alpha: float) -> list[Together]:

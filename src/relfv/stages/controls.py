@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from relfv.settings import MODEL_SETTINGS
 from relfv.stages.as_written import FV_AS_WRITTEN, describe, edit_at_once, parts_add_up
@@ -28,20 +28,25 @@ CONTROLS_FILE = File("step6/controls.json", read_json)
 # --- the stage -----------------------------------------------------------------------------------------------------
 
 
-def _compare(work: Work) -> str:
-    model, settings, prompts = work.model, work.settings, work.once(evaluated_prompts)
-    trial_queries, deltas = work.read(TRIALS).clusters, work.read(METRICS)
-    ground = Ground(
-        model.arch,
+def ground_of(work: Work, prompt_queries: Sequence[int]) -> Ground:
+    """What the controls of a q_id are made from, for prompts with these queries."""
+    settings, deltas = work.settings, work.read(METRICS)
+    return Ground(
+        work.model.arch,
         work.once(clean_run),
-        trial_queries,
+        work.read(TRIALS).clusters,
         trial_scores(deltas.of[measure_of(settings.score_key)], settings.score_key),
         deltas.heads,
         work.read(FV),
         heads_of(work.read(TOP_HEADS)),
-        prompts.clusters,
+        prompt_queries,
         seed=f"{settings.seed}:{work.q_id}",
     )
+
+
+def _compare(work: Work) -> str:
+    model, settings, prompts = work.model, work.settings, work.once(evaluated_prompts)
+    ground = ground_of(work, prompts.clusters)
     own = Tried(work.once(injections).effects, range(model.arch.n_layers), ["fv"])
     found, norms = _try_all(work, ground)
     tried, names = [own, *found], [name for name in CONTROLS if name in norms]
@@ -61,7 +66,7 @@ def _compare(work: Work) -> str:
         },
         "notes": list(model.arch.notes),
         **describe(work, ground),
-        **judge_candidates(tried, prompts, ground.clean, trial_queries, measure_of(settings.score_key)),
+        **judge_candidates(tried, prompts, ground.clean, ground.trial_queries, measure_of(settings.score_key)),
         "at_once": edit_at_once(work, ground),
     }
     work.write(CONTROLS_FILE, json_bytes(document), content=document)

@@ -39,7 +39,7 @@ def score_heads(effects: HeadEffects, means: MeanActivations, queries: Sequence[
         columns[f"mean_{m}_base"] = np.full(delta.shape[1], base.mean())
         columns[f"mean_{m}_patch"] = effects.effects.edited.measure(m).mean(0)
     columns["clean_mean_norm"] = _norms(means, effects.heads)
-    columns |= _uncertainty(effects.effects.delta("p"), queries)
+    columns |= uncertainty(effects.effects.delta("p"), queries)
     n_trials = len(effects.effects.base.logit)
     rows = zip(*(values.tolist() for values in columns.values()), strict=True)
     return [
@@ -55,8 +55,8 @@ def _norms(means: MeanActivations, heads: Sequence[HeadId]) -> np.ndarray:
     return np.array([float(norms[head.layer, head.head]) for head in heads])
 
 
-def _uncertainty(delta_p: np.ndarray, queries: Sequence[int]) -> dict[str, np.ndarray]:
-    """(trial, head) -> columns (head,)."""
+def uncertainty(delta_p: np.ndarray, queries: Sequence[int]) -> dict[str, np.ndarray]:
+    """Of effects (trial, head) what is known of their mean -> columns (head,)."""
     mean, p_value = clustered_mean(delta_p, queries), sign_flip_p_values(delta_p, queries)
     return {
         "mean_delta_p_se": mean.se,

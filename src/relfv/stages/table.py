@@ -9,6 +9,7 @@ from typing import Any
 
 from relfv.settings import IDENTITY, Settings
 from relfv.stages import (
+    ablation,
     answers,
     cie,
     controls,
@@ -16,6 +17,7 @@ from relfv.stages import (
     function_vector,
     heatmap,
     means,
+    mlps,
     new_queries,
     step6,
     step6_summary,
@@ -45,6 +47,8 @@ STAGES: tuple[Stage, ...] = (
     answers.STAGE,
     summary.STAGE,
     sweeps.STAGE,
+    ablation.STAGE,
+    mlps.STAGE,
     new_queries.STAGE,
 )
 STEP_D = (trials.STAGE, means.STAGE, cie.STAGE)

@@ -1,0 +1,240 @@
+"""Is what the relation was found in also needed? Heads and directions taken away from clean prompts, on request
+(``--extras ablation``).
+
+A head may carry a relation that the model would get elsewhere without it, and a vector that is enough need not be used.
+So the selected heads are set to what they are on shuffled prompts, to their mean there, or to zero, and the vector's
+direction is taken out of the residual stream; beside as many random heads, the least and the most harmful ones. All of
+it at the last token, as StepD patches it: what earlier tokens do stays as it is (docs/statistics.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from relfv.settings import MODEL_SETTINGS
+from relfv.shares import Gap
+from relfv.stages.ablation_edits import (
+    SETS,
+    directions,
+    directions_taken,
+    heads_taken,
+    held_out_taken,
+    lengths_written,
+    mean_length,
+    sets_of_heads,
+)
+from relfv.stages.ablation_words import verdict_of_ablation
+from relfv.stages.cie import METRICS, corrupted_prompts
+from relfv.stages.controls import ground_of
+from relfv.stages.function_vector import FV, TOP_HEADS, heads_of
+from relfv.stages.judging import judge_vectors, mean_over_draws
+from relfv.stages.means import clean_prompts
+from relfv.stages.scores import CIE, measure_of, rank_heads
+from relfv.stages.stage import Finding, Stage, Work
+from relfv.stages.summary import SUMMARY
+from relfv.stages.trials import TRIALS
+from relfv.stages.verdict import HELD_OUT
+from relfv.stats import LEVEL, clustered_mean
+from relfv.store.folder import File, QidFolder
+from relfv.store.formats import finite, json_bytes, read_json
+from relfv.store.status import QidStatus
+from relfv.types import Effects, HeadId, Prompts
+
+if TYPE_CHECKING:
+    from relfv.engine.clean import CleanRun
+
+SET_TO = {
+    "swapped": "what they are on the same trial's shuffled prompt",
+    "mean": "their mean over shuffled prompts",
+    "zero": "zero",
+}
+RIVALS = ("random_of_layers", "random_of_norm")
+_MEANING = (
+    "Clean prompts with something taken away at the last token, each beside the same prompts left alone. swapped: "
+    "heads set to what they are on the same trial's shuffled prompt, so that only what the labels bring is taken. "
+    "mean: set to their mean over shuffled prompts, which takes what they know of the query, too. zero: to zero. all: "
+    "the direction taken out of the hidden state after every layer at once (h - (h . d) d); all_to_mean: set to what "
+    "it is there on shuffled prompts on average; per_layer: taken out after that layer alone. Changes are those of P "
+    "and log-probability of the first answer token, clustered by query. share_of_gap: of the P that right labels "
+    "bring, clean minus shuffled, how much is lost."
+)
+
+
+def judge_ablations(effects: Effects, prompts: Prompts, names: Sequence[str], gap: Gap) -> dict[str, dict[str, Any]]:
+    """``effects`` (prompt, version) with ``names`` of the versions; those of one name are draws, and numbers are means
+    over them. Name -> accuracy, P, their changes with intervals, and the share of the ``gap`` that is lost."""
+    numbers = judge_vectors(effects, prompts, names)["per_layer"]["0"]
+    base, reached = effects.base.measure("p"), mean_over_draws(effects, names)
+    for name, logprob in mean_over_draws(effects, names, "logprob").items():
+        change = clustered_mean(logprob - effects.base.measure("logprob")[:, None], prompts.clusters)
+        share = gap.share(base[:, None] - reached[name], 0)
+        numbers[name] |= {
+            "mean_delta_logprob": finite(change.mean[0]),
+            "delta_logprob_ci_low": finite(change.low[0]),
+            "delta_logprob_ci_high": finite(change.high[0]),
+            "share_of_gap": share and vars(share),
+        }
+    return numbers
+
+
+def against_random(effects: Effects, names: Sequence[str], clusters: Sequence[int]) -> dict[str, Any]:
+    """How much further P falls with the top heads swapped than with random ones, prompt by prompt; and how many draws
+    of those make it fall as far."""
+    reached, found = mean_over_draws(effects, names), {}
+    own = reached["top, swapped"]
+    for rival in (f"{which}, swapped" for which in RIVALS):
+        if rival not in reached:
+            continue
+        further = clustered_mean(reached[rival] - own, clusters)
+        draws = effects.edited.p.numpy()[:, [name == rival for name in names]].mean(0)
+        found[rival.removesuffix(", swapped")] = {
+            "falls_further_by": finite(further.mean[0]),
+            "ci_low": finite(further.low[0]),
+            "ci_high": finite(further.high[0]),
+            "n_draws": len(draws),
+            "n_draws_as_low": int((draws <= own.mean()).sum()),
+        }
+    return found
+
+
+def beside_sufficiency(summary: Mapping[str, Any], heads: Mapping[str, Any], of: Mapping[str, Any]) -> list[Any]:
+    """The table: shares of what demos bring that vector and heads make, and of what right labels bring that is lost
+    without them. ``heads`` and ``of`` are the numbers of sets of heads and of directions."""
+    shares, carriers = summary["share_of_gap"], summary["carriers"]
+
+    def carried(name: str) -> Any:
+        return carriers.get(name, {}).get("share_of_gap")
+
+    def lost(numbers: Mapping[str, Any], name: str, how: str) -> Any:
+        return numbers.get(name, {}).get(how, {}).get("share_of_gap")
+
+    rows = [
+        (f"vector added at layer {summary['layer']}", *map(shares.get, ("fv", HELD_OUT, "random_heads"))),
+        ("heads put in place", *map(carried, ("heads_in_place", "heads_in_place_held_out", "random_heads_in_place"))),
+        *(
+            (f"heads set to {words}", *(lost(heads, name, how) for name in ("top", "top_held_out", "random_of_layers")))
+            for how, words in SET_TO.items()
+        ),
+        (
+            "vector's direction taken out after every layer",
+            lost(of, "fv", "all"),
+            None,
+            lost(of, "random_heads", "all"),
+        ),
+    ]
+    asks = ["sufficient"] * 2 + ["necessary"] * (len(rows) - 2)
+    return [
+        {"asks": ask, "what": what, "share_of_gap": share, "held_out": held_out, "random": rival and rival["value"]}
+        for ask, (what, share, held_out, rival) in zip(asks, rows, strict=True)
+    ]
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+ABLATION = File("stepE/ablation.json", read_json)
+
+# --- the stage -----------------------------------------------------------------------------------------------------
+
+
+def shuffled_run(work: Work) -> CleanRun:
+    """The frozen trials' corrupted prompts, run as they are (``work.once(shuffled_run)``)."""
+    from relfv.engine.clean import run_clean
+
+    return run_clean(work.model.backbone, work.once(corrupted_prompts))
+
+
+def _ablate(work: Work) -> str:
+    settings, prompts, shuffled = work.settings, work.once(clean_prompts), work.once(shuffled_run)
+    ground, ranked = ground_of(work, prompts.clusters), rank_heads(work.read(CIE), settings.score_key)
+    cie = {head.id: head.scores[f"mean_delta_{measure_of(settings.score_key)}"] for head in ranked}
+    lengths = lengths_written(ground)
+    sets, vectors = sets_of_heads(ground, [head.id for head in ranked], cie, lengths), directions(ground)
+    taken = heads_taken(ground, shuffled, sets) + held_out_taken(ground, shuffled) + directions_taken(vectors, shuffled)
+    known, names = work.trials_per_pass.get(STAGE.name), [one.name for one in taken]
+    effects = work.model.engine.edit_together(prompts, [one.version for one in taken], per_pass=known)
+    work.trials_per_pass[STAGE.name] = effects.per_pass
+    gap = Gap(shuffled.scores.measure("p"), effects.base.measure("p"), prompts.clusters)
+    numbers = judge_ablations(effects, prompts, names, gap)
+    heads = {name: {**_about(draws, cie, lengths), **_of(name, numbers)} for name, draws in sets.items()}
+    if "top_held_out, swapped" in numbers:
+        heads["top_held_out"] = _of("top_held_out", numbers)
+    found = {name: {"length": float(v.norm(dim=1).mean()), **_of(name, numbers)} for name, v in vectors.items()}
+    document = {
+        "q_id": work.q_id,
+        "verdict": "",
+        "meaning": _MEANING,
+        "sets": {name: SETS.get(name, f"the {name.removeprefix('top_')} best heads") for name in heads},
+        "k": len(ground.selected),
+        "n_trials": len(prompts),
+        "n_queries": len(set(prompts.clusters)),
+        "precision": work.model.precision,
+        "ci_level": LEVEL,
+        "clean": _untouched(effects.base, prompts),
+        "shuffled": _untouched(shuffled.scores, prompts),
+        "heads": heads,
+        "directions": found,
+        "against_random": against_random(effects, names, prompts.clusters),
+        "table": beside_sufficiency(work.read(SUMMARY), heads, found),
+        "by_prompt": {
+            "query_source_index": list(prompts.clusters),
+            "p_clean": effects.base.measure("p").tolist(),
+            "p_shuffled": shuffled.scores.measure("p").tolist(),
+            "p_without": {
+                name: [finite(p) for p in of_name[:, 0]] for name, of_name in mean_over_draws(effects, names).items()
+            },
+        },
+    }
+    document["verdict"] = verdict_of_ablation(document, work.read(SUMMARY))
+    work.write(ABLATION, json_bytes(document), content=document)
+    return document["verdict"]
+
+
+def _about(
+    draws: Sequence[Sequence[HeadId]], cie: Mapping[HeadId, float], lengths: Mapping[HeadId, float]
+) -> dict[str, Any]:
+    """Which heads a set has, where it is no draw; how many, their mean CIE, and the mean length of what they write."""
+    its = [head for heads in draws for head in heads]
+    return {
+        "n_heads": len(draws[0]),
+        "mean_cie": float(np.mean([cie[head] for head in its])),
+        "mean_length_written": mean_length(draws, lengths),
+        **({"heads": [vars(head) for head in its]} if len(draws) == 1 else {}),
+    }
+
+
+def _of(name: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of one set of heads or direction by what was done to it, those of single layers by layer."""
+    own = {key.removeprefix(f"{name}, "): value for key, value in numbers.items() if key.startswith(f"{name}, ")}
+    per_layer = {how: own.pop(how) for how in [*own] if how.isdecimal()}
+    return {**own, **({"per_layer": per_layer} if per_layer else {})}
+
+
+def _untouched(scores: Any, prompts: Prompts) -> dict[str, Any]:
+    return {
+        "acc": float(scores.correct(prompts.right).mean()),
+        "mean_p": float(scores.measure("p").mean()),
+        "mean_logprob": float(scores.measure("logprob").mean()),
+    }
+
+
+def _agrees(folder: QidFolder, _: QidStatus) -> Iterator[Finding]:
+    document, path = folder.read(ABLATION), folder.path(ABLATION)
+    top = [HeadId(**head) for head in document["heads"]["top"]["heads"]]
+    yield Finding(path, "the heads of top_heads.json", top == heads_of(folder.read(TOP_HEADS)))
+    same = document["by_prompt"]["query_source_index"] == [*folder.read(TRIALS).clusters]
+    yield Finding(path, "the queries of sampled_trials.json", same)
+
+
+STAGE = Stage(
+    "stepE_ablation",
+    "Clean prompts without the top heads, random ones, or the vector's direction (--extras ablation).",
+    _ablate,
+    reads=(TRIALS, METRICS, CIE, FV, TOP_HEADS, SUMMARY),
+    writes=(ABLATION,),
+    settings=(*MODEL_SETTINGS, "score_key", "seed"),
+    agrees=_agrees,
+    asked=lambda settings: "ablation" in settings.studies,
+)
