@@ -202,7 +202,7 @@ NEW_QUERIES = record(
         **keys("alpha ci_level", NUMBER),
         "precision": TEXT,
         **keys("p acc", record(keys("zero_shot fv clean", NUMBER))),
-        "share_of_gap": _SHARE,
+        "share_of_gap": SHARE,
         "per_layer": by_name(record(JUDGED)),
         "queries": array(
             record(
