@@ -20,6 +20,7 @@ from relfv.stages.curve import CURVE
 from relfv.stages.function_vector import FV, STEP_E_EVAL, TOP_HEADS
 from relfv.stages.heatmap import HEATMAP
 from relfv.stages.noise_floor import NOISE_FLOOR
+from relfv.stages.replicates import REPLICATES
 from relfv.stages.scores import AIE
 from relfv.stages.step6 import EVAL_SUMMARY
 from relfv.stages.step6_summary import STEP6_SUMMARY
@@ -34,7 +35,7 @@ from relfv.store.status import STATUS_FILE, QidStatus, fields_of
 
 _SENTENCE_ENDS = re.compile(r"(?<=\.)\s+(?=[A-Z0-9])")
 _LINKED = (
-    SUMMARY, TOP_HEADS, AIE, TRIALS, CONTROLS_FILE, ANSWERS, STEP6_SUMMARY, SWEEPS_FILE, FV, HEATMAP, CURVE,
+    SUMMARY, TOP_HEADS, AIE, TRIALS, CONTROLS_FILE, ANSWERS, STEP6_SUMMARY, SWEEPS_FILE, REPLICATES, FV, HEATMAP, CURVE,
 )  # fmt: skip
 """Files that the page leads to."""
 
@@ -77,6 +78,7 @@ def of_qid(folder: Path, status: QidStatus) -> dict[str, Any]:
         "answers": answers and _answers(answers, controls),
         "decoded": answers and answers["fv_decoded"],
         "sweeps": _sweeps(if_there(SWEEPS_FILE)),
+        "replicates": if_there(REPLICATES),
         "heatmap": heatmap(qid.read(AIE), status.settings.score_key, heads),
         "curve": curve(layers, reference, controls, steps["best_layer"]),
         "run": run_of(folder, status),

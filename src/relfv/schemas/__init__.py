@@ -6,7 +6,7 @@ them from the declarations and hold real files against them.
 
 from __future__ import annotations
 
-from relfv.schemas import heads, injection, records
+from relfv.schemas import heads, injection, records, studies
 from relfv.schemas.notation import Schema
 
 _DECLARED: dict[str, tuple[str, Schema]] = {
@@ -27,6 +27,7 @@ _DECLARED: dict[str, tuple[str, Schema]] = {
     "answers.json": ("Whole answers without and with the vector.", injection.ANSWERS),
     "summary.json": ("What may be concluded.", injection.SUMMARY),
     "sweeps.json": ("Other alphas and numbers of heads.", injection.SWEEPS),
+    "replicates.json": ("How alike several draws of trials are.", studies.REPLICATES),
     "qid_status.json": ("Where a q_id stands.", records.STATUS),
     "run_manifest.json": ("What ran, with which settings, versions and device.", records.MANIFEST),
     "cross_fv.json": ("Every q_id's vector on every q_id's prompts.", records.CROSS),

@@ -16,6 +16,7 @@ from relfv.stages import (
     function_vector,
     heatmap,
     means,
+    replicates,
     step6,
     step6_summary,
     summary,
@@ -44,6 +45,7 @@ STAGES: tuple[Stage, ...] = (
     answers.STAGE,
     summary.STAGE,
     sweeps.STAGE,
+    replicates.STAGE,
 )
 STEP_D = (trials.STAGE, means.STAGE, cie.STAGE)
 """What the spec calls StepD."""
