@@ -13,10 +13,10 @@ from parity import rounding, size_in
 from relfv.cli import main
 from relfv.errors import InputError
 from relfv.settings import Settings
-from relfv.stages import draws as draws_stage
-from relfv.stages.draws import read_draws
+from relfv.stages import measured
 from relfv.stages.function_vector import read_function_vector
 from relfv.stages.means import read_means
+from relfv.stages.measured import Measured, read_measured
 from relfv.stages.scores import read_scores
 
 
@@ -33,6 +33,14 @@ def command(folder: Path, csv_path: Path, llama_path: Path) -> list[str]:
     return ["run", *where, "--q_list", "A1"]
 
 
+def draws_of(folder: Path) -> dict[int, dict[int, Measured]]:
+    found: dict[int, dict[int, Measured]] = {}
+    for name, one in read_measured(folder / "A1/artifacts/replicates/draws.safetensors")[0].items():
+        n_trials, number = map(int, name.split("."))
+        found.setdefault(n_trials, {})[number] = one
+    return found
+
+
 def document(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "A1/artifacts/replicates/replicates.json").read_text())
 
@@ -45,7 +53,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_a_draw_is_what_an_ordinary_run_with_its_seed_gives(
     replicated: Path, csv_path: Path, llama_path: Path, tmp_path: Path
 ) -> None:
-    draws, _ = read_draws(replicated / "A1/artifacts/replicates/draws.safetensors")
+    draws = draws_of(replicated)
     assert {n: [*some] for n, some in draws.items()} == {5: [0, 1, 2], 10: [0, 1, 2], 25: [0, 1, 2], 50: [0]}
     flags = ["--seed", "1", "--extras", "none"]
     assert main([*command(tmp_path / "pairs", csv_path, llama_path), *flags]) == 0
@@ -71,7 +79,7 @@ def test_a_draw_is_what_an_ordinary_run_with_its_seed_gives(
 
 def test_the_numbers_are_those_of_the_vectors_and_lists_by_hand(replicated: Path) -> None:
     said = document(replicated)
-    draws, _ = read_draws(replicated / "A1/artifacts/replicates/draws.safetensors")
+    draws = draws_of(replicated)
     for rung in said["ladder"]:
         some = draws[rung["n_trials"]]
         pairs = [(some[i], some[j]) for i, j in combinations(some, 2)]
@@ -92,13 +100,13 @@ def test_more_draws_are_added_to_those_there_are_and_fewer_take_none_away(
 ) -> None:
     folder = Path(shutil.copytree(replicated, tmp_path / "pairs"))
     before, made = files(folder), []
-    real = draws_stage.head_effects
+    real = measured.head_effects
 
     def counting(model: Any, prompts: Any, *args: Any, **options: Any) -> Any:
         made.append(len(prompts))
         return real(model, prompts, *args, **options)
 
-    monkeypatch.setattr(draws_stage, "head_effects", counting)
+    monkeypatch.setattr(measured, "head_effects", counting)
     assert main([*command(folder, csv_path, llama_path), "--replicates", "2"]) == 0
     assert files(folder) == before
     assert not made
@@ -113,7 +121,7 @@ def test_a_run_that_is_stopped_goes_on_after_the_last_draw_and_gives_the_same_by
     finished: Path, replicated: Path, csv_path: Path, llama_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Path(shutil.copytree(finished, tmp_path / "pairs"))
-    real, made, stop_after = draws_stage.head_effects, [], [4]
+    real, made, stop_after = measured.head_effects, [], [4]
 
     def stopping(*args: Any, **options: Any) -> Any:
         if len(made) in stop_after:
@@ -121,7 +129,7 @@ def test_a_run_that_is_stopped_goes_on_after_the_last_draw_and_gives_the_same_by
         made.append(1)
         return real(*args, **options)
 
-    monkeypatch.setattr(draws_stage, "head_effects", stopping)
+    monkeypatch.setattr(measured, "head_effects", stopping)
     assert main([*command(folder, csv_path, llama_path), "--replicates", "3"]) == 130
     assert main(["verify", str(folder)]) == 0  # the q_id is complete without
     stop_after.clear()

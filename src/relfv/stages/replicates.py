@@ -3,19 +3,18 @@ heads, scores and vectors are, and how that grows with the number of trials."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from relfv.settings import Settings
-from relfv.stages.agreement import agreement, cosines, mean_of_pairs, shared_heads
-from relfv.stages.cie import METRICS, heads_to_sweep
-from relfv.stages.draws import DRAWS, SO_FAR, Draw, all_draws, draw_seeds, draws_bytes, made_from, snapshot_of_draw
-from relfv.stages.function_vector import FV, TOP_HEADS, build_function_vector, heads_of
+from relfv.stages.agreement import agreement, cosines, shared_heads
+from relfv.stages.cie import METRICS
+from relfv.stages.draws import all_draws, draw_name, draw_seeds, snapshot_of_draw
+from relfv.stages.function_vector import FV, TOP_HEADS, heads_of
 from relfv.stages.judging import by_layer
 from relfv.stages.means import MEANS
+from relfv.stages.measured import Kept, Measured, cosine_of_random_heads, read_measured
 from relfv.stages.stage import Finding, Stage, Work
 from relfv.stages.step6_summary import STEP6_SUMMARY
 from relfv.stages.trials import STAGE as TRIALS_STAGE
@@ -25,12 +24,8 @@ from relfv.stats import LEVEL
 from relfv.store.folder import File, QidFolder
 from relfv.store.formats import finite, json_bytes, read_json
 from relfv.store.status import QidStatus
-from relfv.types import HeadId, MeanActivations, Snapshot
+from relfv.types import Snapshot
 
-if TYPE_CHECKING:
-    from relfv.models.architecture import Architecture
-
-_RANDOM_LISTS = 10
 MEANING = {
     "draws": "draw i has the trials of --seed seed + i; draw 0 is this run's own",
     "ladder": "n_trials: of one draw its first, all, or two draws together (0 and 1, 2 and 3, ...), each with a clean "
@@ -46,7 +41,7 @@ MEANING = {
 }
 
 
-def ladder(draws: Mapping[int, Sequence[Draw]]) -> list[dict[str, Any]]:
+def ladder(draws: Mapping[int, Sequence[Measured]]) -> list[dict[str, Any]]:
     """For each number of trials, ascending, that has two draws or more: how alike they are (agreement.py)."""
     return [
         {
@@ -96,30 +91,18 @@ def _short(cosine: float) -> str:
     return f"{cosine:.2f}" if cosine < 0.995 else f"{cosine:.4f}"
 
 
-def cosine_of_random_heads(
-    arch: Architecture, draws: Sequence[Draw], heads: Sequence[HeadId], settings: Settings
-) -> float | None:
-    """Mean cosine between vectors of ``topk`` random heads of ``heads`` each, _RANDOM_LISTS from the means of each
-    draw."""
-    rng = random.Random(f"relfv:{settings.seed}:random heads")
-    vectors = [
-        build_function_vector(arch, MeanActivations(one.means, 0), rng.sample(heads, settings.topk)).total
-        for one in draws
-        for _ in range(_RANDOM_LISTS)
-    ]
-    found = mean_of_pairs(cosines(np.stack(vectors)))
-    return found.mean if found else None
-
-
 # --- files ---------------------------------------------------------------------------------------------------------
 
 REPLICATES = File("replicates/replicates.json", read_json)
+DRAWS = File("replicates/draws.safetensors", read_measured)
+_SO_FAR = File("replicates/.draws_so_far.safetensors", read_measured)
 # --- the stage -----------------------------------------------------------------------------------------------------
 
 
 def _replicate(work: Work) -> str:
-    settings, draws = work.settings, all_draws(work)
-    full = [one for _, one in sorted(draws[settings.n_trials_per_q].items())]
+    settings, kept = work.settings, Kept(work, DRAWS, _SO_FAR)
+    draws = all_draws(work, kept)
+    full = draws[settings.n_trials_per_q]
     snapshots = [snapshot_of_draw(work, number) for number in range(settings.replicates)]
     assert work.relation
     document: dict[str, Any] = {
@@ -134,10 +117,8 @@ def _replicate(work: Work) -> str:
         "precision": work.model.precision,
         "ci_level": LEVEL,
         "samples": {"n_rows": len(work.relation.pairs), "queries_shared": _queries_shared(snapshots)},
-        "ladder": ladder({n: [one for _, one in sorted(some.items())] for n, some in draws.items()}),
-        "cosine_of_random_heads": cosine_of_random_heads(
-            work.model.arch, full, heads_to_sweep(work.model, settings), settings
-        ),
+        "ladder": ladder(draws),
+        "cosine_of_random_heads": cosine_of_random_heads(work, full),
         "cosine": [[finite(value) for value in row] for row in cosines(np.stack([one.vector for one in full]))],
         "heads_shared": shared_heads([one.heads for one in full]).astype(int).tolist(),
         "curve": _curve(work, full),
@@ -152,9 +133,8 @@ def _replicate(work: Work) -> str:
         ],
     }
     document["verdict"] = verdict(document)
-    work.write(DRAWS, draws_bytes(draws, made_from(work)))
     work.write(REPLICATES, json_bytes(document), content=document)
-    work.folder.remove(SO_FAR)
+    kept.finish()
     return document["verdict"]
 
 
@@ -164,7 +144,7 @@ def _queries_shared(snapshots: Sequence[Snapshot]) -> float:
     return float(np.mean([len(one & other) / len(one | other) for one, other in pairs]))
 
 
-def _curve(work: Work, draws: Sequence[Draw]) -> dict[str, Any]:
+def _curve(work: Work, draws: Sequence[Measured]) -> dict[str, Any]:
     """Every draw's vector, added at every layer to the same zero-shot prompts."""
     prompts, best = work.once(evaluated_prompts), work.read(STEP6_SUMMARY)["best_layer"]
     vectors = np.float32(work.settings.alpha) * np.stack([one.vector for one in draws])
@@ -195,7 +175,7 @@ def _agrees(folder: QidFolder, status: QidStatus) -> Iterator[Finding]:
     same = [one["seed"] for one in document["draws"]] == draw_seeds(settings)
     yield Finding(path, "the draws of qid_status.json", same)
     draws, _ = folder.read(DRAWS)
-    full = [one for _, one in sorted(draws[settings.n_trials_per_q].items())]
+    full = [draws[draw_name(settings.n_trials_per_q, i)] for i in range(settings.replicates)]
     own = np.array_equal(full[0].vector, folder.read(FV)) and [*full[0].heads] == heads_of(folder.read(TOP_HEADS))
     yield Finding(folder.path(DRAWS), "the q_id's own heads and vector as draw 0", own)
     there = np.array(document["cosine"], dtype=np.float64)
