@@ -163,6 +163,10 @@ class Settings:
         "vectors, with 5, 10, 25, 50 trials? (replicates/replicates.json)", ("trials", ("run",)), low=0, high=1000,
         identity=False,
     )  # fmt: skip
+    formats: str = _setting(
+        "", "other prompt formats, separated by commas: arrow (x -> y), colon (x: y), instruction (no demos), or a "
+        "JSON file of your own: whose vector works where? (formats/formats.json)", ("trials", ("run",)), identity=False,
+    )  # fmt: skip
     extras: str = _setting(
         "all", "what relfv adds to the spec's stages (controls, whole answers, verdict): all, or none, or studies that "
         f"cost more and come on top of all: {', '.join(STUDIES)}, separated by commas; a later run adds what it asks "
@@ -212,18 +216,21 @@ class Settings:
         return values if any(values) else ()
 
     def with_requests_of(self, other: Settings) -> Settings:
-        """With its own sweeps, draws and studies and those of ``other``: what was asked for once stays."""
+        """With its own sweeps, draws, formats and studies and those of ``other``: what was asked for once stays."""
         studies = self.studies | other.studies
         return replace(
             self,
             replicates=max(self.replicates, other.replicates),
+            formats=merged_formats(self.formats, other.formats),
             extras=",".join(["all", *(name for name in STUDIES if name in studies)]) if studies else self.extras,
             **{name: tuple(sorted({*getattr(self, name), *getattr(other, name)})) for name in SWEEPS},
         )
 
     def without_requests(self) -> Settings:
         """With none of them."""
-        return replace(self, extras="all" if self.has_extras else "none", replicates=0, **dict.fromkeys(SWEEPS, ()))
+        return replace(
+            self, extras="all" if self.has_extras else "none", replicates=0, formats="", **dict.fromkeys(SWEEPS, ())
+        )
 
     def departures(self) -> list[str]:
         """In what these settings depart from what the spec fixes (section 2), in words."""
@@ -292,6 +299,15 @@ def differences(
     names = sorted({**there, **here}, key=lambda name: name != "model_identity")  # the rest in its order
     values = {name: tuple(side.get(name, _DEFAULTS.get(name)) for side in (there, here)) for name in names}
     return [in_words.get(name, f"{name} was {was}, now {now}") for name, (was, now) in values.items() if was != now]
+
+
+def merged_formats(one: str, other: str) -> str:
+    """Both of two definitions of formats, as ``resolved_formats`` (stages/prompt_formats.py) writes them; where they
+    differ ``other``."""
+    defined: dict[str, dict[str, Any]] = json.loads(one or "{}")
+    for q_id, its in json.loads(other or "{}").items():
+        defined[q_id] = {**defined.get(q_id, {}), **its}
+    return json.dumps(defined, sort_keys=True, ensure_ascii=False) if defined else ""
 
 
 def _require_allowed(flag_name: str, value: Any, flag: Flag) -> None:

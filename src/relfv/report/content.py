@@ -17,6 +17,7 @@ from relfv.stages.caveats import tells_apart
 from relfv.stages.controls import CONTROLS_FILE
 from relfv.stages.cross import CROSS, CROSS_FIGURE, cross_changes, read_cross
 from relfv.stages.curve import CURVE
+from relfv.stages.formats import FORMATS_FIGURE, FORMATS_FILE
 from relfv.stages.function_vector import FV, STEP_E_EVAL, TOP_HEADS
 from relfv.stages.heatmap import HEATMAP
 from relfv.stages.noise_floor import NOISE_FLOOR
@@ -35,7 +36,8 @@ from relfv.store.status import STATUS_FILE, QidStatus, fields_of
 
 _SENTENCE_ENDS = re.compile(r"(?<=\.)\s+(?=[A-Z0-9])")
 _LINKED = (
-    SUMMARY, TOP_HEADS, AIE, TRIALS, CONTROLS_FILE, ANSWERS, STEP6_SUMMARY, SWEEPS_FILE, REPLICATES, FV, HEATMAP, CURVE,
+    SUMMARY, TOP_HEADS, AIE, TRIALS, CONTROLS_FILE, ANSWERS, STEP6_SUMMARY, SWEEPS_FILE, REPLICATES,
+    FORMATS_FILE, FORMATS_FIGURE, FV, HEATMAP, CURVE,
 )  # fmt: skip
 """Files that the page leads to."""
 
@@ -79,6 +81,7 @@ def of_qid(folder: Path, status: QidStatus) -> dict[str, Any]:
         "decoded": answers and answers["fv_decoded"],
         "sweeps": _sweeps(if_there(SWEEPS_FILE)),
         "replicates": if_there(REPLICATES),
+        "formats": if_there(FORMATS_FILE),
         "heatmap": heatmap(qid.read(AIE), status.settings.score_key, heads),
         "curve": curve(layers, reference, controls, steps["best_layer"]),
         "run": run_of(folder, status),

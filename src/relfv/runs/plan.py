@@ -17,6 +17,7 @@ from relfv.runs.figure import has_figures
 from relfv.runs.manifest import MANIFEST
 from relfv.runs.qid import has_extras, missing_requests
 from relfv.settings import Settings, differences, fingerprint_fields
+from relfv.stages.prompt_formats import q_ids_with_formats, with_formats
 from relfv.stages.table import STEP_D, is_complete, settings_of
 from relfv.stages.trials import ineligible_reason
 from relfv.store.files import remove_temporaries, require_folder, require_no_links
@@ -152,11 +153,13 @@ def chosen_relations(request: RunRequest) -> dict[str, Relation]:
     relations = load_relations(csv_path)
     chosen = list(relations) if request.q_list is None else list(dict.fromkeys(request.q_list))
     require_q_ids(chosen, relations, "--q_list", csv_path)
+    require_q_ids(q_ids_with_formats(request.settings.formats), relations, "--formats", csv_path)
     return {q_id: relations[q_id] for q_id in chosen}
 
 
 def make_plan(request: RunRequest) -> Plan:
     """Read and check the CSV and the q_ids asked for. Raises InputError."""
+    request = replace(request, settings=with_formats(request.settings))
     csv_path, relations = csv_file(request.settings.relation_csv_path), chosen_relations(request)
     folder = request.out_root / relation_name(csv_path)
     require_folder(folder, "--out_root")

@@ -28,6 +28,7 @@ _DECLARED: dict[str, tuple[str, Schema]] = {
     "summary.json": ("What may be concluded.", injection.SUMMARY),
     "sweeps.json": ("Other alphas and numbers of heads.", injection.SWEEPS),
     "replicates.json": ("How alike several draws of trials are.", studies.REPLICATES),
+    "formats.json": ("The trials in other prompt formats.", studies.FORMATS),
     "qid_status.json": ("Where a q_id stands.", records.STATUS),
     "run_manifest.json": ("What ran, with which settings, versions and device.", records.MANIFEST),
     "cross_fv.json": ("Every q_id's vector on every q_id's prompts.", records.CROSS),

@@ -93,6 +93,18 @@ def by_chance(shared: np.ndarray, k: int, n_heads: int) -> tuple[float, float]:
     return k * k / n_heads, mean if len(pairs) == 1 else min(1.0, 2 * mean)
 
 
+def common_by_chance(n_common: int, n_lists: int, k: int, n_heads: int) -> tuple[float, float]:
+    """-> (how many of ``n_heads`` so many random lists of ``k`` all share on average, P that it is ``n_common`` or
+    more): each list in turn takes a hypergeometric number of those that are left."""
+    from scipy import stats
+
+    counts = np.arange(k + 1)
+    chance = (counts == k).astype(np.float64)
+    for _ in range(n_lists - 1):
+        chance = sum(chance[left] * stats.hypergeom.pmf(counts, n_heads, left, k) for left in counts)
+    return float(n_heads * (k / n_heads) ** n_lists), float(min(1.0, np.sum(chance[n_common:])))
+
+
 def agreement(
     vectors: np.ndarray, heads: Sequence[Sequence[HeadId]], scores: np.ndarray
 ) -> dict[str, dict[str, Any] | None]:

@@ -13,6 +13,7 @@ from relfv.stages import (
     cie,
     controls,
     curve,
+    formats,
     function_vector,
     heatmap,
     means,
@@ -46,6 +47,7 @@ STAGES: tuple[Stage, ...] = (
     summary.STAGE,
     sweeps.STAGE,
     replicates.STAGE,
+    formats.STAGE,
 )
 STEP_D = (trials.STAGE, means.STAGE, cie.STAGE)
 """What the spec calls StepD."""
