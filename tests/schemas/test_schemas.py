@@ -64,7 +64,8 @@ def test_a_whole_run_with_a_skipped_q_id_sweeps_and_cross(
     finished: Path, csv_path: Path, llama_path: Path, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(finished, tmp_path / "pairs"))
-    swept = ["--alpha_sweep", "0.5", "--alpha_sweep_relative", "0.1", "--k_sweep", "1,3", "--replicates", "2", "--formats", "arrow"]
+    swept = ["--alpha_sweep", "0.5", "--alpha_sweep_relative", "0.1", "--k_sweep", "1,3"]
+    swept += ["--replicates", "2", "--formats", "arrow"]
     command = ["run", "--model", str(llama_path), "--relation_csv_path", str(csv_path), "--out_root", str(tmp_path)]
     assert main([*command, *swept]) == 0
     assert main(["cross", str(folder)]) == 0

@@ -97,7 +97,8 @@ def verdict(document: Mapping[str, Any]) -> str:
         f"Vectors of {len(names)} formats ({', '.join(names)}) have {words}, and {len(common['heads'])} of "
         f"{document['k']} heads are common to all (by chance {common['mean']:.2g}). On zero-shot prompts of a format "
         f"its own vector changes P by {changes['own']:+.3f} on average, those of other formats by "
-        f"{changes['others']:+.3f}, at the layer that is best for the own one; it is shown to be better in {n_better} of {len(minus)} cases."
+        f"{changes['others']:+.3f}, at the layer that is best for the own one; it is shown to be better in "
+        f"{n_better} of {len(minus)} cases."
     )
 
 

@@ -114,8 +114,8 @@ def _fields(one: Any, where: str, name: str) -> dict[str, Any]:
         raise InputError(f"{where}: prompt is {prompt!r}; expected {{input}} once, and after it {{output}} once")
     if not before.endswith(" ") or before[:-1] != before[:-1].rstrip():
         raise InputError(
-            f"{where}: prompt is {prompt!r}; expected one space before {{output}}, and no other white space: it belongs "
-            "to the answer's first token"
+            f"{where}: prompt is {prompt!r}; expected one space before {{output}}, and no other white space: it "
+            "belongs to the answer's first token"
         )
     if not fields.get("demos", True) and not fields.get("introduction"):
         raise InputError(f"{where}: has no demos; expected an introduction, which corrupted prompts are without")
