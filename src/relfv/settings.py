@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +155,15 @@ class Settings:
         (), "also add the vectors of these numbers of heads, e.g. 1,5,10,20,40: step6/sweeps.json",
         ("injection", ("run",)), low=1, high=MOST, identity=False,
     )  # fmt: skip
+    replicates: int = _setting(
+        0, "so many independent draws of trials, this run's and 1 or more others: how alike are their heads and "
+        "vectors, with 5, 10, 25, 50 trials? (replicates/replicates.json)", ("trials", ("run",)), low=0, high=1000,
+        identity=False,
+    )  # fmt: skip
+    formats: str = _setting(
+        "", "other prompt formats, separated by commas: arrow (x -> y), colon (x: y), instruction (no demos), or a "
+        "JSON file of your own: whose vector works where? (formats/formats.json)", ("trials", ("run",)), identity=False,
+    )  # fmt: skip
     extras: str = _setting(
         "all", "what relfv adds to the spec's stages (controls, whole answers, verdict): all, or none, or studies that "
         f"cost more and come on top of all: {', '.join(STUDIES)}, separated by commas; a later run adds what it asks "
@@ -171,6 +180,8 @@ class Settings:
             value = getattr(self, name)
             for one in value if isinstance(value, tuple) else (value,):
                 _require_allowed(f"--{name}", one, flag)
+        if self.replicates == 1:
+            raise InputError("--replicates 1: one draw has none to be compared with; expected 2 or more, or 0 for none")
         if self.extras not in ("all", "none") and not {*self.extras.split(",")} <= {"all", *STUDIES}:
             raise InputError(
                 f"--extras {self.extras!r}: expected all, none, or some of {', '.join(STUDIES)}, separated by commas"
@@ -200,19 +211,6 @@ class Settings:
         """The other alphas and k that are asked for; empty where none is."""
         values = tuple(getattr(self, name) for name in SWEEPS)
         return values if any(values) else ()
-
-    def with_requests_of(self, other: Settings) -> Settings:
-        """With its own sweeps and studies and those of ``other``: what was asked for once stays."""
-        studies = self.studies | other.studies
-        return replace(
-            self,
-            extras=",".join(["all", *(name for name in STUDIES if name in studies)]) if studies else self.extras,
-            **{name: tuple(sorted({*getattr(self, name), *getattr(other, name)})) for name in SWEEPS},
-        )
-
-    def without_requests(self) -> Settings:
-        """With none of them."""
-        return replace(self, extras="all" if self.has_extras else "none", **dict.fromkeys(SWEEPS, ()))
 
     def departures(self) -> list[str]:
         """In what these settings depart from what the spec fixes (section 2), in words."""

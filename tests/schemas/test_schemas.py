@@ -67,6 +67,7 @@ def test_a_whole_run_with_a_skipped_q_id_sweeps_and_cross(
     folder = Path(shutil.copytree(finished, tmp_path / "pairs"))
     swept = ["--alpha_sweep", "0.5", "--alpha_sweep_relative", "0.1", "--k_sweep", "1,3"]
     swept += ["--extras", ",".join(STUDIES)]
+    swept += ["--replicates", "2", "--formats", "arrow"]
     command = ["run", "--model", str(llama_path), "--relation_csv_path", str(csv_path), "--out_root", str(tmp_path)]
     assert main([*command, *swept]) == 0
     assert main(["cross", str(folder)]) == 0

@@ -178,7 +178,13 @@ def injection_curves(
     return page.canvas
 
 
-def cross(names: Sequence[str], layers: Sequence[int | None], delta_p: np.ndarray, about: str = "") -> Canvas:
+def cross(
+    names: Sequence[str],
+    layers: Sequence[int | None],
+    delta_p: np.ndarray,
+    about: str = "",
+    title: str = "Function vectors across q_ids (own framed, best dotted)",
+) -> Canvas:
     """``delta_p`` (target, source): mean change in P of each q_id's prompts with each q_id's vector, NaN where there is
     none yet; ``layers`` has each target's layer. A row's best vector has a dot, the own one is framed."""
     n = len(names)
@@ -188,7 +194,7 @@ def cross(names: Sequence[str], layers: Sequence[int | None], delta_p: np.ndarra
     rows = [name if layer is None else f"{name}, layer {layer}" for name, layer in zip(names, layers, strict=True)]
     left, below = (max(text_width(text, TICK) for text in of) for of in (rows, names))
     page = Page(
-        "Function vectors across q_ids (own framed, best dotted)", about, 1, 1, cell * n, cell * n, left=left + 26.0,
+        title, about, 1, 1, cell * n, cell * n, left=left + 26.0,
         below=below + 26.0, right=bar_width(limit),
     )  # fmt: skip
     (x, y), wide = page.places()[0], page.wide

@@ -18,11 +18,13 @@ from relfv.stages.caveats import tells_apart
 from relfv.stages.controls import CONTROLS_FILE
 from relfv.stages.cross import CROSS, CROSS_FIGURE, cross_changes, read_cross
 from relfv.stages.curve import CURVE
+from relfv.stages.formats import FORMATS_FIGURE, FORMATS_FILE
 from relfv.stages.function_vector import FV, STEP_E_EVAL, TOP_HEADS
 from relfv.stages.heatmap import HEATMAP
 from relfv.stages.mlps import MLP_CIE
 from relfv.stages.new_queries import NEW_QUERIES
 from relfv.stages.noise_floor import NOISE_FLOOR
+from relfv.stages.replicates import REPLICATES
 from relfv.stages.scores import AIE
 from relfv.stages.step6 import EVAL_SUMMARY
 from relfv.stages.step6_summary import STEP6_SUMMARY
@@ -38,7 +40,7 @@ from relfv.store.status import STATUS_FILE, QidStatus, fields_of
 _SENTENCE_ENDS = re.compile(r"(?<=\.)\s+(?=[A-Z0-9])")
 _LINKED = (
     SUMMARY, TOP_HEADS, AIE, TRIALS, CONTROLS_FILE, ANSWERS, STEP6_SUMMARY, SWEEPS_FILE, NEW_QUERIES, ABLATION, MLP_CIE,
-    FV, HEATMAP, CURVE,
+    REPLICATES, FORMATS_FILE, FORMATS_FIGURE, FV, HEATMAP, CURVE,
 )  # fmt: skip
 """Files that the page leads to."""
 
@@ -86,6 +88,8 @@ def of_qid(folder: Path, status: QidStatus) -> dict[str, Any]:
         "new_queries": if_there(NEW_QUERIES),
         "mlps": if_there(MLP_CIE),
         "ablation": _ablation(if_there(ABLATION)),
+        "replicates": if_there(REPLICATES),
+        "formats": if_there(FORMATS_FILE),
         "heatmap": heatmap(qid.read(AIE), status.settings.score_key, heads),
         "curve": curve(layers, reference, controls, steps["best_layer"]),
         "run": run_of(folder, status),

@@ -14,10 +14,12 @@ from relfv.models.sources import model_identity
 from relfv.models.stored import resolved
 from relfv.progress import at_work
 from relfv.relations import csv_file, file_sha256, load_relations, relation_name, require_q_ids, rows_sha256
+from relfv.requests import without_requests
 from relfv.runs.figure import has_figures
 from relfv.runs.manifest import MANIFEST
 from relfv.runs.qid import has_extras, missing_requests
 from relfv.settings import Settings
+from relfv.stages.prompt_formats import q_ids_with_formats, with_formats
 from relfv.stages.table import STEP_D, is_complete, settings_of
 from relfv.stages.trials import ineligible_reason
 from relfv.store.files import remove_temporaries, require_folder, require_no_links
@@ -91,7 +93,7 @@ class Plan:
     def new_status(self, q_id: str) -> QidStatus:
         """A pending status for a q_id that has none."""
         relation, settings = self.relations[q_id], self.request.settings
-        settings = settings.without_requests()  # what has been swept or studied
+        settings = without_requests(settings)  # what has been swept or studied
         rows = rows_sha256(relation, settings.corruption)
         fields = fingerprint_fields(settings, rows_sha256=rows, model_identity=self.model_identity)
         n_rows = len(relation.pairs)
@@ -153,11 +155,13 @@ def chosen_relations(request: RunRequest) -> dict[str, Relation]:
     relations = load_relations(csv_path)
     chosen = list(relations) if request.q_list is None else list(dict.fromkeys(request.q_list))
     require_q_ids(chosen, relations, "--q_list", csv_path)
+    require_q_ids(q_ids_with_formats(request.settings.formats), relations, "--formats", csv_path)
     return {q_id: relations[q_id] for q_id in chosen}
 
 
 def make_plan(request: RunRequest) -> Plan:
     """Read and check the CSV and the q_ids asked for. Raises InputError."""
+    request = replace(request, settings=with_formats(request.settings))
     csv_path, relations = csv_file(request.settings.relation_csv_path), chosen_relations(request)
     folder = request.out_root / relation_name(csv_path)
     require_folder(folder, "--out_root")

@@ -19,6 +19,7 @@ from relfv.models.context import TooLong
 from relfv.models.given import GivenModel
 from relfv.pace import Pace
 from relfv.progress import at_work
+from relfv.requests import with_requests_of
 from relfv.settings import Settings
 from relfv.signals import raise_received
 from relfv.stages import trials
@@ -109,7 +110,7 @@ def add_requests(status: QidStatus, work: Work, asked: Settings) -> None:
     """Add the sweeps and studies that ``asked`` has to those of a complete q_id, which stays complete whatever stops
     this."""
     before = status.settings
-    wanted = before.with_requests_of(asked)
+    wanted = with_requests_of(before, asked)
     for stage in missing_requests(status, asked):
         work.settings = wanted
         if stage.asked and stage.asked(wanted) != stage.asked(before):  # of other values another number may fit
@@ -120,7 +121,7 @@ def add_requests(status: QidStatus, work: Work, asked: Settings) -> None:
 def missing_requests(status: QidStatus, asked: Settings) -> list[Stage]:
     """The stages that ``asked``, or an earlier run, asks for beyond what completes the q_id, and that are not there, or
     damaged, or were asked for less."""
-    wanted = status.settings.with_requests_of(asked)
+    wanted = with_requests_of(status.settings, asked)
     return [
         stage
         for stage in asked_for(wanted)

@@ -6,7 +6,7 @@ them from the declarations and hold real files against them.
 
 from __future__ import annotations
 
-from relfv.schemas import heads, injection, necessity, records
+from relfv.schemas import heads, injection, necessity, records, studies
 from relfv.schemas.notation import Schema
 
 _DECLARED: dict[str, tuple[str, Schema]] = {
@@ -30,6 +30,8 @@ _DECLARED: dict[str, tuple[str, Schema]] = {
     "new_queries.json": ("The vector on rows that no trial asks.", injection.NEW_QUERIES),
     "ablation.json": ("What is lost without heads and directions.", necessity.ABLATION),
     "mlp_cie.json": ("The effect of every layer's MLP.", necessity.MLP_CIE),
+    "replicates.json": ("How alike several draws of trials are.", studies.REPLICATES),
+    "formats.json": ("The trials in other prompt formats.", studies.FORMATS),
     "qid_status.json": ("Where a q_id stands.", records.STATUS),
     "run_manifest.json": ("What ran, with which settings, versions and device.", records.MANIFEST),
     "cross_fv.json": ("Every q_id's vector on every q_id's prompts.", records.CROSS),

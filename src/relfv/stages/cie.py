@@ -95,7 +95,7 @@ def read_deltas(path: Path) -> TrialDeltas:
     except (ValueError, KeyError, TypeError, IndexError) as problem:
         raise RunError(f"{path}: is not a file of head effects as StepD writes them ({problem!r})") from None
     for m, values in deltas.items():
-        _require_finite(values, f"{path.name}, {m}")
+        require_finite(values, f"{path.name}, {m}")
     return TrialDeltas(tuple(heads), deltas)
 
 
@@ -113,7 +113,7 @@ def _metrics_bytes(q_id: str, effects: HeadEffects, target_ids: Sequence[int]) -
         columns: list[list[str]] = []
         for m in MEASURES:
             before, after = base[m][trial_idx], patched[m][trial_idx]
-            _require_finite(after, f"{METRICS.name}, trial {trial_idx}, {m}")
+            require_finite(after, f"{METRICS.name}, trial {trial_idx}, {m}")
             row.append(f'"{m}_base": {digits(before[None])[0]}, "{m}_patch": %s, "delta_{m}": %s')
             columns += [digits(after), digits(after - before)]
         trial = (", ".join(row) + "}\n") * len(heads)
@@ -121,7 +121,8 @@ def _metrics_bytes(q_id: str, effects: HeadEffects, target_ids: Sequence[int]) -
     return "".join(parts).encode()
 
 
-def _require_finite(values: np.ndarray, where: str) -> None:
+def require_finite(values: np.ndarray, where: str) -> None:
+    """Raise RunError, naming ``where``, for scores that are NaN or infinite."""
     if not np.isfinite(values).all():
         raise RunError(
             f"{where}: the model gave NaN or infinite scores; expected finite numbers (fp16 overflows in some models: "

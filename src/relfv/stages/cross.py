@@ -49,14 +49,19 @@ MEANING = {
 
 
 def inject_vectors(
-    model: LanguageModel, prompts: Prompts, names: Sequence[str], vectors: np.ndarray, alpha: float
+    model: LanguageModel,
+    prompts: Prompts,
+    names: Sequence[str],
+    vectors: np.ndarray,
+    alpha: float,
+    per_pass: int | None = None,
 ) -> Effects:
     """``vectors`` float32 (vector, resid_dim), times ``alpha``, after every block: ``edited`` is (prompt, layer *
     vector).
 
     Raises RunError, naming the vector, for NaN or infinite logits.
     """
-    effects = model.engine.inject(prompts, np.float32(alpha) * vectors, range(model.arch.n_layers))
+    effects = model.engine.inject(prompts, np.float32(alpha) * vectors, range(model.arch.n_layers), per_pass=per_pass)
     broken = (~np.isfinite(effects.edited.measure("logit"))).any(0).nonzero()[0]
     if len(broken):
         layer, column = divmod(int(broken[0]), len(names))

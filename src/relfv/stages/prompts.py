@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import takewhile
 
 from relfv.models.tokens import Tokens
@@ -14,18 +14,56 @@ SEPARATORS = {"input": "\n", "output": "\n\n", "instructions": ""}
 ZERO_SHOT_FORMAT = "Q: <query>\nA: "
 
 
-def few_shot_prompt(demos: Sequence[WordPair], query: str) -> str:
-    """``Q: x\\nA: y\\n\\n`` for each demo, then ``Q: query\\nA:`` with no trailing space."""
-    shown = "".join(
-        f"{PREFIXES['input']}{demo.input}{SEPARATORS['input']}{PREFIXES['output']} {demo.output}{SEPARATORS['output']}"
-        for demo in demos
-    )
-    return f"{shown}{PREFIXES['input']}{query}{SEPARATORS['input']}{PREFIXES['output']}"
+@dataclass(frozen=True)
+class PromptFormat:
+    """How pairs and a query are shown to the model."""
+
+    name: str
+    prompt: str
+    """A pair: ``{input}``, then one space and ``{output}``; a query is what stands before that space."""
+    separator: str = "\n"
+    """After each demo."""
+    introduction: str = ""
+    """Before everything."""
+    demos: bool = True
+    """False: clean prompts have the introduction and no demos, corrupted ones neither."""
+
+    def clean(self, demos: Sequence[WordPair], query: str) -> str:
+        """The introduction, the demos, then the query, with no trailing space."""
+        return f"{self.introduction}{self._shown(demos)}{self._asked(query)}"
+
+    def corrupted(self, demos: Sequence[WordPair], query: str) -> str:
+        """The same with corrupted ``demos``; without any the query alone."""
+        return self.clean(demos, query) if self.demos else self._asked(query)
+
+    def zero_shot(self, query: str) -> str:
+        """The query alone, with a trailing space as in the spec's section 8; it is dropped when the prompt is fed."""
+        return f"{self._asked(query)} "
+
+    def _shown(self, demos: Sequence[WordPair]) -> str:
+        parts = self._before, self.prompt.partition("{output}")[2]
+        return "".join(
+            f"{parts[0].replace('{input}', demo.input)} {demo.output}{parts[1]}{self.separator}"
+            for demo in (demos if self.demos else ())
+        )
+
+    def _asked(self, query: str) -> str:
+        return self._before.replace("{input}", query)
+
+    @property
+    def _before(self) -> str:
+        return self.prompt.partition(" {output}")[0]
+
+
+SPEC_FORMAT = PromptFormat(
+    "spec", f"{PREFIXES['input']}{{input}}{SEPARATORS['input']}{PREFIXES['output']} {{output}}", SEPARATORS["output"]
+)
+"""``Q: x\\nA: y\\n\\n`` for each demo, then ``Q: query\\nA:``."""
 
 
 def zero_shot_prompt(query: str) -> str:
-    """``Q: query\\nA: `` with the trailing space of the spec's section 8; it is dropped when the prompt is fed."""
-    return ZERO_SHOT_FORMAT.replace("<query>", query)
+    """``Q: query\\nA: ``."""
+    return SPEC_FORMAT.zero_shot(query)
 
 
 def prompts_to_read(
@@ -44,26 +82,28 @@ class AnswerTokens:
     """Which token tells each answer of a relation: the first (Todd et al. 2024), or the first that no other answer
     shares."""
 
-    def __init__(self, relation: Relation, tokens: Tokens, *, distinguishing: bool = False) -> None:
-        self._relation, self._tokens, self._distinguishing = relation, tokens, distinguishing
+    def __init__(
+        self, relation: Relation, tokens: Tokens, *, distinguishing: bool = False, shown: PromptFormat = SPEC_FORMAT
+    ) -> None:
+        self._relation, self._tokens, self._distinguishing, self._shown = relation, tokens, distinguishing, shown
         # An answer's tokens do not depend on what stands further in front of it than the end of the prompt.
         self._of: dict[str, Target] = {}
         for pair in relation.pairs:
             if pair.output not in self._of:
-                self._of[pair.output] = tokens.target(zero_shot_prompt(pair.input), pair.output)
+                self._of[pair.output] = tokens.target(shown.zero_shot(pair.input), pair.output)
 
     def prompted(self, trial: Trial) -> PromptedTrial:
         """The clean and the corrupted prompt of a trial, its target, and what else is right."""
         for pair in (trial.query, *trial.demos_clean):
             self._tokens.require_plain(pair.input)
             self._tokens.require_plain(pair.output)
-        word, clean = trial.query.input, few_shot_prompt(trial.demos_clean, trial.query.input)
+        word, clean = trial.query.input, self._shown.clean(trial.demos_clean, trial.query.input)
         target = self._told_apart(word, self._tokens.target(clean, trial.query.output))
         others = [answer for answer in self._relation.answers_to(word) if answer != trial.query.output]
         return PromptedTrial(
             trial=trial,
             clean_prompt=clean,
-            corrupted_prompt=few_shot_prompt(trial.demos_corrupted, word),
+            corrupted_prompt=self._shown.corrupted(trial.demos_corrupted, word),
             target=target,
             accepted=tuple((other, _told_by(self._tokens.target(clean, other), target)) for other in others),
         )

@@ -14,11 +14,13 @@ from relfv.stages import (
     cie,
     controls,
     curve,
+    formats,
     function_vector,
     heatmap,
     means,
     mlps,
     new_queries,
+    replicates,
     step6,
     step6_summary,
     summary,
@@ -50,6 +52,8 @@ STAGES: tuple[Stage, ...] = (
     ablation.STAGE,
     mlps.STAGE,
     new_queries.STAGE,
+    replicates.STAGE,
+    formats.STAGE,
 )
 STEP_D = (trials.STAGE, means.STAGE, cie.STAGE)
 """What the spec calls StepD."""

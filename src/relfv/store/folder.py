@@ -133,6 +133,10 @@ class QidFolder:
         if content is not None:
             self._parsed[path] = self._digests[path], content
 
+    def remove(self, file: File[Any]) -> None:
+        """Delete ``file``, if it is there."""
+        self.path(file).unlink(missing_ok=True)
+
     def write_together(self, contents: Mapping[Path, bytes], *, read_only: bool = False) -> None:
         """Write several files of one folder, in order, each whole or not at all."""
         write_together(contents, read_only=read_only)
