@@ -10,7 +10,7 @@ from typing import Any
 
 from relfv.errors import RelfvError
 from relfv.logs import printable
-from relfv.report.page import shown
+from relfv.report.sections import shown
 from relfv.runs.manifest import MANIFEST, manifest_runs
 from relfv.stages.stage import Finding
 from relfv.stages.table import STAGES, file_named, steps

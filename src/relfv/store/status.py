@@ -19,7 +19,7 @@ from relfv.errors import RelfvError, RunError
 from relfv.relations import is_q_id
 from relfv.settings import Settings, fingerprint
 from relfv.store.files import move_aside, read_bytes, remedy, require_hash, sha256_file, write_atomic
-from relfv.store.formats import SEAL, sealed_bytes, unsealed
+from relfv.store.formats import SEAL, is_as_sealed, sealed_bytes, unsealed
 
 State = Literal["pending", "running", "completed", "failed", "skipped"]
 HashOf = Callable[[Path], str | None]
@@ -193,7 +193,8 @@ def read_status(artifacts_dir: Path) -> QidStatus | None:
     try:
         values = json.loads(data)
         is_sealed = SEAL in values
-        values = unsealed(values, path, older="status_format" not in values)
+        if not is_as_sealed(data):
+            values = unsealed(values, path, older="status_format" not in values)
         if not is_q_id(values["q_id"]):  # file names are made of it
             raise ValueError(f"q_id {values['q_id']!r} is none")
         status = QidStatus(
