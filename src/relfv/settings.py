@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -208,7 +208,7 @@ class Settings:
 
     def to_json(self) -> dict[str, Any]:
         """As a plain dict, in the order above."""
-        return asdict(self)
+        return {name: getattr(self, name) for name in FLAGS}
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> Settings:

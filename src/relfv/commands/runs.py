@@ -40,8 +40,19 @@ def _request_flags(parser: argparse.ArgumentParser) -> None:
 def run_flags(parser: argparse.ArgumentParser) -> None:
     _request_flags(parser)
     parser.add_argument(
+        "--shard", type=_shard, metavar="I/N", help="only the I-th of every N q_ids: for N runs on a file system "
+        "without locks; 'relfv report' afterwards makes what tells of all"
+    )  # fmt: skip
+    parser.add_argument(
         "--dry_run", action="store_true", help="say what would be done, and do nothing; 'relfv doctor' also measures"
     )
+
+
+def _shard(text: str) -> tuple[int, int]:
+    i, slash, n = text.partition("/")
+    if not (slash and i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
+        raise argparse.ArgumentTypeError(f"invalid value: {text[:40]!r}; expected such as 2/4, from 1/4 to 4/4")
+    return int(i), int(n)
 
 
 def _request(args: argparse.Namespace) -> RunRequest:
@@ -59,7 +70,7 @@ def _request(args: argparse.Namespace) -> RunRequest:
 def run(args: argparse.Namespace) -> int:
     from relfv.runs import run as of_all
 
-    return of_all.run(replace(_request(args), dry_run=args.dry_run))
+    return of_all.run(replace(_request(args), dry_run=args.dry_run, shard=args.shard))
 
 
 def doctor_flags(parser: argparse.ArgumentParser) -> None:

@@ -54,7 +54,7 @@ def write_report(folder: Path) -> Path:
         raise InputError(f"{folder}: {_NO_QID}")
 
     def of_relation() -> tuple[str, dict[str, Any]]:
-        found = _statuses(folder)
+        found = statuses_in(folder)
         return _made_from(folder, found), _of_relation(folder, found)
 
     path = _write(folder, "page.html.j2", of_relation)
@@ -105,12 +105,13 @@ def page_problem(folder: Path) -> str | None:
     return "is not as it was written; 'relfv report' or the next 'relfv run' makes it again"
 
 
-def is_up_to_date(folder: Path) -> bool:
-    """Whether the page is whole, and made from what now lies beside it."""
-    return page_if_made_from(page_path(folder), _made_from(folder, _statuses(folder))) is not None
+def is_up_to_date(folder: Path, found: Mapping[Path, QidStatus | RelfvError] | None = None) -> bool:
+    """Whether the page is whole, and made from what now lies beside it: the ``statuses_in`` the folder."""
+    origin = _made_from(folder, statuses_in(folder) if found is None else found)
+    return page_if_made_from(page_path(folder), origin) is not None
 
 
-def _statuses(folder: Path) -> dict[Path, QidStatus | RelfvError]:
+def statuses_in(folder: Path) -> dict[Path, QidStatus | RelfvError]:
     """By their ``artifacts`` the q_ids right in ``folder``, or why one cannot be read."""
     found: dict[Path, QidStatus | RelfvError] = {}
     for artifacts_dir in _artifacts_dirs(folder):
@@ -181,7 +182,7 @@ def _of_index(folder: Path) -> dict[str, Any]:
     relations = []
     for relation in relations_of(folder):
         states, models = [], {}
-        for status in _statuses(relation).values():
+        for status in statuses_in(relation).values():
             if isinstance(status, RelfvError):
                 states.append("unreadable")
             else:

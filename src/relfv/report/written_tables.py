@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from relfv import __version__
 from relfv.errors import InputError, RelfvError
-from relfv.report.page import relations_of
-from relfv.report.table import find_statuses
+from relfv.report.page import relations_of, statuses_in
 from relfv.report.tables import WRITTEN, Row, columns_of, rows_of
 from relfv.store.files import require_no_links, sha256_bytes, sha256_file, write_atomic, write_together
 from relfv.store.folder import QidFolder
 from relfv.store.formats import csv_bytes, csv_cell, json_bytes, read_json, sealed, unsealed
 from relfv.store.locks import sole_writer
-from relfv.store.status import QidStatus, read_status
+from relfv.store.status import QidStatus
 
 if TYPE_CHECKING:
     from pandas import DataFrame  # type: ignore[import-not-found]
@@ -29,17 +28,11 @@ _RECORD = "made_from.json"
 
 def statuses_of(folder: Path) -> list[QidStatus]:
     """Of the q_ids right in a relation's ``folder``; one that cannot be read is said and left out."""
-    statuses = []
-    for artifacts_dir in find_statuses(folder):
-        if artifacts_dir.parent.parent != folder:
-            continue
-        try:
-            status = read_status(artifacts_dir)
-            assert status is not None
-            statuses.append(status)
-        except RelfvError as problem:
+    found = statuses_in(folder).values()
+    for problem in found:
+        if isinstance(problem, RelfvError):
             log.warning("%s", problem)
-    return statuses
+    return [status for status in found if isinstance(status, QidStatus)]
 
 
 def table_of(table: str, statuses: list[QidStatus]) -> list[Row]:
@@ -112,11 +105,11 @@ def _csvs(statuses: list[QidStatus]) -> dict[str, bytes]:
     return {f"{table}.csv": b"".join(so_far) for table, so_far in parts.items()}
 
 
-def are_up_to_date(folder: Path) -> bool:
-    """Whether the tables are whole, and made from what now lies beside them."""
+def are_up_to_date(folder: Path, statuses: list[QidStatus]) -> bool:
+    """Whether the tables are whole, and made from these ``statuses``, all of the folder."""
     try:
         record = unsealed(read_json(folder / TABLES_FOLDER / _RECORD), folder / TABLES_FOLDER / _RECORD)
-        same = record["made_from"] == _made_from(statuses_of(folder))
+        same = record["made_from"] == _made_from(statuses)
         return same and all(sha256_file(folder / TABLES_FOLDER / n) == digest for n, digest in record["files"].items())
     except (RelfvError, KeyError, TypeError, AttributeError):
         return False

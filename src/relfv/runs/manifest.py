@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "run_manifest.json"
 """Beside the q_ids' folders."""
+_OF_SHARD = MANIFEST + ".shard_{}_of_{}"
+"""That of a run that has some of the q_ids and writes no file that others write, too."""
 
 _LIBRARIES = (
     "torch",
@@ -84,8 +86,11 @@ def model_description(model: LanguageModel) -> dict[str, Any]:
     }
 
 
-def write_manifest(folder: Path, run: dict[str, Any]) -> Path:
-    """Write this run's description; earlier runs of the folder are kept under ``earlier_runs``."""
+def write_manifest(folder: Path, run: dict[str, Any], shard: tuple[int, int] | None = None) -> Path:
+    """Write this run's description; earlier runs of the folder are kept under ``earlier_runs``. That of a ``shard`` has
+    a file of its own, for ``gather_shards``."""
+    if shard:
+        return write_atomic(folder / _OF_SHARD.format(*shard), json_bytes(sealed({**run, "earlier_runs": []})))
     with sole_writer(folder):
         earlier: list[Any] = []
         previous = sound_manifest(folder)
@@ -94,6 +99,17 @@ def write_manifest(folder: Path, run: dict[str, Any]) -> Path:
         # Two runs at once take turns: each replaces its own earlier description, wherever the other has put it.
         earlier = [other for other in earlier if _identity(other) != _identity(run)]
         return write_atomic(folder / MANIFEST, json_bytes(sealed({**run, "earlier_runs": earlier})))
+
+
+def gather_shards(folder: Path) -> bool:
+    """Take what the runs of ``--shard`` have written about themselves into the manifest, oldest first. -> whether
+    there was any that it did not have."""
+    known = [_identity(run) for run in manifest_runs(folder)] if sound_manifest(folder) else []
+    runs = [read_manifest(path) for path in folder.glob(_OF_SHARD.format("*", "*"))]
+    new = [run for run in runs if _identity(run) not in known or not run.get("finished_at")]
+    for run in sorted(new, key=lambda run: str(run.get("started_at"))):
+        write_manifest(folder, run)
+    return bool(new)
 
 
 def _identity(run: dict[str, Any]) -> tuple[Any, Any]:

@@ -18,7 +18,7 @@ from relfv.models.context import TooLong
 from relfv.pace import Pace
 from relfv.progress import at_work, counted, headed
 from relfv.relations import called, named
-from relfv.report.page import is_up_to_date, page_path, write_report
+from relfv.report.page import is_up_to_date, page_path, statuses_in, write_report
 from relfv.report.written_tables import TABLES_FOLDER, are_up_to_date, write_tables
 from relfv.runs.doctor import rehearse
 from relfv.runs.figure import add_figures
@@ -33,6 +33,7 @@ from relfv.stages.table import shares
 from relfv.store.files import move_aside, require_temporary_folder, temporaries
 from relfv.store.locks import sole_writer
 from relfv.store.status import DamagedStatus, QidStatus, now
+from relfv.store.unchanged import Unchanged
 
 if TYPE_CHECKING:
     from relfv.language_model import LanguageModel
@@ -49,13 +50,16 @@ def run(request: RunRequest) -> int:
         return rehearse(request)
     plan = make_plan(request)
     started_at = now()
-    with at_work("checking", "what is completed and intact, by its hashes", unit="q_ids"):
-        unusable = {} if request.force else plan.unusable_statuses()
+    unchanged = Unchanged(plan.folder)
+    with at_work("checking", "what is completed and intact, by its hashes", unit="q_ids"), unchanged.kept():
+        finished = [] if request.force else [q for q in plan.relations if unchanged.holds(q, plan.asked(q))]
+        rest = plan.besides(set(finished))
+        unusable = {} if request.force else rest.unusable_statuses()
         if not request.force:
-            require_same_experiment(plan, besides=unusable)
-        require_reusable(plan)
+            require_same_experiment(rest, besides=unusable)
+        require_reusable(rest)
         afresh = [q_id for q_id, problem in unusable.items() if isinstance(problem, DamagedStatus)]
-        skipped, todo = _queue(plan, unreadable=set(unusable) - set(afresh), afresh=afresh)
+        skipped, todo = _queue(rest, set(unusable) - set(afresh), afresh, unchanged)
     with remembering() as said:
         _say_queue(plan, skipped, todo, n_unreadable=len(unusable) - len(afresh))
         # Before anything is written or moved: a model that cannot be opened leaves everything as it was.
@@ -67,10 +71,11 @@ def run(request: RunRequest) -> int:
         left_alone |= _write_waiting(plan, skipped, [q_id for q_id in todo if q_id not in left_alone])
         todo = [q_id for q_id in todo if q_id not in left_alone]
         if model and todo:
-            code = _run_todo(plan, todo, model, started_at)
+            with unchanged.kept():
+                code = _run_todo(plan, todo, model, started_at, unchanged)
         else:
             code = 0
-            take_names(plan.folder, plan.relations)
+            take_names(plan.folder, rest.relations)
             _finish_earlier_run(plan, started_at)
             everything = "nothing else to do" if left_alone else "everything is completed"
             n_done = len(plan.relations) - len(skipped.keys() | left_alone)
@@ -78,17 +83,22 @@ def run(request: RunRequest) -> int:
         return 1 if left_alone else code
 
 
-def _queue(plan: Plan, unreadable: Collection[str], afresh: Collection[str]) -> tuple[dict[str, str], list[str]]:
+def _queue(
+    plan: Plan, unreadable: Collection[str], afresh: Collection[str], unchanged: Unchanged
+) -> tuple[dict[str, str], list[str]]:
     """-> (q_ids to skip with reasons, q_ids that are not completed and intact, or are to be done ``afresh``)."""
     skipped: dict[str, str] = {}
     todo: list[str] = []
     for q_id in counted([*plan.relations]):
         if q_id in unreadable:
             continue
+        state = unchanged.state(q_id, plan.asked(q_id))
         if reason := plan.skip_reason(q_id):
             skipped[q_id] = reason
         elif plan.request.force or q_id in afresh or not plan.is_done(plan.status_on_disk(q_id)):
             todo.append(q_id)
+        else:
+            unchanged.note(q_id, state)
     return skipped, todo
 
 
@@ -175,7 +185,7 @@ def _write_waiting(plan: Plan, skipped: Mapping[str, str], todo: Sequence[str]) 
     return failed
 
 
-def _run_todo(plan: Plan, todo: Sequence[str], model: LanguageModel, started_at: str) -> int:
+def _run_todo(plan: Plan, todo: Sequence[str], model: LanguageModel, started_at: str, unchanged: Unchanged) -> int:
     take_names(plan.folder, {q_id: relation for q_id, relation in plan.relations.items() if q_id not in todo})
     description = {**_description(plan, started_at), "model": model_description(model)}
     write_manifest(plan.folder, description)
@@ -189,6 +199,8 @@ def _run_todo(plan: Plan, todo: Sequence[str], model: LanguageModel, started_at:
             outcomes[q_id] = "failed"
             with _its_own_trouble(q_id, set()):
                 outcomes[q_id] = _run_one(plan, q_id, model, pace)
+                if outcomes[q_id] == "completed":
+                    unchanged.note(q_id, unchanged.state(q_id, plan.asked(q_id)))
             log.info("%s %s in %.1f s", called(q_id, plan.relations[q_id].name), outcomes[q_id], pace.seconds())
             pace.end(lambda i=i: plan.n_free(todo[i + 1 :]))
             if q_id != todo[-1]:  # after the last the manifest comes first
@@ -225,9 +237,11 @@ def _finish_earlier_run(plan: Plan, started_at: str) -> None:
     if temporaries(plan.folder, below=False):
         with sole_writer(plan.folder):
             pass
-    if not are_up_to_date(plan.folder) or temporaries(plan.folder / TABLES_FOLDER):
+    found = statuses_in(plan.folder)
+    readable = [status for status in found.values() if isinstance(status, QidStatus)]
+    if not are_up_to_date(plan.folder, readable) or temporaries(plan.folder / TABLES_FOLDER):
         write_tables(plan.folder)
-    if not is_up_to_date(plan.folder) or temporaries(page_path(plan.folder).parent):
+    if not is_up_to_date(plan.folder, found) or temporaries(page_path(plan.folder).parent):
         log.info("report: %s", write_report(plan.folder))
 
 
