@@ -16,7 +16,7 @@ from relfv.models.stored import resolved
 from relfv.progress import at_work
 from relfv.relations import csv_file, file_sha256, load_relations, relation_name, require_q_ids, rows_sha256
 from relfv.runs.figure import has_figures
-from relfv.runs.manifest import MANIFEST
+from relfv.runs.manifest import MANIFEST, OF_SHARD
 from relfv.runs.qid import has_extras, has_sweeps
 from relfv.settings import Settings, differences, fingerprint_fields
 from relfv.stages.table import STEP_D, is_complete, settings_of
@@ -62,6 +62,10 @@ class Plan:
     relations: dict[str, Relation]
     csv_sha256: str
     model_identity: str
+
+    def own(self, name: str) -> Path:
+        """A file beside the q_ids' folders; a shard has its own, which no other run writes."""
+        return self.folder / (f"{name}{OF_SHARD.format(*shard)}" if (shard := self.request.shard) else name)
 
     def artifacts_dir(self, q_id: str) -> Path:
         """``<out_root>/<REL>/<Q>/artifacts``."""

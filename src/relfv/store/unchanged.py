@@ -14,21 +14,22 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from relfv.errors import RelfvError
-from relfv.store.files import entries_below, sha256_bytes, write_atomic
+from relfv.store.files import entries_below, remove_temporaries, sha256_bytes, write_atomic
 from relfv.store.formats import read_json
 from relfv.store.locks import sole_writer
 
 log = logging.getLogger(__name__)
 
-_FILE = ".unchanged.json"
-"""In a relation's folder. It only saves time: without it everything is hashed again."""
+_FILE = ".locks/.unchanged.json"
+"""Below a relation's folder. It only saves time: without it everything is hashed again."""
 
 
 class Unchanged:
     """Of a relation's ``folder``."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, *, keep: bool = True) -> None:
+        """With ``keep`` False it is only looked at."""
+        self._folder, self._keep = folder, keep
         self._noted: dict[str, str] = {}
         self._known = self._on_disk()
 
@@ -58,12 +59,13 @@ class Unchanged:
         try:
             yield
         finally:
-            if self._noted:
+            if self._noted and self._keep:
                 self._write()
 
     def _write(self) -> None:
         try:
             with sole_writer(self._folder):
+                remove_temporaries((self._folder / _FILE).parent)
                 content = {**self._on_disk(), **self._noted}
                 write_atomic(self._folder / _FILE, json.dumps(content).encode())
         except RelfvError as problem:
