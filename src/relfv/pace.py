@@ -30,7 +30,7 @@ class Pace:
         """A q_id starts."""
         self._of_this, self._stage = {}, None
         self._started = time.monotonic()
-        self._waiting -= 1
+        self._waiting = max(0, self._waiting - 1)
 
     def begin_stage(self, name: str) -> float | None:
         """The present q_id comes to a stage, or to another layer of it. -> seconds that the stage took before."""

@@ -103,8 +103,8 @@ def write_manifest(path: Path, run: dict[str, Any]) -> Path:
 def gather_shards(folder: Path) -> bool:
     """Take what the runs of ``--shard`` have written of themselves into the manifest. -> whether it lacked any."""
     path = folder / MANIFEST
-    there = manifest_runs(path) if sound_manifest(path) else []
     runs = [run for shard in folder.glob(MANIFEST + OF_SHARD.format("*", "*")) for run in manifest_runs(shard)]
+    there = manifest_runs(path) if runs and sound_manifest(path) else []
     new = [run for run in runs if run not in there]
     for run in sorted(new, key=lambda run: str(run.get("started_at"))):
         write_manifest(path, run)

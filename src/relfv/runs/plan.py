@@ -32,6 +32,17 @@ STEP_D_FIELDS = frozenset({"rows_sha256", "model_identity", "algorithm_version"}
 
 
 @dataclass(frozen=True)
+class OnRay:
+    """A Ray cluster to run on."""
+
+    address: str
+    """``auto`` for the one that is there, ``local`` for one of this machine alone, or where its head is."""
+    gpus_per_worker: float = 1.0
+    workers: int | None = None
+    """None for as many as fit."""
+
+
+@dataclass(frozen=True)
 class RunRequest:
     """One call of ``relfv run``."""
 
@@ -47,6 +58,8 @@ class RunRequest:
     """Results whose StepD files are taken into new folders instead of computing them again."""
     shard: tuple[int, int] | None = None
     """(i, n): only the i-th of the chosen q_ids, and every n-th after it, for file systems without locks."""
+    ray: OnRay | None = None
+    """Where the q_ids are shared out, if not to this process."""
     given: GivenModel | None = None
     """A model that is open already, in place of the one that the settings name."""
 

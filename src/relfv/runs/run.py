@@ -21,6 +21,7 @@ from relfv.report.written_tables import TABLES_FOLDER, are_up_to_date, write_tab
 from relfv.runs.doctor import rehearse
 from relfv.runs.manifest import MANIFEST, run_description, sound_manifest, write_manifest
 from relfv.runs.naming import take_names
+from relfv.runs.on_ray import RayCrew
 from relfv.runs.plan import Plan, RunRequest, make_plan, require_same_experiment
 from relfv.runs.qid import its_own_trouble
 from relfv.runs.rehearsal import outline_for
@@ -28,7 +29,7 @@ from relfv.runs.reuse import require_reusable
 from relfv.runs.so_far import SoFar
 from relfv.runs.worker import Worker
 from relfv.store.files import move_aside, require_temporary_folder, temporaries
-from relfv.store.locks import sole_writer
+from relfv.store.locks import require_locks, sole_writer
 from relfv.store.status import DamagedStatus, QidStatus, now
 from relfv.store.unchanged import Unchanged
 
@@ -62,6 +63,8 @@ def run(request: RunRequest) -> int:
         if request.force:
             _move_all_aside(plan)
         with logging_to(plan.own("run.log"), said), unchanged.kept():
+            if todo and not request.shard:
+                require_locks(plan.folder)
             left_alone = _move_damaged_aside(plan, unusable)
             left_alone |= _write_waiting(plan, skipped, [q_id for q_id in todo if q_id not in left_alone])
             todo = [q_id for q_id in todo if q_id not in left_alone]
@@ -105,7 +108,7 @@ def _say_queue(plan: Plan, skipped: Mapping[str, str], todo: Sequence[str], n_un
         log.info("%d q_ids to run, %d completed before, %d skipped", len(todo), done, len(skipped))
 
 
-def _opened(plan: Plan) -> Worker:
+def _opened(plan: Plan) -> Worker | RayCrew:
     """Who runs the q_ids, with the model of the request opened.
 
     Raises InputError if it cannot be opened, or has too few heads.
@@ -115,7 +118,7 @@ def _opened(plan: Plan) -> Worker:
         require_temporary_folder()
         with at_work(f"opening {settings.model}", "loading PyTorch and transformers"):
             outline_for(settings)  # before its weights are read, which may take minutes
-    return Worker.opened(plan)
+    return RayCrew(plan, plan.request.ray) if plan.request.ray else Worker.opened(plan)
 
 
 def _move_all_aside(plan: Plan) -> None:
@@ -170,7 +173,7 @@ def _write_waiting(plan: Plan, skipped: Mapping[str, str], todo: Sequence[str]) 
     return failed
 
 
-def _run_todo(plan: Plan, todo: Sequence[str], workers: Worker, started_at: str, unchanged: Unchanged) -> int:
+def _run_todo(plan: Plan, todo: Sequence[str], workers: Worker | RayCrew, started_at: str, unchanged: Unchanged) -> int:
     take_names(plan.folder, {q_id: relation for q_id, relation in plan.relations.items() if q_id not in todo})
     description = {**_description(plan, started_at), "model": workers.description}
     write_manifest(plan.own(MANIFEST), description)

@@ -59,6 +59,12 @@ def sole_writer(folder: Path) -> Iterator[None]:
         yield
 
 
+def require_locks(folder: Path) -> None:
+    """Raise RunError where the file system has none: once, and not for every q_id."""
+    with lock(folder / ".locks" / ".shared.lock", wait_s=0.0):
+        pass
+
+
 def held_by(path: Path) -> str | None:
     """Who holds this lock, or None. The lock itself is asked: a process number may be another one's by now, and says
     nothing of another container or host."""

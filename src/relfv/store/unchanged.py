@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 _FILE = ".locks/.unchanged.json"
 """Below a relation's folder. It only saves time: without it everything is hashed again."""
+_FEWEST = 100
+"""q_ids. Fewer are hashed in no time, so there nothing is kept."""
 
 
 class Unchanged:
@@ -59,7 +61,7 @@ class Unchanged:
         try:
             yield
         finally:
-            if self._noted and self._keep:
+            if self._noted and self._keep and len(self._known | self._noted) >= _FEWEST:
                 self._write()
 
     def _write(self) -> None:
