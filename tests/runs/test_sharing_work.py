@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -150,13 +151,13 @@ def test_the_slurm_script_is_requeued_when_its_time_is_up_and_goes_on(
     commands, state = tmp_path / "bin", tmp_path / "state"
     for folder in (commands, state):
         folder.mkdir()
-    fake = {**FAKE, "relfv": f'#!/bin/bash\nexec {sys.executable} -m relfv "$@"\n'}
+    flags = shlex.join(arguments(llama_path, many_csv, tmp_path / "out", *SMALL)[1:])
+    fake = {**FAKE, "relfv": f'#!/bin/bash\nexec {sys.executable} -m relfv "$@" {flags}\n'}  # the last ones count
     for name, text in fake.items():
         (commands / name).write_text(text)
         (commands / name).chmod(0o755)
     environment = {**os.environ, "PATH": f"{commands}:{os.environ['PATH']}", "STATE": str(state), "TASKS": "1"}
-    script, flags = ROOT / "examples/slurm.sbatch", arguments(llama_path, many_csv, tmp_path / "out", *SMALL)[1:]
-    job = subprocess.Popen(["sbatch", str(script), *flags], cwd=tmp_path, env=environment)
+    job = subprocess.Popen(["sbatch", str(ROOT / "examples/slurm.sbatch")], cwd=tmp_path, env=environment)
     folder = tmp_path / "out/many"
     while not list(folder.glob("*/artifacts/cie_scores.csv")):
         assert job.poll() is None
