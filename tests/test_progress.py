@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import pickle
 import pty
 import re
 import struct
@@ -143,3 +144,18 @@ def test_q_ids_that_another_run_took_say_nothing_of_the_pace_and_are_not_waited_
     pace.end(pytest.fail)
     assert pace.heading() == "[3/4, 100 s left] "
     assert pace.left() == pytest.approx(100)
+
+
+def test_the_pace_of_thousands_of_q_ids_takes_no_more_room_than_that_of_ten() -> None:
+    """Its time left stands in front of every log line, so it must not add up all q_ids before this one."""
+
+    def behind(n: int) -> Pace:
+        pace = Pace(n + 1, {"a": 0.5, "b": 0.5})
+        for _ in range(n):
+            pace.begin()
+            pace.begin_stage("a")
+            pace.begin_stage("b")
+            pace.end()
+        return pace
+
+    assert len(pickle.dumps(behind(3000))) < len(pickle.dumps(behind(10))) + 100

@@ -23,7 +23,7 @@ def commands_page() -> str:
     parts = [
         f"# The command line\n\n{HOW} `relfv COMMAND --help` says the same.\n\nExit codes: 0 done; 1 a run failed, or "
         "results do not hold; 2 nothing was computed, what was given is wrong; 130 and 143 stopped by SIGINT and "
-        "SIGTERM. What each setting means beyond its line here: [Settings](settings.md).\n"
+        "SIGTERM, 138 by SIGUSR1. What each setting means beyond its line here: [Settings](settings.md).\n"
     ]
     for name, parser in commands.choices.items():
         about = " ".join((parser.description or "").split())

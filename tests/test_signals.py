@@ -79,7 +79,7 @@ def test_handlers_are_put_back_and_what_is_ignored_stays_ignored() -> None:
         signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
 def test_an_interrupt_while_flags_are_read_is_an_interrupt_too(
     number: int, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:

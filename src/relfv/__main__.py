@@ -12,6 +12,7 @@ import sys
 def main(script: str | None = None) -> int:
     """``relfv <command> ...``, or the command of one script. Returns the exit code."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGUSR1, lambda *_: sys.exit(138))
     try:
         from relfv import cli
     except KeyboardInterrupt:

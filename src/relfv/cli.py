@@ -22,7 +22,7 @@ from relfv.commands.parsing import Parser
 from relfv.errors import RelfvError
 from relfv.logs import drop_output, set_up_logging, show
 from relfv.settings import DEFAULT_OUT_ROOT, FLAGS, MAX_SEED, MOST, SPEC_CSV
-from relfv.signals import Terminated, as_exceptions
+from relfv.signals import Terminated, TimeIsUp, as_exceptions
 from relfv.store.files import remedy
 
 log = logging.getLogger("relfv.cli")
@@ -86,6 +86,9 @@ def _execute(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int
     except KeyboardInterrupt:
         log.error("interrupted")
         return 130
+    except TimeIsUp:
+        log.error("told by SIGUSR1 that its time is up; the same command goes on from here")
+        return 138
     except Terminated:
         log.error("terminated")
         return 143
@@ -154,9 +157,14 @@ def _report_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from relfv.report.page import write_pages
+    from relfv.report.page import relations_of, write_pages
+    from relfv.report.written_tables import write_tables
+    from relfv.runs.manifest import gather_shards
     from relfv.runs.naming import take_names_below
 
+    for relation in relations_of(args.folder):
+        if gather_shards(relation):
+            write_tables(relation)
     take_names_below(args.folder)
     show(write_pages(args.folder))
     return 0

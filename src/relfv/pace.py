@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from statistics import mean
 
 from relfv.progress import at_hand, duration
 
@@ -20,8 +19,9 @@ class Pace:
         """``total`` q_ids, each of the stages ``shares``, in order: what part of a q_id's time each takes as a rule."""
         self._total, self._done, self._waiting = total, 0, total
         self._shares = dict(shares or {"": 1.0})
-        self._took: dict[str, list[float]] = {}
-        """Of the q_ids before this one, by stage."""
+        self._took: dict[str, tuple[float, int]] = {}
+        """By stage the seconds of the q_ids before this one, and how many had it: of 10,000 no list is added up for
+        every line of a log."""
         self._of_this: dict[str, float] = {}
         self._stage: str | None = None
         self._started = self._stage_started = time.monotonic()
@@ -30,14 +30,14 @@ class Pace:
         """A q_id starts."""
         self._of_this, self._stage = {}, None
         self._started = time.monotonic()
-        self._waiting -= 1
+        self._waiting = max(0, self._waiting - 1)
 
     def begin_stage(self, name: str) -> float | None:
         """The present q_id comes to a stage, or to another layer of it. -> seconds that the stage took before."""
         if name != self._stage:
             self._end_stage()
             self._stage, self._stage_started = name, time.monotonic()
-        return mean(self._took[name]) if name in self._took else None
+        return self._mean(name) if name in self._took else None
 
     def end(self, waiting: Callable[[], int] | None = None) -> None:
         """It ended. Where another run took it, it says nothing of the pace, and ``waiting`` counts the q_ids that are
@@ -45,7 +45,8 @@ class Pace:
         was_run = self._stage is not None
         self._end_stage()
         for name, seconds in self._of_this.items():
-            self._took.setdefault(name, []).append(seconds)
+            total, count = self._took.get(name, (0.0, 0))
+            self._took[name] = total + seconds, count + 1
         self._done, self._of_this = self._done + 1, {}
         if waiting and not was_run:
             self._waiting = waiting()
@@ -75,7 +76,7 @@ class Pace:
 
     def _usual(self) -> dict[str, float] | None:
         """Seconds a q_id needs for each stage: as timed, else from its share and the time of what is behind."""
-        timed = {name: mean(took) for name, took in {**_each(self._of_this), **self._took}.items()}
+        timed = {**self._of_this, **{name: self._mean(name) for name in self._took}}
         behind = {name: (self._shares.get(name, 0.0), seconds) for name, seconds in timed.items()}
         if self._stage and self._stage not in timed and (task := at_hand()) and task.total:
             counted = task.done / task.total
@@ -89,12 +90,12 @@ class Pace:
             usual[self._stage] = seconds * self._shares[self._stage] / part
         return usual
 
+    def _mean(self, name: str) -> float:
+        total, count = self._took[name]
+        return total / count
+
     def _end_stage(self) -> None:
         if self._stage is not None:
             seconds = time.monotonic() - self._stage_started
             self._of_this[self._stage] = self._of_this.get(self._stage, 0.0) + seconds
         self._stage = None
-
-
-def _each(seconds: Mapping[str, float]) -> dict[str, list[float]]:
-    return {name: [value] for name, value in seconds.items()}

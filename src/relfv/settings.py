@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -226,7 +226,7 @@ class Settings:
 
     def to_json(self) -> dict[str, Any]:
         """As a plain dict, in the order above."""
-        return asdict(self)
+        return {name: getattr(self, name) for name in FLAGS}
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> Settings:

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as exceptions, also where a library makes something else of them.
+"""SIGINT, SIGTERM and SIGUSR1 as exceptions, also where a library makes something else of them.
 
 Python raises them wherever it happens to be: within a callback of Matplotlib's C++, say, which turns any error there
 into a ValueError of its own. So what came is remembered, and ``raise_received`` says it again.
@@ -16,13 +16,22 @@ class Terminated(BaseException):
     """SIGTERM arrived."""
 
 
-_EXCEPTIONS: dict[int, type[BaseException]] = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
+class TimeIsUp(Terminated):
+    """SIGUSR1 arrived: a scheduler's word, as it is usual on clusters, that the job's time is about to end."""
+
+
+_EXCEPTIONS: dict[int, type[BaseException]] = {
+    signal.SIGINT: KeyboardInterrupt,
+    signal.SIGTERM: Terminated,
+    signal.SIGUSR1: TimeIsUp,
+}
 _received: list[int] = []
 
 
 @contextmanager
 def as_exceptions() -> Iterator[None]:
-    """While open, in the main thread: SIGINT raises KeyboardInterrupt, SIGTERM Terminated."""
+    """While open, in the main thread: SIGINT raises KeyboardInterrupt, SIGTERM Terminated, SIGUSR1
+    TimeIsUp."""
     _received.clear()
     before = {number: signal.getsignal(number) for number in _EXCEPTIONS}
     # What the caller wants ignored, as a shell does for SIGINT in the background, stays ignored.

@@ -13,6 +13,7 @@ from folders import rewrite, status, write_status
 from relfv.cli import build_parser, main
 from relfv.commands.flags import settings_from
 from relfv.errors import InputError
+from relfv.report import page
 from relfv.report.content import command_of
 from relfv.report.page import page_path, write_report
 from relfv.report.table import natural_key, status_table
@@ -259,3 +260,28 @@ def test_status_says_what_is_left_while_a_run_goes(copied: Path, capsys: pytest.
     said = capsys.readouterr().out
     assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\n", said)
     assert said.count("1 completed, 1 running") == 1
+
+
+def test_each_of_very_many_q_ids_has_a_page_of_its_own_which_is_made_anew_only_when_its_files_change(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page, "MOST_ON_ONE_PAGE", 1)
+    index = write_report(copied).read_text()
+    own = {q_id: copied / f"report/q_ids/{q_id}.html" for q_id in ("A1", "B2")}
+    assert "prompt by prompt" not in index
+    for q_id, path in own.items():
+        assert f'href="q_ids/{q_id}.html#{q_id}"' in index
+        html = path.read_text()
+        assert "prompt by prompt" in html
+        for link in re.findall(r'(?:href|src)="([^"#]+)"', html.partition("<main")[2]):
+            assert link.startswith("q_ids/") or (copied / "report" / link).resolve().is_file(), (
+                link
+            )  # <base> is report/
+    before = {path: path.stat().st_mtime_ns for path in own.values()}
+    summarise(copied, verdict="All is well. Or not.")
+    assert write_report(copied).read_text().count("<tr>") == index.count("<tr>")
+    assert "All is well." in own["A1"].read_text()
+    assert own["B2"].stat().st_mtime_ns == before[own["B2"]]
+    own["B2"].write_text(own["B2"].read_text().replace("B2", "B3"))
+    write_report(copied)
+    assert "B3" not in own["B2"].read_text()

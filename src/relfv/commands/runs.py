@@ -4,12 +4,13 @@ what it calls."""
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from relfv.commands.flags import DEFAULTS, path_flag, q_ids_from, settings_from
-from relfv.settings import DEFAULT_OUT_ROOT, SPEC_CSV
+from relfv.commands.flags import DEFAULTS, path_flag, q_ids_from, settings_from, whole_number
+from relfv.settings import DEFAULT_OUT_ROOT, MOST, SPEC_CSV
 
 if TYPE_CHECKING:
     from relfv.runs.plan import RunRequest
@@ -40,8 +41,37 @@ def _request_flags(parser: argparse.ArgumentParser) -> None:
 def run_flags(parser: argparse.ArgumentParser) -> None:
     _request_flags(parser)
     parser.add_argument(
+        "--ray", nargs="?", const="auto", metavar="ADDRESS", help="run the q_ids on a Ray cluster: the one that is "
+        "there, at an address, or local (needs relfv[ray], and a results folder that all nodes share)"
+    )  # fmt: skip
+    parser.add_argument(
+        "--gpus_per_worker", type=_gpus, default=1.0, metavar="G", help="GPUs of each --ray worker; 0 for CPU workers, "
+        "0.5 for two workers a GPU"
+    )  # fmt: skip
+    parser.add_argument(
+        "--workers", type=whole_number(1, MOST), default=None, metavar="N", help="--ray workers (default: all that fit)"
+    )
+    parser.add_argument(
+        "--shard", type=_shard, metavar="I/N", help="only the I-th of every N q_ids: for N runs on a file system "
+        "without locks; 'relfv report' afterwards makes what tells of all"
+    )  # fmt: skip
+    parser.add_argument(
         "--dry_run", action="store_true", help="say what would be done, and do nothing; 'relfv doctor' also measures"
     )
+
+
+def _shard(text: str) -> tuple[int, int]:
+    i, slash, n = text.partition("/")
+    if not (slash and i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
+        raise argparse.ArgumentTypeError(f"invalid value: {text[:40]!r}; expected such as 2/4, from 1/4 to 4/4")
+    return int(i), int(n)
+
+
+def _gpus(text: str) -> float:
+    with suppress(ValueError):
+        if 0 <= (gpus := float(text)) <= 64 and (gpus <= 1 or gpus.is_integer()):
+            return gpus
+    raise argparse.ArgumentTypeError(f"invalid value: {text[:40]!r}; expected such as 0, 0.5, 1 or 2")
 
 
 def _request(args: argparse.Namespace) -> RunRequest:
@@ -58,8 +88,10 @@ def _request(args: argparse.Namespace) -> RunRequest:
 
 def run(args: argparse.Namespace) -> int:
     from relfv.runs import run as of_all
+    from relfv.runs.plan import OnRay
 
-    return of_all.run(replace(_request(args), dry_run=args.dry_run))
+    on_ray = OnRay(args.ray, args.gpus_per_worker, args.workers) if args.ray else None
+    return of_all.run(replace(_request(args), dry_run=args.dry_run, shard=args.shard, ray=on_ray))
 
 
 def doctor_flags(parser: argparse.ArgumentParser) -> None:

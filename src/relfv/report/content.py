@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import re
 import shlex
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -173,30 +174,42 @@ def _text(value: Any) -> str:
 def run_of(folder: Path, status: QidStatus) -> dict[str, Any]:
     """What the manifest says of the run that made a q_id, as far as it can be read: no times, so that a page made after
     a killed run is the same page."""
-    run: dict[str, Any] = {"shape": "shape not recorded", "device": "a device not recorded", "notes": [], "facts": {}}
+    path = folder / "run_manifest.json"
     try:
-        manifest = read_json(folder / "run_manifest.json")
+        stat = path.stat()
         identity = status.fingerprint_fields.get("model_identity")
-        for one in [manifest, *manifest.get("earlier_runs", [])]:
-            if "model" in one and status.q_id in one["q_list"] and one["model_identity"] == identity:
-                opened = one["model"]
-                return {
-                    "shape": f"{opened['n_layers']} layers × {opened['n_heads']} heads",
-                    "device": f"{opened['device']}, {opened['device_name']}",
-                    "notes": list(map(str, opened.get("notes", []))),
-                    "facts": {
-                        "model class": opened.get("class"),
-                        "family": opened.get("family"),
-                        "engine": opened.get("engine"),
-                        "relfv": one.get("relfv_version"),
-                        **{name: version for name, version in one["versions"].items() if version},
-                        "git commit": one.get("git_commit"),
-                        "sha256 of the CSV": one.get("csv_sha256"),
-                    },
-                }
-    except (RelfvError, KeyError, TypeError, AttributeError):
+        for q_ids, made_with, described in _runs_at(path, (stat.st_ino, stat.st_mtime_ns, stat.st_size)):
+            if status.q_id in q_ids and made_with == identity:
+                return described
+    except (OSError, RelfvError, KeyError, TypeError, AttributeError):
         pass
-    return run
+    return {"shape": "shape not recorded", "device": "a device not recorded", "notes": [], "facts": {}}
+
+
+@lru_cache(maxsize=4)
+def _runs_at(path: Path, _: tuple[int, ...]) -> list[tuple[frozenset[str], str, dict[str, Any]]]:
+    """Of each run in a manifest in this state its q_ids, the model's identity, and what is shown: once, not for every
+    q_id."""
+    manifest, found = read_json(path), []
+    for one in [manifest, *manifest.get("earlier_runs", [])]:
+        if "model" in one:
+            opened = one["model"]
+            described = {
+                "shape": f"{opened['n_layers']} layers × {opened['n_heads']} heads",
+                "device": f"{opened['device']}, {opened['device_name']}",
+                "notes": list(map(str, opened.get("notes", []))),
+                "facts": {
+                    "model class": opened.get("class"),
+                    "family": opened.get("family"),
+                    "engine": opened.get("engine"),
+                    "relfv": one.get("relfv_version"),
+                    **{name: version for name, version in one["versions"].items() if version},
+                    "git commit": one.get("git_commit"),
+                    "sha256 of the CSV": one.get("csv_sha256"),
+                },
+            }
+            found.append((frozenset(one["q_list"]), one["model_identity"], described))
+    return found
 
 
 def models_of(folder: Path, statuses: list[QidStatus]) -> list[dict[str, Any]]:

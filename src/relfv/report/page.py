@@ -4,19 +4,16 @@ where a results folder holds several relations."""
 from __future__ import annotations
 
 import json
-import re
-from functools import cache
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-
 from relfv import __version__
 from relfv.errors import InputError, RelfvError
-from relfv.logs import printable
 from relfv.relations import called
-from relfv.report.content import cross_of, link, models_of, of_qid, run_of, with_arrow
+from relfv.report.content import cross_of, link, models_of, with_arrow
+from relfv.report.sealed_page import page_if_made_from, sealed_from, with_seal
+from relfv.report.sections import MOST_ON_ONE_PAGE, environment, shown_apart, shown_once, told
 from relfv.report.table import find_statuses
 from relfv.stages.cross import CROSS
 from relfv.store.files import read_bytes, require_no_links, sha256_bytes, sha256_file, write_atomic
@@ -55,7 +52,12 @@ def write_report(folder: Path) -> Path:
     """
     if not _artifacts_dirs(folder):
         raise InputError(f"{folder}: {_NO_QID}")
-    path = _write(folder, lambda: _of_relation(folder), "page.html.j2", lambda: _made_from(folder))
+
+    def of_relation() -> tuple[str, dict[str, Any]]:
+        found = statuses_in(folder)
+        return _made_from(folder, found), _of_relation(folder, found)
+
+    path = _write(folder, "page.html.j2", of_relation)
     above = folder.absolute().parent
     if _has_index(above):
         write_index(above)
@@ -65,44 +67,29 @@ def write_report(folder: Path) -> Path:
 def _has_index(folder: Path) -> bool:
     """Whether an index of ours is there: it is no relation's page, and no file of somebody else's."""
     try:
-        return _sealed_from(read_bytes(page_path(folder))) is not None and folder not in relations_of(folder)
+        return sealed_from(read_bytes(page_path(folder))) is not None and folder not in relations_of(folder)
     except OSError:
         return False
 
 
 def write_index(folder: Path) -> Path:
     """Write ``folder/report/index.html``, which leads to the pages of the relations below ``folder``."""
-    return _write(folder, lambda: _of_index(folder), "index.html.j2", lambda: sha256_bytes(__version__.encode()))
+    return _write(folder, "index.html.j2", lambda: (sha256_bytes(__version__.encode()), _of_index(folder)))
 
 
-def _write(folder: Path, content: Any, template: str, made_from: Any) -> Path:
+def _write(folder: Path, template: str, content: Callable[[], tuple[str, dict[str, Any]]]) -> Path:
+    """``content``: a hash of what the page is made from, and what the template takes."""
     require_no_links(folder / "report", below=folder)
     path = page_path(folder)
     # What is written last must also have been read last, or one of two runs would leave out what the other did.
     with sole_writer(path.parent):
-        origin = made_from()
-        return write_atomic(path, _with_seal(_environment().get_template(template).render(**content()), origin))
-
-
-@cache
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("relfv.report"), undefined=StrictUndefined, autoescape=True, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters["percent"] = lambda share: f"{round(100 * share) + 0}%"
-    environment.filters["visible"] = lambda token: printable(token.replace("\n", "⏎").replace(" ", "·"))
-    return environment
+        origin, values = content()
+        return write_atomic(path, with_seal(environment().get_template(template).render(**values), origin))
 
 
 def page_path(folder: Path) -> Path:
     """Where the page of ``folder`` is."""
     return folder / "report" / "index.html"
-
-
-# --- its seal: a hash of itself, and of what it was made from ---------------------------------------------------------
-
-_SEAL = re.compile(rb"<!-- made from (\w{64}), sha256 of what is above: (\w{64}) -->\n")
 
 
 def page_problem(folder: Path) -> str | None:
@@ -113,81 +100,40 @@ def page_problem(folder: Path) -> str | None:
         return None
     except OSError as problem:
         return f"cannot be read ({problem.strerror})"
-    if _sealed_from(page) or page.endswith(b"</html>"):  # as earlier versions ended theirs
+    if sealed_from(page) or page.endswith(b"</html>"):  # as earlier versions ended theirs
         return None
     return "is not as it was written; 'relfv report' or the next 'relfv run' makes it again"
 
 
-def is_up_to_date(folder: Path) -> bool:
-    """Whether the page is whole, and made from what now lies beside it."""
-    try:
-        page = read_bytes(page_path(folder))
-    except OSError:
-        return False
-    return _sealed_from(page) == _made_from(folder)
+def is_up_to_date(folder: Path, found: Mapping[Path, QidStatus | RelfvError] | None = None) -> bool:
+    """Whether the page is whole, and made from what now lies beside it: the ``statuses_in`` the folder."""
+    origin = _made_from(folder, statuses_in(folder) if found is None else found)
+    return page_if_made_from(page_path(folder), origin) is not None
 
 
-def _with_seal(page: str, made_from: str) -> bytes:
-    above = page.encode() + b"\n"
-    return above + f"<!-- made from {made_from}, sha256 of what is above: {sha256_bytes(above)} -->\n".encode()
-
-
-def _sealed_from(page: bytes) -> str | None:
-    """What a page was made from, if it is as it was written."""
-    above, _, last = page.removesuffix(b"\n").rpartition(b"\n")
-    found = _SEAL.fullmatch(last + b"\n")
-    return found[1].decode() if found and found[2].decode() == sha256_bytes(above + b"\n") else None
-
-
-def _made_from(folder: Path) -> str:
-    """A hash of what the page tells of, but for times: a status that was only written again asks for no new page."""
-    told: list[Any] = [__version__, sha256_file(folder / CROSS)]
+def statuses_in(folder: Path) -> dict[Path, QidStatus | RelfvError]:
+    """By their ``artifacts`` the q_ids right in ``folder``, or why one cannot be read."""
+    found: dict[Path, QidStatus | RelfvError] = {}
     for artifacts_dir in _artifacts_dirs(folder):
         try:
             status = read_status(artifacts_dir)
             assert status is not None
-            told.append(_told(folder, status))
+            found[artifacts_dir] = status
         except RelfvError as problem:
-            told.append([artifacts_dir.parent.name, str(problem)])
-    return sha256_bytes(json.dumps(told).encode())
+            found[artifacts_dir] = problem
+    return found
 
 
-def _told(folder: Path, status: QidStatus) -> list[Any]:
-    files = [record.files for record in status.stages.values()]
-    where = [status.q_id, status.name, status.status, status.reason, status.q_row_count]
-    return [*where, status.settings.to_json(), files, run_of(folder, status)]
+def _made_from(folder: Path, found: Mapping[Path, QidStatus | RelfvError]) -> str:
+    """A hash of what the page tells of, but for times: a status that was only written again asks for no new page."""
+    of_each = [
+        [artifacts_dir.parent.name, str(status)] if isinstance(status, RelfvError) else told(folder, status)
+        for artifacts_dir, status in found.items()
+    ]
+    return sha256_bytes(json.dumps([__version__, sha256_file(folder / CROSS), *of_each]).encode())
 
 
 # --- what is on it ---------------------------------------------------------------------------------------------------
-
-
-def shown(folder: Path, status: QidStatus) -> dict[str, Any]:
-    """What the page of a relation's ``folder`` shows of a completed q_id: its ``row`` of the table and its ``section``,
-    as they stand there, and ``why`` no share is shown. Raises an exception of any kind where its files are of another
-    shape than relfv writes."""
-    content = of_qid(folder, status)
-    templates = _environment()
-    # Each on its own: what a template cannot show must not take the others with it. Both are escaped already.
-    return {
-        "why": content["share"]["why"],
-        "row": Markup(templates.get_template("row.html.j2").render(q=content)),
-        "section": Markup(templates.get_template("qid.html.j2").render(q=content)),
-    }
-
-
-_SHOWN: dict[Path, tuple[list[Any], dict[str, Any]]] = {}
-"""By its status' path what was shown of a q_id, and of which state of its files."""
-
-
-def _shown_once(folder: Path, status: QidStatus) -> dict[str, Any]:
-    """``shown``, made anew only where a file has changed: a run writes its page after every q_id."""
-    files = [status.artifacts_dir / name for record in status.stages.values() for name in record.files]
-    stats = [path.stat() if path.exists() else None for path in files]
-    state = [_told(folder, status), [stat and (stat.st_mtime_ns, stat.st_size, stat.st_ino) for stat in stats]]
-    path = status.path.absolute()
-    if path not in _SHOWN or _SHOWN[path][0] != state:
-        _SHOWN[path] = state, shown(folder, status)
-    return _SHOWN[path][1]
 
 
 def _artifacts_dirs(folder: Path) -> list[Path]:
@@ -195,17 +141,17 @@ def _artifacts_dirs(folder: Path) -> list[Path]:
     return [path for path in find_statuses(folder) if path.parent.parent == folder]
 
 
-def _of_relation(folder: Path) -> dict[str, Any]:
+def _of_relation(folder: Path, found: Mapping[Path, QidStatus | RelfvError]) -> dict[str, Any]:
     completed: list[dict[str, Any]] = []
     others: list[dict[str, str]] = []
-    statuses: list[QidStatus] = []
-    for artifacts_dir in _artifacts_dirs(folder):
+    statuses = [status for status in found.values() if isinstance(status, QidStatus)]
+    apart = sum(status.status == "completed" for status in statuses) > MOST_ON_ONE_PAGE
+    for artifacts_dir, status in found.items():
         try:
-            status = read_status(artifacts_dir)
-            assert status is not None
-            statuses.append(status)
+            if isinstance(status, RelfvError):
+                raise status
             if status.status == "completed":
-                completed.append(_shown_once(folder, status))
+                completed.append((shown_apart if apart else shown_once)(folder, status))
             else:
                 named = called(status.q_id, with_arrow(status.name))
                 others.append({"q_id": named, "status": status.status, "reason": status.reason or ""})
@@ -221,6 +167,7 @@ def _of_relation(folder: Path) -> dict[str, Any]:
         "is_going_on": bool({"pending", "running"} & set(states)),
         "reasons": {q["why"] for q in completed} - {""},
         "completed": completed,
+        "apart": apart,
         "others": others,
         "cross": cross_of(folder),
     }
@@ -235,14 +182,12 @@ def _of_index(folder: Path) -> dict[str, Any]:
     relations = []
     for relation in relations_of(folder):
         states, models = [], {}
-        for artifacts_dir in _artifacts_dirs(relation):
-            try:
-                status = read_status(artifacts_dir)
-                assert status is not None
+        for status in statuses_in(relation).values():
+            if isinstance(status, RelfvError):
+                states.append("unreadable")
+            else:
                 states.append(status.status)
                 models[status.settings.model] = None
-            except RelfvError:
-                states.append("unreadable")
         page = page_path(relation)
         found = {"name": relation.resolve().name, "models": list(models), "counts": _counted(states)}
         relations.append({**found, "page": link(folder, page) if page.is_file() else ""})

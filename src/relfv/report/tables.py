@@ -252,15 +252,16 @@ def columns_of(table: str) -> tuple[str, ...]:
     return COMMON + TABLES[table][1]
 
 
-def rows_of(table: str, status: QidStatus) -> list[Row]:
-    """The rows of one q_id: none but in ``summary`` unless it is completed. Every row has every column.
+def rows_of(table: str, status: QidStatus, qid: QidFolder | None = None) -> list[Row]:
+    """The rows of one q_id: none but in ``summary`` unless it is completed. Every row has every column. Several tables
+    of one ``qid`` read each of its files once.
 
     Raises an exception of any kind where its files are of another shape than relfv writes.
     """
     common: Row = {"q_id": status.q_id, "name": status.name or None, "model": status.settings.model}
     if table == "summary":
         common |= {"status": status.status, "reason": status.reason, "n_rows": status.q_row_count}
-    qid, columns = QidFolder(status.artifacts_dir, status.q_id), columns_of(table)
+    qid, columns = qid or QidFolder(status.artifacts_dir, status.q_id), columns_of(table)
     found: Sequence[Row] = list(TABLES[table][0](qid, status)) if status.status == "completed" else ()
     if table == "summary" and not found:
         found = ({},)

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from relfv import __version__
 from relfv.errors import InputError, RelfvError
-from relfv.report.page import relations_of
-from relfv.report.table import find_statuses
+from relfv.report.page import relations_of, statuses_in
 from relfv.report.tables import WRITTEN, Row, columns_of, rows_of
 from relfv.store.files import require_no_links, sha256_bytes, sha256_file, write_atomic, write_together
+from relfv.store.folder import QidFolder
 from relfv.store.formats import csv_bytes, csv_cell, json_bytes, read_json, sealed, unsealed
 from relfv.store.locks import sole_writer
-from relfv.store.status import QidStatus, read_status
+from relfv.store.status import QidStatus
 
 if TYPE_CHECKING:
     from pandas import DataFrame  # type: ignore[import-not-found]
@@ -28,28 +28,24 @@ _RECORD = "made_from.json"
 
 def statuses_of(folder: Path) -> list[QidStatus]:
     """Of the q_ids right in a relation's ``folder``; one that cannot be read is said and left out."""
-    statuses = []
-    for artifacts_dir in find_statuses(folder):
-        if artifacts_dir.parent.parent != folder:
-            continue
-        try:
-            status = read_status(artifacts_dir)
-            assert status is not None
-            statuses.append(status)
-        except RelfvError as problem:
+    found = statuses_in(folder).values()
+    for problem in found:
+        if isinstance(problem, RelfvError):
             log.warning("%s", problem)
-    return statuses
+    return [status for status in found if isinstance(status, QidStatus)]
 
 
 def table_of(table: str, statuses: list[QidStatus]) -> list[Row]:
     """All rows of a table. A q_id whose files cannot be read has none, which is said."""
-    rows: list[Row] = []
-    for status in statuses:
-        try:
-            rows += rows_of(table, status)
-        except Exception as problem:  # whatever one folder holds, the others get their rows
-            log.warning("%s is left out of the table %s: %s", status.q_id, table, problem)
-    return rows
+    return [row for status in statuses for row in _rows_of(table, status)]
+
+
+def _rows_of(table: str, status: QidStatus, qid: QidFolder | None = None) -> list[Row]:
+    try:
+        return rows_of(table, status, qid)
+    except Exception as problem:  # whatever one folder holds, the others get their rows
+        log.warning("%s is left out of the table %s: %s", status.q_id, table, problem)
+        return []
 
 
 def write_tables(folder: Path) -> Path:
@@ -59,7 +55,7 @@ def write_tables(folder: Path) -> Path:
     # What is written last must also have been read last, or one of two runs would leave out what the other did.
     with sole_writer(place):
         statuses = statuses_of(folder)
-        files = {f"{table}.csv": _csv(table, statuses) for table in WRITTEN}
+        files = _csvs(statuses)
         record = {"made_from": _made_from(statuses), "files": {n: sha256_bytes(data) for n, data in files.items()}}
         contents = {**files, _RECORD: json_bytes(sealed(record))}
         write_together({place / name: data for name, data in contents.items()})
@@ -98,16 +94,22 @@ def _parquet(frame: DataFrame) -> bytes:
         ) from None
 
 
-def _csv(table: str, statuses: list[QidStatus]) -> bytes:
-    rows = ([csv_cell(value) for value in row.values()] for row in table_of(table, statuses))
-    return csv_bytes([columns_of(table), *rows])
+def _csvs(statuses: list[QidStatus]) -> dict[str, bytes]:
+    """The tables' files, q_id after q_id: the rows of one are in memory, and each of its files is read once."""
+    parts = {table: [csv_bytes([columns_of(table)])] for table in WRITTEN}
+    for status in statuses:
+        qid = QidFolder(status.artifacts_dir, status.q_id)
+        for table, so_far in parts.items():
+            rows = _rows_of(table, status, qid)
+            so_far.append(csv_bytes([csv_cell(value) for value in row.values()] for row in rows))
+    return {f"{table}.csv": b"".join(so_far) for table, so_far in parts.items()}
 
 
-def are_up_to_date(folder: Path) -> bool:
-    """Whether the tables are whole, and made from what now lies beside them."""
+def are_up_to_date(folder: Path, statuses: list[QidStatus]) -> bool:
+    """Whether the tables are whole, and made from these ``statuses``, all of the folder."""
     try:
         record = unsealed(read_json(folder / TABLES_FOLDER / _RECORD), folder / TABLES_FOLDER / _RECORD)
-        same = record["made_from"] == _made_from(statuses_of(folder))
+        same = record["made_from"] == _made_from(statuses)
         return same and all(sha256_file(folder / TABLES_FOLDER / n) == digest for n, digest in record["files"].items())
     except (RelfvError, KeyError, TypeError, AttributeError):
         return False

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "run_manifest.json"
 """Beside the q_ids' folders."""
+OF_SHARD = ".shard_{}_of_{}"
+"""Ends the names of what a run with some of the q_ids (``--shard``) writes beside their folders."""
 
 _LIBRARIES = (
     "torch",
@@ -84,26 +87,37 @@ def model_description(model: LanguageModel) -> dict[str, Any]:
     }
 
 
-def write_manifest(folder: Path, run: dict[str, Any]) -> Path:
-    """Write this run's description; earlier runs of the folder are kept under ``earlier_runs``."""
-    with sole_writer(folder):
+def write_manifest(path: Path, run: dict[str, Any]) -> Path:
+    """Write this run's description to ``path``, which in a shard has a name of its own; earlier runs are kept under
+    ``earlier_runs``."""
+    with sole_writer(path.parent) if path.name == MANIFEST else nullcontext():
         earlier: list[Any] = []
-        previous = sound_manifest(folder)
+        previous = sound_manifest(path)
         if previous:
             earlier = [*previous.pop("earlier_runs", []), previous]
         # Two runs at once take turns: each replaces its own earlier description, wherever the other has put it.
         earlier = [other for other in earlier if _identity(other) != _identity(run)]
-        return write_atomic(folder / MANIFEST, json_bytes(sealed({**run, "earlier_runs": earlier})))
+        return write_atomic(path, json_bytes(sealed({**run, "earlier_runs": earlier})))
+
+
+def gather_shards(folder: Path) -> bool:
+    """Take what the runs of ``--shard`` have written of themselves into the manifest. -> whether it lacked any."""
+    path = folder / MANIFEST
+    runs = [run for shard in folder.glob(MANIFEST + OF_SHARD.format("*", "*")) for run in manifest_runs(shard)]
+    there = manifest_runs(path) if runs and sound_manifest(path) else []
+    new = [run for run in runs if run not in there]
+    for run in sorted(new, key=lambda run: str(run.get("started_at"))):
+        write_manifest(path, run)
+    return bool(new)
 
 
 def _identity(run: dict[str, Any]) -> tuple[Any, Any]:
     return run.get("started_at"), run.get("pid")
 
 
-def sound_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest in ``folder``, or None if there is none, or no more: a damaged one is put aside, with a warning. It
+def sound_manifest(path: Path) -> dict[str, Any] | None:
+    """The manifest at ``path``, or None if there is none, or no more: a damaged one is put aside, with a warning. It
     is a record, and no reason not to run."""
-    path = folder / MANIFEST
     if not os.path.lexists(path):
         return None
     try:
@@ -133,15 +147,15 @@ def recorded_run(path: Path) -> tuple[Settings, list[str]]:
         raise InputError(f"--config {path}: is no {MANIFEST} as 'relfv run' wrote it ({problem})") from None
 
 
-def manifest_runs(folder: Path) -> list[dict[str, Any]]:
-    """The last run that ``folder``'s manifest describes, and the earlier ones. Raises RelfvError."""
-    manifest = read_manifest(folder / MANIFEST)
-    runs = [manifest, *manifest.get("earlier_runs", [])]
+def manifest_runs(path: Path) -> list[dict[str, Any]]:
+    """The last run that the manifest at ``path`` describes, and the earlier ones. Raises RelfvError."""
+    manifest = read_manifest(path)
+    runs = [manifest, *manifest.pop("earlier_runs", [])]
     if not all(
         isinstance(run, dict) and isinstance(run.get("settings"), dict) and isinstance(run.get("q_list"), list)
         for run in runs
     ):
-        raise RunError(f"{folder / MANIFEST}: is damaged or not a manifest of relfv")
+        raise RunError(f"{path}: is damaged or not a manifest of relfv")
     return runs
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from relfv import __version__
 from relfv.errors import InputError, RelfvError
 from relfv.fingerprints import differences, fingerprint_fields
 from relfv.models.given import GivenModel
@@ -16,7 +18,7 @@ from relfv.progress import at_work
 from relfv.relations import csv_file, file_sha256, load_relations, relation_name, require_q_ids, rows_sha256
 from relfv.requests import without_requests
 from relfv.runs.figure import has_figures
-from relfv.runs.manifest import MANIFEST
+from relfv.runs.manifest import MANIFEST, OF_SHARD
 from relfv.runs.qid import has_extras, missing_requests
 from relfv.settings import Settings
 from relfv.stages.prompt_formats import q_ids_with_formats, with_formats
@@ -33,6 +35,17 @@ STEP_D_FIELDS = frozenset({"rows_sha256", "model_identity", "algorithm_version"}
 
 
 @dataclass(frozen=True)
+class OnRay:
+    """A Ray cluster to run on."""
+
+    address: str
+    """``auto`` for the one that is there, ``local`` for one of this machine alone, or where its head is."""
+    gpus_per_worker: float = 1.0
+    workers: int | None = None
+    """None for as many as fit."""
+
+
+@dataclass(frozen=True)
 class RunRequest:
     """One call of ``relfv run``."""
 
@@ -46,6 +59,10 @@ class RunRequest:
     """Say what would be done and touch nothing."""
     reuse_stepd: Path | None = None
     """Results whose StepD files are taken into new folders instead of computing them again."""
+    shard: tuple[int, int] | None = None
+    """(i, n): only the i-th of the chosen q_ids, and every n-th after it, for file systems without locks."""
+    ray: OnRay | None = None
+    """Where the q_ids are shared out, if not to this process."""
     given: GivenModel | None = None
     """A model that is open already, in place of the one that the settings name."""
 
@@ -62,6 +79,10 @@ class Plan:
     csv_sha256: str
     model_identity: str
 
+    def own(self, name: str) -> Path:
+        """A file beside the q_ids' folders; a shard has its own, which no other run writes."""
+        return self.folder / (f"{name}{OF_SHARD.format(*shard)}" if (shard := self.request.shard) else name)
+
     def artifacts_dir(self, q_id: str) -> Path:
         """``<out_root>/<REL>/<Q>/artifacts``."""
         return self.folder / q_id / "artifacts"
@@ -70,7 +91,8 @@ class Plan:
     def locked(self, q_id: str) -> Iterator[str | None]:
         """Hold the q_id's lock while open, with what a killed process left half-written removed; yields who else holds
         it, or None."""
-        with lock(QidFolder(self.artifacts_dir(q_id), q_id).lock) as holder:
+        path = QidFolder(self.artifacts_dir(q_id), q_id).lock
+        with lock(path, needed=self.request.shard is None) as holder:  # no other shard has this q_id
             if holder is None:
                 remove_temporaries(self.artifacts_dir(q_id))
             yield holder
@@ -141,6 +163,18 @@ class Plan:
         models = status.settings.model, self.request.settings.model
         return differences(there, here, status.q_id, models=models)
 
+    def asked(self, q_id: str) -> str:
+        """All that a q_id's results are compared with, as one text."""
+        settings, relation = self.request.settings, self.relations[q_id]
+        fields = fingerprint_fields(
+            settings, rows_sha256=rows_sha256(relation, settings.corruption), model_identity=self.model_identity
+        )
+        return json.dumps([__version__, fields, settings.to_json(), relation.name])
+
+    def besides(self, q_ids: Collection[str]) -> Plan:
+        """The same of the other q_ids."""
+        return replace(self, relations={q: relation for q, relation in self.relations.items() if q not in q_ids})
+
     def is_done(self, status: QidStatus | None) -> bool:
         """Whether a q_id has all that is asked for."""
         if status is None or status.status != "completed" or not is_complete(status):
@@ -156,6 +190,10 @@ def chosen_relations(request: RunRequest) -> dict[str, Relation]:
     chosen = list(relations) if request.q_list is None else list(dict.fromkeys(request.q_list))
     require_q_ids(chosen, relations, "--q_list", csv_path)
     require_q_ids(q_ids_with_formats(request.settings.formats), relations, "--formats", csv_path)
+    if request.shard:
+        i, n = request.shard
+        if not (chosen := chosen[i - 1 :: n]):
+            raise InputError(f"--shard {i}/{n}: there are fewer than {i} q_ids, so none is left for it")
     return {q_id: relations[q_id] for q_id in chosen}
 
 

@@ -89,7 +89,7 @@ def _check_relation(folder: Path) -> list[Checked]:
         return [*checked, *_check_cross(folder), *_check_page(folder), *_check_tables(folder)]
     problems, known = [], []
     try:
-        known = [q_id for run in manifest_runs(folder) for q_id in run["q_list"]]
+        known = [q_id for run in manifest_runs(folder / MANIFEST) for q_id in run["q_list"]]
     except RelfvError as problem:
         kind = "damaged" if manifest.exists() else "missing"
         problems.append(Problem(kind, MANIFEST, reason_of(problem, manifest)))

@@ -10,7 +10,7 @@ from typing import Any
 
 from relfv.errors import RelfvError
 from relfv.logs import printable
-from relfv.report.page import shown
+from relfv.report.sections import shown
 from relfv.runs.manifest import MANIFEST, manifest_runs
 from relfv.stages.stage import Finding
 from relfv.stages.table import STAGES, file_named, steps
@@ -205,7 +205,9 @@ def _is_of_a_run(status: QidStatus) -> bool:
     """True if the manifest has a run of this q_id with its fingerprint, or knows none of this q_id at all."""
     runs: list[dict[str, Any]] = []
     with suppress(RelfvError):  # reported for the manifest itself, or the q_id was made by single commands
-        runs = [run for run in manifest_runs(status.artifacts_dir.parent.parent) if status.q_id in run["q_list"]]
+        runs = [
+            run for run in manifest_runs(status.artifacts_dir.parent.parent / MANIFEST) if status.q_id in run["q_list"]
+        ]
     fields = status.fingerprint_fields
     described = [{**run["settings"], **{name: run[name] for name in run.keys() & fields.keys()}} for run in runs]
     return not runs or any(all(has.get(name, value) == value for name, value in fields.items()) for has in described)

@@ -101,7 +101,7 @@ def common_by_chance(n_common: int, n_lists: int, k: int, n_heads: int) -> tuple
     counts = np.arange(k + 1)
     chance = (counts == k).astype(np.float64)
     for _ in range(n_lists - 1):
-        chance = sum(chance[left] * stats.hypergeom.pmf(counts, n_heads, left, k) for left in counts)
+        chance = np.sum([chance[left] * stats.hypergeom.pmf(counts, n_heads, left, k) for left in counts], axis=0)
     return float(n_heads * (k / n_heads) ** n_lists), float(min(1.0, np.sum(chance[n_common:])))
 
 

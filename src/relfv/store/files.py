@@ -147,7 +147,7 @@ def require_no_links(path: Path, below: Path) -> None:
     between = path.relative_to(below).parts
     paths = [below.joinpath(*between[: i + 1]) for i in range(len(between))]
     if not any(one.is_symlink() for one in paths):
-        paths += [Path(here, name) for here, folders, files in os.walk(path) for name in (*folders, *files)]
+        paths += [Path(entry.path) for entry in entries_below(path) if entry.is_symlink()]
     for one in paths:
         if one.is_symlink():
             raise InputError(
@@ -155,6 +155,19 @@ def require_no_links(path: Path, below: Path) -> None:
                 "to be; expected folders and files, so name the place that it leads to, or put what it leads to in "
                 "its place"
             )
+
+
+def entries_below(folder: Path | str) -> Iterator[os.DirEntry[str]]:
+    """Everything in a folder and in the folders in it, links not followed; nothing where there is no folder."""
+    try:
+        with os.scandir(folder) as entries:
+            here = list(entries)
+    except OSError:
+        return
+    for entry in here:
+        yield entry
+        if entry.is_dir(follow_symlinks=False):
+            yield from entries_below(entry.path)
 
 
 def remove_temporaries(folder: Path, *, below: bool = True) -> None:

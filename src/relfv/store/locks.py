@@ -22,11 +22,12 @@ _BLINK_S = 0.3
 
 
 @contextmanager
-def lock(path: Path, *, wait_s: float = _BLINK_S) -> Iterator[str | None]:
+def lock(path: Path, *, wait_s: float = _BLINK_S, needed: bool = True) -> Iterator[str | None]:
     """Hold an exclusive lock while open. Yields None if held, or who else holds it after ``wait_s`` seconds of trying.
 
     The kernel drops the lock when the process ends, however it ends, so a killed run blocks nobody. Raises RunError
-    where the file system has no locks, or something else than a file has its name.
+    where something else than a file has its name, or the file system has no locks; it goes on there if none is
+    ``needed``.
     """
     with explained(path):
         make_folder(path.parent)
@@ -34,7 +35,7 @@ def lock(path: Path, *, wait_s: float = _BLINK_S) -> Iterator[str | None]:
         opened = path.open("a+")
     with opened as file:
         give_up = time.monotonic() + wait_s
-        while not _locked(file):
+        while not _locked(file, needed=needed):
             if time.monotonic() >= give_up:
                 yield _holder(file) or "another process"
                 return
@@ -50,11 +51,18 @@ def sole_writer(folder: Path) -> Iterator[None]:
     """For the files right in ``folder`` that all runs share (manifest, page): one process writes at a time, what a
     killed one left half-written is removed first, and others wait. Raises RunError after a minute."""
     # No q_id begins with a dot, so no q_id's lock has this name.
-    with lock(folder / ".locks" / ".shared.lock", wait_s=_SHARED_WAIT_S) as holder:
+    # Where there are no locks, q_ids are shared out by --shard, whose runs write none of these files.
+    with lock(folder / ".locks" / ".shared.lock", wait_s=_SHARED_WAIT_S, needed=False) as holder:
         if holder:
             raise RunError(f"{folder}: is being written by {holder} for over a minute; run again when that has ended")
         remove_temporaries(folder, below=False)
         yield
+
+
+def require_locks(folder: Path) -> None:
+    """Raise RunError where the file system has none: once, and not for every q_id."""
+    with lock(folder / ".locks" / ".shared.lock", wait_s=0.0):
+        pass
 
 
 def held_by(path: Path) -> str | None:
@@ -77,15 +85,18 @@ def _require_file(path: Path) -> None:
             raise OSError(code, os.strerror(code) if stat.S_ISDIR(mode) else "not a regular file", str(path))
 
 
-def _locked(file: IO[str], *, shared: bool = False) -> bool:
+def _locked(file: IO[str], *, shared: bool = False, needed: bool = True) -> bool:
     try:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as problem:
         if problem.errno in (errno.EWOULDBLOCK, errno.EACCES):  # fcntl's word for it, which NFS and SMB pass on
             return False
+        if not needed:
+            return True
         raise RunError(
             f"{file.name}: cannot be locked ({problem.strerror}); relfv needs a file system with locks, so that two "
-            "runs cannot write one q_id: mount it with them, or choose another --out_root"
+            "runs cannot write one q_id: mount it with them, choose another --out_root, or share the q_ids out by "
+            "--shard"
         ) from problem
     return True
 

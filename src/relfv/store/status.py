@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from pathlib import Path, PurePosixPath
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from relfv.errors import RelfvError, RunError
@@ -20,11 +21,12 @@ from relfv.fingerprints import fingerprint
 from relfv.relations import is_q_id
 from relfv.settings import Settings
 from relfv.store.files import move_aside, read_bytes, remedy, require_hash, sha256_file, write_atomic
-from relfv.store.formats import SEAL, sealed_bytes, unsealed
+from relfv.store.formats import SEAL, is_as_sealed, sealed_bytes, unsealed
 
 State = Literal["pending", "running", "completed", "failed", "skipped"]
 HashOf = Callable[[Path], str | None]
 STATUS_FILE = "qid_status.json"
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 def now() -> str:
@@ -194,13 +196,14 @@ def read_status(artifacts_dir: Path) -> QidStatus | None:
     try:
         values = json.loads(data)
         is_sealed = SEAL in values
-        values = unsealed(values, path, older="status_format" not in values)
+        if not is_as_sealed(data):
+            values = unsealed(values, path, older="status_format" not in values)
         if not is_q_id(values["q_id"]):  # file names are made of it
             raise ValueError(f"q_id {values['q_id']!r} is none")
         status = QidStatus(
             artifacts_dir=artifacts_dir,
             q_id=values["q_id"],
-            settings=Settings.from_json(values["config"]),
+            settings=_settings(json.dumps(values["config"])),
             fingerprint_fields=values["fingerprint_fields"],
             status=values["status"],
             reason=values["reason"],
@@ -220,6 +223,12 @@ def read_status(artifacts_dir: Path) -> QidStatus | None:
         why = str(problem).removeprefix(f"{path}: ")
         raise DamagedStatus(path, f"is damaged or not a status file of relfv ({why})") from None
     return status
+
+
+@lru_cache(maxsize=16)
+def _settings(config: str) -> Settings:
+    """Made and checked once: thousands of q_ids have the same. By their text, since 1 and 1.0 are equal and differ."""
+    return Settings.from_json(json.loads(config))
 
 
 def fields_of(folder: Path, q_ids: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -246,7 +255,7 @@ def _require_sound(status: QidStatus, recorded_fingerprint: str) -> None:
     """Raise ValueError for what parses and still cannot have been written by ``write``: a flipped bit, a wrong edit."""
     fields, config = status.fingerprint_fields, status.settings.to_json()
     promised = [(record.files, record.inputs) for record in status.stages.values()]
-    hashes = [item for one in [*(d for pair in promised for d in pair), status.other_files] for item in one.items()]
+    hashes = {item for one in [*(d for pair in promised for d in pair), status.other_files] for item in one.items()}
     words = [
         status.created_at,
         status.updated_at,
@@ -263,7 +272,7 @@ def _require_sound(status: QidStatus, recorded_fingerprint: str) -> None:
         "config and fingerprint differ": any(config.get(name, value) != value for name, value in fields.items()),
         "the layers are not 0 to L-1": status.expected_layers != list(range(len(status.expected_layers))),
         "a file's name leads out of the folder": any(_leads_out(name) for name, _ in hashes),
-        "a hash is not a sha256": not all(re.fullmatch("[0-9a-f]{64}", digest) for _, digest in hashes),
+        "a hash is not a sha256": not all(map(_SHA256.fullmatch, {digest for _, digest in hashes})),
         "trials_per_pass are not counts": any(count < 1 for count in status.trials_per_pass.values()),
     }
     wrong = [what for what, is_so in faults.items() if is_so]
@@ -272,5 +281,5 @@ def _require_sound(status: QidStatus, recorded_fingerprint: str) -> None:
 
 
 def _leads_out(name: str) -> bool:
-    path = PurePosixPath(name)
-    return path.is_absolute() or ".." in path.parts or not path.parts
+    parts = set(name.split("/"))
+    return name.startswith("/") or ".." in parts or parts <= {"", "."}
