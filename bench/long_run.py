@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=200, help="how many q_ids (default: %(default)s)")
     args = parser.parse_args()
     sampler = Sampler()
-    logging.getLogger("relfv.runs.run").addHandler(sampler)
+    logging.getLogger("relfv.runs.worker").addHandler(sampler)
     with tempfile.TemporaryDirectory() as temporary:
         csv_path = Path(temporary) / "many.csv"
         many(args.n, csv_path)

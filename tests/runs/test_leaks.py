@@ -55,7 +55,7 @@ class Census(logging.Handler):
 
 def run_watched(arguments: list[str]) -> Census:
     census = Census()
-    watched = logging.getLogger("relfv.runs.run")
+    watched = logging.getLogger("relfv.runs.worker")
     watched.addHandler(census)
     assert main(arguments) == 0
     watched.removeHandler(census)

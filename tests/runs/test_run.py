@@ -391,15 +391,15 @@ def test_what_was_made_from_a_file_that_changed_is_made_again_whenever_that_is_n
 def test_a_run_that_was_overtaken_by_one_with_other_settings_leaves_the_q_id_alone(
     copied: Path, csv_path: Path, llama_path: Path
 ) -> None:
-    from relfv.pace import Pace
+    from relfv.runs.plan import RunRequest, make_plan
     from relfv.runs.qid import open_for
-    from relfv.runs.run import RunRequest, _run_one, make_plan
+    from relfv.runs.worker import Worker
     from relfv.settings import Settings
 
     settings = Settings(model=str(llama_path), relation_csv_path=str(csv_path), seed=1)
     plan = make_plan(RunRequest(settings, ("A1",), copied.parent))
     before = status(copied, "A1")
-    assert _run_one(plan, "A1", open_for(settings), Pace(1)) == "failed"
+    assert Worker(plan, open_for(settings)).run("A1") == "failed"
     assert status(copied, "A1") == before
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from relfv.commands.flags import DEFAULTS, path_flag, q_ids_from, settings_from
+from relfv.errors import InputError
 from relfv.settings import DEFAULT_OUT_ROOT, SPEC_CSV
 
 if TYPE_CHECKING:
@@ -40,6 +41,10 @@ def _request_flags(parser: argparse.ArgumentParser) -> None:
 def run_flags(parser: argparse.ArgumentParser) -> None:
     _request_flags(parser)
     parser.add_argument(
+        "--devices", default="", metavar="A,B", help="share the q_ids out to a process on each of these devices, such "
+        "as cuda:0,cuda:1; all = every CUDA device (in place of --device)"
+    )  # fmt: skip
+    parser.add_argument(
         "--dry_run", action="store_true", help="say what would be done, and do nothing; 'relfv doctor' also measures"
     )
 
@@ -58,8 +63,11 @@ def _request(args: argparse.Namespace) -> RunRequest:
 
 def run(args: argparse.Namespace) -> int:
     from relfv.runs import run as of_all
+    from relfv.runs.plan import devices_from
 
-    return of_all.run(replace(_request(args), dry_run=args.dry_run))
+    if args.devices and getattr(args, "device", ""):
+        raise InputError(f"--device {args.device} and --devices {args.devices}: expected one of the two")
+    return of_all.run(replace(_request(args), dry_run=args.dry_run, devices=devices_from(args.devices)))
 
 
 def doctor_flags(parser: argparse.ArgumentParser) -> None:

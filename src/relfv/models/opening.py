@@ -125,27 +125,36 @@ def _is_packed(model: Any) -> bool:
     return getattr(model, "hf_quantizer", None) is not None
 
 
-def choose_device(device: str) -> torch.device:
-    """``auto`` is CUDA if there is one, else the CPU. Raises InputError for a device that is not there."""
+def choose_device(device: str, flag: str = "--device") -> torch.device:
+    """``auto`` is CUDA if there is one, else the CPU. Raises InputError that names ``flag`` for a device that is not
+    there."""
     if device == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
     except RuntimeError:
-        raise InputError(f"--device {device!r}: not a device; expected auto, cpu, cuda, cuda:<n> or mps") from None
+        raise InputError(f"{flag} {device!r}: not a device; expected auto, cpu, cuda, cuda:<n> or mps") from None
     if chosen.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (chosen.index or 0) >= count:
             raise InputError(
-                f"--device {device!r}: this machine has {count} usable CUDA device(s); use --device cpu, or a PyTorch "
+                f"{flag} {device!r}: this machine has {count} usable CUDA device(s); use --device cpu, or a PyTorch "
                 "build and driver that see your GPU (python -c 'import torch; print(torch.cuda.is_available())')"
             )
         return torch.device("cuda", chosen.index or 0)
     if chosen.type == "mps" and not torch.backends.mps.is_available():
-        raise InputError(f"--device {device!r}: no Metal device on this machine; use --device cpu")
+        raise InputError(f"{flag} {device!r}: no Metal device on this machine; use --device cpu")
     if chosen.type not in ("cpu", "mps") or chosen.index:
-        raise InputError(f"--device {device!r}: expected auto, cpu, cuda, cuda:<n> or mps")
+        raise InputError(f"{flag} {device!r}: expected auto, cpu, cuda, cuda:<n> or mps")
     return chosen
+
+
+def cuda_devices() -> list[str]:
+    """The names of all of them. Raises InputError if there are none."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
+        raise InputError("--devices all: this machine has no usable CUDA device; name devices, such as --devices cpu")
+    return [f"cuda:{index}" for index in range(count)]
 
 
 @contextmanager

@@ -43,8 +43,15 @@ class RunRequest:
     """Say what would be done and touch nothing."""
     reuse_stepd: Path | None = None
     """Results whose StepD files are taken into new folders instead of computing them again."""
+    devices: tuple[str, ...] = ()
+    """Where the q_ids are shared out, by a process each; none: this process, on the settings' device."""
     given: GivenModel | None = None
     """A model that is open already, in place of the one that the settings name."""
+
+
+def devices_from(text: str) -> tuple[str, ...]:
+    """Of ``cuda:0,cuda:1``."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 @dataclass(frozen=True)

@@ -184,6 +184,17 @@ def settling(status: QidStatus) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def its_own_trouble(q_id: str, failed: set[str]) -> Iterator[None]:
+    """What stands in one q_id's way, such as a folder in the place of its lock, is said and does not stop the
+    others."""
+    try:
+        yield
+    except (RelfvError, OSError) as problem:
+        log.error("%s failed: %s", q_id, in_words(problem))
+        failed.add(q_id)
+
+
 def in_words(problem: Exception) -> str:
     """What a status and a log say of a failure; what relfv does not explain itself by its kind."""
     return str(problem) if isinstance(problem, RelfvError) else f"{type(problem).__name__}: {problem}"

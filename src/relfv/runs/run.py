@@ -8,34 +8,29 @@ never opened.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack, closing
+from typing import Any
 
 from relfv.errors import InputError, RelfvError
 from relfv.logs import logging_to, remembering
-from relfv.models.context import TooLong
-from relfv.pace import Pace
-from relfv.progress import at_work, counted, headed
-from relfv.relations import called, named
+from relfv.progress import at_work, counted
+from relfv.relations import named
 from relfv.report.page import is_up_to_date, page_path, write_report
 from relfv.report.written_tables import TABLES_FOLDER, are_up_to_date, write_tables
+from relfv.runs.crew import Crew, on_devices
 from relfv.runs.doctor import rehearse
-from relfv.runs.figure import add_figures
-from relfv.runs.manifest import model_description, run_description, sound_manifest, write_manifest
+from relfv.runs.manifest import run_description, sound_manifest, write_manifest
 from relfv.runs.naming import take_names
 from relfv.runs.plan import Plan, RunRequest, make_plan, require_same_experiment
-from relfv.runs.qid import add_sweeps, in_words, open_for, run_qid, settling, with_extras_of, work_on
-from relfv.runs.rehearsal import outline_for, require_enough_heads
-from relfv.runs.reuse import require_reusable, reuse_step_d
+from relfv.runs.qid import its_own_trouble
+from relfv.runs.rehearsal import outline_for
+from relfv.runs.reuse import require_reusable
 from relfv.runs.so_far import SoFar
-from relfv.stages.table import shares
+from relfv.runs.worker import Worker
 from relfv.store.files import move_aside, require_temporary_folder, temporaries
 from relfv.store.locks import sole_writer
-from relfv.store.status import DamagedStatus, QidStatus, now
-
-if TYPE_CHECKING:
-    from relfv.language_model import LanguageModel
+from relfv.store.status import DamagedStatus, now
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +40,7 @@ def run(request: RunRequest) -> int:
 
     Raises InputError before anything is computed if the request cannot be run as it is.
     """
+    request = on_devices(request)
     if request.dry_run:
         return rehearse(request)
     plan = make_plan(request)
@@ -56,26 +52,27 @@ def run(request: RunRequest) -> int:
         require_reusable(plan)
         afresh = [q_id for q_id, problem in unusable.items() if isinstance(problem, DamagedStatus)]
         skipped, todo = _queue(plan, unreadable=set(unusable) - set(afresh), afresh=afresh)
-    with remembering() as said:
-        _say_queue(plan, skipped, todo, n_unreadable=len(unusable) - len(afresh))
-        # Before anything is written or moved: a model that cannot be opened leaves everything as it was.
-        model = _open_model(plan) if todo else None
-    if request.force:
-        _move_all_aside(plan)
-    with logging_to(plan.folder / "run.log", said):
-        left_alone = _move_damaged_aside(plan, unusable)
-        left_alone |= _write_waiting(plan, skipped, [q_id for q_id in todo if q_id not in left_alone])
-        todo = [q_id for q_id in todo if q_id not in left_alone]
-        if model and todo:
-            code = _run_todo(plan, todo, model, started_at)
-        else:
-            code = 0
-            take_names(plan.folder, plan.relations)
-            _finish_earlier_run(plan, started_at)
-            everything = "nothing else to do" if left_alone else "everything is completed"
-            n_done = len(plan.relations) - len(skipped.keys() | left_alone)
-            log.info("%s: %d q_ids done, %d skipped, in %s", everything, n_done, len(skipped), plan.folder)
-        return 1 if left_alone else code
+    with ExitStack() as at_end:
+        with remembering() as said:
+            _say_queue(plan, skipped, todo, n_unreadable=len(unusable) - len(afresh))
+            # Before anything is written or moved: a model that cannot be opened leaves everything as it was.
+            workers = at_end.enter_context(closing(_opened(plan))) if todo else None
+        if request.force:
+            _move_all_aside(plan)
+        with logging_to(plan.folder / "run.log", said):
+            left_alone = _move_damaged_aside(plan, unusable)
+            left_alone |= _write_waiting(plan, skipped, [q_id for q_id in todo if q_id not in left_alone])
+            todo = [q_id for q_id in todo if q_id not in left_alone]
+            if workers and todo:
+                code = _run_todo(plan, todo, workers, started_at)
+            else:
+                code = 0
+                take_names(plan.folder, plan.relations)
+                _finish_earlier_run(plan, started_at)
+                everything = "nothing else to do" if left_alone else "everything is completed"
+                n_done = len(plan.relations) - len(skipped.keys() | left_alone)
+                log.info("%s: %d q_ids done, %d skipped, in %s", everything, n_done, len(skipped), plan.folder)
+            return 1 if left_alone else code
 
 
 def _queue(plan: Plan, unreadable: Collection[str], afresh: Collection[str]) -> tuple[dict[str, str], list[str]]:
@@ -100,16 +97,17 @@ def _say_queue(plan: Plan, skipped: Mapping[str, str], todo: Sequence[str], n_un
         log.info("%d q_ids to run, %d completed before, %d skipped", len(todo), done, len(skipped))
 
 
-def _open_model(plan: Plan) -> LanguageModel:
-    """The model of the request. Raises InputError if it cannot be opened, or has too few heads."""
+def _opened(plan: Plan) -> Worker | Crew:
+    """Who runs the q_ids: this process, or one for each of several devices, with the model of the request opened.
+
+    Raises InputError if it cannot be opened, or has too few heads.
+    """
     settings, given = plan.request.settings, plan.request.given
     if given is None:
         require_temporary_folder()
         with at_work(f"opening {settings.model}", "loading PyTorch and transformers"):
             outline_for(settings)  # before its weights are read, which may take minutes
-    model = open_for(settings, given)
-    require_enough_heads(model, plan.request.settings)
-    return model
+    return Crew(plan) if len(plan.request.devices) > 1 else Worker.opened(plan)
 
 
 def _move_all_aside(plan: Plan) -> None:
@@ -129,7 +127,7 @@ def _move_damaged_aside(plan: Plan, unusable: Collection[str]) -> set[str]:
     starts afresh. What only cannot be read is left alone. -> q_ids left alone, which were named in the log."""
     left_alone: set[str] = set()
     for q_id in unusable:
-        with _its_own_trouble(q_id, left_alone), plan.locked(q_id) as holder:
+        with its_own_trouble(q_id, left_alone), plan.locked(q_id) as holder:
             try:  # under the lock: another run may have been here since
                 plan.status_on_disk(q_id)
             except RelfvError as problem:
@@ -142,22 +140,11 @@ def _move_damaged_aside(plan: Plan, unusable: Collection[str]) -> set[str]:
     return left_alone
 
 
-@contextmanager
-def _its_own_trouble(q_id: str, failed: set[str]) -> Iterator[None]:
-    """What stands in one q_id's way, such as a folder in the place of its lock, is said and does not stop the
-    others."""
-    try:
-        yield
-    except (RelfvError, OSError) as problem:
-        log.error("%s failed: %s", q_id, in_words(problem))
-        failed.add(q_id)
-
-
 def _write_waiting(plan: Plan, skipped: Mapping[str, str], todo: Sequence[str]) -> set[str]:
     """Write skipped and pending statuses, where they do not say so already. -> q_ids where that failed."""
     failed: set[str] = set()
     for q_id, reason in skipped.items():
-        with _its_own_trouble(q_id, failed):
+        with its_own_trouble(q_id, failed):
             status = plan.status_on_disk(q_id)
             if status is None or (status.status, status.reason) != ("skipped", reason):
                 with plan.locked(q_id) as holder:
@@ -166,7 +153,7 @@ def _write_waiting(plan: Plan, skipped: Mapping[str, str], todo: Sequence[str]) 
                         status.set("pending")
                         status.set("skipped", reason)
     for q_id in todo:
-        with _its_own_trouble(q_id, failed):
+        with its_own_trouble(q_id, failed):
             if plan.status_with_results(q_id) is None:
                 with plan.locked(q_id) as holder:
                     # Another run may have come and gone meanwhile, and its results must not be forgotten.
@@ -175,23 +162,17 @@ def _write_waiting(plan: Plan, skipped: Mapping[str, str], todo: Sequence[str]) 
     return failed
 
 
-def _run_todo(plan: Plan, todo: Sequence[str], model: LanguageModel, started_at: str) -> int:
+def _run_todo(plan: Plan, todo: Sequence[str], workers: Worker | Crew, started_at: str) -> int:
     take_names(plan.folder, {q_id: relation for q_id, relation in plan.relations.items() if q_id not in todo})
-    description = {**_description(plan, started_at), "model": model_description(model)}
+    description = {**_description(plan, started_at), "model": workers.description}
     write_manifest(plan.folder, description)
-    pace = Pace(len(todo), shares(plan.request.settings.extras))
     outcomes: dict[str, str] = {}
     so_far = SoFar(plan.folder)
-    with at_work("run", "between stages"), headed(pace.heading), so_far.also_if_interrupted():
+    with so_far.also_if_interrupted(), closing(workers), closing(workers.outcomes(todo)) as ended:
         so_far.write()
-        for i, q_id in enumerate(todo):
-            pace.begin()
-            outcomes[q_id] = "failed"
-            with _its_own_trouble(q_id, set()):
-                outcomes[q_id] = _run_one(plan, q_id, model, pace)
-            log.info("%s %s in %.1f s", called(q_id, plan.relations[q_id].name), outcomes[q_id], pace.seconds())
-            pace.end(lambda i=i: plan.n_free(todo[i + 1 :]))
-            if q_id != todo[-1]:  # after the last the manifest comes first
+        for q_id, outcome in ended:
+            outcomes[q_id] = outcome
+            if len(outcomes) < len(todo):  # after the last the manifest comes first
                 so_far.write_what_is_due()
     write_manifest(plan.folder, {**description, "finished_at": now(), "outcomes": outcomes})
     with at_work("report", "writing the tables and the page"):
@@ -211,6 +192,7 @@ def _description(plan: Plan, started_at: str) -> dict[str, Any]:
         "started_at": started_at,
         "finished_at": None,
         **run_description(plan.request.settings, list(plan.relations), plan.csv_sha256, plan.model_identity),
+        **({"devices": [*plan.request.devices]} if len(plan.request.devices) > 1 else {}),
         **({"reuse_stepd": str(plan.request.reuse_stepd)} if plan.request.reuse_stepd else {}),
     }
 
@@ -229,54 +211,3 @@ def _finish_earlier_run(plan: Plan, started_at: str) -> None:
         write_tables(plan.folder)
     if not is_up_to_date(plan.folder) or temporaries(page_path(plan.folder).parent):
         log.info("report: %s", write_report(plan.folder))
-
-
-def _run_one(plan: Plan, q_id: str, model: LanguageModel, pace: Pace) -> str:
-    """One q_id under its lock. Returns its outcome; only an interrupt passes through."""
-    with plan.locked(q_id) as holder:
-        if holder:
-            also = "; for its sweeps run the same command again" if plan.request.settings.sweeps else ""
-            log.warning("%s is being run by %s, which goes on with it%s", q_id, holder, also)
-            return "left to another run"
-        # Read under the lock: since the plan was made another run may have come and gone, with other settings.
-        status = plan.status_with_results(q_id) or plan.new_status(q_id)
-        if differing := plan.differences(status):
-            log.error("%s was meanwhile begun by another run: %s; left alone", q_id, ", ".join(differing))
-            return "failed"
-        if plan.is_done(status):
-            log.info("%s was meanwhile completed by another run", q_id)
-            return status.status
-        return _run_locked(plan, status, model, pace)
-
-
-def _run_locked(plan: Plan, status: QidStatus, model: LanguageModel, pace: Pace) -> str:
-    q_id, status.settings = status.q_id, with_extras_of(status, plan.request.settings)
-    status.name = plan.relations[q_id].name
-    work = work_on(status, lambda: model, relation=plan.relations[q_id], csv_sha256=plan.csv_sha256, pace=pace)
-    complete = False
-    with ExitStack() as stack:
-        try:
-            with settling(status):
-                stack.enter_context(logging_to(work.folder.log))
-                reuse_step_d(plan, status)
-                work.layers = status.expected_layers
-                run_qid(status, work)
-            complete = True
-            add_sweeps(status, work, plan.request.settings)
-            add_figures(status, work, plan.request.settings)
-        except TooLong as problem:
-            if status.status == "skipped":
-                log.warning("%s skipped: %s", q_id, problem)
-            else:
-                log.error("%s failed: %s", q_id, problem)
-            return status.status
-        except Exception as problem:  # a q_id's failure, whatever it is, is recorded and does not stop the others
-            log.error("%s failed: %s", q_id, in_words(problem))
-            log.debug("traceback", exc_info=not isinstance(problem, RelfvError))
-            if complete:
-                log.warning("%s: only sweeps or figures are missing; everything else is complete", q_id)
-            return "failed"
-        except BaseException:  # SIGINT or SIGTERM
-            log.warning("%s interrupted; what was finished is on disk, and the same command goes on from there", q_id)
-            raise
-        return status.status

@@ -1,0 +1,132 @@
+"""One opened model that takes q_ids, one after another, each under its lock.
+
+``relfv run`` has one in its own process, or one in each of several (crew.py). Who hands out the q_ids does not matter
+to it: a q_id that another process holds, or has finished, it leaves alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from relfv.errors import RelfvError
+from relfv.logs import logging_to
+from relfv.models.context import TooLong
+from relfv.pace import Pace
+from relfv.progress import at_work, headed
+from relfv.relations import called
+from relfv.runs.figure import add_figures
+from relfv.runs.manifest import model_description
+from relfv.runs.plan import Plan
+from relfv.runs.qid import add_sweeps, in_words, its_own_trouble, open_for, run_qid, settling, with_extras_of, work_on
+from relfv.runs.rehearsal import require_enough_heads
+from relfv.runs.reuse import reuse_step_d
+from relfv.stages.table import shares
+from relfv.store.status import QidStatus
+
+if TYPE_CHECKING:
+    from relfv.language_model import LanguageModel
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Worker:
+    """See the module's text."""
+
+    plan: Plan
+    model: LanguageModel
+    pace: Pace = field(default_factory=lambda: Pace(1))
+
+    @staticmethod
+    def opened(plan: Plan) -> Worker:
+        """With the model of the request. Raises InputError if it cannot be opened, or has too few heads."""
+        model = open_for(plan.request.settings, plan.request.given)
+        require_enough_heads(model, plan.request.settings)
+        return Worker(plan, model)
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """Of its model, for the manifest."""
+        return model_description(self.model)
+
+    def outcomes(self, q_ids: Sequence[str]) -> Iterator[tuple[str, str]]:
+        """Run one after another: -> each with how it ended."""
+        self.pace = Pace(len(q_ids), shares(self.plan.request.settings.extras))
+        with at_work("run", "between stages"), headed(self.pace.heading):
+            for i, q_id in enumerate(q_ids):
+                outcome = self.run(q_id)
+                say_outcome(self.plan, q_id, outcome, self.pace.seconds())
+                self.pace.end(lambda i=i: self.plan.n_free(q_ids[i + 1 :]))
+                yield q_id, outcome
+
+    def close(self) -> None:
+        """There is nothing to end."""
+
+    def run(self, q_id: str) -> str:
+        """Run one: -> how it ended, ``completed`` where all is well; only an interrupt passes through."""
+        self.pace.begin()
+        with its_own_trouble(q_id, set()):
+            return self._run(q_id)
+        return "failed"
+
+    def _run(self, q_id: str) -> str:
+        with self.plan.locked(q_id) as holder:
+            if holder:
+                also = "; for its sweeps run the same command again" if self.plan.request.settings.sweeps else ""
+                log.warning("%s is being run by %s, which goes on with it%s", q_id, holder, also)
+                return "left to another run"
+            # Read under the lock: since the plan was made another run may have come and gone, with other settings.
+            status = self.plan.status_with_results(q_id) or self.plan.new_status(q_id)
+            if differing := self.plan.differences(status):
+                log.error("%s was meanwhile begun by another run: %s; left alone", q_id, ", ".join(differing))
+                return "failed"
+            if self.plan.is_done(status):
+                log.info("%s was meanwhile completed by another run", q_id)
+                return status.status
+            return self._run_locked(status)
+
+    def _run_locked(self, status: QidStatus) -> str:
+        plan, asked = self.plan, self.plan.request.settings
+        q_id, status.settings = status.q_id, with_extras_of(status, asked)
+        relation = plan.relations[q_id]
+        status.name = relation.name
+        work = work_on(status, lambda: self.model, relation=relation, csv_sha256=plan.csv_sha256, pace=self.pace)
+        complete = False
+        with ExitStack() as stack:
+            try:
+                with settling(status):
+                    stack.enter_context(logging_to(work.folder.log))
+                    reuse_step_d(plan, status)
+                    work.layers = status.expected_layers
+                    run_qid(status, work)
+                complete = True
+                add_sweeps(status, work, asked)
+                add_figures(status, work, asked)
+            except TooLong as problem:
+                if status.status == "skipped":
+                    log.warning("%s skipped: %s", q_id, problem)
+                else:
+                    log.error("%s failed: %s", q_id, problem)
+                return status.status
+            except Exception as problem:  # a q_id's failure, whatever it is, is recorded and does not stop the others
+                log.error("%s failed: %s", q_id, in_words(problem))
+                log.debug("traceback", exc_info=not isinstance(problem, RelfvError))
+                if complete:
+                    log.warning("%s: only sweeps or figures are missing; everything else is complete", q_id)
+                return "failed"
+            except BaseException:  # SIGINT or SIGTERM
+                log.warning(
+                    "%s interrupted; what was finished is on disk, and the same command goes on from there", q_id
+                )
+                raise
+            return status.status
+
+
+def say_outcome(plan: Plan, q_id: str, outcome: str, seconds: float) -> None:
+    """One line for the log."""
+    log.info("%s %s in %.1f s", called(q_id, plan.relations[q_id].name), outcome, seconds)
