@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from relfv.engine.base import Backbone
+from relfv.engine.base import Backbone, sent
 from relfv.types import TokenScores
 
 
@@ -20,9 +20,18 @@ def read_targets(backbone: Backbone, hidden: torch.Tensor, targets: Sequence[int
 
     ``hidden`` is (N, C, resid_dim), final and normed; the result's fields are (N, C) on the CPU.
     """
-    wanted = torch.tensor(list(targets), device=hidden.device)
-    logit, logprob, top = (scores.cpu() for scores in backbone.arithmetic.read_out(hidden, wanted))
+    return on_cpu(scores_of(backbone, hidden, targets))
+
+
+def scores_of(backbone: Backbone, hidden: torch.Tensor, targets: Sequence[int]) -> TokenScores:
+    """The same on the device, without waiting for it."""
+    logit, logprob, top = backbone.arithmetic.read_out(hidden, sent(list(targets), hidden.device))
     return TokenScores(logit=logit, logprob=logprob, top_id=top)
+
+
+def on_cpu(scores: TokenScores) -> TokenScores:
+    """``scores`` once they are there."""
+    return TokenScores(logit=scores.logit.cpu(), logprob=scores.logprob.cpu(), top_id=scores.top_id.cpu())
 
 
 def joined(parts: Sequence[TokenScores]) -> TokenScores:

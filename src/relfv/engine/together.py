@@ -42,7 +42,8 @@ def _setting(backbone: Backbone, versions: Sequence[Together], layer: int, promp
     if not chosen.any():
         return None
     values = _of_layer([v.values for v in versions], layer, prompts, torch.zeros(n_heads, head_dim))
-    chosen, values = chosen[..., None].to(backbone.device), values.to(backbone.device)
+    place = backbone.device_of(layer)
+    chosen, values = chosen[..., None].to(place), values.to(place)
 
     def edit(z: torch.Tensor) -> torch.Tensor:
         by_head = z.unflatten(-1, (n_heads, head_dim))
@@ -57,7 +58,7 @@ def _adding(backbone: Backbone, versions: Sequence[Together], layer: int, prompt
     added = _of_layer([v.added for v in versions], layer, prompts, torch.zeros(backbone.arch.resid_dim))
     if not added.any():
         return None
-    added = added.to(backbone.device)
+    added = added.to(backbone.device_of(layer))
 
     def edit(hidden: torch.Tensor) -> torch.Tensor:
         return torch.cat([hidden[:, :1], hidden[:, 1:] + added.to(hidden.dtype)], dim=1)

@@ -12,8 +12,10 @@ import torch
 from relfv.errors import RelfvError
 from relfv.models.adapters import adapter_in, require_peft
 from relfv.models.architecture import Architecture, resolve
+from relfv.models.cards import counts_foreseen
 from relfv.models.context import Context, context_of
-from relfv.models.opening import choose_device, model_class, quantization, quiet_transformers, torch_dtype
+from relfv.models.devices import choose_devices
+from relfv.models.opening import model_class, quantization, quiet_transformers, torch_dtype
 from relfv.models.placement import Placement, foreseen, sketch
 from relfv.models.sources import hub_commit, model_source, snapshot, weights_source
 
@@ -41,7 +43,8 @@ def outline(
 
     Raises InputError for a device that is not there, a config that cannot be read, or a spec that does not fit it.
     """
-    place = choose_device(device)
+    places = choose_devices(device)
+    place = places[0]
     if adapter := adapter_in(model_source(name)):
         require_peft(adapter)
     source, commit = weights_source(name, revision)
@@ -53,7 +56,12 @@ def outline(
         placement = foreseen(
             name, spec, snapshot(source, commit), kind, config, offload=offload, device=place, dtype=torch_dtype(dtype),
             quant=quant, trust_remote_code=trust_remote_code,
-        )  # fmt: skip
+        ) if len(places) == 1 else None  # fmt: skip
+        if len(places) > 1:
+            counts_foreseen(
+                name, spec, kind, config, places, offload=offload, dtype=torch_dtype(dtype), quant=quant,
+                trust_remote_code=trust_remote_code,
+            )  # fmt: skip
         if quant != "none":
             quantization(quant, place, torch.float32)
         model = sketch(kind, config, trust_remote_code=trust_remote_code)

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, Pipe
@@ -45,11 +45,12 @@ def on_devices(request: RunRequest) -> RunRequest:
         return request
     if request.given:
         raise InputError("devices=...: a model given as an object is on a device already; give its name or its path")
-    from relfv.models.opening import choose_device, cuda_devices
+    from relfv.models.devices import choose_devices, cuda_devices
 
     found = cuda_devices() if request.devices == ("all",) else request.devices
-    devices = [str(choose_device(name, "--devices")) for name in found]
-    if twice := [name for name in dict.fromkeys(devices) if devices.count(name) > 1 and name != "cpu"]:
+    chosen = [[*map(str, choose_devices(name, "--devices"))] for name in found]
+    devices, cards = ["+".join(names) for names in chosen], [name for names in chosen for name in names]
+    if twice := [name for name in dict.fromkeys(cards) if cards.count(name) > 1 and name != "cpu"]:
         raise InputError(f"--devices: {named(twice)} given twice; two processes on one card take no less time than one")
     return replace(request, devices=tuple(devices), settings=replace(request.settings, device=devices[0]))
 
@@ -137,7 +138,7 @@ class Crew:
     def __init__(self, plan: Plan) -> None:
         """Raises InputError or RunError if the model cannot be opened on one of the devices; none is left then."""
         self._plan, self._members = plan, list[_Member]()
-        self._said: SimpleQueue[tuple[_Member, str, Any]] = SimpleQueue()
+        self._said = SimpleQueue[tuple[_Member, str, Any]]()
         devices = plan.request.devices
         free = available_bytes()
         start = Start(plan, len(devices), None if free is None else free // len(devices))
@@ -151,7 +152,7 @@ class Crew:
             self.close()
             raise
 
-    def outcomes(self, q_ids: Sequence[str]) -> Iterator[tuple[str, str]]:
+    def outcomes(self, q_ids: Sequence[str]) -> Generator[tuple[str, str]]:
         """Have all of them run: -> each with how it ended, as they end."""
         waiting, left, deaths = deque(q_ids), set(q_ids), Counter[str]()
         with at_work("run", "", unit="q_ids") as task, headed(lambda: _heading(task)):
@@ -235,7 +236,7 @@ class Crew:
         with suppress(Exception):  # its end, or a message that its end cut short
             while True:
                 self._said.put((member, *member.connection.recv()))
-        self._said.put((member, "ended", None))
+        self._said.put((member, "ended", ""))
 
     def _heard(self, give_up: float | None = None) -> Iterator[tuple[_Member, str, Any]]:
         """What the processes say beside log lines, which are passed on, and how they ended, until none is left or it is
@@ -248,8 +249,8 @@ class Crew:
                 return
             if kind == "ended":
                 self._members.remove(member)
-                content = member.how_it_ended()
-            if kind != "line":
+                yield member, kind, member.how_it_ended()
+            elif kind != "line":
                 yield member, kind, content
             elif (logger := logging.getLogger(content.name)).isEnabledFor(content.levelno):
                 logger.handle(content)
