@@ -44,19 +44,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="shapes for any card")
     parser.add_argument("--layers", type=int, default=36, help="of the large shape that one card holds, too")
+    parser.add_argument("--no_full", action="store_true", help="leave out the large shape at full depth")
     parser.add_argument("--work", type=Path, default=None, help="where a checkpoint of 16 GB goes, for whole runs")
     parser.add_argument("--q_ids", type=int, default=8)
     args = parser.parse_args()
     print(f"{torch.cuda.get_device_name(0)} x {torch.cuda.device_count()}, torch {torch.__version__}, transformers "
           f"{transformers.__version__}", flush=True)  # fmt: skip
     small, large = (TINY, TINY) if args.tiny else (SMALLER, WIDE)
-    rows = compared(small, [25, 13, 7, 5, 4, 2])
-    rows += compared({**large, "num_hidden_layers": args.layers}, [4, 3, 2, 1])
-    backbone = built(large, TWO)
-    rows += [swept(backbone, large, per_pass)[0] for per_pass in (None, 2)]
-    del backbone
-    gc.collect()
-    torch.cuda.empty_cache()
+    rows = compared(small, [25, 13, 9, 7])
+    rows += compared({**large, "num_hidden_layers": args.layers}, [9, 7, 5, 3])
+    if not args.no_full:
+        backbone = built(large, TWO)
+        rows += [swept(backbone, large, per_pass)[0] for per_pass in (None, 2)]
+        del backbone
+        gc.collect()
+        torch.cuda.empty_cache()
     print("\n| model | on | arithmetic | trials a pass | sweep, s | ratio | bits as on one card | peak GiB of each |")
     print("|---|---|---|---|---|---|---|---|")
     print("\n".join(f"| {' | '.join(row)} |" for row in rows), flush=True)

@@ -47,7 +47,9 @@ class Backbone:
     @contextmanager
     def running(self) -> Iterator[None]:
         """The context in which every forward pass happens: no gradients, and ``arithmetic``."""
-        with self.cards.in_turn() if self.cards else nullcontext(), self.arithmetic.running():
+        # Kernels start on the current device, whichever their tensors are on.
+        current = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+        with current, self.arithmetic.running():
             yield
 
     def device_of(self, layer: int) -> torch.device:

@@ -44,7 +44,7 @@ from relfv.engine.base import (
 from relfv.engine.hooks import editing_inputs, editing_outputs
 from relfv.engine.memory import shrinking
 from relfv.engine.prefix import KeptPrefix
-from relfv.engine.readout import joined, on_cpu, scores_of
+from relfv.engine.readout import joined, on_the_way, scores_of
 from relfv.engine.reference import ReferenceEngine
 from relfv.engine.together import editing_together
 from relfv.errors import RunError
@@ -54,9 +54,9 @@ from relfv.types import Effects, HeadId, Prompts, TokenScores
 
 _CPU_BUDGET = 2 << 30
 """Bytes for one pass."""
-_PASSES_A_CARD = 4
+_PASSES_A_CARD = 2
 """Where a model is on several cards, at least as many as make passes of ``_ROWS``."""
-_ROWS = 4096
+_ROWS = 8192
 """Copies in a pass that take longer to compute than to begin."""
 
 
@@ -134,13 +134,13 @@ class SharedPrefixEngine:
 
         def attempt(size: int) -> list[TokenScores]:
             done: list[TokenScores] = []
-            begun: deque[TokenScores] = deque()
+            begun: deque[Callable[[], TokenScores]] = deque()
             for part in prompt_chunks(len(prompts), size):
-                begun.append(self._pass(prompts[part], n_edits, edit(part)))
+                begun.append(on_the_way(self._pass(prompts[part], n_edits, edit(part))))
                 # While one card computes on the end of a pass, the one before it begins the next.
                 if len(begun) > self._passes_at_once():
-                    done.append(on_cpu(begun.popleft()))
-            return [*done, *map(on_cpu, begun)]
+                    done.append(begun.popleft()())
+            return [*done, *(arrived() for arrived in begun)]
 
         size = min(len(prompts), per_pass or self._prompts_that_fit(prompts.ids, n_edits))
         scores, size = shrinking(size, attempt, release=self.kept.forget)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,10 +36,6 @@ class Cards:
     def __str__(self) -> str:
         """In words."""
         return ", ".join(f"{self.of_layer.count(device)} layers on {device}" for device in self.devices)
-
-    def in_turn(self) -> AbstractContextManager[Any]:
-        """While open, modules may make their card the current one."""
-        return torch.cuda.device(self.devices[0]) if self.devices[0].type == "cuda" else nullcontext()
 
 
 def spread(model: Any, arch: Architecture, counts: Sequence[int], devices: Sequence[torch.device]) -> Cards:

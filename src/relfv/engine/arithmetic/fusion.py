@@ -102,7 +102,7 @@ def recognise(model: nn.Module, arch: Architecture) -> Fusions | None:
     if not kernels.usable(arch.lm_head.weight):  # type: ignore[arg-type]
         return None
     device = arch.device
-    with torch.inference_mode(), torch.random.fork_rng(devices=[device]):
+    with torch.inference_mode(), torch.random.fork_rng(devices=[device]), torch.cuda.device(device):
         torch.manual_seed(0)
         candidates = [module for module in model.modules() if "forward" not in vars(module)]
         norms = [norm for module in candidates if (norm := as_norm(module, device))]
