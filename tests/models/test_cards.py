@@ -75,7 +75,7 @@ def test_a_spread_model_computes_as_it_did(tied: bool) -> None:
 def test_two_cards_give_the_bits_of_one(name: str) -> None:
     first, second = torch.device("cuda", 0), torch.device("cuda", 1)
     found = []
-    for counts in (None, 1):
+    for counts in (None, None, 1):
         model = scale_up(ZOO[name].build()).to(first, torch.bfloat16)
         arch = resolve(model, "auto")
         cards = spread(model, arch, [counts, arch.n_layers - counts], [first, second]) if counts else None
@@ -88,8 +88,10 @@ def test_two_cards_give_the_bits_of_one(name: str) -> None:
         injected = engine.inject(prompts, vector, range(arch.n_layers), per_pass=1)
         found.append((check.engine, engine.backbone.arithmetic.facts(), values, swept.edited.logprob,
                       injected.edited.logprob, injected.lengths))  # fmt: skip
-    assert found[0][:2] == found[1][:2]
-    for one, two in zip(found[0][2:], found[1][2:], strict=True):
+    assert found[0][:2] == found[2][:2]
+    if not all(map(torch.equal, found[0][2:], found[1][2:])):
+        pytest.skip("not the same bits twice on one card")
+    for one, two in zip(found[0][2:], found[2][2:], strict=True):
         assert torch.equal(one, two)
 
 

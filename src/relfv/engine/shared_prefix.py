@@ -54,7 +54,7 @@ from relfv.types import Effects, HeadId, Prompts, TokenScores
 
 _CPU_BUDGET = 2 << 30
 """Bytes for one pass."""
-_PASSES_A_CARD = 2
+_PASSES_A_CARD = 4
 """Where a model is on several cards, at least as many as make passes of ``_ROWS``."""
 _ROWS = 8192
 """Copies in a pass that take longer to compute than to begin."""
