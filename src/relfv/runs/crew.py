@@ -207,7 +207,7 @@ class Crew:
                 break
         if problems:
             member, problem = next(iter(problems.items()))
-            everywhere = len({str(one) for one in problems.values()}) == 1 and len(problems) == len(self._members)
+            everywhere = len({*map(str, problems.values())}) == 1 and len(problems) == len(self._plan.request.devices)
             said = str(problem) if everywhere or str(problem).startswith("--devices") else f"{member.device}: {problem}"
             raise type(problem)(said)
         return self._members[0].model or {}
