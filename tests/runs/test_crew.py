@@ -121,8 +121,9 @@ def test_a_model_that_cannot_be_opened_is_one_line_and_leaves_everything_as_it_w
     weights.write_bytes(weights.read_bytes()[:-1000])
     command = arguments(damaged, csv_path, tmp_path / "out", "--devices", "cpu,cpu", "--force")
     (there := tmp_path / "out/pairs/A1").mkdir(parents=True)
-    assert main(command) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "ERROR" in line]
+    code, said = main(command), capsys.readouterr().err
+    assert code == 2, said
+    (line,) = [line for line in said.splitlines() if "ERROR" in line]
     assert f"--model '{damaged}'" in line
     assert [*there.parent.iterdir()] == [there]
 
