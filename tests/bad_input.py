@@ -133,6 +133,8 @@ FLAG_ROWS = [
     Row("a sweep over more heads than the model has", "--k_sweep 25: $MODEL has 24 heads to choose from; expected at most that", flags=[("--k_sweep", "1,25")]),
     Row("an unknown device", "--device …: …expected auto, cpu, cuda, cuda:<n> or mps", flags=[("--device", name) for name in ("tpu", "CPU", "meta", "cuda:-1", "cpu:5")]),
     Row("a CUDA device that is not there", "--device 'cuda:99': this machine has … usable CUDA device(s); use --device cpu, or a PyTorch build and driver that see your GPU (python -c 'import torch; print(torch.cuda.is_available())')", flags=[("--device", "cuda:99")]),
+    Row("one of several devices that is not there", "--devices …: …; use --device cpu, or a PyTorch build …", command=RUN[:-2], flags=[("--devices", "cpu,cuda:99")]),
+    Row("a device, and several", "--device cpu and --devices cpu,cpu: expected one of the two", flags=[("--devices", "cpu,cpu")]),
     Row("an unknown dtype", "--dtype 'float8': expected one of auto, float32, bfloat16, float16, fp32, bf16, fp16", flags=[("--dtype", "float8")]),
     Row("an unknown quantisation", "--quant '3bit': expected one of none, 8bit, 4bit", flags=[("--quant", "3bit")]),
     Row("packed weights that are to stream", "--offload cpu: the weights of '$MODEL' are packed in few bits, and packed weights do not stream; use --offload none, or a model with weights of 16 or 32 bits", flags=[("--quant", "8bit", "--offload", "cpu")]),

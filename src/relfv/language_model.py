@@ -111,7 +111,7 @@ def _with_engine(
 ) -> LanguageModel:
     arch, tokens = checkpoint.arch, checkpoint.tokens
     arithmetic = Arithmetic.with_kernels(checkpoint.model, arch, precision)
-    backbone = Backbone(checkpoint.model, arch, checkpoint.device, arithmetic, checkpoint.streaming)
+    backbone = Backbone(checkpoint.model, arch, checkpoint.device, arithmetic, checkpoint.streaming, checkpoint.cards)
     with at_work(f"opening {name}", "self-check: patches by the engine and by plain hooks"):
         engine, check = choose_engine(backbone, tokens.self_check_prompts(context_of(checkpoint.model.config).limit))
     log.info(

@@ -84,7 +84,12 @@ class Settings:
         "model's identity", _MODEL, identity=False,
     )  # fmt: skip
     device: str = _setting(
-        "auto", "auto, cpu, cuda, cuda:<n> or mps", _MODEL, environment="DEVICE", blank=True, identity=False
+        "auto",
+        "auto, cpu, cuda, cuda:<n> or mps; cuda:0+cuda:1: one model over both",
+        _MODEL,
+        environment="DEVICE",
+        blank=True,
+        identity=False,
     )
     dtype: str = _setting(
         "auto", "auto (the checkpoint's), fp32, bf16 or fp16", _MODEL, environment="DTYPE", blank=True

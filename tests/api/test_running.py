@@ -9,6 +9,7 @@ import torch
 import relfv
 from conftest import llama, make_tokenizer
 from folders import contents
+from relfv.errors import InputError
 
 FAST = {"n_trials_per_q": 4, "topk": 3, "extras": "none"}
 
@@ -114,3 +115,9 @@ def test_what_cannot_be_run_is_refused_in_one_line(csv_path: Path, tmp_path: Pat
         with pytest.raises(relfv.InputError, match=said):
             relfv.run(relations, of, its, out_root=tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_is_open_here_is_not_shared_out_to_other_devices(csv_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="a model given as an object is on a device already"):
+        relfv.run(csv_path, llama(), make_tokenizer(), out_root=tmp_path, devices="cpu,cpu", **FAST)
+    assert not [*tmp_path.iterdir()]

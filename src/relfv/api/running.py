@@ -28,6 +28,7 @@ def run(
     q_list: Sequence[str] | None = None,
     name: str = "relations",
     force: bool = False,
+    devices: str | Sequence[str] = (),
     **settings: Any,
 ) -> Run:
     """Run every stage of every relation, as ``relfv run`` does, and carry on where an earlier call was stopped.
@@ -36,13 +37,14 @@ def run(
     ``<out_root>/<name>.csv``. ``model``: ``demo``, a folder, a hub id, or a transformers model with its ``tokenizer``,
     which is used where it is and handed back as it came: in its dtype and mode, without a hook. Results go to
     ``<out_root>/<name of the CSV>``; with ``out_root=None`` to a temporary folder that is removed with the result.
-    ``q_list``: some q_ids alone. ``force``: move earlier results aside. ``settings``: any flag of ``relfv run``, such
-    as ``topk=10``; ``model_spec`` is ``auto`` by default.
+    ``q_list``: some q_ids alone. ``force``: move earlier results aside. ``devices``: share the q_ids out to a process
+    on each, such as ``["cuda:0", "cuda:1"]`` or ``"all"`` (not with a model that is open here). ``settings``: any flag
+    of ``relfv run``, such as ``topk=10``; ``model_spec`` is ``auto`` by default.
 
     A q_id that fails does not stop the others; it is warned of, and ``summary()`` has the reason. Raises InputError
     before anything is computed if it cannot be run so.
     """
-    from relfv.runs.plan import RunRequest
+    from relfv.runs.plan import RunRequest, devices_from
     from relfv.runs.run import run as run_all
 
     given = None if isinstance(model, str | Path) else GivenModel(model, tokenizer)
@@ -56,6 +58,7 @@ def run(
         None if q_list is None else tuple(q_list),
         root,
         force=force,
+        devices=devices_from(devices) if isinstance(devices, str) else tuple(devices),
         given=given,
     )
     with _lines_of_the_log(), borrowed(model) if given else nullcontext():

@@ -11,6 +11,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "run": (
         "relfv run --model meta-llama/Llama-3.1-8B --relation_csv_path my_relations.csv",
         "relfv run --model demo --q_list Q1,Q14 --dry_run",
+        "relfv run --model meta-llama/Llama-3.1-8B --devices all",
         "relfv run --model demo --alpha 2 --out_root alpha_2 --reuse_stepd results_fv/relation_qwise",
         "relfv run --config results_fv/relation_qwise/relationA_ex/run_manifest.json --out_root repeated",
     ),

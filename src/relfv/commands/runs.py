@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from relfv.commands.flags import DEFAULTS, path_flag, q_ids_from, settings_from, whole_number
+from relfv.errors import InputError
 from relfv.settings import DEFAULT_OUT_ROOT, MOST, SPEC_CSV
 
 if TYPE_CHECKING:
@@ -52,8 +53,15 @@ def run_flags(parser: argparse.ArgumentParser) -> None:
         "--workers", type=whole_number(1, MOST), default=None, metavar="N", help="--ray workers (default: all that fit)"
     )
     parser.add_argument(
-        "--shard", type=_shard, metavar="I/N", help="only the I-th of every N q_ids: for N runs on a file system "
-        "without locks; 'relfv report' afterwards makes what tells of all"
+        "--shard",
+        type=_shard,
+        metavar="I/N",
+        help="only the I-th of every N q_ids: for N runs on a file system "
+        "without locks; 'relfv report' afterwards makes what tells of all",
+    )
+    parser.add_argument(
+        "--devices", default="", metavar="A,B", help="share the q_ids out to a process on each of these devices, such "
+        "as cuda:0,cuda:1; all = every CUDA device (in place of --device)"
     )  # fmt: skip
     parser.add_argument(
         "--dry_run", action="store_true", help="say what would be done, and do nothing; 'relfv doctor' also measures"
@@ -88,10 +96,15 @@ def _request(args: argparse.Namespace) -> RunRequest:
 
 def run(args: argparse.Namespace) -> int:
     from relfv.runs import run as of_all
-    from relfv.runs.plan import OnRay
+    from relfv.runs.plan import OnRay, devices_from
 
+    if args.devices and getattr(args, "device", ""):
+        raise InputError(f"--device {args.device} and --devices {args.devices}: expected one of the two")
+    if args.devices and args.ray:
+        raise InputError(f"--ray {args.ray} and --devices {args.devices}: expected one of the two")
     on_ray = OnRay(args.ray, args.gpus_per_worker, args.workers) if args.ray else None
-    return of_all.run(replace(_request(args), dry_run=args.dry_run, shard=args.shard, ray=on_ray))
+    devices = devices_from(args.devices)
+    return of_all.run(replace(_request(args), dry_run=args.dry_run, shard=args.shard, ray=on_ray, devices=devices))
 
 
 def doctor_flags(parser: argparse.ArgumentParser) -> None:

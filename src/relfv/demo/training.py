@@ -22,7 +22,7 @@ from relfv.demo.documents import IGNORED, DocumentSampler, build_tokenizer, coll
 from relfv.demo.recipe import DemoTrainingConfig
 from relfv.demo.validation import validate
 from relfv.errors import InputError
-from relfv.models.opening import choose_device
+from relfv.models.devices import choose_device
 
 
 @dataclass(frozen=True)

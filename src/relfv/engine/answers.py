@@ -176,8 +176,9 @@ def _hidden(backbone: Backbone, texts: TokenIds, starts: Sequence[int], injectio
 def _adding(backbone: Backbone, starts: Sequence[int], injection: Injection | None) -> AbstractContextManager[None]:
     if injection is None:
         return nullcontext()
-    vectors = torch.as_tensor(injection.vector).to(backbone.device).reshape(-1, 1, injection.vector.shape[-1])
-    begin = torch.tensor(list(starts), device=backbone.device)
+    place = backbone.device_of(injection.layer)
+    vectors = torch.as_tensor(injection.vector).to(place).reshape(-1, 1, injection.vector.shape[-1])
+    begin = torch.tensor(list(starts), device=place)
 
     def add(hidden: torch.Tensor) -> torch.Tensor:
         on = torch.arange(hidden.shape[1], device=hidden.device)[None] >= begin[:, None]

@@ -16,7 +16,7 @@ module brings it the model's queries, keys and values, and refuses what it does 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +44,8 @@ class Prefix:
     values: tuple[torch.Tensor, ...]
     lengths: torch.Tensor
     """int64 (N,): real prefix tokens, which is also the position of the last token."""
+    lengths_on: Mapping[torch.device, torch.Tensor]
+    """The same on each device that has keys."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def shared_prefix_attention(
         value,
         active.prefix.keys[layer],
         active.prefix.values[layer],
-        active.prefix.lengths,
+        active.prefix.lengths_on[query.device],
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         window=sliding_window,
         softcap=softcap,

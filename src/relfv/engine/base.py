@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from torch import nn
 
 from relfv.engine.arithmetic import Arithmetic
 from relfv.models.architecture import Architecture
+from relfv.models.cards import Cards
 from relfv.models.streaming import Streaming
 from relfv.progress import counted
 from relfv.types import Effects, HeadId, Prompts
@@ -40,10 +41,20 @@ class Backbone:
     arithmetic: Arithmetic
     streaming: Streaming | None = None
     """The blocks that stream, if any do."""
+    cards: Cards | None = None
+    """Where the blocks are, if on several cards; ``device`` is then the first of them."""
 
-    def running(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def running(self) -> Iterator[None]:
         """The context in which every forward pass happens: no gradients, and ``arithmetic``."""
-        return self.arithmetic.running()
+        # Kernels start on the current device, whichever their tensors are on.
+        current = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+        with current, self.arithmetic.running():
+            yield
+
+    def device_of(self, layer: int) -> torch.device:
+        """Where a block computes."""
+        return self.cards.of_layer[layer] if self.cards else self.device
 
     def plain(self) -> Backbone:
         """With PyTorch alone: no pieces, no kernels."""
@@ -82,9 +93,12 @@ class Backbone:
         return "position_ids" in inspect.signature(self.decoder.forward).parameters
 
     def weights_on_device(self) -> int:
-        """Bytes of the device that weights take, slots of streamed blocks included."""
-        there = sum(p.nbytes for p in self.model.parameters() if p.device == self.device)
-        return there + (self.streaming.slot_bytes if self.streaming else 0)
+        """Bytes of the device that weights take, slots of streamed blocks included; of several the most."""
+        there: dict[torch.device, int] = {}
+        for parameter in self.model.parameters():
+            there[parameter.device] = there.get(parameter.device, 0) + parameter.nbytes
+        most = max(there.get(device, 0) for device in (self.cards.devices if self.cards else [self.device]))
+        return most + (self.streaming.slot_bytes if self.streaming else 0)
 
 
 @dataclass(frozen=True)
@@ -175,6 +189,12 @@ class Engine(Protocol):
     def finer(self) -> Engine:
         """The same engine with less rounding, where its arithmetic has a choice, so that rounding can be measured."""
         ...
+
+
+def sent(numbers: Sequence[Any], device: torch.device) -> torch.Tensor:
+    """Whole numbers as a tensor on ``device``, without waiting for what is queued there."""
+    tensor = torch.tensor(numbers)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def values_of(replacement: Array | None, heads: Sequence[HeadId], device: torch.device) -> torch.Tensor | None:

@@ -10,16 +10,16 @@ from contextlib import contextmanager
 
 import torch
 
-from relfv.engine.base import Backbone, TokenIds
+from relfv.engine.base import Backbone, TokenIds, sent
 from relfv.engine.hooks import editing_inputs, editing_outputs
 from relfv.models.mlps import mlps_of
 
 
 def pad_right(prompts: TokenIds, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """-> input_ids (N, P), attention_mask (N, P), lengths (N,). The padding id is never attended to."""
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    width = int(lengths.max())
-    ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=device)
+    width = max(len(prompt) for prompt in prompts)
+    lengths = sent([len(prompt) for prompt in prompts], device)
+    ids = sent([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device)
     mask = (torch.arange(width, device=device)[None] < lengths[:, None]).long()
     return ids, mask, lengths
 
@@ -28,7 +28,7 @@ def last_hidden(backbone: Backbone, prompts: TokenIds) -> torch.Tensor:
     """Final normed hidden state at each prompt's last token: (N, resid_dim)."""
     ids, mask, lengths = pad_right(prompts, backbone.device)
     hidden = backbone.decoder(input_ids=ids, attention_mask=mask, use_cache=False)[0]
-    return hidden[torch.arange(len(prompts), device=hidden.device), lengths - 1]
+    return hidden[torch.arange(len(prompts), device=hidden.device), (lengths - 1).to(hidden.device)]
 
 
 def capture_heads(backbone: Backbone, prompts: TokenIds) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,7 +67,7 @@ def last_tokens(backbone: Backbone, prompts: TokenIds) -> Callable[[torch.Tensor
     """Takes (N, P, width) to float32 (N, width) at each prompt's last token."""
     rows = torch.arange(len(prompts), device=backbone.device)
     last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=backbone.device)
-    return lambda values: values[rows, last].float()
+    return lambda values: values[rows.to(values.device), last.to(values.device)].float()
 
 
 def _recorder(
@@ -79,7 +79,7 @@ def _recorder(
 
     def reader(layer: int) -> Callable[[torch.Tensor], None]:
         def read(values: torch.Tensor) -> None:
-            seen[layer] = at_last(values)
+            seen[layer] = at_last(values).to(backbone.device)
 
         return read
 

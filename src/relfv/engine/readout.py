@@ -7,11 +7,11 @@ dtype: half-precision probabilities cannot resolve the effects that are measured
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from relfv.engine.base import Backbone
+from relfv.engine.base import Backbone, sent
 from relfv.types import TokenScores
 
 
@@ -20,9 +20,28 @@ def read_targets(backbone: Backbone, hidden: torch.Tensor, targets: Sequence[int
 
     ``hidden`` is (N, C, resid_dim), final and normed; the result's fields are (N, C) on the CPU.
     """
-    wanted = torch.tensor(list(targets), device=hidden.device)
-    logit, logprob, top = (scores.cpu() for scores in backbone.arithmetic.read_out(hidden, wanted))
+    return on_the_way(scores_of(backbone, hidden, targets))()
+
+
+def scores_of(backbone: Backbone, hidden: torch.Tensor, targets: Sequence[int]) -> TokenScores:
+    """The same on the device, without waiting for it."""
+    logit, logprob, top = backbone.arithmetic.read_out(hidden, sent(list(targets), hidden.device))
     return TokenScores(logit=logit, logprob=logprob, top_id=top)
+
+
+def on_the_way(scores: TokenScores) -> Callable[[], TokenScores]:
+    """Send ``scores`` to the CPU: -> a function that gives them once they are there, however much is queued on the
+    device after them."""
+    device = scores.logit.device
+    logit, logprob, top = (x.to("cpu", non_blocking=True) for x in (scores.logit, scores.logprob, scores.top_id))
+    there = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+
+    def arrived() -> TokenScores:
+        if there:
+            there.synchronize()
+        return TokenScores(logit=logit, logprob=logprob, top_id=top)
+
+    return arrived
 
 
 def joined(parts: Sequence[TokenScores]) -> TokenScores:

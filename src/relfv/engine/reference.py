@@ -131,7 +131,7 @@ class ReferenceEngine:
             def patch(z: torch.Tensor) -> torch.Tensor:
                 z = z.clone()
                 last = z[:, -1].view(len(z), arch.n_heads, arch.head_dim)
-                last[rows, index] = last[0, index] if values is None else values[group].to(z.dtype)
+                last[rows, index] = last[0, index] if values is None else values[group].to(z)
                 return z
 
             return editing_inputs([(arch.out_projs[layer], patch)])
@@ -156,7 +156,7 @@ class ReferenceEngine:
             def add(hidden: torch.Tensor) -> torch.Tensor:
                 lengths[prompt, index] = hidden[0, -1].float().norm()
                 hidden = hidden.clone()
-                hidden[1:, -1] += added.to(hidden.dtype)
+                hidden[1:, -1] += added.to(hidden)
                 return hidden
 
             return editing_outputs([(self.backbone.arch.blocks[layer], add)])

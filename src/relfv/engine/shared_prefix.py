@@ -18,6 +18,7 @@ copy 0 + vector. The model's own modules do all the work, driven by hooks; what 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -26,7 +27,6 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
 from relfv.engine.attention import Prefix, attending_to
 from relfv.engine.base import (
@@ -38,43 +38,26 @@ from relfv.engine.base import (
     in_parts,
     of_layer_and_prompts,
     prompt_chunks,
+    sent,
     values_of,
 )
 from relfv.engine.hooks import editing_inputs, editing_outputs
 from relfv.engine.memory import shrinking
-from relfv.engine.passes import pad_right
-from relfv.engine.readout import joined, read_targets
+from relfv.engine.prefix import KeptPrefix
+from relfv.engine.readout import joined, on_the_way, scores_of
 from relfv.engine.reference import ReferenceEngine
 from relfv.engine.together import editing_together
 from relfv.errors import RunError
+from relfv.models.cards import cards_bytes
 from relfv.models.placement import bytes_of_prompt, card_bytes
 from relfv.types import Effects, HeadId, Prompts, TokenScores
 
 _CPU_BUDGET = 2 << 30
 """Bytes for one pass."""
-_FEW = 4
-"""Prompts whose prefix takes little memory beside that of all trials."""
-
-
-class KeptPrefix:
-    """The prefix of the last pass: a q_id's stages run the same prompts several times. That of a few prompts, such as
-    the noise floor's between two passes over all trials, is kept beside it."""
-
-    def __init__(self) -> None:
-        self._last: dict[bool, tuple[tuple[tuple[int, ...], ...], Prefix]] = {}
-        """By whether it is of a few."""
-
-    def of(self, backbone: Backbone, prompts: TokenIds) -> Prefix:
-        """The prefix of ``prompts``, kept or made, with the same bits either way. Call inside ``running``."""
-        wanted, few = tuple(map(tuple, prompts)), len(prompts) <= _FEW
-        if few not in self._last or self._last[few][0] != wanted:
-            self._last.pop(few, None)  # before there are two
-            self._last[few] = wanted, prefill(backbone, prompts)
-        return self._last[few][1]
-
-    def forget(self) -> None:
-        """Release its memory."""
-        self._last.clear()
+_PASSES_A_CARD = 4
+"""Where a model is on several cards, at least as many as make passes of ``_ROWS``."""
+_ROWS = 8192
+"""Copies in a pass that take longer to compute than to begin."""
 
 
 @dataclass
@@ -96,7 +79,8 @@ class SharedPrefixEngine:
         if self.backbone.depends_on_company(prompts.ids):
             return ReferenceEngine(self.backbone).sweep_heads(prompts, replacement, heads)
         values = values_of(replacement, heads, self.backbone.device)
-        return self._in_chunks(prompts, len(heads), per_pass, lambda _: _head_patches(self.backbone, heads, values))
+        patches = _head_patches(self.backbone, heads, values)
+        return self._in_chunks(prompts, len(heads), per_pass, lambda _: editing_inputs(patches))
 
     def inject(
         self,
@@ -149,8 +133,14 @@ class SharedPrefixEngine:
         """Run ``per_pass`` prompts at a time, or as many as fit."""
 
         def attempt(size: int) -> list[TokenScores]:
-            parts = prompt_chunks(len(prompts), size)
-            return [self._pass(prompts[part], n_edits, edit(part)) for part in parts]
+            done: list[TokenScores] = []
+            begun: deque[Callable[[], TokenScores]] = deque()
+            for part in prompt_chunks(len(prompts), size):
+                begun.append(on_the_way(self._pass(prompts[part], n_edits, edit(part))))
+                # While one card computes on the end of a pass, the one before it begins the next.
+                if len(begun) > self._passes_at_once():
+                    done.append(begun.popleft()())
+            return [*done, *(arrived() for arrived in begun)]
 
         size = min(len(prompts), per_pass or self._prompts_that_fit(prompts.ids, n_edits))
         scores, size = shrinking(size, attempt, release=self.kept.forget)
@@ -163,51 +153,39 @@ class SharedPrefixEngine:
         n_edits: int,
         edits: AbstractContextManager[None],
     ) -> TokenScores:
-        """Fields (N, 1 + n_edits); column 0 is the baseline."""
-        # Like the edits' tensors it goes to the device first: a copy from the host waits for everything queued before.
-        last = torch.tensor([[prompt[-1]] for prompt in prompts.ids], device=self.backbone.device)
+        """Fields (N, 1 + n_edits), on the device; column 0 is the baseline."""
+        last = sent([[prompt[-1]] for prompt in prompts.ids], self.backbone.device)
         with self.backbone.running():
             prefix = self.kept.of(self.backbone, prompts.ids)
             with attending_to(prefix, self.backbone), self.backbone.arithmetic.multiplying_copies(), edits:
                 hidden = _run_last_tokens(self.backbone, last, prefix)
             if hidden.shape[1] != 1 + n_edits:
                 raise RunError(f"the pass ended with {hidden.shape[1]} copies of the last token, not {1 + n_edits}")
-            return read_targets(self.backbone, hidden, prompts.targets)
+            return scores_of(self.backbone, hidden, prompts.targets)
+
+    def _passes_at_once(self) -> int:
+        """Passes that may be under way when another is waited for."""
+        return len(self.backbone.cards.devices) if self.backbone.cards else 0
 
     def _prompts_that_fit(self, prompts: TokenIds, n_edits: int) -> int:
         """Prompts a pass, from the memory above the weights: as far as possible a function of shapes and the device,
         not of what is free now. Batch shapes change low-order bits, and a resumed run must give the same bytes."""
         longest = max(len(prompt) for prompt in prompts)
-        return max(1, self._budget() // bytes_of_prompt(self.backbone.arch, n_edits, longest))
+        fitting = max(1, self._budget() // bytes_of_prompt(self.backbone.arch, n_edits, longest))
+        if self.backbone.cards is None:
+            return fitting
+        # Enough passes that the cards' waiting at the first one's beginning and the last one's end is little of all.
+        of_all = -(-len(prompts) // (_PASSES_A_CARD * len(self.backbone.cards.devices)))
+        return min(fitting, max(of_all, -(-_ROWS // (1 + n_edits))))
 
     def _budget(self) -> int:
         """Bytes for one pass. On CUDA what the card has beside the weights."""
-        card = card_bytes(self.backbone.device, self.backbone.arch)
-        return _CPU_BUDGET if card is None else max(1 << 30, card - self.backbone.weights_on_device())
-
-
-def prefill(backbone: Backbone, prompts: TokenIds) -> Prefix:
-    """Run all but the last token of each prompt and keep their keys and values.
-
-    Raises RunError for a prompt of fewer than two tokens, which has no prefix, and for a hybrid model.
-    """
-    if min(len(prompt) for prompt in prompts) < 2:
-        raise RunError("a prompt has a single token; the shared-prefix engine needs at least two")
-    if len(backbone.arch.out_projs) < backbone.arch.n_layers:
-        raise RunError("some layers have no attention, and what they keep of earlier tokens is not keys and values")
-    ids, mask, lengths = pad_right([prompt[:-1] for prompt in prompts], backbone.device)
-    # A DynamicCache made from a config lets sliding-window layers drop keys; this one keeps all of them, and the
-    # window is applied in the attention of the last token.
-    cache = DynamicCache()
-    backbone.decoder(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
-    keys, values = zip(*(_cached(cache, layer) for layer in range(backbone.arch.n_layers)), strict=True)
-    return Prefix(keys=keys, values=values, lengths=lengths)
-
-
-def _cached(cache: Any, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-    if hasattr(cache, "layers"):
-        return cache.layers[layer].keys, cache.layers[layer].values
-    return cache.key_cache[layer], cache.value_cache[layer]
+        backbone = self.backbone
+        if backbone.cards and backbone.device.type == "cuda":
+            there = min(card or 0 for card in cards_bytes(backbone.cards.devices, backbone.arch))
+            return max(1 << 30, there - backbone.weights_on_device())
+        card = card_bytes(backbone.device, backbone.arch)
+        return _CPU_BUDGET if card is None else max(1 << 30, card - backbone.weights_on_device())
 
 
 def _run_last_tokens(backbone: Backbone, last: torch.Tensor, prefix: Prefix) -> torch.Tensor:
@@ -220,7 +198,7 @@ def _run_last_tokens(backbone: Backbone, last: torch.Tensor, prefix: Prefix) -> 
 
 def _head_patches(
     backbone: Backbone, heads: Sequence[HeadId], values: torch.Tensor | None
-) -> AbstractContextManager[None]:
+) -> list[tuple[Any, Callable[[torch.Tensor], torch.Tensor | None]]]:
     """Before block l: one copy of the unpatched token for each of ``heads`` in layer l; then overwrite its slice by
     that head's row of ``values``, or by the same head's slice of copy 0 if there are none."""
     arch = backbone.arch
@@ -228,8 +206,10 @@ def _head_patches(
     def grower(count: int) -> Callable[[torch.Tensor], torch.Tensor]:
         return lambda hidden: _grown(hidden, hidden[:, :1], count)
 
-    def patcher(numbers: list[int], given: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
-        index = torch.tensor(numbers, device=backbone.device)
+    def patcher(layer: int, numbers: list[int], part: slice) -> Callable[[torch.Tensor], torch.Tensor]:
+        place = backbone.device_of(layer)
+        index = torch.tensor(numbers, device=place)
+        given = None if values is None else values[part].to(place)
 
         def patch(z: torch.Tensor) -> torch.Tensor:
             n, copies, _ = z.shape
@@ -247,8 +227,8 @@ def _head_patches(
         numbers = [head.head for head in group]
         part = slice(start, start := start + len(numbers))
         edits.append((arch.blocks[layer], grower(len(numbers))))
-        edits.append((arch.out_projs[layer], patcher(numbers, None if values is None else values[part])))
-    return editing_inputs(edits)
+        edits.append((arch.out_projs[layer], patcher(layer, numbers, part)))
+    return edits
 
 
 def _residual_additions(
@@ -258,7 +238,7 @@ def _residual_additions(
     ``lengths`` (prompt, layer) receives that token's own."""
 
     def adder(i: int) -> Callable[[torch.Tensor], torch.Tensor]:
-        vectors = of_layer_and_prompts(parts, i, prompts)
+        vectors = of_layer_and_prompts(parts, i, prompts).to(backbone.device_of(layers[i]))
 
         def add(hidden: torch.Tensor) -> torch.Tensor:
             lengths[:, i] = hidden[:, 0].float().norm(dim=-1)

@@ -46,10 +46,10 @@ def _setting(backbone: Backbone, versions: Sequence[Together], layer: int, promp
     if not chosen.any():
         return None
     # Many versions may set different heads to the same values, which are large and are held for all layers: held once.
-    distinct = {id(v.values): v.values for v in versions}
-    which = torch.tensor([[*distinct].index(id(v.values)) for v in versions], device=backbone.device)
+    place, distinct = backbone.device_of(layer), {id(v.values): v.values for v in versions}
+    which = torch.tensor([[*distinct].index(id(v.values)) for v in versions], device=place)
     values = _of_layer([*distinct.values()], layer, prompts, torch.zeros(n_heads, head_dim))
-    chosen, values = chosen[..., None].to(backbone.device), values.to(backbone.device)
+    chosen, values = chosen[..., None].to(place), values.to(place)
 
     def edit(z: torch.Tensor) -> torch.Tensor:
         by_head = z.unflatten(-1, (n_heads, head_dim))
@@ -93,7 +93,7 @@ def _adding(backbone: Backbone, versions: Sequence[Together], layer: int, prompt
     added = _of_layer([v.added for v in versions], layer, prompts, torch.zeros(backbone.arch.resid_dim))
     if not added.any():
         return None
-    added = added.to(backbone.device)
+    added = added.to(backbone.device_of(layer))
 
     def edit(hidden: torch.Tensor) -> torch.Tensor:
         return torch.cat([hidden[:, :1], hidden[:, 1:] + added.to(hidden.dtype)], dim=1)

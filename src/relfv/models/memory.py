@@ -9,10 +9,19 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+_most: int | None = None
+
+
+def take_at_most(n_bytes: int | None) -> None:
+    """Count no more than this as available: of processes that open models side by side each may take its part."""
+    global _most
+    _most = n_bytes
+
+
 def available_bytes() -> int | None:
     """What the machine has free and the process's control group (a Slurm job, a container) leaves of it, the smaller;
     None where neither is said (not on Linux)."""
-    limits = [_of_machine(), *map(_of_group, _groups())]
+    limits = [_most, _of_machine(), *map(_of_group, _groups())]
     return min((limit for limit in limits if limit is not None), default=None)
 
 

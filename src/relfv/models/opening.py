@@ -20,6 +20,8 @@ import torch
 from relfv.errors import InputError
 from relfv.models.adapters import adapter_in, merged, require_peft
 from relfv.models.architecture import Architecture, resolve, text_config
+from relfv.models.cards import Cards, counts_foreseen, spread
+from relfv.models.devices import choose_devices
 from relfv.models.formats import as_object, format_of, packing_note, quantization, require_format, unpacking
 from relfv.models.gguf import DTYPE, read_tokenizer
 from relfv.models.kinds import model_class
@@ -46,6 +48,8 @@ class Checkpoint:
     """dtype of the stored weights, e.g. ``bfloat16``."""
     streaming: Streaming | None = None
     """The blocks whose weights are on the device only while they run; None where all weights always are."""
+    cards: Cards | None = None
+    """Where the blocks are, if on several cards; ``device`` is then the first."""
 
 
 def load_checkpoint(
@@ -66,7 +70,8 @@ def load_checkpoint(
     widened again for every pass. Raises InputError if the model cannot be found or read, the spec does not fit it, or
     the device cannot do what is asked.
     """
-    place = choose_device(device)
+    places = choose_devices(device)
+    place = places[0]
     adapter = adapter_in(model_source(name))
     if adapter:
         require_peft(adapter)
@@ -83,9 +88,13 @@ def load_checkpoint(
         placement = foreseen(
             name, spec, snapshot(source, asked), kind, config, offload=offload, device=place, dtype=torch_dtype(dtype),
             quant=quant, trust_remote_code=trust_remote_code,
-        )  # fmt: skip
+        ) if len(places) == 1 else None  # fmt: skip
+        counts = counts_foreseen(
+            name, spec, kind, config, places, offload=offload, dtype=torch_dtype(dtype), quant=quant,
+            trust_remote_code=trust_remote_code,
+        ) if len(places) > 1 else []  # fmt: skip
         require_format(name, config, place, quant)
-        loaded_on = torch.device("cpu") if placement and placement.streams else place
+        loaded_on = torch.device("cpu") if counts or (placement and placement.streams) else place
         if adapter and adapter.has_tokenizer:
             tokenizer = _load_tokenizer(str(adapter.folder), name, {"trust_remote_code": trust_remote_code})
         else:
@@ -100,8 +109,9 @@ def load_checkpoint(
         log.warning("%s", note)
     stored = next(p.dtype for p in model.parameters() if p.is_floating_point())
     streaming = stream(model, arch, placement, place) if placement and placement.streams else None
-    if streaming:
-        log.info("weights: %s", placement)
+    cards = spread(model, arch, counts, places) if counts else None
+    if streaming or cards:
+        log.info("weights: %s", placement or cards)
     elif (
         exact
         and place.type == "cpu"
@@ -111,7 +121,7 @@ def load_checkpoint(
     ):
         model.float()
     tokens = Tokens(tokenizer, n_embeddings=model.get_input_embeddings().weight.shape[0])
-    return Checkpoint(model, tokens, arch, place, str(stored).removeprefix("torch."), streaming)
+    return Checkpoint(model, tokens, arch, place, str(stored).removeprefix("torch."), streaming, cards)
 
 
 def load_tokenizer(name: str, revision: str, *, trust_remote_code: bool) -> Tokens:
@@ -121,29 +131,6 @@ def load_tokenizer(name: str, revision: str, *, trust_remote_code: bool) -> Toke
     source, origin = location(*((of_adapter, None) if of_adapter else weights_source(name, revision)))
     with quiet_transformers():
         return Tokens(_load_tokenizer(source, name, {**origin, "trust_remote_code": trust_remote_code}))
-
-
-def choose_device(device: str) -> torch.device:
-    """``auto`` is CUDA if there is one, else the CPU. Raises InputError for a device that is not there."""
-    if device == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise InputError(f"--device {device!r}: not a device; expected auto, cpu, cuda, cuda:<n> or mps") from None
-    if chosen.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (chosen.index or 0) >= count:
-            raise InputError(
-                f"--device {device!r}: this machine has {count} usable CUDA device(s); use --device cpu, or a PyTorch "
-                "build and driver that see your GPU (python -c 'import torch; print(torch.cuda.is_available())')"
-            )
-        return torch.device("cuda", chosen.index or 0)
-    if chosen.type == "mps" and not torch.backends.mps.is_available():
-        raise InputError(f"--device {device!r}: no Metal device on this machine; use --device cpu")
-    if chosen.type not in ("cpu", "mps") or chosen.index:
-        raise InputError(f"--device {device!r}: expected auto, cpu, cuda, cuda:<n> or mps")
-    return chosen
 
 
 @contextmanager

@@ -10,11 +10,13 @@ from typing import Any
 from relfv.errors import RelfvError
 from relfv.models.adapters import adapter_in, require_peft
 from relfv.models.architecture import Architecture, resolve
+from relfv.models.cards import counts_foreseen
 from relfv.models.context import Context, context_of
+from relfv.models.devices import choose_devices
 from relfv.models.formats import format_of, require_format, unpacks
 from relfv.models.gguf import DTYPE
 from relfv.models.kinds import model_class
-from relfv.models.opening import choose_device, quiet_transformers, torch_dtype
+from relfv.models.opening import quiet_transformers, torch_dtype
 from relfv.models.placement import Placement, foreseen, sketch
 from relfv.models.sources import location, model_source, snapshot, weights_source
 
@@ -46,7 +48,8 @@ def outline(
 
     Raises InputError for a device that is not there, a config that cannot be read, or a spec that does not fit it.
     """
-    place = choose_device(device)
+    places = choose_devices(device)
+    place = places[0]
     if adapter := adapter_in(model_source(name)):
         require_peft(adapter)
     source, commit = weights_source(name, revision)
@@ -57,7 +60,12 @@ def outline(
         placement = foreseen(
             name, spec, snapshot(source, commit), kind, config, offload=offload, device=place, dtype=torch_dtype(dtype),
             quant=quant, trust_remote_code=trust_remote_code,
-        )  # fmt: skip
+        ) if len(places) == 1 else None  # fmt: skip
+        if len(places) > 1:
+            counts_foreseen(
+                name, spec, kind, config, places, offload=offload, dtype=torch_dtype(dtype), quant=quant,
+                trust_remote_code=trust_remote_code,
+            )  # fmt: skip
         require_format(name, config, place, quant)
         model = sketch(kind, config, trust_remote_code=trust_remote_code)
     if model is None:

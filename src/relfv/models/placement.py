@@ -92,20 +92,32 @@ def foreseen(
     """
     if not _may_stream(name, config, offload=offload, device=device, quant=quant):
         return None
+    found = measured(name, spec, folder, kind, config, dtype=dtype, trust_remote_code=trust_remote_code)
+    if found is None and offload == "auto":
+        return None
+    if found is None:
+        raise InputError(f"--offload {offload}: of {name!r} only its weights tell their size; use --offload none")
+    arch, sizes, one_prompt = found
+    return plan(name, offload, sizes, card=card_bytes(device, arch), one_prompt=one_prompt, host=available_bytes())
+
+
+def measured(
+    name: str, spec: str, folder: Path | None, kind: Any, config: Any, *, dtype: Any, trust_remote_code: bool
+) -> tuple[Architecture, Sizes, int] | None:
+    """Of a model that is not loaded: its parts, its weights' sizes, and the bytes of a pass over one prompt; None where
+    only its weights can tell. As ``foreseen``."""
     said = (getattr(part, "dtype", None) for part in (config, text_config(config)))
     stored = next((dtype for dtype in said if isinstance(dtype, torch.dtype)), None)
     model = sketch(kind, config, trust_remote_code=trust_remote_code)
-    if model is None and offload == "auto":
-        return None
     if model is None:
-        raise InputError(f"--offload {offload}: of {name!r} only its weights tell their size; use --offload none")
+        return None
     if dtype or stored:
         model.to(dtype or stored)
     arch = resolve(model, spec)
+    names = stored_names(folder) if folder else None
     converted = bool(format_of(config) or (dtype and stored and dtype != stored))
-    sizes = sizes_of(model, arch, stored_names(folder), converted=converted)
-    one_prompt = bytes_of_prompt(arch, arch.n_heads * len(arch.out_projs))
-    return plan(name, offload, sizes, card=card_bytes(device, arch), one_prompt=one_prompt, host=available_bytes())
+    sizes = sizes_of(model, arch, names, converted=converted)
+    return arch, sizes, bytes_of_prompt(arch, arch.n_heads * len(arch.out_projs))
 
 
 def _may_stream(name: str, config: Any, *, offload: str, device: torch.device, quant: str) -> bool:

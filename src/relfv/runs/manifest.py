@@ -20,6 +20,7 @@ from relfv.store.formats import json_bytes, read_json, sealed, unsealed
 from relfv.store.locks import sole_writer
 
 if TYPE_CHECKING:  # to read a manifest takes no engine
+    from relfv.engine.base import Backbone
     from relfv.language_model import LanguageModel
 
 log = logging.getLogger(__name__)
@@ -79,12 +80,18 @@ def model_description(model: LanguageModel) -> dict[str, Any]:
         **{name: facts[name] for name in ("dtype", "quant", "precision")},
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        "weights": str(streaming.placement) if (streaming := model.backbone.streaming) else "on the device",
+        "weights": _where(model.backbone),
         "cpu_threads": torch.get_num_threads(),
         "engine": facts["engine"],
         "self_check": vars(model.check),
         "notes": facts["notes"],
     }
+
+
+def _where(backbone: Backbone) -> str:
+    if backbone.streaming:
+        return str(backbone.streaming.placement)
+    return str(backbone.cards) if backbone.cards else "on the device"
 
 
 def write_manifest(path: Path, run: dict[str, Any]) -> Path:

@@ -63,8 +63,15 @@ class RunRequest:
     """(i, n): only the i-th of the chosen q_ids, and every n-th after it, for file systems without locks."""
     ray: OnRay | None = None
     """Where the q_ids are shared out, if not to this process."""
+    devices: tuple[str, ...] = ()
+    """Where the q_ids are shared out, by a process each; none: this process, on the settings' device."""
     given: GivenModel | None = None
     """A model that is open already, in place of the one that the settings name."""
+
+
+def devices_from(text: str) -> tuple[str, ...]:
+    """Of ``cuda:0,cuda:1``."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 @dataclass(frozen=True)

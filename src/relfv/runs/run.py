@@ -18,6 +18,7 @@ from relfv.progress import at_work, counted
 from relfv.relations import named
 from relfv.report.page import is_up_to_date, page_path, statuses_in, write_report
 from relfv.report.written_tables import TABLES_FOLDER, are_up_to_date, write_tables
+from relfv.runs.crew import Crew, on_devices
 from relfv.runs.doctor import rehearse
 from relfv.runs.manifest import MANIFEST, run_description, sound_manifest, write_manifest
 from relfv.runs.naming import take_names
@@ -41,6 +42,7 @@ def run(request: RunRequest) -> int:
 
     Raises InputError before anything is computed if the request cannot be run as it is.
     """
+    request = on_devices(request)
     if request.dry_run:
         return rehearse(request)
     plan = make_plan(request)
@@ -108,8 +110,9 @@ def _say_queue(plan: Plan, skipped: Mapping[str, str], todo: Sequence[str], n_un
         log.info("%d q_ids to run, %d completed before, %d skipped", len(todo), done, len(skipped))
 
 
-def _opened(plan: Plan) -> Worker | RayCrew:
-    """Who runs the q_ids, with the model of the request opened.
+def _opened(plan: Plan) -> Worker | Crew | RayCrew:
+    """Who runs the q_ids, with the model of the request opened: this process, one for each of several devices, or a Ray
+    cluster.
 
     Raises InputError if it cannot be opened, or has too few heads.
     """
@@ -118,7 +121,9 @@ def _opened(plan: Plan) -> Worker | RayCrew:
         require_temporary_folder()
         with at_work(f"opening {settings.model}", "loading PyTorch and transformers"):
             outline_for(settings)  # before its weights are read, which may take minutes
-    return RayCrew(plan, plan.request.ray) if plan.request.ray else Worker.opened(plan)
+    if plan.request.ray:
+        return RayCrew(plan, plan.request.ray)
+    return Crew(plan) if len(plan.request.devices) > 1 else Worker.opened(plan)
 
 
 def _move_all_aside(plan: Plan) -> None:
@@ -173,7 +178,9 @@ def _write_waiting(plan: Plan, skipped: Mapping[str, str], todo: Sequence[str]) 
     return failed
 
 
-def _run_todo(plan: Plan, todo: Sequence[str], workers: Worker | RayCrew, started_at: str, unchanged: Unchanged) -> int:
+def _run_todo(
+    plan: Plan, todo: Sequence[str], workers: Worker | Crew | RayCrew, started_at: str, unchanged: Unchanged
+) -> int:
     take_names(plan.folder, {q_id: relation for q_id, relation in plan.relations.items() if q_id not in todo})
     description = {**_description(plan, started_at), "model": workers.description}
     write_manifest(plan.own(MANIFEST), description)
@@ -210,6 +217,7 @@ def _description(plan: Plan, started_at: str) -> dict[str, Any]:
         "finished_at": None,
         **run_description(plan.request.settings, list(plan.relations), plan.csv_sha256, plan.model_identity),
         **({"shard": "{}/{}".format(*plan.request.shard)} if plan.request.shard else {}),
+        **({"devices": [*plan.request.devices]} if len(plan.request.devices) > 1 else {}),
         **({"reuse_stepd": str(plan.request.reuse_stepd)} if plan.request.reuse_stepd else {}),
     }
 

@@ -72,7 +72,7 @@ _RUN: Schema = {
     "settings": _SETTINGS,
     "versions": by_name(nullable(TEXT)),
 }
-_OPENED: Schema = {"model": _MODEL, "outcomes": by_name(TEXT)}
+_OPENED: Schema = {"model": _MODEL, "outcomes": by_name(TEXT), "devices": array(TEXT)}
 MANIFEST = record({**_RUN, "earlier_runs": array(record(_RUN, _OPENED)), SEAL: SHA256}, _OPENED)
 
 _SOURCE = record(JUDGED)

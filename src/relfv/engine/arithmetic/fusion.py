@@ -105,7 +105,8 @@ def recognise(model: nn.Module, arch: Architecture) -> Fusions | None:
         return None
     device = arch.device
     packed = [(module, partial(unpacked_product, module)) for module in model.modules() if is_readable(module)]
-    with torch.inference_mode(), torch.random.fork_rng(devices=[device]), replaced(packed):
+    on_device = torch.cuda.device(device)
+    with torch.inference_mode(), torch.random.fork_rng(devices=[device]), on_device, replaced(packed):
         torch.manual_seed(0)
         candidates = [module for module in model.modules() if "forward" not in vars(module)]
         norms = [norm for module in candidates if (norm := as_norm(module, device))]

@@ -1,0 +1,262 @@
+"""Several devices, many q_ids: a worker process a device, q_ids handed out one by one.
+
+Each process (member.py) opens the model on its device and is a ``Worker`` there. This one hands out the q_ids, passes
+log lines on, and alone writes what tells of all of them. A q_id is locked by whoever works on it, as between runs that
+know nothing of each other; a process that dies drops its lock, and its q_id goes to another, after all that wait.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection, Pipe
+from queue import Empty, SimpleQueue
+from typing import IO, Any
+
+from relfv.errors import InputError, RelfvError, RunError
+from relfv.models.memory import available_bytes
+from relfv.progress import Task, at_work, duration, headed
+from relfv.relations import named
+from relfv.runs.plan import Plan, RunRequest
+from relfv.runs.worker import say_outcome
+
+log = logging.getLogger(__name__)
+
+_DEATHS = 2
+"""Processes that may die at a q_id before it is given up."""
+_PATIENCE_S = 60.0
+"""For a process to record where its q_id stands, once it is told to end."""
+
+
+def on_devices(request: RunRequest) -> RunRequest:
+    """``request`` with its devices by name, and the first of them as its settings' own. Raises InputError for one that
+    is not there or stands there twice, and for a model that is open already."""
+    if not request.devices:
+        return request
+    if request.given:
+        raise InputError("devices=...: a model given as an object is on a device already; give its name or its path")
+    from relfv.models.devices import choose_devices, cuda_devices
+
+    found = cuda_devices() if request.devices == ("all",) else request.devices
+    chosen = [[*map(str, choose_devices(name, "--devices"))] for name in found]
+    devices, cards = ["+".join(names) for names in chosen], [name for names in chosen for name in names]
+    if twice := [name for name in dict.fromkeys(cards) if cards.count(name) > 1 and name != "cpu"]:
+        raise InputError(f"--devices: {named(twice)} given twice; two processes on one card take no less time than one")
+    return replace(request, devices=tuple(devices), settings=replace(request.settings, device=devices[0]))
+
+
+@dataclass
+class Start:
+    """What a process is told first."""
+
+    plan: Plan
+    """Its settings name the process's own device."""
+    n_processes: int
+    host_bytes: int | None
+    """Of the host's memory that it may take; None: all that is free."""
+
+
+@dataclass(eq=False)
+class _Member:
+    """A worker process, seen from here."""
+
+    device: str
+    process: subprocess.Popen[bytes]
+    connection: Connection
+    errors: IO[bytes]
+    """What it wrote to stderr."""
+    model: dict[str, Any] | None = None
+    """Description of its model, once that is open."""
+    q_id: str | None = None
+    """What it is at."""
+    since: float = field(default_factory=time.monotonic)
+
+    @staticmethod
+    def started(plan: Plan, device: str, start: Start) -> _Member:
+        ours, theirs = Pipe()
+        errors = tempfile.TemporaryFile()  # noqa: SIM115
+        process = subprocess.Popen(
+            [sys.executable, "-m", "relfv.runs.member", str(theirs.fileno())],
+            stdin=subprocess.DEVNULL,
+            stdout=errors,
+            stderr=errors,
+            pass_fds=[theirs.fileno()],
+            # A terminal's Ctrl-C is for this process, which passes it on, once.
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.curdir for path in sys.path)},
+        )
+        theirs.close()
+        member = _Member(device, process, ours, errors)
+        settings = replace(plan.request.settings, device=device)
+        with suppress(OSError):  # it has died, which is heard of like any death
+            ours.send(replace(start, plan=replace(plan, request=replace(plan.request, settings=settings))))
+        return member
+
+    def take(self, q_id: str) -> None:
+        """Give it this q_id."""
+        self.q_id, self.since = q_id, time.monotonic()
+        with suppress(OSError):
+            self.connection.send(q_id)
+
+    def end(self) -> None:
+        """Tell it that there is no more, or to drop what it is at."""
+        if self.q_id is None and self.model is not None:
+            with suppress(OSError):
+                self.connection.send(None)
+        else:
+            self.process.terminate()
+
+    def how_it_ended(self) -> str:
+        """Wait until it has, and say how, in words."""
+        self.connection.close()
+        try:
+            code = self.process.wait(_PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            code = self.process.wait()
+        self.errors.seek(0)
+        last = (self.errors.read().decode(errors="replace").strip().splitlines() or [""])[-1][:200]
+        self.errors.close()
+        how = f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
+        memory = ", as the system does where host memory runs out" if code == -signal.SIGKILL else ""
+        return f"{how}{memory}{f': {last}' if last else ''}"
+
+
+class Crew:
+    """The processes; made with the model open in all of them."""
+
+    def __init__(self, plan: Plan) -> None:
+        """Raises InputError or RunError if the model cannot be opened on one of the devices; none is left then."""
+        self._plan, self._members = plan, list[_Member]()
+        self._said = SimpleQueue[tuple[_Member, str, Any]]()
+        devices = plan.request.devices
+        free = available_bytes()
+        start = Start(plan, len(devices), None if free is None else free // len(devices))
+        try:
+            with at_work(f"opening {plan.request.settings.model}", f"on {', '.join(devices)}"):
+                for device in devices:
+                    self._members.append(member := _Member.started(plan, device, start))
+                    threading.Thread(target=self._listen, args=[member], daemon=True).start()
+                self.description = self._wait_until_open()
+        except BaseException:
+            self.close()
+            raise
+
+    def outcomes(self, q_ids: Sequence[str]) -> Generator[tuple[str, str]]:
+        """Have all of them run: -> each with how it ended, as they end."""
+        waiting, left, deaths = deque(q_ids), set(q_ids), Counter[str]()
+        with at_work("run", "", unit="q_ids") as task, headed(lambda: _heading(task)):
+            task.total = len(q_ids)
+            self._hand_out(waiting, task)
+            for member, kind, content in self._heard():
+                q_id, member.q_id = member.q_id, None
+                if kind == "ended":
+                    outcome = self._mourned(member, content, q_id, deaths)
+                    if q_id and not outcome:
+                        waiting.append(q_id)
+                else:
+                    outcome = content
+                if q_id and outcome:
+                    say_outcome(self._plan, q_id, outcome, time.monotonic() - member.since)
+                    left.discard(q_id)
+                    task.done += 1
+                self._hand_out(waiting, task)
+                if q_id and outcome:
+                    yield q_id, outcome
+                if not left:
+                    return
+        log.error("no process is left: %d q_ids were not run", len(left))
+        yield from ((q_id, "failed") for q_id in q_ids if q_id in left)
+
+    def close(self) -> None:
+        """End all processes: what they are at is dropped and recorded as pending."""
+        try:
+            for member in self._members:
+                member.end()
+            for _ in self._heard(give_up=time.monotonic() + _PATIENCE_S):
+                pass
+        finally:
+            for member in self._members:  # did not end in time, or this was interrupted
+                member.process.kill()
+                member.how_it_ended()
+            self._members = []
+
+    def _wait_until_open(self) -> dict[str, Any]:
+        """-> description of the first one's model."""
+        waiting, problems = set(self._members), dict[_Member, RelfvError]()
+        for member, kind, content in self._heard():
+            if kind == "open":
+                member.model = content
+            elif kind == "problem":
+                problems[member] = content
+            elif member in waiting:
+                said = f"--devices {member.device}: its process ended while it opened the model ({content})"
+                problems[member] = RunError(said)
+            waiting.discard(member)
+            if not waiting:
+                break
+        if problems:
+            member, problem = next(iter(problems.items()))
+            everywhere = len({*map(str, problems.values())}) == 1 and len(problems) == len(self._plan.request.devices)
+            said = str(problem) if everywhere or str(problem).startswith("--devices") else f"{member.device}: {problem}"
+            raise type(problem)(said)
+        return self._members[0].model or {}
+
+    def _hand_out(self, waiting: deque[str], task: Task) -> None:
+        """Give everyone who has nothing to do the next q_id."""
+        for member in self._members:
+            if member.q_id is None and waiting:
+                member.take(waiting.popleft())
+        task.about = ", ".join(f"{m.device}: {m.q_id}" for m in self._members if m.q_id)
+
+    def _mourned(self, member: _Member, how: str, q_id: str | None, deaths: Counter[str]) -> str:
+        """Say that a process died: -> the outcome of its q_id, empty if another is to try it."""
+        if q_id is None:
+            log.warning("the process on %s ended (%s)", member.device, how)
+            return ""
+        deaths[q_id] += 1
+        if deaths[q_id] < _DEATHS and self._members:
+            log.warning("the process on %s ended at %s (%s); another takes it", member.device, q_id, how)
+            return ""
+        log.error("%s failed: the process on %s ended at it (%s)", q_id, member.device, how)
+        return "failed"
+
+    def _listen(self, member: _Member) -> None:
+        """In a thread of its own, which no interrupt can stop in the middle of a message."""
+        with suppress(Exception):  # its end, or a message that its end cut short
+            while True:
+                self._said.put((member, *member.connection.recv()))
+        self._said.put((member, "ended", ""))
+
+    def _heard(self, give_up: float | None = None) -> Iterator[tuple[_Member, str, Any]]:
+        """What the processes say beside log lines, which are passed on, and how they ended, until none is left or it is
+        time to ``give_up``."""
+        while self._members:
+            try:
+                left_s = None if give_up is None else max(0.0, give_up - time.monotonic())
+                member, kind, content = self._said.get(timeout=left_s)
+            except Empty:
+                return
+            if kind == "ended":
+                self._members.remove(member)
+                yield member, kind, member.how_it_ended()
+            elif kind != "line":
+                yield member, kind, content
+            elif (logger := logging.getLogger(content.name)).isEnabledFor(content.levelno):
+                logger.handle(content)
+
+
+def _heading(task: Task) -> str:
+    """``[2/28, 14 min left] ``, the q_ids that have ended."""
+    left = task.left_s()
+    return f"[{task.done}/{task.total}{'' if left is None else f', {duration(left)} left'}] "

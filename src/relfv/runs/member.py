@@ -1,0 +1,98 @@
+"""A worker process of ``relfv run --devices``: takes q_ids from the process that started it (crew.py), until there are
+no more, it is told to end, or that process is gone."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+from logging.handlers import QueueHandler
+from multiprocessing.connection import Connection
+from typing import Any
+
+from relfv.errors import RelfvError, RunError
+from relfv.models.memory import take_at_most
+from relfv.progress import at_work
+from relfv.runs.crew import Start
+from relfv.runs.qid import in_words
+from relfv.runs.worker import Worker
+from relfv.signals import Terminated, as_exceptions
+
+log = logging.getLogger(__name__)
+
+
+class _Parent(QueueHandler):
+    """The process that hands out q_ids. As a handler it gets every log line."""
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__(queue.SimpleQueue())
+        self._connection = connection
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def next(self) -> Any:
+        """What it sends next."""
+        return self.queue.get()  # type: ignore[attr-defined]
+
+    def say(self, kind: str, content: Any) -> None:
+        """Send it something."""
+        self.acquire()  # lines of other threads wait
+        try:
+            self._connection.send((kind, content))
+        finally:
+            self.release()
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        """Logging's hook, called with a record that can travel. A parent that is gone hears nothing more."""
+        self._connection.send(("line", record))
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Logging's hook, called where sending a line raised: ``_listen`` ends this process."""
+
+    def _listen(self) -> None:
+        try:
+            while True:
+                self.queue.put(self._connection.recv())  # type: ignore[union-attr]
+        except (EOFError, OSError):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def main() -> int:
+    """Returns the exit code."""
+    parent = _Parent(Connection(int(sys.argv[1])))
+    root = logging.getLogger("relfv")
+    root.handlers[:], root.propagate = [parent], False
+    root.setLevel(logging.DEBUG)
+    try:
+        with as_exceptions():
+            worker = _opened(parent.next(), parent)
+            if worker is None:
+                return 2
+            with at_work("run", "between stages"):
+                while (q_id := parent.next()) is not None:
+                    parent.say("outcome", worker.run(q_id))
+    except (KeyboardInterrupt, Terminated):
+        return 143
+    return 0
+
+
+def _opened(start: Start, parent: _Parent) -> Worker | None:
+    """The worker that ``parent`` asks for; None if it cannot be had, which it is told."""
+    take_at_most(start.host_bytes)
+    try:
+        import torch
+
+        torch.set_num_threads(max(1, torch.get_num_threads() // start.n_processes))
+        worker = Worker.opened(start.plan)
+        parent.say("open", worker.description)
+    except Exception as problem:  # whatever it is, one line of it is for the user
+        log.debug("traceback", exc_info=not isinstance(problem, RelfvError))
+        parent.say("problem", problem if isinstance(problem, RelfvError) else RunError(in_words(problem)))
+        return None
+    return worker
+
+
+if __name__ == "__main__":
+    sys.exit(main())

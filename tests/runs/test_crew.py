@@ -1,0 +1,136 @@
+"""``--devices``: real processes, each with the model, that share the q_ids of one run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+from folders import arguments, contents, status
+from relfv.cli import main
+
+
+@pytest.fixture
+def started(csv_path: Path, llama_path: Path, tmp_path: Path) -> Callable[[], subprocess.Popen[str]]:
+    """A run on two devices, in a process group of its own."""
+
+    def start() -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "relfv", *arguments(llama_path, csv_path, tmp_path, "--devices", "cpu,cpu")],
+            env={**os.environ, "PYTHONPATH": str(ROOT / "src")}, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    return start
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    for _ in range(24000):
+        if path.exists() or process.poll() is not None:
+            return
+        time.sleep(0.005)
+
+
+def holder(folder: Path, q_id: str) -> int:
+    """The process that is at a q_id, by its lock."""
+    found = re.search(r"process (\d+)", (folder / f".locks/{q_id}.lock").read_text())
+    assert found
+    return int(found[1])
+
+
+def is_alive(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.slow
+def test_a_killed_process_leaves_its_q_id_to_another_and_every_byte_is_as_in_one_process(
+    started: Callable[[], subprocess.Popen[str]], finished: Path, tmp_path: Path
+) -> None:
+    folder, process = tmp_path / "pairs", started()
+    wait_for(folder / "A1/artifacts/stepD_mean_acts", process)
+    killed = holder(folder, "A1")
+    assert killed != process.pid
+    os.kill(killed, signal.SIGKILL)
+    said = process.communicate(timeout=180)[1]
+    assert process.returncode == 0, said
+    assert re.search(r"the process on cpu ended at A1 \(killed by SIGKILL.*\); another takes it", said)
+    assert holder(folder, "A1") not in (killed, process.pid)
+    for q_id in ("A1", "B2"):
+        assert contents(folder / q_id / "artifacts") == contents(finished / q_id / "artifacts")
+        assert said.count(f" {q_id} stepD_cie ") == 1
+        assert said.count(f" {q_id} completed in ") == 1
+    manifest = json.loads((folder / "run_manifest.json").read_text())
+    assert manifest["devices"] == ["cpu", "cpu"]
+    assert manifest["outcomes"] == {"A1": "completed", "B2": "completed"}
+    assert manifest["earlier_runs"] == []
+    # all that was said is in the log of the run, details of stages included
+    assert f" {'A1'} step6" in (folder / "run.log").read_text()
+
+
+@pytest.mark.slow
+def test_an_interrupt_is_passed_on_and_no_process_is_left(
+    started: Callable[[], subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    folder, process = tmp_path / "pairs", started()
+    wait_for(folder / "A1/artifacts/trial_metrics.jsonl", process)
+    workers = {holder(folder, q_id) for q_id in ("A1", "B2")}
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 130, said
+    assert not any(map(is_alive, workers))
+    assert status(folder, "A1")["status"] == "pending"
+    assert "A1 interrupted; what was finished is on disk" in said
+    assert "running" not in {status(folder, q_id)["status"] for q_id in ("A1", "B2")}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks /proc what lives")
+def test_processes_end_with_the_one_that_started_them(
+    started: Callable[[], subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    folder, process = tmp_path / "pairs", started()
+    wait_for(folder / "A1/artifacts/stepD_mean_acts", process)
+    worker = holder(folder, "A1")
+    process.kill()
+    process.communicate(timeout=60)
+    for _ in range(6000):
+        if not is_alive(worker):
+            break
+        time.sleep(0.01)
+    assert not is_alive(worker)
+    assert status(folder, "A1")["status"] == "pending"
+
+
+@pytest.mark.slow
+def test_a_model_that_cannot_be_opened_is_one_line_and_leaves_everything_as_it_was(
+    llama_path: Path, csv_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = tmp_path / "model"
+    shutil.copytree(llama_path, damaged)
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    command = arguments(damaged, csv_path, tmp_path / "out", "--devices", "cpu,cpu", "--force")
+    (there := tmp_path / "out/pairs/A1").mkdir(parents=True)
+    code, said = main(command), capsys.readouterr().err
+    assert code == 2, said
+    (line,) = [line for line in said.splitlines() if "ERROR" in line]
+    assert f"--model '{damaged}'" in line
+    assert [*there.parent.iterdir()] == [there]
+
+
+def test_one_device_is_this_process(
+    csv_path: Path, llama_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(llama_path, csv_path, tmp_path, "--devices", "cpu", "--q_list", "A1")) == 0
+    assert "devices" not in json.loads((tmp_path / "pairs/run_manifest.json").read_text())
+    assert holder(tmp_path / "pairs", "A1") == os.getpid()
