@@ -45,6 +45,8 @@ def test_a_finished_q_id_gets_what_plain_hooks_find_and_nothing_else_changes(
     assert "Enough, and needed?" in (folder / "report/index.html").read_text()
     assert main(["verify", str(folder)]) == 0
     rows = {(r["without"], r["how"], r["layer"]): r for r in table_of("ablation", statuses_of(folder))}
+    asked = [row["asks"] for row in document["table"]]
+    assert asked == ["sufficient"] * 2 + ["necessary"] * 5
     top = document["heads"]["top"]["swapped"]
     assert rows["top", "swapped", None]["mean_delta_logprob"] == top["mean_delta_logprob"]
     assert rows["fv", "alone", 2]["mean_p_with"] == document["directions"]["fv"]["per_layer"]["2"]["mean_p"]

@@ -118,11 +118,9 @@ def beside_sufficiency(summary: Mapping[str, Any], heads: Mapping[str, Any], of:
             (f"heads set to {words}", *(lost(heads, name, how) for name in ("top", "top_held_out", "random_of_layers")))
             for how, words in SET_TO.items()
         ),
-        (
-            "vector's direction taken out after every layer",
-            lost(of, "fv", "all"),
-            None,
-            lost(of, "random_heads", "all"),
+        *(
+            (f"vector's direction {words} after every layer", lost(of, "fv", how), None, lost(of, "random_heads", how))
+            for how, words in (("all", "taken out"), ("all_to_mean", "set to its mean on shuffled prompts"))
         ),
     ]
     asks = ["sufficient"] * 2 + ["necessary"] * (len(rows) - 2)
