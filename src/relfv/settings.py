@@ -59,7 +59,7 @@ class Flag:
     """True for what the spec fixes (section 2)."""
 
 
-_MODEL = ("model", ("run", "cross", "stepd", "stepe", "step6"))
+_MODEL = ("model", ("run", "cross", "aggregate", "stepd", "stepe", "step6"))
 _TRIALS = ("trials", ("run", "stepd"))
 
 

@@ -18,6 +18,8 @@ from relfv.logs import printable
 from relfv.relations import called
 from relfv.report.content import cross_of, link, models_of, of_qid, run_of, with_arrow
 from relfv.report.table import find_statuses
+from relfv.report.together import together_of
+from relfv.stages.aggregate import AGGREGATE
 from relfv.stages.cross import CROSS
 from relfv.store.files import read_bytes, require_no_links, sha256_bytes, sha256_file, write_atomic
 from relfv.store.locks import sole_writer
@@ -141,7 +143,7 @@ def _sealed_from(page: bytes) -> str | None:
 
 def _made_from(folder: Path) -> str:
     """A hash of what the page tells of, but for times: a status that was only written again asks for no new page."""
-    told: list[Any] = [__version__, sha256_file(folder / CROSS)]
+    told: list[Any] = [__version__, sha256_file(folder / CROSS), sha256_file(folder / AGGREGATE)]
     for artifacts_dir in _artifacts_dirs(folder):
         try:
             status = read_status(artifacts_dir)
@@ -223,6 +225,7 @@ def _of_relation(folder: Path) -> dict[str, Any]:
         "completed": completed,
         "others": others,
         "cross": cross_of(folder),
+        "together": together_of(folder),
     }
 
 
@@ -246,4 +249,9 @@ def _of_index(folder: Path) -> dict[str, Any]:
         page = page_path(relation)
         found = {"name": relation.resolve().name, "models": list(models), "counts": _counted(states)}
         relations.append({**found, "page": link(folder, page) if page.is_file() else ""})
-    return {"title": folder.resolve().name, "version": __version__, "relations": relations}
+    return {
+        "title": folder.resolve().name,
+        "version": __version__,
+        "relations": relations,
+        "together": together_of(folder),
+    }

@@ -6,7 +6,7 @@ them from the declarations and hold real files against them.
 
 from __future__ import annotations
 
-from relfv.schemas import heads, injection, records
+from relfv.schemas import aggregate, heads, injection, records
 from relfv.schemas.notation import Schema
 
 _DECLARED: dict[str, tuple[str, Schema]] = {
@@ -30,6 +30,7 @@ _DECLARED: dict[str, tuple[str, Schema]] = {
     "qid_status.json": ("Where a q_id stands.", records.STATUS),
     "run_manifest.json": ("What ran, with which settings, versions and device.", records.MANIFEST),
     "cross_fv.json": ("Every q_id's vector on every q_id's prompts.", records.CROSS),
+    "aggregate.json": ("All relations together: heads that lead, and what they carry.", aggregate.AGGREGATE),
     "made_from.json": ("What the tables were made from, and their hashes.", records.MADE_FROM),
 }
 
