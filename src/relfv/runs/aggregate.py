@@ -203,7 +203,7 @@ class _Together:
             "ci_level": LEVEL,
             "all": self._all,
             "relations": describe_relations(self._relations, names, included),
-            "heads": describe_heads(self._heads),
+            "heads": describe_heads(self._heads, len(self._counted)),
             "left_out": describe_left_out(targets, self.waiting),
             "similarity": self._similarity,
             "made_from": self._made_from,

@@ -38,7 +38,7 @@ _HEAD = record(
 )
 _HEADS = record(
     {
-        **keys("n_heads n_called n_resamples", INDEX),
+        **keys("n_heads n_called n_called_at_once n_resamples", INDEX),
         **keys("fdr_level chance_overlap", NUMBER),
         "half_overlap": nullable(NUMBER),
         "universal": array(_HEAD),

@@ -26,7 +26,7 @@ from relfv.stages.similarity import MEASURES, agreement, similarities
 from relfv.stages.step6_summary import STEP6_SUMMARY
 from relfv.stages.trials import TRIALS
 from relfv.stages.zeroshot import ZERO_SHOT_TRIALS
-from relfv.stats import FDR
+from relfv.stats import FDR, called_at_once
 from relfv.store.files import sha256_bytes, sha256_file, write_together
 from relfv.store.folder import File, QidFolder
 from relfv.store.formats import SEAL, csv_bytes, finite, json_bytes, read_json, sealed, unsealed
@@ -86,13 +86,14 @@ def describe_relations(
     }
 
 
-def describe_heads(heads: OverRelations) -> dict[str, Any]:
+def describe_heads(heads: OverRelations, n_relations: int) -> dict[str, Any]:
     """The universal heads, and how much of their list is the sample's doing."""
     at, stable = {head.id: i for i, head in enumerate(heads.scored)}, heads.stability
     return {
         "n_heads": len(heads.scored),
         "n_called": int((heads.fdr <= FDR).sum()),
         "fdr_level": FDR,
+        "n_called_at_once": called_at_once(len(heads.scored), n_relations),
         "half_overlap": finite(stable.half_overlap),
         "chance_overlap": stable.chance_overlap,
         "n_resamples": stable.n_bootstrap,

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from relfv.stages.similarity import IN_WORDS
 from relfv.stats import LEVEL
 
-_FEW = 6
-"""With fewer relations no p-value by flips of their signs can reach 0.05."""
+_FEW = 8
+"""With fewer relations intervals are said to be wide: Student's t of six degrees of freedom is 2.4 standard errors."""
 _STAYS = 0.9
 """A head that is among the top in as many resamples of the relations is said to stay."""
 
@@ -33,11 +34,7 @@ def _counted(document: Mapping[str, Any], n: int) -> str:
     elif document["all"]:
         cannot = [name for name, one in document["relations"].items() if one["why_not"]]
         said += f" (--all), {', '.join(cannot)} among them, which the model cannot do" if cannot else " (--all)"
-    few = (
-        f". With {n} the intervals are wide, and no head can be called by flips of signs (2 / 2^{n} is above 0.05)"
-        if n < _FEW
-        else ""
-    )
+    few = f". With {n} relations intervals are wide" if n < _FEW else ""
     return f"{said}{few}."
 
 
@@ -46,9 +43,16 @@ def _universal(heads: Mapping[str, Any], k: int, n: int) -> str:
     stay = sum(head["in_top_k"] >= _STAYS for head in listed)
     everywhere = sum(head["n_in_own_top"] == n for head in listed)
     called = sum(head["fdr"] <= heads["fdr_level"] for head in listed)
+    at_once = heads["n_called_at_once"]
+    if called or at_once <= 1:
+        told = f"{called} are told from 0"
+    elif at_once > heads["n_heads"]:
+        told = f"with {n} relations no head can be told from 0"
+    else:
+        told = f"none is told from 0 (with {n} relations {at_once} of all heads would have to be at once)"
     return (
         f"Of the {len(listed)} heads with the largest AIE {everywhere} are among every relation's own top {k}, {stay} "
-        f"stay in the list in {_STAYS:.0%} of the resamples of the relations, and {called} are told from 0."
+        f"stay in the list in {_STAYS:.0%} of the resamples of the relations, and {told}."
     )
 
 
@@ -106,6 +110,7 @@ def _alike(pairs: Sequence[Mapping[str, Any]], n: int) -> str:
         why = f" (with {n} relations no p-value is below {least:.2g})" if least > 0.05 / len(known) else ""
         return f"That relations are alike in one measure where they are in another is not shown{why}."
     said = ", ".join(
-        f"{pair['a']} and {pair['b']} (r {pair['correlation']:.2f}, p {pair['p_value']:.2g})" for pair in shown
+        f"{IN_WORDS[pair['a']]} and {IN_WORDS[pair['b']]} (r {pair['correlation']:.2f}, p {pair['p_value']:.2g})"
+        for pair in shown
     )
     return f"Relations that are alike in one measure are alike in the other for {said}, {len(known)} pairs tested."
