@@ -65,6 +65,7 @@ def test_a_whole_run_with_a_skipped_q_id_sweeps_cross_and_aggregate(
 ) -> None:
     folder = Path(shutil.copytree(finished, tmp_path / "pairs"))
     swept = ["--alpha_sweep", "0.5", "--alpha_sweep_relative", "0.1", "--k_sweep", "1,3"]
+    swept += ["--extras", "attribution"]
     command = ["run", "--model", str(llama_path), "--relation_csv_path", str(csv_path), "--out_root", str(tmp_path)]
     assert main([*command, *swept]) == 0
     assert main(["cross", str(folder)]) == 0

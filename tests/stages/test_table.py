@@ -39,7 +39,7 @@ def test_the_order_is_the_specs() -> None:
         "step6_layer_0", "step6_layer_1", "step6_layer_2", "step6_summary",
         "vector_file", "injection_curve", "step6_controls", "step6_answers", "summary",
     ]  # fmt: skip
-    assert [stage.name for stage in STAGES if stage.asked] == ["step6_sweeps"]
+    assert [stage.name for stage in STAGES if stage.asked] == ["step6_sweeps", "attribution"]
     assert [stage.name for stage in STEP_D] == NAMES[:3]
 
 

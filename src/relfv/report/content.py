@@ -13,6 +13,7 @@ from relfv.errors import RelfvError
 from relfv.report.drawing import curve, heatmap
 from relfv.settings import FLAGS, Settings
 from relfv.stages.answers import ANSWERS
+from relfv.stages.attribution import ATTRIBUTION
 from relfv.stages.caveats import tells_apart
 from relfv.stages.controls import CONTROLS_FILE
 from relfv.stages.cross import CROSS, CROSS_FIGURE, cross_changes, read_cross
@@ -34,7 +35,8 @@ from relfv.store.status import STATUS_FILE, QidStatus, fields_of
 
 _SENTENCE_ENDS = re.compile(r"(?<=\.)\s+(?=[A-Z0-9])")
 _LINKED = (
-    SUMMARY, TOP_HEADS, AIE, TRIALS, CONTROLS_FILE, ANSWERS, STEP6_SUMMARY, SWEEPS_FILE, FV, HEATMAP, CURVE,
+    SUMMARY, TOP_HEADS, AIE, TRIALS, CONTROLS_FILE, ANSWERS, STEP6_SUMMARY, SWEEPS_FILE, ATTRIBUTION, FV, HEATMAP,
+    CURVE,
 )  # fmt: skip
 """Files that the page leads to."""
 
@@ -77,6 +79,7 @@ def of_qid(folder: Path, status: QidStatus) -> dict[str, Any]:
         "answers": answers and _answers(answers, controls),
         "decoded": answers and answers["fv_decoded"],
         "sweeps": _sweeps(if_there(SWEEPS_FILE)),
+        "attribution": if_there(ATTRIBUTION),
         "heatmap": heatmap(qid.read(AIE), status.settings.score_key, heads),
         "curve": curve(layers, reference, controls, steps["best_layer"]),
         "run": run_of(folder, status),

@@ -27,6 +27,7 @@ _DECLARED: dict[str, tuple[str, Schema]] = {
     "answers.json": ("Whole answers without and with the vector.", injection.ANSWERS),
     "summary.json": ("What may be concluded.", injection.SUMMARY),
     "sweeps.json": ("Other alphas and numbers of heads.", injection.SWEEPS),
+    "attribution.json": ("Estimated effects of every head beside the exact ones.", heads.ATTRIBUTION),
     "qid_status.json": ("Where a q_id stands.", records.STATUS),
     "run_manifest.json": ("What ran, with which settings, versions and device.", records.MANIFEST),
     "cross_fv.json": ("Every q_id's vector on every q_id's prompts.", records.CROSS),

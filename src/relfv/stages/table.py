@@ -10,6 +10,7 @@ from typing import Any
 from relfv.settings import IDENTITY, Settings
 from relfv.stages import (
     answers,
+    attribution,
     cie,
     controls,
     curve,
@@ -44,6 +45,7 @@ STAGES: tuple[Stage, ...] = (
     answers.STAGE,
     summary.STAGE,
     sweeps.STAGE,
+    attribution.STAGE,
 )
 STEP_D = (trials.STAGE, means.STAGE, cie.STAGE)
 """What the spec calls StepD."""
