@@ -159,6 +159,7 @@ FLAG_ROWS = [
     Row("status of a folder without results", "$OUT: no qid_status.json here or below; expected the folder that relfv run wrote to", command=("status", "$OUT")),
     Row("report of a folder without results", "$OUT: no q_id here; expected a relation's results folder, e.g. results_fv/relation_qwise/relationA_ex", command=("report", "$OUT")),
     Row("crossing a folder without results", "$OUT: no q_id here; expected a relation's results folder, e.g. results_fv/relation_qwise/relationA_ex", command=("cross", "$OUT")),
+    Row("putting together a folder without results", "$OUT: no q_id here; expected a relation's results folder, e.g. results_fv/relation_qwise/relationA_ex", command=("aggregate", "$OUT")),
     Row("training with a log that cannot be written", "--log_path $OUT/there/log: cannot be written (No such file or directory); expected a file in a folder that is there",
         command=("demo-model", "train", "--out_dir", "$OUT", "--relation_csv_path", "$CSV", "--log_path", "$OUT/there/log")),
     Row("training with numbers that make no sense", "relfv demo-model: error: argument …: invalid value: …; expected a whole number from … to … (see relfv demo-model --help)",

@@ -253,6 +253,12 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Comma
         runs.cross_flags,
         runs.cross,
     ),
+    "aggregate": (
+        "Put all completed relations together: which the model can do, heads that lead over all of them, what heads "
+        "carry of a relation that had no part in their choice, which relations are alike.",
+        runs.aggregate_flags,
+        runs.aggregate,
+    ),
     "status": ("Say where every q_id stands.", _status_flags, _status),
     "verify": ("Check that results are complete, undamaged and agree; no model is opened.", _verify_flags, _verify),
     "report": ("Make the page of every relation of a results folder again.", _report_flags, _report),

@@ -61,7 +61,7 @@ def test_no_other_schema_is_packaged() -> None:
     assert {path.name for path in FILES.iterdir()} == {f"{name}.schema.json" for name in ARTIFACTS}
 
 
-def test_a_whole_run_with_a_skipped_q_id_sweeps_and_cross(
+def test_a_whole_run_with_a_skipped_q_id_sweeps_cross_and_aggregate(
     finished: Path, csv_path: Path, llama_path: Path, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(finished, tmp_path / "pairs"))
@@ -71,6 +71,7 @@ def test_a_whole_run_with_a_skipped_q_id_sweeps_and_cross(
     command = ["run", "--model", str(llama_path), "--relation_csv_path", str(csv_path), "--out_root", str(tmp_path)]
     assert main([*command, *swept]) == 0
     assert main(["cross", str(folder)]) == 0
+    assert main(["aggregate", str(folder), "--all"]) == 0
     assert assert_valid(folder) == set(ARTIFACTS)
 
 

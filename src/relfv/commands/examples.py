@@ -20,6 +20,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "relfv doctor --model demo --q_list Q1 --json",
     ),
     "cross": ("relfv cross", "relfv cross results_fv/relation_qwise/my_relations --q_list Q1,Q2,Q3"),
+    "aggregate": (
+        "relfv aggregate",
+        "relfv aggregate results_fv/relation_qwise --all",
+        "relfv aggregate results_fv/relation_qwise/my_relations --no_model",
+    ),
     "compare": (
         "relfv compare results_a results_b --out_dir comparison",
         "relfv compare alpha_1/my_relations alpha_2/my_relations",

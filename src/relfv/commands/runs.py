@@ -1,5 +1,5 @@
-"""The commands of whole runs and of finished ones: run, doctor, compare, cross. The flags of each beside settings, and
-what it calls."""
+"""The commands of whole runs and of finished ones: run, doctor, compare, cross, aggregate. The flags of each
+beside settings, and what it calls."""
 
 from __future__ import annotations
 
@@ -146,3 +146,27 @@ def cross(args: argparse.Namespace) -> int:
     from relfv.runs import cross as of_vectors
 
     return of_vectors.cross(args.folder, q_ids_from(args.q_list), lambda base: settings_from(args, base))
+
+
+def aggregate_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "folder",
+        type=path_flag,
+        nargs="?",
+        default=DEFAULT_OUT_ROOT / SPEC_CSV.stem,
+        help="a relation's results, or a folder that holds several of them",
+    )
+    parser.add_argument(
+        "--q_list", default="all", help="q_ids (<REL>/<Q> of several), separated by commas, or all that are completed"
+    )
+    parser.add_argument("--all", action="store_true", help="count relations that the model cannot do, too")
+    parser.add_argument(
+        "--no_model", action="store_true", help="what files give alone: no relation is left out that was not before"
+    )
+
+
+def aggregate(args: argparse.Namespace) -> int:
+    from relfv.runs import aggregate as of_relations
+
+    q_list, overlay = q_ids_from(args.q_list), lambda base: settings_from(args, base)
+    return of_relations.aggregate(args.folder, q_list, overlay, keep_all=args.all, no_model=args.no_model)

@@ -15,6 +15,7 @@ from relfv.report.drawing import curve, heatmap
 from relfv.settings import FLAGS, Settings
 from relfv.stages.ablation import ABLATION, SET_TO
 from relfv.stages.answers import ANSWERS
+from relfv.stages.attribution import ATTRIBUTION
 from relfv.stages.caveats import tells_apart
 from relfv.stages.controls import CONTROLS_FILE
 from relfv.stages.cross import CROSS, CROSS_FIGURE, cross_changes, read_cross
@@ -41,7 +42,7 @@ from relfv.store.status import STATUS_FILE, QidStatus, fields_of
 _SENTENCE_ENDS = re.compile(r"(?<=\.)\s+(?=[A-Z0-9])")
 _LINKED = (
     SUMMARY, TOP_HEADS, AIE, TRIALS, CONTROLS_FILE, ANSWERS, STEP6_SUMMARY, SWEEPS_FILE, NEW_QUERIES, ABLATION, MLP_CIE,
-    REPLICATES, FORMATS_FILE, FORMATS_FIGURE, FV, HEATMAP, CURVE,
+    REPLICATES, FORMATS_FILE, FORMATS_FIGURE, ATTRIBUTION, FV, HEATMAP, CURVE,
 )  # fmt: skip
 """Files that the page leads to."""
 
@@ -91,6 +92,7 @@ def of_qid(folder: Path, status: QidStatus) -> dict[str, Any]:
         "ablation": _ablation(if_there(ABLATION)),
         "replicates": if_there(REPLICATES),
         "formats": if_there(FORMATS_FILE),
+        "attribution": if_there(ATTRIBUTION),
         "heatmap": heatmap(qid.read(AIE), status.settings.score_key, heads),
         "curve": curve(layers, reference, controls, steps["best_layer"]),
         "run": run_of(folder, status),

@@ -15,6 +15,7 @@ from relfv.report.content import cross_of, link, models_of, with_arrow
 from relfv.report.sealed_page import page_if_made_from, sealed_from, with_seal
 from relfv.report.sections import MOST_ON_ONE_PAGE, environment, shown_apart, shown_once, told
 from relfv.report.table import find_statuses
+from relfv.report.together import together_of
 from relfv.stages.cross import CROSS
 from relfv.store.files import read_bytes, require_no_links, sha256_bytes, sha256_file, write_atomic
 from relfv.store.locks import sole_writer
@@ -126,11 +127,12 @@ def statuses_in(folder: Path) -> dict[Path, QidStatus | RelfvError]:
 
 def _made_from(folder: Path, found: Mapping[Path, QidStatus | RelfvError]) -> str:
     """A hash of what the page tells of, but for times: a status that was only written again asks for no new page."""
+    across = [sha256_file(folder / name) for name in (CROSS, AGGREGATE)]
     of_each = [
         [artifacts_dir.parent.name, str(status)] if isinstance(status, RelfvError) else told(folder, status)
         for artifacts_dir, status in found.items()
     ]
-    return sha256_bytes(json.dumps([__version__, sha256_file(folder / CROSS), *of_each]).encode())
+    return sha256_bytes(json.dumps([__version__, *across, *of_each]).encode())
 
 
 # --- what is on it ---------------------------------------------------------------------------------------------------
@@ -170,6 +172,7 @@ def _of_relation(folder: Path, found: Mapping[Path, QidStatus | RelfvError]) -> 
         "apart": apart,
         "others": others,
         "cross": cross_of(folder),
+        "together": together_of(folder),
     }
 
 
@@ -191,4 +194,9 @@ def _of_index(folder: Path) -> dict[str, Any]:
         page = page_path(relation)
         found = {"name": relation.resolve().name, "models": list(models), "counts": _counted(states)}
         relations.append({**found, "page": link(folder, page) if page.is_file() else ""})
-    return {"title": folder.resolve().name, "version": __version__, "relations": relations}
+    return {
+        "title": folder.resolve().name,
+        "version": __version__,
+        "relations": relations,
+        "together": together_of(folder),
+    }

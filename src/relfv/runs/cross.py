@@ -9,7 +9,6 @@ never opened.
 from __future__ import annotations
 
 import logging
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,16 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from relfv.errors import InputError, RelfvError
-from relfv.fingerprints import differences, fingerprint_fields
 from relfv.logs import show
-from relfv.models.sources import model_identity
-from relfv.models.stored import resolved
 from relfv.pace import Pace
 from relfv.progress import at_work, headed
 from relfv.relations import called
 from relfv.report.page import write_report
-from relfv.report.table import find_statuses
 from relfv.runs.qid import open_for, work_on
+from relfv.runs.several import completed_q_ids, shared_settings
 from relfv.settings import Settings
 from relfv.stages.cross import (
     CROSS,
@@ -43,13 +39,12 @@ from relfv.stages.cross import (
 )
 from relfv.stages.function_vector import FV
 from relfv.stages.step6_summary import STEP6_SUMMARY
-from relfv.stages.table import is_complete
 from relfv.stages.zeroshot import evaluated_prompts
 from relfv.stats import LEVEL
 from relfv.store.files import move_aside, require_no_links, sha256_file
 from relfv.store.folder import QidFolder
 from relfv.store.locks import lock, sole_writer
-from relfv.store.status import DamagedStatus, QidStatus, read_status
+from relfv.store.status import QidStatus
 
 if TYPE_CHECKING:
     from relfv.language_model import LanguageModel
@@ -65,8 +60,8 @@ def cross(folder: Path, q_list: Sequence[str] | None, overlay: Callable[[Setting
     """
     for ours in (CROSS, CROSS_FIGURE, ".locks", "report"):
         require_no_links(folder / ours, below=folder)
-    statuses = _completed(folder, q_list)
-    settings = _shared_settings(folder, statuses, overlay)
+    statuses = completed_q_ids(folder, q_list)
+    settings = shared_settings(folder, statuses, overlay)
     with lock(folder / ".locks" / ".cross.lock") as holder:
         if holder:
             raise InputError(f"{folder / CROSS}: is being written by {holder}; wait for it to end, then run again")
@@ -74,71 +69,6 @@ def cross(folder: Path, q_list: Sequence[str] | None, overlay: Callable[[Setting
     log.info("report: %s", write_report(folder))
     show(folder / CROSS)
     return 0
-
-
-def _completed(folder: Path, q_list: Sequence[str] | None) -> dict[str, QidStatus]:
-    """The q_ids to cross, by name in their folders' order. Raises InputError for what cannot be."""
-    there = {path.parent.name: path for path in find_statuses(folder) if path.parent.parent == folder}
-    if not there:
-        raise InputError(
-            f"{folder}: no q_id here; expected a relation's results folder, e.g. results_fv/relation_qwise/relationA_ex"
-        )
-    if unknown := [q_id for q_id in q_list or () if q_id not in there]:
-        raise InputError(f"--q_list: {', '.join(unknown)} not in {folder}, which has {', '.join(there)}")
-    statuses, left_out = {}, {}
-    for q_id, path in there.items():
-        if q_list is not None and q_id not in q_list:
-            continue
-        try:
-            status = read_status(path)
-        except DamagedStatus as problem:
-            raise InputError(str(problem)) from None
-        if status is None or status.q_id != q_id:
-            raise InputError(f"{path}: its qid_status.json is of another q_id; was the folder renamed?")
-        if status.status != "completed":
-            left_out[q_id] = status.status
-        elif not is_complete(status):
-            raise InputError(
-                f"{path}: completed, but not as its status says ('relfv verify {shlex.quote(str(path.parent))}' names "
-                "what); the same 'relfv run' mends it, or leave the q_id out by --q_list"
-            )
-        else:
-            statuses[q_id] = status
-    said = ", ".join(f"{q_id} ({state})" for q_id, state in left_out.items())
-    if q_list is not None and left_out:
-        raise InputError(f"--q_list: {said} in {folder}; expected completed q_ids, so run them first")
-    if len(statuses) < 2:
-        raise InputError(
-            f"{folder}: {len(statuses)} completed q_id(s){f' besides {said}' if said else ''}; expected at least "
-            "two, whose vectors can then be compared: run more with 'relfv run'"
-        )
-    if said:
-        log.info("left out: %s", said)
-    return statuses
-
-
-def _shared_settings(
-    folder: Path, statuses: Mapping[str, QidStatus], overlay: Callable[[Settings], Settings]
-) -> Settings:
-    """The settings to open the model with. Raises InputError, naming what differs, if any q_id was made with others."""
-    settings = resolved(overlay(next(iter(statuses.values())).settings))
-    identity = model_identity(settings.model, settings.revision)
-    here = fingerprint_fields(settings, rows_sha256="", model_identity=identity)
-    wanted = {name: here[name] for name in CROSS_SETTINGS}
-    differing: dict[str, list[str]] = {}
-    for q_id, status in statuses.items():
-        there = {name: status.fingerprint_fields.get(name) for name in wanted}
-        models = status.settings.model, settings.model
-        if different := differences(there, wanted, q_id, models=models):
-            differing.setdefault(", ".join(different), []).append(q_id)
-    if differing:
-        said = "; ".join(f"{', '.join(q_ids)} ({what})" for what, q_ids in differing.items())
-        raise InputError(
-            f"{folder}: made with another model or other arithmetic: {said}; expected what the q_ids were made with, "
-            "so leave out the flags that differ (or unset DTYPE and QUANT), or narrow --q_list to q_ids that share "
-            "them"
-        )
-    return settings
 
 
 class _Crossing:

@@ -3,8 +3,9 @@
 A q_id (verify_qid.py) holds if every stage is done, every file is there with its recorded hash, was made from inputs
 that still have theirs, is read by its own reader, and agrees with the others where that is cheap to see; and if no
 other file is there, and the folder is its own. Which files those are, and what they must agree on, the stages declare.
-qid_status.json itself and what lies beside the q_ids, the manifest, the page, cross_fv.json and the tables' record,
-hold a hash of themselves. Logs are not checked. What a process is writing just now is left for later, and no problem.
+qid_status.json itself and what lies beside the q_ids, the manifest, the page, cross_fv.json, aggregate.json and the
+tables' record, hold a hash of themselves. Logs are not checked. What a process is writing just now is left for later,
+and no problem.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from relfv.report.table import natural_key
 from relfv.report.written_tables import tables_problem
 from relfv.runs.manifest import MANIFEST, manifest_runs
 from relfv.runs.verify_qid import Checked, Problem, check_qid, name_of, reason_of, writer_of
+from relfv.stages.aggregate import AGGREGATE, aggregate_problems, read_aggregate
 from relfv.stages.cross import CROSS, CROSS_FIGURE, cross_changes, read_cross
 from relfv.store.files import sha256_file
 from relfv.store.folder import is_of_a_qid, was_moved_aside
@@ -64,7 +66,7 @@ def verify(root: Path) -> Verification:
     if not checked:
         raise InputError(f"{root}: no results here; expected a folder that relfv run wrote to, or one within it")
     if root not in relations:
-        checked += _check_page(root)  # the index
+        checked += [*_check_aggregate(root), *_check_page(root)]  # of several relations, and the index
     return Verification(root, checked)
 
 
@@ -77,8 +79,8 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def _check_relation(folder: Path) -> list[Checked]:
-    """Its q_ids, those that the manifest knows and that are gone, cross_fv.json if there, the page, and the manifest;
-    nothing if it is no relation."""
+    """Its q_ids, those that the manifest knows and that are gone, what lies beside them, and the manifest; nothing if
+    it is no relation."""
     q_ids = [path for path in _subfolders(folder) if is_of_a_qid(path) and not was_moved_aside(path)]
     manifest = folder / MANIFEST
     awaited = any(map(writer_of, q_ids))
@@ -86,7 +88,7 @@ def _check_relation(folder: Path) -> list[Checked]:
         checked = [check_qid(path, awaited=awaited) for path in counted(q_ids)]
     # The spec's single commands write no manifest, and no run.log either.
     if not manifest.exists() and not (q_ids and (folder / "run.log").exists()):
-        return [*checked, *_check_cross(folder), *_check_page(folder), *_check_tables(folder)]
+        return [*checked, *_check_beside(folder)]
     problems, known = [], []
     try:
         known = [q_id for run in manifest_runs(folder / MANIFEST) for q_id in run["q_list"]]
@@ -96,8 +98,30 @@ def _check_relation(folder: Path) -> list[Checked]:
     # A run that is at work may just have moved some aside.
     gone = [] if awaited else [folder / q_id for q_id in dict.fromkeys(known) if not is_of_a_qid(folder / q_id)]
     checked += [Checked(name_of(path), str(path), "", 0, [Problem("missing", "artifacts", "")]) for path in gone]
-    checked += [*_check_cross(folder), *_check_page(folder), *_check_tables(folder)]
+    checked += _check_beside(folder)
     return [*checked, Checked(f"{folder.resolve().name}/{MANIFEST}", str(folder), "", 1, problems)]
+
+
+def _check_beside(folder: Path) -> list[Checked]:
+    """What other commands left in a relation's folder."""
+    return [*_check_cross(folder), *_check_aggregate(folder), *_check_page(folder), *_check_tables(folder)]
+
+
+def _check_aggregate(folder: Path) -> list[Checked]:
+    """What relfv aggregate left: nothing if it never ran there. Relations that wait to be left out are no problem: it
+    may have been told to open no model."""
+    path = folder / AGGREGATE
+    if not path.exists():
+        return []
+    problems = []
+    try:
+        document = read_aggregate(folder)
+        damaged, changed = aggregate_problems(folder, document)
+        problems += [Problem("damaged" if (folder / name).exists() else "missing", name) for name in damaged]
+        problems += [Problem("out of date", AGGREGATE, change) for change in changed]
+    except RelfvError as problem:
+        problems.append(Problem("damaged", AGGREGATE, reason_of(problem, path)))
+    return [Checked(f"{folder.resolve().name}/{AGGREGATE}", str(folder), "", 4, problems)]
 
 
 def _check_page(folder: Path) -> list[Checked]:

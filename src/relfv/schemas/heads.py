@@ -113,3 +113,18 @@ STEP_E_EVAL = record(
         "reference": record(keys("clean corrupted", _REFERENCE)),
     }
 )
+
+_AGREEMENT = record({"spearman": nullable(NUMBER), "recall": NUMBER})
+_OF_SIZE = record({"from": NUMBER, "n": INDEX, **keys("median_ratio signs_differ", nullable(NUMBER))})
+ATTRIBUTION = record(
+    {
+        **keys("q_id score_key precision", TEXT),
+        "meaning": by_name(TEXT),
+        **keys("k n_trials n_heads", INDEX),
+        "n_passes": by_name(INDEX),
+        **keys("first_order graddrop", _AGREEMENT),
+        "by_size": array(_OF_SIZE),
+        "within_heads": nullable(NUMBER),
+        "heads": array(record({**keys("layer head", INDEX), **keys("exact first_order graddrop", NUMBER)})),
+    }
+)

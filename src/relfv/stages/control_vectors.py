@@ -57,7 +57,7 @@ class Ground:
         self.trial_queries, self.prompt_queries, self.selected = trial_queries, prompt_queries, selected
         self.fv = torch.from_numpy(fv).double()
         rng = random.Random(f"relfv-controls:{seed}")
-        self.draws = _matched_draws(heads, selected, rng)
+        self.draws = matched_draws(heads, selected, rng)
         self.generator_seed = rng.getrandbits(63)
 
     @cached_property
@@ -86,7 +86,7 @@ class Ground:
         return parts_of_sets(self, shares, chosen, written=written).sum(0)
 
 
-def _matched_draws(heads: Sequence[HeadId], selected: Sequence[HeadId], rng: random.Random) -> list[list[HeadId]]:
+def matched_draws(heads: Sequence[HeadId], selected: Sequence[HeadId], rng: random.Random) -> list[list[HeadId]]:
     """Sets with as many heads of each layer as ``selected`` has, drawn from all ``heads``: what the selection is one
     of, if being selected means nothing. Empty where there is no other such set."""
     counts = Counter(head.layer for head in selected)

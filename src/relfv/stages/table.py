@@ -11,6 +11,7 @@ from relfv.settings import IDENTITY, Settings
 from relfv.stages import (
     ablation,
     answers,
+    attribution,
     cie,
     controls,
     curve,
@@ -54,6 +55,7 @@ STAGES: tuple[Stage, ...] = (
     new_queries.STAGE,
     replicates.STAGE,
     formats.STAGE,
+    attribution.STAGE,
 )
 STEP_D = (trials.STAGE, means.STAGE, cie.STAGE)
 """What the spec calls StepD."""

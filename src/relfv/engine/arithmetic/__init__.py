@@ -29,7 +29,7 @@ from torch import nn
 from relfv.engine.arithmetic import kernels, logits
 from relfv.engine.arithmetic.attention import attend_plainly
 from relfv.engine.arithmetic.fusion import Fusions, recognise
-from relfv.engine.arithmetic.precision import Mode, Precision, mode_of, widened
+from relfv.engine.arithmetic.precision import Mode, Precision, mode_of, whole_widened, widened
 from relfv.engine.arithmetic.products import FLOAT32, Differences, Pieces, Whole, replaced, takes_pieces
 from relfv.models.architecture import Architecture
 from relfv.models.packed import is_readable, unpacked_product
@@ -96,6 +96,13 @@ class Arithmetic:
         forwards += [(linear, partial(unpacked_product, linear)) for linear in self._packed]
         fused = self.fusions.installed() if self.fusions else nullcontext()
         with torch.inference_mode(), self._mode.in_force(), replaced(forwards), fused:
+            yield
+
+    @contextmanager
+    def with_gradients(self) -> Iterator[None]:
+        """While open, forward passes compute in float32 by PyTorch alone and can be differentiated. Weights stored in
+        bf16 or fp16 are float32 throughout, not block by block: a backward pass reads them again."""
+        with torch.inference_mode(False), torch.enable_grad(), whole_widened(self.model, self._mode):
             yield
 
     @contextmanager

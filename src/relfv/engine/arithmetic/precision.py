@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -82,6 +82,18 @@ def _units(model: nn.Module, arch: Architecture) -> list[nn.Module]:
         if id(module) not in inside and any(_is_low(tensor) for tensor in tensors):
             units.append(module)
     return units
+
+
+@contextmanager
+def whole_widened(model: nn.Module, mode: Mode) -> Iterator[None]:
+    """While open, all of ``model`` is float32, and the rest is as in the exact form of ``mode``."""
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+    with replace(mode, widened=(), matmul="highest").in_force():
+        try:
+            _swappers([tensor for tensor in _tensors(model, set()) if _is_low(tensor)], kept)[0]()
+            yield
+        finally:
+            _restore(kept)
 
 
 def widened(unit: nn.Module) -> AbstractContextManager[None]:

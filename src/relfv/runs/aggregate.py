@@ -1,0 +1,250 @@
+"""``relfv aggregate``: all relations of a finished tree together.
+
+Like ``relfv cross``: what needs several q_ids lies beside their folders, and is written again after each relation that
+is left out, so that at every instant the files hold all that is done. All but leaving one out comes from files; that is
+kept while what it was made from is what it was, and if nothing of it is missing, the model is never opened.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from relfv import ALGORITHM_VERSION
+from relfv.errors import InputError, RelfvError
+from relfv.logs import show
+from relfv.pace import Pace
+from relfv.progress import at_work, headed
+from relfv.relations import called
+from relfv.report.page import write_pages
+from relfv.runs.qid import open_for, work_on
+from relfv.runs.several import completed_q_ids, require_alike, shared_settings
+from relfv.settings import Settings
+from relfv.stages.aggregate import (
+    AGGREGATE,
+    AGGREGATE_CSV,
+    HEATMAP_FIGURE,
+    MEANING,
+    SIMILARITY_FIGURE,
+    aie_bytes,
+    describe_heads,
+    describe_left_out,
+    describe_relations,
+    describe_similarity,
+    measured,
+    read_aggregate,
+    relation_origin,
+    target_origin,
+    write_aggregate,
+)
+from relfv.stages.aggregate_verdict import verdict
+from relfv.stages.cross import CROSS_SETTINGS
+from relfv.stages.left_out_relation import leave_out
+from relfv.stages.means import MEANS
+from relfv.stages.over_relations import OverRelations, heads_of_the_others, over_relations, why_not
+from relfv.stages.similarity import IN_WORDS
+from relfv.stages.step6_summary import STEP6_SUMMARY
+from relfv.stages.zeroshot import evaluated_prompts
+from relfv.stats import LEVEL
+from relfv.store.files import move_aside, require_no_links, sha256_bytes, sha256_file
+from relfv.store.folder import QidFolder
+from relfv.store.locks import lock, sole_writer
+from relfv.store.status import QidStatus
+
+if TYPE_CHECKING:
+    from relfv.language_model import LanguageModel
+
+log = logging.getLogger(__name__)
+
+
+def aggregate(
+    root: Path,
+    q_list: Sequence[str] | None,
+    overlay: Callable[[Settings], Settings],
+    *,
+    keep_all: bool = False,
+    no_model: bool = False,
+) -> int:
+    """Put the completed q_ids of ``root``, a relation's folder or one that holds several, or those of ``q_list``
+    together; ``overlay`` puts the command's flags over the settings that they were made with. ``keep_all`` counts
+    relations that the model cannot do, too; with ``no_model`` what needs the model and is not there is left out.
+    Returns the exit code.
+
+    Raises InputError for fewer than two relations to count, damaged ones, and ones made with other settings.
+    """
+    for ours in (AGGREGATE, AGGREGATE_CSV, HEATMAP_FIGURE, SIMILARITY_FIGURE, ".locks", "report"):
+        require_no_links(root / ours, below=root)
+    statuses = completed_q_ids(root, q_list, below=True)
+    require_alike(root, statuses)
+    with lock(root / ".locks" / ".aggregate.lock") as holder:
+        if holder:
+            raise InputError(f"{root / AGGREGATE}: is being written by {holder}; wait for it to end, then run again")
+        together = _Together(root, statuses, keep_all=keep_all)
+        together.write_if_changed()
+        if together.waiting and not no_model:
+            settings = shared_settings(root, statuses, overlay)
+            together.leave_each_out(open_for(settings))
+    log.info("%s", together.document()["verdict"])
+    log.info("report: %s", write_pages(root))
+    show(root / AGGREGATE)
+    return 0
+
+
+class _Together:
+    """The relations of one tree, and the files that they are put into."""
+
+    def __init__(self, root: Path, statuses: Mapping[str, QidStatus], *, keep_all: bool) -> None:
+        self._root, self._statuses, self._all = root, statuses, keep_all
+        self._settings = next(iter(statuses.values())).settings
+        relations = [measured(QidFolder(of.artifacts_dir, of.q_id), name) for name, of in statuses.items()]
+        cannot = {one.name: why for one in relations if (why := why_not(one))}
+        for name, why in cannot.items():
+            log.info("%s %s: %s", name, "counted all the same" if keep_all else "left out", why)
+        counted = [one for one in relations if keep_all or one.name not in cannot]
+        if len(counted) < 2:
+            raise InputError(
+                f"{root}: {len(counted)} of {len(relations)} relations are ones that the model can do "
+                f"({'; '.join(f'{name}: {why}' for name, why in cannot.items())}); expected at least two, so run "
+                "more, or keep them by --all"
+            )
+        self._relations, self._counted = relations, counted
+        self._heads = over_relations(counted, self._settings.score_key, self._settings.topk)
+        self._others = {
+            one.name: heads_of_the_others(counted, one.name, self._settings.score_key, self._settings.topk)
+            for one in counted
+        }
+        self._made_from = {name: sha for one in relations for name, sha in relation_origin(root, one.name).items()}
+        self._similarity = describe_similarity(counted, self._heads)
+        self._earlier = self._found()
+        self._targets = {
+            one.name: before
+            for one in counted
+            if (before := self._earlier["left_out"]["targets"].get(one.name) if self._earlier else None)
+            and before["made_from"] == self._origin(one.name)
+        }
+        # What took the model to make and does not fit any more is kept under a dated name.
+        lost = self._earlier is not None and self._earlier["left_out"]["targets"].keys() - self._targets.keys()
+        self._in_the_way = (root / AGGREGATE).exists() and bool(lost or self._earlier is None)
+
+    @property
+    def waiting(self) -> list[str]:
+        """The relations still to be left out."""
+        return [one.name for one in self._counted if one.name not in self._targets]
+
+    def leave_each_out(self, model: LanguageModel) -> None:
+        """Compute the relations that are ``waiting``, and write after each."""
+        pace = Pace(len(self.waiting))
+        with headed(pace.heading):
+            for name in self.waiting:
+                pace.begin()
+                with at_work(name, "heads of the other relations", pace.begin_stage(""), unit="prompts"):
+                    self._targets[name] = self._left_out(model, name)
+                self._write(self.document())
+                log.info("%s left out in %.1f s", name, pace.seconds())
+                pace.end()
+
+    def _origin(self, name: str) -> dict[str, Any]:
+        return target_origin(self._root, name, self._others[name], ALGORITHM_VERSION)
+
+    def _left_out(self, model: LanguageModel, name: str) -> dict[str, Any]:
+        work = work_on(self._statuses[name], lambda: model)
+        own = next(one for one in self._counted if one.name == name)
+        prompts, facts = work.once(evaluated_prompts), model.facts()
+        found = leave_out(
+            model,
+            prompts,
+            work.read(MEANS),
+            own.top,
+            self._others[name],
+            [head.id for head in own.scored],
+            work.read(STEP6_SUMMARY)["best_layer"],
+            work.settings.alpha,
+            seed=f"{work.settings.seed}:{work.q_id}",
+        )
+        shared = len({*own.top} & {*self._others[name]})
+        return {
+            "made_from": self._origin(name),
+            "made_by": {key: facts[key] for key in ("engine", "device", "dtype")},
+            "n_eval": len(prompts),
+            "n_queries": len(set(prompts.clusters)),
+            "n_heads_shared_with_own": shared,
+            **found,
+        }
+
+    def _found(self) -> dict[str, Any] | None:
+        """What is there from before, if it is as it was written."""
+        if not (self._root / AGGREGATE).exists():
+            return None
+        try:
+            return read_aggregate(self._root)
+        except RelfvError as problem:
+            log.warning("%s; it is kept under another name and made again", problem)
+            return None
+
+    def document(self) -> dict[str, Any]:
+        """The content of aggregate.json but for hashes; relations in their folders' order."""
+        first = next(iter(self._statuses.values()))
+        names = {name: status.name for name, status in self._statuses.items()}
+        included = {one.name for one in self._counted}
+        targets = {one.name: self._targets[one.name] for one in self._counted if one.name in self._targets}
+        found = {
+            "root": self._root.resolve().name,
+            "meaning": MEANING,
+            "model": first.settings.model,
+            **{name: first.fingerprint_fields[name] for name in CROSS_SETTINGS},
+            "score_key": self._settings.score_key,
+            "k": self._heads.k,
+            "alpha": self._settings.alpha,
+            "ci_level": LEVEL,
+            "all": self._all,
+            "relations": describe_relations(self._relations, names, included),
+            "heads": describe_heads(self._heads, len(self._counted)),
+            "left_out": describe_left_out(targets, self.waiting),
+            "similarity": self._similarity,
+            "made_from": self._made_from,
+        }
+        return {"verdict": verdict(found), **found}
+
+    def write_if_changed(self) -> None:
+        """All that comes from files."""
+        document = self.document()
+        made = {name: sha256_bytes(data) for name, data in self._beside.items()}
+        there = {name: sha256_file(self._root / name) for name in made}
+        if self._earlier != {**document, "beside": made} or there != made:
+            self._write(document)
+
+    def _write(self, document: dict[str, Any]) -> None:
+        # The manifest and the page of a run lie in the same folder: one writer at a time.
+        with sole_writer(self._root):
+            if self._in_the_way:
+                log.info("earlier results are now %s", move_aside(self._root / AGGREGATE))
+                self._in_the_way = False
+            write_aggregate(self._root, document, self._beside)
+
+    @cached_property
+    def _beside(self) -> dict[str, bytes]:
+        """The table and the figures, which a relation that is left out does not change."""
+        return {
+            AGGREGATE_CSV: aie_bytes(self._heads, len(self._counted)),
+            **_figures(self._heads, self._similarity, [self._statuses[one.name] for one in self._counted]),
+        }
+
+
+def _figures(heads: OverRelations, alike: Mapping[str, Any], statuses: Sequence[QidStatus]) -> dict[str, bytes]:
+    from relfv.figures.images import Heatmap, caption, heatmaps
+    from relfv.figures.relations import similarity
+
+    about = caption(statuses[0].settings)
+    title = f"AIE of every head over {len(statuses)} relations (top {heads.k} framed)"
+    shown = Heatmap(heads.scored, heads.ranked[: heads.k], "")
+    names = [called(name, of.name) for name, of in zip(alike["order"], statuses, strict=True)]
+    matrices = {name: np.array(matrix, dtype=np.float64) for name, matrix in alike["matrices"].items()}
+    return {
+        HEATMAP_FIGURE: heatmaps([shown], heads.score_key, title, about).to_bytes(),
+        SIMILARITY_FIGURE: similarity(names, {IN_WORDS[name]: of for name, of in matrices.items()}, about).to_bytes(),
+    }

@@ -1,0 +1,151 @@
+"""Heads over relations: which relations the model can do, the AIE of every head over them with the relation as the
+unit, and the heads that lead it (Todd et al. 2024, section 3)."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from relfv.stages.scores import COLUMNS, rank_heads, select_heads
+from relfv.stats import Stability, clustered_mean, false_discovery, sign_flip_p_values, top_k_stability
+from relfv.types import HeadId, ScoredHead, Snapshot
+
+CHANCE = 0.05
+"""A relation whose clean accuracy the majority answer reaches with a larger probability is not one the model can do."""
+AVERAGED = [name for name in COLUMNS if not name.startswith("mean_delta_p_")]
+"""Columns of cie_scores.csv whose mean over relations is taken; those left out are a single relation's errors."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the files of one finished relation give."""
+
+    name: str
+    scored: tuple[ScoredHead, ...]
+    """By layer, then head; the same heads in every relation."""
+    top: tuple[HeadId, ...]
+    """Its own top heads, best first."""
+    clean_acc: float
+    """On the trials' clean prompts."""
+    majority_acc: float
+    """Of the one answer that is right most often, given to every trial."""
+    n_trials: int
+    n_queries: int
+    vector: np.ndarray
+    """float32 (resid_dim,)"""
+    means: np.ndarray
+    """float32 (layer, head, head_dim): clean means."""
+    answers: frozenset[int]
+    """The tokens that its trials are scored on."""
+
+
+def majority_accuracy(trials: Snapshot) -> float:
+    """Share of the trials in which the token that is right most often is right."""
+    right = Counter(token for question in trials.questions for token in question.right_ids)
+    return max(right.values()) / len(trials.questions)
+
+
+def p_by_majority(one: Measured) -> float:
+    """Probability that giving the majority answer alone is right for as many of as many new queries: binomial, with
+    the query as the unit, since trials that share one are no independent observations."""
+    from scipy import stats
+
+    right = math.floor(one.clean_acc * one.n_queries + 1e-9)
+    return float(stats.binom.sf(right - 1, one.n_queries, one.majority_acc))
+
+
+def why_not(one: Measured) -> str:
+    """Why the relation is not one that the model can do; empty if it is."""
+    if one.clean_acc <= one.majority_acc:
+        return (
+            f"clean accuracy {one.clean_acc:.2f} is not above {one.majority_acc:.2f}, that of its commonest answer "
+            "given always"
+        )
+    if (p := p_by_majority(one)) > CHANCE:
+        return (
+            f"clean accuracy {one.clean_acc:.2f} over {one.n_queries} queries is not shown to be above "
+            f"{one.majority_acc:.2f}, that of its commonest answer given always (p {p:.2f})"
+        )
+    return ""
+
+
+@dataclass(frozen=True)
+class OverRelations:
+    """Heads over relations; arrays are (head,) in the order of ``scored``."""
+
+    scored: tuple[ScoredHead, ...]
+    """By layer, then head; scores are means over relations, ``n_trials`` the trials of all."""
+    se: np.ndarray
+    """Of the score key's mean: from the spread over relations. Infinite for one relation, as the interval is."""
+    low: np.ndarray
+    high: np.ndarray
+    p_value: np.ndarray
+    """Two-sided, by sign flips of relations."""
+    fdr: np.ndarray
+    n_positive: np.ndarray
+    """int: relations in which the score is above 0."""
+    n_in_own_top: np.ndarray
+    """int: relations among whose own top heads it is."""
+    stability: Stability
+    """Of the top k under resampling of relations."""
+    score_key: str
+    k: int
+
+    @property
+    def ranked(self) -> list[ScoredHead]:
+        """Best first."""
+        return rank_heads(self.scored, self.score_key)
+
+    @property
+    def universal(self) -> list[HeadId]:
+        """The top k by AIE, best first."""
+        return [head.id for head in self.ranked[: self.k]]
+
+
+def over_relations(relations: Sequence[Measured], score_key: str, k: int) -> OverRelations:
+    """AIE of every head: the mean of each relation's score, each relation counting once. At least one relation.
+
+    A mean is the correctly rounded sum by the number of relations, so that it does not hang on their order. The
+    interval is Student's t over relations. Percentiles of resampled relations would be too short for so few; what
+    resampling says is how often a head stays among the top k.
+    """
+    rows = [one.scored for one in relations]
+    scored = tuple(
+        ScoredHead(
+            of_head[0].id,
+            {name: math.fsum(head.scores[name] for head in of_head) / len(of_head) for name in AVERAGED},
+            sum(head.n_trials for head in of_head),
+        )
+        for of_head in zip(*rows, strict=True)
+    )
+    values = np.array([[head.scores[score_key] for head in row] for row in rows])
+    units = range(len(relations))
+    mean, p_value = clustered_mean(values, units), sign_flip_p_values(values, units)
+    k = min(k, len(scored))
+    return OverRelations(
+        scored=scored,
+        se=mean.se,
+        low=mean.low,
+        high=mean.high,
+        p_value=p_value,
+        fdr=false_discovery(p_value),
+        n_positive=(values > 0).sum(0),
+        n_in_own_top=np.array([sum(head.id in one.top for one in relations) for head in scored]),
+        stability=top_k_stability(values, units, k, seed="relfv-aggregate"),
+        score_key=score_key,
+        k=k,
+    )
+
+
+def heads_of_the_others(relations: Sequence[Measured], target: str, score_key: str, k: int) -> list[HeadId]:
+    """The top k by AIE over the relations besides ``target``, best first; at least one other."""
+    rows = [one.scored for one in relations if one.name != target]
+    scored = [
+        ScoredHead(of_head[0].id, {score_key: math.fsum(head.scores[score_key] for head in of_head) / len(rows)}, 0)
+        for of_head in zip(*rows, strict=True)
+    ]
+    return [head.id for head in select_heads(rank_heads(scored, score_key), min(k, len(scored)))]
