@@ -7,7 +7,7 @@ to it: a q_id that another process holds, or has finished, it leaves alone.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -54,7 +54,7 @@ class Worker:
         """Of its model, for the manifest."""
         return model_description(self.model)
 
-    def outcomes(self, q_ids: Sequence[str]) -> Iterator[tuple[str, str]]:
+    def outcomes(self, q_ids: Sequence[str]) -> Generator[tuple[str, str]]:
         """Run one after another: -> each with how it ended."""
         self.pace = Pace(len(q_ids), shares(self.plan.request.settings.extras))
         with at_work("run", "between stages"), headed(self.pace.heading):
