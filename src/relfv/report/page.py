@@ -16,6 +16,7 @@ from relfv.report.sealed_page import page_if_made_from, sealed_from, with_seal
 from relfv.report.sections import MOST_ON_ONE_PAGE, environment, shown_apart, shown_once, told
 from relfv.report.table import find_statuses
 from relfv.report.together import together_of
+from relfv.stages.aggregate import AGGREGATE
 from relfv.stages.cross import CROSS
 from relfv.store.files import read_bytes, require_no_links, sha256_bytes, sha256_file, write_atomic
 from relfv.store.locks import sole_writer
