@@ -17,6 +17,7 @@ from relfv.errors import InputError, RunError
 from relfv.store.formats import (
     _unzipped,
     csv_bytes,
+    digits,
     json_bytes,
     jsonl_bytes,
     read_csv,
@@ -246,3 +247,13 @@ def test_a_tensor_file_that_was_cut_is_damaged(cut: int, tmp_path: Path) -> None
     (tmp_path / "x.pt").write_bytes(data[:-cut] if cut else b"")
     with pytest.raises(RunError, match=r"x\.pt: cannot be read as tensors"):
         read_tensors(tmp_path / "x.pt")
+
+
+def test_digits_give_every_number_back_and_name_what_is_not_finite() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal(2000) * 10.0 ** rng.integers(-300, 300, 2000)
+    values = np.concatenate([values, [0.0, -0.0, 1.0, 1e-5, 1e16, np.inf, -np.inf, np.nan]])
+    written = digits(values)
+    assert np.array_equal(np.array([float(text) for text in written]), values, equal_nan=True)
+    assert written[-3:] == ["inf", "-inf", "nan"]
+    assert max(map(len, written)) <= max(map(len, map(repr, values.tolist())))

@@ -50,13 +50,13 @@ def csv_cell(value: Any) -> str:
 
 
 def digits(values: np.ndarray) -> list[str]:
-    """Finite float64 numbers (n,), each in the fewest digits that give it back, as JSON and CSV have them. Tens of
-    thousands take ``repr`` longer than the GPU takes for the effects that they are."""
-    return (
-        orjson.dumps(np.ascontiguousarray(values, np.float64), option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
-        .decode()
-        .split(",")
-    )
+    """float64 (n,), each in the fewest digits that give it back; what is not finite, which JSON has not, as CSV has it:
+    ``inf``, ``nan``. Tens of thousands take ``repr`` longer than the GPU takes for the effects that they are."""
+    text = orjson.dumps(np.ascontiguousarray(values, np.float64), option=orjson.OPT_SERIALIZE_NUMPY)
+    written = text[1:-1].decode().split(",")
+    for i in np.flatnonzero(~np.isfinite(values)):
+        written[i] = repr(float(values[i]))
+    return written
 
 
 def tensor_bytes(content: Mapping[str, Any]) -> bytes:
