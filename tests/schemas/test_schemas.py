@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import relfv
 from conftest import ROOT, make_tokenizer
@@ -93,9 +94,11 @@ def test_a_single_trial_no_extras_and_a_failed_q_id(csv_path: Path, llama_path: 
 def test_a_family_with_norms_after_attention_and_several_trials_of_a_query(csv_path: Path, tmp_path: Path) -> None:
     from zoo import ZOO
 
-    model = next(animal for animal in ZOO.values() if animal.family == "Gemma 2").build()
     settings = {"n_trials_per_q": 5, "topk": 3, "allow_query_duplicates": True, "target": "distinguishing"}
-    relfv.run(csv_path, model, make_tokenizer(vocab_size=300), q_list=["A1"], out_root=tmp_path, **settings)
+    torch.manual_seed(0)
+    model = next(animal for animal in ZOO.values() if animal.family == "Gemma 2").build()
+    run = relfv.run(csv_path, model, make_tokenizer(vocab_size=300), q_list=["A1"], out_root=tmp_path, **settings)
+    assert run.summary()["status"].tolist() == ["completed"]
     assert_valid(tmp_path)
 
 

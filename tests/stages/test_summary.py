@@ -199,6 +199,17 @@ def test_the_layer_is_the_one_of_step6_and_held_out_queries_follow_the_same_scor
     assert numbers["share_of_gap"]["held_out, layer_chosen_by_others"]["value"] == pytest.approx(0)
 
 
+def test_a_control_that_is_at_one_of_the_compared_layers_alone_is_no_rival_over_all_of_them() -> None:
+    found = controls(0.1, 0.9, fv=0.7, held_out=0.66, random_heads=0.14, random_heads_as_written=0.3)
+    found["compared_layers"] = [1, 0]
+    del found["per_layer"]["0"]["random_heads_as_written"]
+    del found["by_prompt"]["p_random_heads_as_written"]["0"]
+    stability = {"half_overlap": 0.81, "chance_overlap": 0.02}
+    numbers = conclusions(top(), found, stability, CAVEATS, layer=1)
+    assert numbers["p"]["random_heads_as_written"] == pytest.approx(0.3)
+    assert "random_heads_as_written" not in numbers["against_random"]
+
+
 def test_a_control_that_overflows_is_left_out() -> None:
     found = controls(0.1, 0.9, fv=0.7, random_direction=0.1)
     found["by_prompt"]["p_random_direction"]["1"][3] = None

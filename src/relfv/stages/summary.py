@@ -45,7 +45,9 @@ def conclusions(
     best = layers.index(str(layer))
     at_best = controls["per_layer"][layers[best]]
     there = {name: _effect(prompts, name, [layers[best]]) for name in controls["meaning"] if name in at_best}
-    effects = {name: _effect(prompts, name, compared) for name in there if name in controls["per_layer"][compared[0]]}
+    # Some are at the best layer alone, which may be one of those compared.
+    everywhere = set(controls["meaning"]).intersection(*(controls["per_layer"][layer] for layer in compared))
+    effects = {name: _effect(prompts, name, compared) for name in there if name in everywhere}
     zero, clean = np.array(prompts["p_zero_shot"]), np.array(prompts["p_clean"])
     gap = Gap(zero, clean, prompts["query_source_index"])
     # The function vector's share is that of a layer chosen for it.
