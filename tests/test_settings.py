@@ -40,6 +40,8 @@ NOT_COUNTED = {
     "alpha_sweep",
     "alpha_sweep_relative",
     "k_sweep",
+    "replicates",
+    "formats",
     "extras",
 }
 ONLY_STEPD = {"layers", "heads"}
