@@ -12,8 +12,10 @@ from folders import arguments, contents, status
 from relfv.cli import main
 from relfv.relations import load_relations
 from relfv.settings import Settings
-from relfv.stages.new_queries import trials_of_new_queries
+from relfv.stages.injection import Injections
+from relfv.stages.new_queries import numbers_of, trials_of_new_queries, verdict_of
 from relfv.stages.trials import sample_trials
+from relfv.types import Effects, Prompts, TokenScores
 
 QUERIES = "step6/new_queries.json"
 
@@ -79,3 +81,18 @@ def test_numbers_are_those_of_plain_forward_passes(asked: Path, llama_path: Path
         assert row["p_zero_shot"] == pytest.approx(float(base), rel=1e-4)
         assert row["p_fv"] == pytest.approx(float(edited), rel=1e-4)
     assert document["p"]["fv"] == pytest.approx(sum(row["p_fv"] for row in document["queries"]) / document["n_queries"])
+
+
+def test_the_layer_is_the_one_that_was_chosen_on_others_not_the_best_of_these() -> None:
+    def scores(p: list[list[float]] | list[float]) -> TokenScores:
+        logprob = torch.tensor(p).log()
+        return TokenScores(logit=logprob, logprob=logprob, top_id=torch.zeros_like(logprob, dtype=torch.int64))
+
+    n = 12
+    prompts = Prompts([[1, 2]] * n, [0] * n, range(n), [[0]] * n)
+    effects = Effects(base=scores([0.1] * n), edited=scores([[0.8, 0.3]] * n))
+    numbers = numbers_of(prompts, Injections(effects, noticeable=False), scores([0.9] * n), layer=1)
+    assert numbers["p"] == pytest.approx({"zero_shot": 0.1, "fv": 0.3, "clean": 0.9})
+    assert numbers["share_of_gap"]["value"] == pytest.approx(0.25)
+    assert numbers["per_layer"]["0"]["mean_p"] == pytest.approx(0.8)
+    assert "at layer 1, chosen on others" in verdict_of(numbers, n, 1)
