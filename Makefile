@@ -5,7 +5,6 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= 2
 
-.PHONY: help setup demo test test-quick test-cpus lint format types check docs clean
 
 help:
 	@echo "make setup   .venv with relfv in it (.venv/bin/relfv)"
@@ -38,18 +37,33 @@ test: setup
 test-quick: setup
 	$(PYTEST) -m "not slow"
 
-# Other processors add in another order. These settings make this one do so, as far as it can; `make test` is the
-# default with one thread.
+# Other processors add in another order. These settings make this one do so, as far as it can: as one without AVX-512,
+# as any at all, and with two threads; `make test` is the default with one.
 CPU_TESTS ?= tests/engine tests/stages
+CPUS := test-as-avx2 test-as-any-cpu test-with-two-threads
+test-as-avx2: export ATEN_CPU_CAPABILITY := avx2
+test-as-avx2: export ONEDNN_MAX_CPU_ISA := AVX2
+test-as-avx2: export MKL_ENABLE_INSTRUCTIONS := AVX2
+test-as-any-cpu: export ATEN_CPU_CAPABILITY := default
+test-as-any-cpu: export MKL_CBWR := COMPATIBLE
+test-with-two-threads: export OMP_NUM_THREADS := 2
+test-with-two-threads: export OMP_WAIT_POLICY := PASSIVE
 
-test-cpus: setup
-	set -e; for cpu in \
-	    "ATEN_CPU_CAPABILITY=avx2" \
-	    "ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2" \
-	    "MKL_CBWR=COMPATIBLE" \
-	    "OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE"; do \
-	  echo "== $$cpu"; env $$cpu $(PYTEST) -q $(CPU_TESTS); \
-	done
+$(CPUS): setup
+	$(PYTEST) -q $(CPU_TESTS)
+
+test-cpus: $(CPUS)
+
+# What README and the pages of docs/ say, each page in a copy of the tree; the wheel in an empty folder.
+PAGES := $(patsubst %,page/%,$(shell grep -rlE '^```(bash|python)$$' README.md docs --include='*.md'))
+
+$(PAGES): page/%: setup
+	.ci/page $*
+
+pages: $(PAGES)
+
+package: setup
+	.ci/package
 
 lint: setup
 	$(BIN)/ruff check .
@@ -78,3 +92,5 @@ docs: $(DOCS_READY)
 
 clean:
 	rm -rf $(VENV) .venv-docs site .pytest_cache .ruff_cache .hypothesis
+
+.PHONY: help setup demo test test-quick test-cpus $(CPUS) pages $(PAGES) package lint format types check docs clean

@@ -1,7 +1,7 @@
 """Makes examples/tutorial.ipynb of docs/tutorial.md: `python .ci/notebook.py` in the root of a clone runs the page's
 blocks, in a minute, and writes the notebook with what they print and the run's own pictures.
 
-What the blocks print is checked by `.ci/docs` on the page; tests/test_notebook.py compares the
+What the blocks print is checked by `make pages` on the page; tests/test_notebook.py compares the
 notebook with it.
 """
 

@@ -1,4 +1,4 @@
-"""examples/tutorial.ipynb shows what docs/tutorial.md says, whose outputs `.ci/docs` checks."""
+"""examples/tutorial.ipynb shows what docs/tutorial.md says, whose outputs `make pages` checks."""
 
 from __future__ import annotations
 
