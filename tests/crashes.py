@@ -102,9 +102,13 @@ class Fork:
         idle one."""
         clock = ~self.pid << 3 | 2  # as clock_getcpuclockid(3) makes it, which Python does not offer
         while time.clock_gettime(clock) < seconds:
-            if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            if self.has_ended():
                 return
             time.sleep(0.002)
+
+    def has_ended(self) -> bool:
+        """Whether there is an exit code to ``wait`` for."""
+        return bool(os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT))
 
     def signal(self, number: int) -> None:
         """Send it a signal; it may have ended meanwhile."""

@@ -1,5 +1,5 @@
-"""The docs' promises: CI runs their `bash` and `python` blocks (`make pages`) and builds the site strictly (`make docs`);
-here every command's flags are checked, and that every page is reachable."""
+"""The docs' promises: CI runs their `bash` and `python` blocks (`make pages`) and builds the site strictly
+(`make docs`); here every command's flags are checked, and that every page is reachable."""
 
 from __future__ import annotations
 

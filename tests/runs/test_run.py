@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
+from crashes import Fork
 from folders import arguments, contents, status, write_status
 from parity import rounding, size_in
 from relfv.cli import main
@@ -235,16 +234,13 @@ def running(csv_path: Path, llama_path: Path, tmp_path: Path):  # type: ignore[n
     """A run in a process of its own, stopped at the first sight of a given file."""
 
     def start_and_signal(wait_for: str, number: int) -> tuple[int, Path]:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "relfv", *arguments(llama_path, csv_path, tmp_path)],
-            env={**os.environ, "PYTHONPATH": str(ROOT / "src")}, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        process = Fork(lambda: main(arguments(llama_path, csv_path, tmp_path)), tmp_path / "said")
         for _ in range(12000):
-            if (tmp_path / "pairs" / wait_for).exists() or process.poll() is not None:
+            if (tmp_path / "pairs" / wait_for).exists() or process.has_ended():
                 break
             time.sleep(0.005)
-        process.send_signal(number)
-        return process.wait(timeout=60), tmp_path / "pairs"
+        process.signal(number)
+        return process.wait(), tmp_path / "pairs"
 
     return start_and_signal
 
@@ -290,10 +286,10 @@ def test_the_page_has_what_was_finished_when_a_run_is_stopped(running, finished:
 
 @pytest.mark.slow
 def test_two_runs_at_once_do_every_q_id_once(csv_path: Path, llama_path: Path, tmp_path: Path, finished: Path) -> None:
-    command = [sys.executable, "-m", "relfv", *arguments(llama_path, csv_path, tmp_path)]
-    both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [process.communicate(timeout=120)[1] for process in both]
-    assert [process.returncode for process in both] == [0, 0]
+    command = arguments(llama_path, csv_path, tmp_path)
+    both = [Fork(lambda: main(command), tmp_path / f"said_{i}") for i in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    said = [process.said() for process in both]
     for q_id in ("A1", "B2"):
         assert sum(f"{q_id} stepD_cie" in text for text in said) == 1
         assert contents(tmp_path / "pairs" / q_id / "artifacts") == contents(finished / q_id / "artifacts")

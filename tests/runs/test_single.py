@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from crashes import Fork
 from folders import contents, status, write_status
 from parity import rounding, size_in
 from relfv.cli import main
@@ -327,18 +327,19 @@ def test_dtype_may_be_spelled_either_way(llama_path: Path, csv_path: Path, tmp_p
 
 
 @pytest.mark.slow
-def test_two_layers_at_once_are_both_recorded(folder: QidFolder, llama_path: Path) -> None:
-    commands = [
-        [sys.executable, "-m", "relfv", "step6", "--fv_global_path", folder.path(FV), "--sampled_trials_path",
-         folder.path(ZERO_SHOT_TRIALS), "--model", llama_path, "--edit_layer", str(layer), "--out_dir", folder.artifacts / f"step6/layer_{layer}"]  # noqa: E501
-        for layer in (0, 2)
-    ]  # fmt: skip
+def test_two_layers_at_once_are_both_recorded(folder: QidFolder, llama_path: Path, tmp_path: Path) -> None:
+    trials = ("--sampled_trials_path", folder.path(ZERO_SHOT_TRIALS), "--model", llama_path)
     for layer in (0, 2):
         shutil.rmtree(folder.artifacts / f"step6/layer_{layer}")
-    processes = [
-        subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) for command in commands
-    ]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+
+    def inject(layer: int) -> int:
+        out = folder.artifacts / f"step6/layer_{layer}"
+        return in_process(
+            "step6", "--fv_global_path", folder.path(FV), *trials, "--edit_layer", str(layer), "--out_dir", out
+        )
+
+    processes = [Fork(partial(inject, layer), tmp_path / f"said_{layer}") for layer in (0, 2)]
+    assert [process.wait() for process in processes] == [0, 0]
     assert status(folder.artifacts.parents[1], "A1")["status"] == "completed"
 
 
