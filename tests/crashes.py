@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import RendererAgg
 
 from relfv.cli import main
 from relfv.stages import sweeps
@@ -32,10 +32,10 @@ _TIMES = {"created_at", "updated_at", "started_at", "finished_at", SEAL}
 
 
 def lighten(patch: pytest.MonkeyPatch) -> None:
-    """Take out of runs what is a third of their time or more and means nothing to a process that ends: the axes of
+    """Take out of runs what is a fifth of their time or more and means nothing to a process that ends: the words in
     figures, and waiting for the disk, since what was written outlives the writer without it. Every fsync is still
     called."""
-    patch.setattr(Axis, "draw", lambda *_: None)
+    patch.setattr(RendererAgg, "draw_text", lambda *_, **__: None)
     patch.setattr(os, "fsync", lambda _: None)
 
 
