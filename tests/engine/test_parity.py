@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from conftest import llama, scale_up
+from families_page import EVERY_MODEL, PAGE, first_table
 from parity import (
     all_heads,
     assert_same,
@@ -263,3 +264,13 @@ def test_rotary_frequencies_that_depend_on_the_length_of_the_call(kind: str, len
     found = SharedPrefixEngine(backbone).inject(Prompts(prompts, targets), vector, layers)
     assert_same_scores(found.edited, naive_injections(backbone, prompts, targets, vector).edited)
     assert_same_scores(found.base, run_clean(backbone, Prompts(prompts, targets)).scores)
+
+
+@pytest.mark.slow
+def test_the_page_of_families_is_what_was_found(request: pytest.FixtureRequest) -> None:
+    """Here, where the process knows it from the tests above. The page's second table is that of test_every_lm.py."""
+    there, title, rest = PAGE.read_text(encoding="utf-8").partition(EVERY_MODEL)
+    if request.config.getoption("--write-families"):
+        PAGE.write_text(first_table() + title + rest, encoding="utf-8")
+    else:
+        assert there == first_table()

@@ -80,7 +80,8 @@ def opened(folder: Path, offload: str, device: str = "cpu", **options: Any) -> L
 
 def run(folder: Path, csv_path: Path, out: Path, device: str, *flags: str) -> dict[str, bytes]:
     arguments = ["--model", str(folder), "--relation_csv_path", str(csv_path), "--out_root", str(out)]
-    assert main(["run", *arguments, "--q_list", "A1", "--device", device, *flags]) == 0
+    few = ["--q_list", "A1", "--n_trials_per_q", "4", "--n_eval", "4", "--topk", "5"]
+    assert main(["run", *arguments, *few, "--device", device, *flags]) == 0
     return contents(out / "pairs" / "A1" / "artifacts")
 
 
