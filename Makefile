@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Not compiled: that takes a minute, most of it for modules that nothing here imports.
+INSTALL := python -m pip install --quiet --disable-pip-version-check --no-compile
 WORKERS ?= 2
-
 
 help:
 	@echo "make setup   .venv with relfv in it (.venv/bin/relfv)"
@@ -19,8 +20,8 @@ setup: $(READY)
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "relfv needs Python 3.10 or newer; say PYTHON=python3.x")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	$(BIN)/$(INSTALL) --requirement requirements.lock
+	$(BIN)/$(INSTALL) --no-deps --no-build-isolation --editable .
 	@touch $@
 
 demo: setup
@@ -83,7 +84,7 @@ DOCS_READY := .venv-docs/.ready
 
 $(DOCS_READY): docs/requirements.txt
 	$(PYTHON) -m venv .venv-docs
-	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check --requirement docs/requirements.txt
+	.venv-docs/bin/$(INSTALL) --requirement docs/requirements.txt
 	@touch $@
 
 docs: $(DOCS_READY)

@@ -11,8 +11,13 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import hypothesis
 import pytest
 import torch
+
+# A busy machine is no fault.
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 for name in (
     "MODEL", "MODEL_SPEC", "DEVICE", "DTYPE", "QUANT", "SEED", "RELATION_CSV", "N_TRIALS_PER_Q", "N_DEMOS", "SCORE_KEY",

@@ -50,7 +50,7 @@ def test_bom_crlf_quotes_spaces_blank_lines_and_interleaving(tmp_path: Path) -> 
 @example(*SEEDS[1:2])
 @example(*SEEDS[2:3])
 @example(*SEEDS[3:])
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_bytes_whatever_are_read_as_what_they_say_or_refused(
     tmp_path_factory: pytest.TempPathFactory, data: bytes
 ) -> None:
@@ -67,7 +67,7 @@ _TRICKY = st.text(st.sampled_from("aQ1,\"'\n\r\t ;=\x00\x1b\x85\u2028\u202e\ufef
 @given(
     st.lists(st.tuples(st.one_of(_TRICKY, st.sampled_from(["Q1", "q1", "Q2", "con", "..", "-x"])), _TRICKY, _TRICKY))
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_rows_that_a_spreadsheet_writes_are_read_as_they_are_or_refused(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str, str]]
 ) -> None:
@@ -86,7 +86,7 @@ _Q_IDS = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}", fullmatch=True).filt
 
 @pytest.mark.slow
 @given(st.dictionaries(_Q_IDS, st.lists(st.tuples(_WORDS, _WORDS), min_size=1, max_size=4), min_size=1, max_size=4))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_what_is_written_is_what_is_read(
     tmp_path_factory: pytest.TempPathFactory, given: dict[str, list[tuple[str, str]]]
 ) -> None:

@@ -86,7 +86,7 @@ def labels_and_right_answers(draw: st.DrawFn) -> tuple[list[str], list[set[str]]
 
 
 @given(labels_and_right_answers(), st.integers(0, 10**6))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_corrupted_labels_are_a_permutation_with_as_few_right_answers_as_any(
     given: tuple[list[str], list[set[str]]], seed: int
 ) -> None:
@@ -138,7 +138,7 @@ def relations(draw: st.DrawFn) -> tuple[Relation, int]:
 
 @pytest.mark.slow
 @given(relations(), st.integers(0, 2**63 - 1))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_the_policy_holds_for_any_relation_and_seed(given: tuple[Relation, int], seed: int) -> None:
     relation, n_demos = given
     n_trials = 6
