@@ -22,6 +22,7 @@ from relfv.pace import Pace
 from relfv.progress import at_work, headed
 from relfv.relations import called
 from relfv.report.page import write_pages
+from relfv.report.registered import excluded_in
 from relfv.runs.qid import open_for, work_on
 from relfv.runs.several import completed_q_ids, require_alike, shared_settings
 from relfv.settings import Settings
@@ -103,13 +104,16 @@ class _Together:
         self._settings = next(iter(statuses.values())).settings
         relations = [measured(QidFolder(of.artifacts_dir, of.q_id), name) for name, of in statuses.items()]
         cannot = {one.name: why for one in relations if (why := why_not(one))}
-        for name, why in cannot.items():
-            log.info("%s %s: %s", name, "counted all the same" if keep_all else "left out", why)
-        counted = [one for one in relations if keep_all or one.name not in cannot]
+        self._excluded = _excluded(statuses)
+        for name, why in {**cannot, **self._excluded}.items():
+            kept = keep_all and name not in self._excluded
+            log.info("%s %s: %s", name, "counted all the same" if kept else "left out", why)
+        out = self._excluded if keep_all else {**cannot, **self._excluded}
+        counted = [one for one in relations if one.name not in out]
         if len(counted) < 2:
             raise InputError(
                 f"{root}: {len(counted)} of {len(relations)} relations are ones that the model can do "
-                f"({'; '.join(f'{name}: {why}' for name, why in cannot.items())}); expected at least two, so run "
+                f"({'; '.join(f'{name}: {why}' for name, why in out.items())}); expected at least two, so run "
                 "more, or keep them by --all"
             )
         self._relations, self._counted = relations, counted
@@ -190,7 +194,9 @@ class _Together:
         """The content of aggregate.json but for hashes; relations in their folders' order."""
         first = next(iter(self._statuses.values()))
         names = {name: status.name for name, status in self._statuses.items()}
-        included = {one.name for one in self._counted}
+        relations = describe_relations(self._relations, names, {one.name for one in self._counted})
+        for name, why in self._excluded.items():
+            relations[name]["why_not"] = why
         targets = {one.name: self._targets[one.name] for one in self._counted if one.name in self._targets}
         found = {
             "root": self._root.resolve().name,
@@ -202,7 +208,7 @@ class _Together:
             "alpha": self._settings.alpha,
             "ci_level": LEVEL,
             "all": self._all,
-            "relations": describe_relations(self._relations, names, included),
+            "relations": relations,
             "heads": describe_heads(self._heads, len(self._counted)),
             "left_out": describe_left_out(targets, self.waiting),
             "similarity": self._similarity,
@@ -233,6 +239,12 @@ class _Together:
             AGGREGATE_CSV: aie_bytes(self._heads, len(self._counted)),
             **_figures(self._heads, self._similarity, [self._statuses[one.name] for one in self._counted]),
         }
+
+
+def _excluded(statuses: Mapping[str, QidStatus]) -> dict[str, str]:
+    """The relations that a plan, registered before they were run, excludes; with its reason."""
+    reasons = {name: excluded_in(of.artifacts_dir.parent.parent).get(of.q_id) for name, of in statuses.items()}
+    return {name: f"excluded by the registered plan: {why}" for name, why in reasons.items() if why}
 
 
 def _figures(heads: OverRelations, alike: Mapping[str, Any], statuses: Sequence[QidStatus]) -> dict[str, bytes]:

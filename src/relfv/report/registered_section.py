@@ -1,0 +1,145 @@
+"""What pages and ``relfv status`` say of a registered plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from relfv.errors import RelfvError
+from relfv.relations import named
+from relfv.report.registered import (
+    PLAN,
+    Judged,
+    changed_since,
+    exclusions_not_followed,
+    judged,
+    registered_in,
+    rule_in_words,
+    seen_before,
+    value_at,
+)
+from relfv.stages.summary import SUMMARY
+from relfv.stages.verdict import HELD_OUT
+from relfv.store.status import QidStatus
+
+MOST_SHOWN = 200
+"""q_ids whose value is shown beside a hypothesis."""
+
+
+def plan_section(folder: Path, statuses: Sequence[QidStatus]) -> dict[str, Any] | None:
+    """For the page of a relation's ``folder``; None where no plan was registered."""
+    try:
+        plan = registered_in(folder)
+    except RelfvError as problem:
+        return {"damaged": str(problem)}
+    if plan is None:
+        return None
+    by_q_id = {status.q_id: status for status in statuses}
+    found, registered = judged(folder, plan, by_q_id), plan["registered"]
+    before = {q_id: why for q_id in registered["rows_sha256"] if (why := seen_before(plan, q_id, by_q_id.get(q_id)))}
+    changed: dict[str, list[str]] = {}
+    for status in statuses:
+        if different := changed_since(plan, status):
+            changed.setdefault("; ".join(different), []).append(status.q_id)
+    return {
+        "damaged": "",
+        "at": _at(plan),
+        "analyst": plan.get("analyst", ""),
+        "notes": plan.get("notes", ""),
+        "sha256": registered["plan_sha256"],
+        "file": f"../{PLAN}",
+        "before": [(named(q_ids), why) for why, q_ids in _by_value(before).items()],
+        "changed": [(named(q_ids), what) for what, q_ids in changed.items()],
+        "rule": _rule(plan, found, statuses),
+        "exclusions": plan.get("exclusions", {}),
+        "not_followed": exclusions_not_followed(folder, plan, by_q_id),
+        "counted": counted(found),
+        "most": MOST_SHOWN,
+        "hypotheses": [{**vars(one), "n_held": one.n_held, "state": one.state, "layer": _layer(one)} for one in found],
+    }
+
+
+def plan_of_qid(folder: Path, status: QidStatus) -> dict[str, Any] | None:
+    """For the section of a completed q_id; None where no plan was registered, or it is not as it was."""
+    try:
+        plan = registered_in(folder)
+    except RelfvError:
+        return None
+    if plan is None:
+        return None
+    found = judged(folder, plan, {status.q_id: status})
+    return {
+        "excluded": plan.get("exclusions", {}).get(status.q_id, ""),
+        "before": seen_before(plan, status.q_id, status),
+        "changed": changed_since(plan, status),
+        "findings": [(of, one) for of in found for one in of.findings if one.q_id == status.q_id],
+    }
+
+
+def plan_line(folder: Path, statuses: Sequence[QidStatus]) -> str:
+    """For ``relfv status``; empty where no plan was registered."""
+    try:
+        plan = registered_in(folder)
+    except RelfvError as problem:
+        return str(problem)
+    if plan is None:
+        return ""
+    n_before = len(plan["registered"]["results_before"])
+    when = f"after results of {n_before} q_ids" if n_before else "before any result"
+    said = counted(judged(folder, plan, {status.q_id: status for status in statuses}))
+    return f"{folder.resolve().name}: plan registered {_at(plan)}, {when}" + (f"; {said}" if said else "")
+
+
+def told_of_plan(folder: Path) -> str:
+    """What the section of a q_id depends on besides its own files."""
+    try:
+        plan = registered_in(folder)
+    except RelfvError as problem:
+        return str(problem)
+    return f"{plan['registered']['at']} {plan['registered']['plan_sha256']}" if plan else ""
+
+
+def counted(found: Sequence[Judged]) -> str:
+    """How many hypotheses held and did not; empty where there are none."""
+    states = [one.state for one in found]
+    others = [f"{states.count(state)} {state}" for state in dict.fromkeys(states) if state != "held"]
+    return ", ".join([f"{states.count('held')} of {len(states)} hypotheses held", *others]) if states else ""
+
+
+def _at(plan: Mapping[str, Any]) -> str:
+    return plan["registered"]["at"][:19].replace("T", " ") + " UTC"
+
+
+def _by_value(of: Mapping[str, str]) -> dict[str, list[str]]:
+    return {value: [key for key in of if of[key] == value] for value in dict.fromkeys(of.values())}
+
+
+def _layer(one: Judged) -> str:
+    return "" if one.layer is None else rule_in_words(one.layer)
+
+
+def _rule(plan: Mapping[str, Any], found: Sequence[Judged], statuses: Sequence[QidStatus]) -> dict[str, Any] | None:
+    """The layer rule in words, which hypotheses are measured at another layer, and where the verdict of a q_id is."""
+    rule = plan.get("layer_rule")
+    if rule is None:
+        return None
+    counted_in = [of for of in statuses if of.status == "completed" and of.q_id not in plan.get("exclusions", {})]
+    keys, said = ("layer",), "the verdict is at another layer, the best on its own prompts"
+    if rule == "held_out":
+        keys, said = ("share_of_gap", HELD_OUT), "no held-out share can be said"
+    elsewhere = []
+    for status in counted_in:
+        at: Any = None
+        with suppress(LookupError, OSError, RelfvError):
+            at = value_at(status.artifacts_dir / SUMMARY.name, keys)
+        if at is None or (isinstance(rule, int) and at != rule):
+            elsewhere.append(status.q_id)
+    at_a_layer = [one for one in found if one.layer is not None]
+    return {
+        "words": rule_in_words(rule),
+        "n": len(at_a_layer),
+        "others": [one for one in at_a_layer if one.layer != rule],
+        "elsewhere": f"{said}: {named(elsewhere)}" if elsewhere else "",
+    }
