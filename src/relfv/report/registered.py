@@ -126,6 +126,8 @@ class Judged:
     """In so many of the findings it has to hold."""
     layer: str | int | None
     """See ``layer_of``."""
+    is_prediction: bool
+    """Whether none of the results that it is about was there when the plan was registered."""
 
     @property
     def n_held(self) -> int:
@@ -155,17 +157,32 @@ def _judge(folder: Path, plan: Mapping[str, Any], number: int, statuses: Mapping
         there = (folder / name).exists()
         findings = (_finding(hypothesis, "", folder / name if there else None, "the file is not there"),)
     else:
-        findings = tuple(_of_qid(hypothesis, q_id, statuses.get(q_id)) for q_id in q_ids_of(plan, hypothesis))
+        q_ids = _q_ids_of(plan, hypothesis, statuses)
+        findings = tuple(_of_qid(hypothesis, q_id, statuses.get(q_id)) for q_id in q_ids)
     n_needed = hypothesis.get("in_at_least", len(findings))
-    where, expected = f"{name}: {' → '.join(map(str, path))}", _expected(hypothesis)
-    return Judged(f"H{number + 1}", hypothesis["says"], where, expected, findings, n_needed, layer_of(name, path))
+    about = [one.q_id for one in findings if one.q_id] or [*plan["registered"]["rows_sha256"]]
+    return Judged(
+        name=f"H{number + 1}",
+        says=hypothesis["says"],
+        where=f"{name}: {' → '.join(map(str, path))}",
+        expected=_expected(hypothesis),
+        findings=findings,
+        n_needed=n_needed,
+        layer=layer_of(name, path),
+        is_prediction=not any(seen_before(plan, q_id, statuses.get(q_id)) for q_id in about),
+    )
 
 
-def q_ids_of(plan: Mapping[str, Any], hypothesis: Mapping[str, Any]) -> list[str]:
+def _q_ids_of(plan: Mapping[str, Any], hypothesis: Mapping[str, Any], statuses: Mapping[str, QidStatus]) -> list[str]:
     """Those that a hypothesis names, or else every one of the CSV that is not excluded, whether it is run or not: a
-    claim about all q_ids does not shrink with --q_list."""
-    every = plan["registered"]["rows_sha256"]
-    return [q_id for q_id in hypothesis.get("q_ids", every) if q_id not in plan.get("exclusions", {})]
+    claim about all q_ids does not shrink with --q_list. Of all, those do not count that cannot run: rows too few, or
+    prompts too long, are known without results."""
+    if "q_ids" in hypothesis:
+        return hypothesis["q_ids"]
+    every = [q_id for q_id in plan["registered"]["rows_sha256"] if q_id not in plan.get("exclusions", {})]
+    if "in_at_least" in hypothesis:
+        return every
+    return [q_id for q_id in every if q_id not in statuses or statuses[q_id].status != "skipped"]
 
 
 def _of_qid(hypothesis: Mapping[str, Any], q_id: str, status: QidStatus | None) -> Finding:
@@ -243,8 +260,8 @@ def changed_since(plan: Mapping[str, Any], status: QidStatus) -> list[str]:
 def seen_before(plan: Mapping[str, Any], q_id: str, status: QidStatus | None) -> str:
     """Which results of a q_id may have been known when the plan was registered; empty if none."""
     if q_id in plan["registered"]["results_before"]:
-        return "it had results when the plan was registered"
-    return f"its StepD was taken from {status.reused_stepd}" if status and status.reused_stepd else ""
+        return "results were there when the plan was registered"
+    return f"StepD was taken from {status.reused_stepd}" if status and status.reused_stepd else ""
 
 
 def exclusions_not_followed(folder: Path, plan: Mapping[str, Any], statuses: Mapping[str, QidStatus]) -> list[str]:

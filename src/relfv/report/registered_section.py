@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from relfv.errors import RelfvError
 from relfv.relations import named
 from relfv.report.registered import (
     PLAN,
     Judged,
+    State,
     changed_since,
     exclusions_not_followed,
     judged,
@@ -22,10 +23,8 @@ from relfv.report.registered import (
 )
 from relfv.stages.summary import SUMMARY
 from relfv.stages.verdict import HELD_OUT
+from relfv.store.folder import is_of_a_qid, was_moved_aside
 from relfv.store.status import QidStatus
-
-MOST_SHOWN = 200
-"""q_ids whose value is shown beside a hypothesis."""
 
 
 def plan_section(folder: Path, statuses: Sequence[QidStatus]) -> dict[str, Any] | None:
@@ -52,12 +51,15 @@ def plan_section(folder: Path, statuses: Sequence[QidStatus]) -> dict[str, Any] 
         "file": f"../{PLAN}",
         "before": [(named(q_ids), why) for why, q_ids in _by_value(before).items()],
         "changed": [(named(q_ids), what) for what, q_ids in changed.items()],
+        "aside": named(sorted(path.name for path in folder.iterdir() if was_moved_aside(path) and is_of_a_qid(path))),
         "rule": _rule(plan, found, statuses),
         "exclusions": plan.get("exclusions", {}),
         "not_followed": exclusions_not_followed(folder, plan, by_q_id),
         "counted": counted(found),
-        "most": MOST_SHOWN,
-        "hypotheses": [{**vars(one), "n_held": one.n_held, "state": one.state, "layer": _layer(one)} for one in found],
+        "hypotheses": [
+            {**vars(one), "n_held": one.n_held, "state": one.state, "layer": _layer(one), "found": _found(one)}
+            for one in found
+        ],
     }
 
 
@@ -102,10 +104,13 @@ def told_of_plan(folder: Path) -> str:
 
 
 def counted(found: Sequence[Judged]) -> str:
-    """How many hypotheses held and did not; empty where there are none."""
+    """How many hypotheses held and did not, and how many are no predictions; empty where there are none."""
     states = [one.state for one in found]
-    others = [f"{states.count(state)} {state}" for state in dict.fromkeys(states) if state != "held"]
-    return ", ".join([f"{states.count('held')} of {len(states)} hypotheses held", *others]) if states else ""
+    others = [f"{states.count(state)} {state}" for state in get_args(State)[1:] if state in states]
+    said = ", ".join([f"{states.count('held')} of {len(states)} hypotheses held", *others])
+    n_late = sum(not one.is_prediction for one in found)
+    late = f"; {n_late} of them, on results that were there before, are no predictions" if n_late else ""
+    return said + late if states else ""
 
 
 def _at(plan: Mapping[str, Any]) -> str:
@@ -114,6 +119,17 @@ def _at(plan: Mapping[str, Any]) -> str:
 
 def _by_value(of: Mapping[str, str]) -> dict[str, list[str]]:
     return {value: [key for key in of if of[key] == value] for value in dict.fromkeys(of.values())}
+
+
+def _found(of: Judged) -> dict[str, str]:
+    """By outcome the q_ids, with their values; by reason those that have none."""
+    kinds: dict[str, list[str]] = {}
+    for one in of.findings:
+        told = one.state in ("held", "did not hold")
+        kinds.setdefault(one.state if told else one.said, []).append(
+            f"{one.q_id}: {one.said}".removeprefix(": ") if told else one.q_id
+        )
+    return {kind: named(said, "; " if kind in get_args(State) else ", ") for kind, said in kinds.items()}
 
 
 def _layer(one: Judged) -> str:

@@ -80,7 +80,7 @@ def aggregate(
     """
     for ours in (AGGREGATE, AGGREGATE_CSV, HEATMAP_FIGURE, SIMILARITY_FIGURE, ".locks", "report"):
         require_no_links(root / ours, below=root)
-    statuses = completed_q_ids(root, q_list, below=True)
+    statuses = _not_excluded(root, completed_q_ids(root, q_list, below=True))
     require_alike(root, statuses)
     with lock(root / ".locks" / ".aggregate.lock") as holder:
         if holder:
@@ -96,6 +96,21 @@ def aggregate(
     return 0
 
 
+def _not_excluded(root: Path, statuses: Mapping[str, QidStatus]) -> dict[str, QidStatus]:
+    """Those that no plan excludes which was registered for their relation (``relfv run --plan``)."""
+    reasons = {name: excluded_in(of.artifacts_dir.parent.parent).get(of.q_id) for name, of in statuses.items()}
+    for name, why in reasons.items():
+        if why:
+            log.info("left out: %s, excluded by the registered plan: %s", name, why)
+    kept = {name: status for name, status in statuses.items() if not reasons[name]}
+    if len(kept) < 2:
+        raise InputError(
+            f"{root}: {len(kept)} completed q_id(s) besides those that the registered plan excludes; expected at least "
+            "two, so run more with 'relfv run'"
+        )
+    return kept
+
+
 class _Together:
     """The relations of one tree, and the files that they are put into."""
 
@@ -104,16 +119,13 @@ class _Together:
         self._settings = next(iter(statuses.values())).settings
         relations = [measured(QidFolder(of.artifacts_dir, of.q_id), name) for name, of in statuses.items()]
         cannot = {one.name: why for one in relations if (why := why_not(one))}
-        self._excluded = _excluded(statuses)
-        for name, why in {**cannot, **self._excluded}.items():
-            kept = keep_all and name not in self._excluded
-            log.info("%s %s: %s", name, "counted all the same" if kept else "left out", why)
-        out = self._excluded if keep_all else {**cannot, **self._excluded}
-        counted = [one for one in relations if one.name not in out]
+        for name, why in cannot.items():
+            log.info("%s %s: %s", name, "counted all the same" if keep_all else "left out", why)
+        counted = [one for one in relations if keep_all or one.name not in cannot]
         if len(counted) < 2:
             raise InputError(
                 f"{root}: {len(counted)} of {len(relations)} relations are ones that the model can do "
-                f"({'; '.join(f'{name}: {why}' for name, why in out.items())}); expected at least two, so run "
+                f"({'; '.join(f'{name}: {why}' for name, why in cannot.items())}); expected at least two, so run "
                 "more, or keep them by --all"
             )
         self._relations, self._counted = relations, counted
@@ -194,9 +206,7 @@ class _Together:
         """The content of aggregate.json but for hashes; relations in their folders' order."""
         first = next(iter(self._statuses.values()))
         names = {name: status.name for name, status in self._statuses.items()}
-        relations = describe_relations(self._relations, names, {one.name for one in self._counted})
-        for name, why in self._excluded.items():
-            relations[name]["why_not"] = why
+        included = {one.name for one in self._counted}
         targets = {one.name: self._targets[one.name] for one in self._counted if one.name in self._targets}
         found = {
             "root": self._root.resolve().name,
@@ -208,7 +218,7 @@ class _Together:
             "alpha": self._settings.alpha,
             "ci_level": LEVEL,
             "all": self._all,
-            "relations": relations,
+            "relations": describe_relations(self._relations, names, included),
             "heads": describe_heads(self._heads, len(self._counted)),
             "left_out": describe_left_out(targets, self.waiting),
             "similarity": self._similarity,
@@ -239,12 +249,6 @@ class _Together:
             AGGREGATE_CSV: aie_bytes(self._heads, len(self._counted)),
             **_figures(self._heads, self._similarity, [self._statuses[one.name] for one in self._counted]),
         }
-
-
-def _excluded(statuses: Mapping[str, QidStatus]) -> dict[str, str]:
-    """The relations that a plan, registered before they were run, excludes; with its reason."""
-    reasons = {name: excluded_in(of.artifacts_dir.parent.parent).get(of.q_id) for name, of in statuses.items()}
-    return {name: f"excluded by the registered plan: {why}" for name, why in reasons.items() if why}
 
 
 def _figures(heads: OverRelations, alike: Mapping[str, Any], statuses: Sequence[QidStatus]) -> dict[str, bytes]:

@@ -19,7 +19,7 @@ from relfv import __version__
 from relfv.errors import InputError, RelfvError
 from relfv.fingerprints import fingerprint, fingerprint_fields
 from relfv.relations import csv_file, load_relations, named, require_q_ids, rows_sha256
-from relfv.report.registered import OF_ALL, PLAN, files_of_a_qid, registered_in
+from relfv.report.registered import OF_ALL, PLAN, files_of_a_qid, layer_of, registered_in
 from relfv.requests import without_requests
 from relfv.schemas.paths import kinds_at
 from relfv.schemas.plans import HYPOTHESIS, LAYER_RULES, WRITTEN
@@ -48,6 +48,21 @@ class WrittenPlan:
     content: dict[str, Any]
     sha256: str
     """Of the file, as sha256sum prints it."""
+
+    def in_words(self) -> str:
+        """What is in it."""
+        n_hypotheses, n_excluded = (len(self.content.get(name, ())) for name in ("hypotheses", "exclusions"))
+        return f"{self.path}: {n_hypotheses} hypotheses, {n_excluded} q_ids excluded; sha256 {self.sha256}"
+
+    def require_layers(self, n_layers: int) -> None:
+        """Raise InputError for a layer that the model does not have."""
+        hypotheses = self.content.get("hypotheses", [])
+        layers = {"layer_rule": self.content.get("layer_rule")}
+        layers |= {f"hypothesis {n}": layer_of(of["file"], of["value"]) for n, of in enumerate(hypotheses, start=1)}
+        for name, layer in layers.items():
+            if isinstance(layer, int) and layer >= n_layers:
+                expected = f"one of the model's, 0 to {n_layers - 1}"
+                raise InputError(f"--plan {self.path}: {name}: is about layer {layer}; expected {expected}")
 
 
 def to_register(request: RunRequest, csv_path: Path, folder: Path) -> WrittenPlan:
@@ -145,7 +160,7 @@ def register(plan: Plan, written: WrittenPlan) -> None:
         }
         write_atomic(folder / PLAN, sealed_bytes({**written.content, "registered": registered}), read_only=True)
     when = f"after results of {named(before)} were there" if before else "before any result"
-    log.info("plan registered in %s, %s; sha256 of %s: %s", folder / PLAN, when, written.path, written.sha256)
+    log.info("plan registered in %s, %s; %s", folder / PLAN, when, written.in_words())
 
 
 def _has_results(folder: Path, q_id: str) -> bool:

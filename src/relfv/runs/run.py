@@ -123,7 +123,9 @@ def _opened(plan: Plan) -> Worker | Crew | RayCrew:
     if given is None:
         require_temporary_folder()
         with at_work(f"opening {settings.model}", "loading PyTorch and transformers"):
-            outline_for(settings)  # before its weights are read, which may take minutes
+            found = outline_for(settings)  # before its weights are read, which may take minutes
+        if found and plan.written:
+            plan.written.require_layers(found.arch.n_layers)
     if plan.request.ray:
         return RayCrew(plan, plan.request.ray)
     return Crew(plan) if len(plan.request.devices) > 1 else Worker.opened(plan)
