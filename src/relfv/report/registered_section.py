@@ -123,13 +123,13 @@ def _by_value(of: Mapping[str, str]) -> dict[str, list[str]]:
 
 def _found(of: Judged) -> dict[str, str]:
     """By outcome the q_ids, with their values; by reason those that have none."""
-    kinds: dict[str, list[str]] = {}
+    kinds: dict[str, list[str]] = {"held": [], "did not hold": []}
     for one in of.findings:
-        told = one.state in ("held", "did not hold")
+        told = one.state in kinds
         kinds.setdefault(one.state if told else one.said, []).append(
             f"{one.q_id}: {one.said}".removeprefix(": ") if told else one.q_id
         )
-    return {kind: named(said, "; " if kind in get_args(State) else ", ") for kind, said in kinds.items()}
+    return {kind: named(said, "; " if kind in get_args(State) else ", ") for kind, said in kinds.items() if said}
 
 
 def _layer(one: Judged) -> str:

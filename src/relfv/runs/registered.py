@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _LARGEST_FILE = 1 << 20
+_KINDS = {"number": "a number", "text": "a text", "flag": "true or false"}
 _TESTS = ("at_least", "at_most", "equals")
 
 
@@ -199,7 +200,8 @@ def _check(one: Any, where: str, exclusions: Mapping[str, str], relations: Itera
     for test in tests:
         kind = {bool: "flag", int: "number", float: "number", str: "text"}.get(type(one[test]), "")
         allowed = kinds if test == "equals" else kinds & {"number"}
-        expected = " or ".join(sorted(allowed)) or f"equals, since {path[-1]} is no number"
+        expected = " or ".join(words for each, words in _KINDS.items() if each in allowed)
+        expected = expected or f"equals, since {path[-1]} is no number"
         _require(kind in allowed, where, test, one, expected)
     q_ids, needed = one.get("q_ids"), one.get("in_at_least", 1)
     if name in OF_ALL and {"q_ids", "in_at_least"} & one.keys():
