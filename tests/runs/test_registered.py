@@ -100,7 +100,8 @@ def test_the_same_plan_laid_out_anew_carries_on_and_another_is_refused(
         assert run(folder, csv_path, llama_path, plan, *flags) == 2
         (line,) = [line for line in capsys.readouterr().err.splitlines() if "ERROR" in line]
         assert (
-            "with other layer_rule, and a plan is not replaced; go on without --plan, or use another --out_root" in line
+            "with other layer_rule, and a plan is not replaced; go on without --plan, use another --out_root, or "
+            in line
         )
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == files
     # What was registered is itself a plan, for another folder.

@@ -138,6 +138,8 @@ class Judged:
     def state(self) -> State:
         """Of all findings together. What cannot be told may turn either way."""
         states = [one.state for one in self.findings]
+        if not states:
+            return "cannot be told"
         if self.n_held >= self.n_needed:
             return "held"
         if len(states) - states.count("did not hold") < self.n_needed:
@@ -147,10 +149,28 @@ class Judged:
 
 def judged(folder: Path, plan: Mapping[str, Any], statuses: Mapping[str, QidStatus]) -> list[Judged]:
     """Every hypothesis of ``plan``; ``statuses`` are those of the q_ids that can be read."""
-    return [_judge(folder, plan, number, statuses) for number in range(len(plan.get("hypotheses", [])))]
+    before = seen_before(plan, statuses)
+    return [_judge(folder, plan, number, statuses, before) for number in range(len(plan.get("hypotheses", [])))]
 
 
-def _judge(folder: Path, plan: Mapping[str, Any], number: int, statuses: Mapping[str, QidStatus]) -> Judged:
+def judged_in(plan: Mapping[str, Any], status: QidStatus) -> list[tuple[str, str, Finding]]:
+    """The hypotheses that are about one q_id: name, what is expected, and what was found in it."""
+    if status.q_id in plan.get("exclusions", {}):
+        return []
+    return [
+        (f"H{number}", _expected(one), _of_qid(one, status.q_id, status))
+        for number, one in enumerate(plan.get("hypotheses", []), start=1)
+        if one["file"] not in OF_ALL and status.q_id in one.get("q_ids", plan["registered"]["rows_sha256"])
+    ]
+
+
+def _judge(
+    folder: Path,
+    plan: Mapping[str, Any],
+    number: int,
+    statuses: Mapping[str, QidStatus],
+    before: Mapping[str, str],
+) -> Judged:
     hypothesis = plan["hypotheses"][number]
     name, path = hypothesis["file"], tuple(hypothesis["value"])
     if name in OF_ALL:
@@ -169,7 +189,7 @@ def _judge(folder: Path, plan: Mapping[str, Any], number: int, statuses: Mapping
         findings=findings,
         n_needed=n_needed,
         layer=layer_of(name, path),
-        is_prediction=not any(seen_before(plan, q_id, statuses.get(q_id)) for q_id in about),
+        is_prediction=not any(q_id in before for q_id in about),
     )
 
 
@@ -257,11 +277,11 @@ def changed_since(plan: Mapping[str, Any], status: QidStatus) -> list[str]:
     return differences(there, status.fingerprint_fields, status.q_id, models=models)
 
 
-def seen_before(plan: Mapping[str, Any], q_id: str, status: QidStatus | None) -> str:
-    """Which results of a q_id may have been known when the plan was registered; empty if none."""
-    if q_id in plan["registered"]["results_before"]:
-        return "results were there when the plan was registered"
-    return f"StepD was taken from {status.reused_stepd}" if status and status.reused_stepd else ""
+def seen_before(plan: Mapping[str, Any], statuses: Mapping[str, QidStatus]) -> dict[str, str]:
+    """By q_id which of its results may have been known when the plan was registered."""
+    there = dict.fromkeys(plan["registered"]["results_before"], "results were there when the plan was registered")
+    reused = {q_id: f"StepD was taken from {of.reused_stepd}" for q_id, of in statuses.items() if of.reused_stepd}
+    return {**reused, **there}
 
 
 def exclusions_not_followed(folder: Path, plan: Mapping[str, Any], statuses: Mapping[str, QidStatus]) -> list[str]:

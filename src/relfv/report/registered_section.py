@@ -16,6 +16,7 @@ from relfv.report.registered import (
     changed_since,
     exclusions_not_followed,
     judged,
+    judged_in,
     registered_in,
     rule_in_words,
     seen_before,
@@ -37,7 +38,6 @@ def plan_section(folder: Path, statuses: Sequence[QidStatus]) -> dict[str, Any] 
         return None
     by_q_id = {status.q_id: status for status in statuses}
     found, registered = judged(folder, plan, by_q_id), plan["registered"]
-    before = {q_id: why for q_id in registered["rows_sha256"] if (why := seen_before(plan, q_id, by_q_id.get(q_id)))}
     changed: dict[str, list[str]] = {}
     for status in statuses:
         if different := changed_since(plan, status):
@@ -49,7 +49,7 @@ def plan_section(folder: Path, statuses: Sequence[QidStatus]) -> dict[str, Any] 
         "notes": plan.get("notes", ""),
         "sha256": registered["plan_sha256"],
         "file": f"../{PLAN}",
-        "before": [(named(q_ids), why) for why, q_ids in _by_value(before).items()],
+        "before": [(named(q_ids), why) for why, q_ids in _by_value(seen_before(plan, by_q_id)).items()],
         "changed": [(named(q_ids), what) for what, q_ids in changed.items()],
         "aside": named(sorted(path.name for path in folder.iterdir() if was_moved_aside(path) and is_of_a_qid(path))),
         "rule": _rule(plan, found, statuses),
@@ -71,12 +71,11 @@ def plan_of_qid(folder: Path, status: QidStatus) -> dict[str, Any] | None:
         return None
     if plan is None:
         return None
-    found = judged(folder, plan, {status.q_id: status})
     return {
         "excluded": plan.get("exclusions", {}).get(status.q_id, ""),
-        "before": seen_before(plan, status.q_id, status),
+        "before": seen_before(plan, {status.q_id: status}).get(status.q_id, ""),
         "changed": changed_since(plan, status),
-        "findings": [(of, one) for of in found for one in of.findings if one.q_id == status.q_id],
+        "findings": judged_in(plan, status),
     }
 
 
@@ -88,8 +87,8 @@ def plan_line(folder: Path, statuses: Sequence[QidStatus]) -> str:
         return str(problem)
     if plan is None:
         return ""
-    n_before = len(plan["registered"]["results_before"])
-    when = f"after results of {n_before} q_ids" if n_before else "before any result"
+    before = named(plan["registered"]["results_before"])
+    when = f"after results of {before}" if before else "before any result"
     said = counted(judged(folder, plan, {status.q_id: status for status in statuses}))
     return f"{folder.resolve().name}: plan registered {_at(plan)}, {when}" + (f"; {said}" if said else "")
 

@@ -129,7 +129,8 @@ def require_same_plan(written: WrittenPlan, folder: Path) -> None:
     if differing:
         raise InputError(
             f"--plan {written.path}: another plan was registered in {folder / PLAN} at {at}, with other "
-            f"{' and '.join(differing)}, and a plan is not replaced; go on without --plan, or use another --out_root"
+            f"{' and '.join(differing)}, and a plan is not replaced; go on without --plan, use another --out_root, or "
+            "rename that file: a new one will name the results that are there by then"
         )
 
 
