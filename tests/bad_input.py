@@ -115,6 +115,16 @@ CSV_ROWS = [
     Row("a file name that steers a terminal", "…: its results would go into a folder 'a\\x1b[31mb'; expected a file name that does not start with a dot and has no control characters, so rename the file", csv_name="a\x1b[31mb.csv"),
 ]  # fmt: skip
 
+_CLAIM = {"says": "It works.", "file": "summary.json", "value": ["acc", "fv"], "at_least": 0.5}
+
+
+def _planned(wrong: str, says: str, **content: object) -> Row:
+    """``--plan`` with a file of this content, or of a hypothesis with these keys changed."""
+    document = content if content.keys() & {"hypotheses", "exclusions", "layers"} else {"hypotheses": [{**_CLAIM, **content}]}
+    model = lambda folder: (folder / "plan.json").write_text(json.dumps(document))  # noqa: E731
+    return Row(f"a plan: {wrong}", f"--plan $MODEL/plan.json: {says}", model=model, flags=[("--plan", "$MODEL/plan.json")])
+
+
 FLAG_ROWS = [
     Row("an unknown q_id", "--q_list: Z9 not in $CSV, which has A1; expected q_ids of the CSV", flags=[("--q_list", "A1,Z9")]),
     Row("a q_id in another case", "--q_list: a1 not in $CSV, which has A1; expected q_ids of the CSV", flags=[("--q_list", "a1")]),
@@ -150,6 +160,19 @@ FLAG_ROWS = [
     Row("a terminal's escape in a flag", "relfv run: error: unrecognized arguments: \\x1b[31m\\n\\u202e (see relfv run --help)", flags=[("\x1b[31m\n\u202e",)]),
     Row("a heatmap of no heads", "relfv heatmap: error: argument --topk: invalid value: …; expected a whole number from 1 to 100000 (see relfv heatmap --help)",
         command=("heatmap", "--in_dir", "$OUT"), flags=[(f"--topk={value}",) for value in ("0", "-1", "nan", "inf", "100001")]),
+    Row("a plan that is not there", "--plan $OUT: cannot be read (No such file or directory); expected a JSON file", flags=[("--plan", "$OUT")]),
+    Row("a plan that is no JSON", "--plan $CSV: is not JSON in UTF-8 (…); expected hypotheses, layer_rule, exclusions, notes, analyst", flags=[("--plan", "$CSV")]),
+    _planned("a key that is not known", "layers is not known here; expected some of hypotheses, layer_rule, exclusions, notes, analyst", layers=3),
+    _planned("a layer rule that is none", "layer_rule is 'first'; expected held_out, best, or the number of a layer", exclusions={}, layer_rule="first"),
+    _planned("an exclusion of an unknown q_id", "exclusions: Z9 not in $CSV, which has A1; expected q_ids of the CSV", exclusions={"Z9": "odd"}),
+    _planned("an exclusion without a reason", "exclusions is {'A1': ''}; expected an object: by q_id the reason, in words", exclusions={"A1": ""}),
+    _planned("a q_id both claimed and excluded", "hypothesis 1: A1 is excluded by the same plan; expected one of the two", hypotheses=[{**_CLAIM, "q_ids": ["A1"]}], exclusions={"A1": "odd"}),
+    _planned("a claim that cannot fail", "hypothesis 1: says nothing that could fail; expected one of at_least, at_most, equals", hypotheses=[{key: _CLAIM[key] for key in ("says", "file", "value")}]),
+    _planned("a claim about a file that no q_id has", "hypothesis 1: file is 'cie_scores.csv'; expected one of …summary.json…aggregate.json…", file="cie_scores.csv"),
+    _planned("a claim about a value that no such file has", "hypothesis 1: summary.json has no 'gap'; expected …, share_of_gap, …", value=["gap", "fv"]),
+    _planned("a claim about more than a value", "hypothesis 1: value is ['acc']; expected a path that leads to a number, a text, true or false, not to more keys", value=["acc"]),
+    _planned("a limit that is no number", "hypothesis 1: at_least is 'half'; expected a number", at_least="half"),
+    _planned("a claim about a layer that is not there", "hypothesis 1: is about layer 3; expected one of the model's, 0 to 2", file="controls.json", value=["per_layer", 3, "fv", "acc"]),
     Row("StepD of several q_ids", "--relation_q_list 'A1,B2': expected one q_id a run; relfv run does them all",
         command=("stepd", "--relation_q_list", "A1,B2", "--out_base_dir", "$OUT")),
     Row("StepD of an unknown q_id", "--relation_q_list: Z9 not in $CSV, which has A1; expected q_ids of the CSV",

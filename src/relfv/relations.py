@@ -27,7 +27,8 @@ _Q_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 """No dot in front (hidden files, ``..``), and no ``-``: it makes an option of a file name and a formula of a CSV
 cell."""
 _OF_RELFV = re.compile(
-    r"report|tables|run(\.log|_manifest\.json).*|(cross_fv|aggregate\w*)\.\w+.*|.*\.replaced-.*", re.IGNORECASE
+    r"report|tables|(run\.log|(run_manifest|plan)\.json).*|(cross_fv|aggregate\w*)\.\w+.*|.*\.replaced-.*",
+    re.IGNORECASE,
 )
 _OF_WINDOWS = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?|.*\.", re.IGNORECASE)
 """Folders that a copy of the results could not have there."""

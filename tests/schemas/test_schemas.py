@@ -68,7 +68,8 @@ def test_a_whole_run_with_a_skipped_q_id_sweeps_cross_and_aggregate(
     folder = Path(shutil.copytree(finished, tmp_path / "pairs"))
     swept = ["--alpha_sweep", "0.5", "--alpha_sweep_relative", "0.1", "--k_sweep", "1,3"]
     swept += ["--extras", ",".join(STUDIES)]
-    swept += ["--replicates", "2", "--formats", "arrow"]
+    swept += ["--replicates", "2", "--formats", "arrow", "--plan", str(tmp_path / "mine.json")]
+    (tmp_path / "mine.json").write_text('{"layer_rule": 2, "exclusions": {"C3": "too few rows"}, "analyst": "A. B."}')
     command = ["run", "--model", str(llama_path), "--relation_csv_path", str(csv_path), "--out_root", str(tmp_path)]
     assert main([*command, *swept]) == 0
     assert main(["cross", str(folder)]) == 0

@@ -29,6 +29,7 @@ def run(
     name: str = "relations",
     force: bool = False,
     devices: str | Sequence[str] = (),
+    plan: str | Path | None = None,
     **settings: Any,
 ) -> Run:
     """Run every stage of every relation, as ``relfv run`` does, and carry on where an earlier call was stopped.
@@ -38,7 +39,8 @@ def run(
     which is used where it is and handed back as it came: in its dtype and mode, without a hook. Results go to
     ``<out_root>/<name of the CSV>``; with ``out_root=None`` to a temporary folder that is removed with the result.
     ``q_list``: some q_ids alone. ``force``: move earlier results aside. ``devices``: share the q_ids out to a process
-    on each, such as ``["cuda:0", "cuda:1"]`` or ``"all"`` (not with a model that is open here). ``settings``: any flag
+    on each, such as ``["cuda:0", "cuda:1"]`` or ``"all"`` (not with a model that is open here). ``plan``: a JSON
+    file of what is to be shown, registered before anything is computed. ``settings``: any flag
     of ``relfv run``, such as ``topk=10``; ``model_spec`` is ``auto`` by default.
 
     A q_id that fails does not stop the others; it is warned of, and ``summary()`` has the reason. Raises InputError
@@ -60,6 +62,7 @@ def run(
         force=force,
         devices=devices_from(devices) if isinstance(devices, str) else tuple(devices),
         given=given,
+        plan=None if plan is None else Path(plan),
     )
     with _lines_of_the_log(), borrowed(model) if given else nullcontext():
         failed = run_all(request)

@@ -64,6 +64,10 @@ def run_flags(parser: argparse.ArgumentParser) -> None:
         "as cuda:0,cuda:1; all = every CUDA device (in place of --device)"
     )  # fmt: skip
     parser.add_argument(
+        "--plan", type=path_flag, metavar="JSON", help="register hypotheses, a layer rule and exclusions before "
+        "anything is computed; the report says whether they held"
+    )  # fmt: skip
+    parser.add_argument(
         "--dry_run", action="store_true", help="say what would be done, and do nothing; 'relfv doctor' also measures"
     )
 
@@ -104,7 +108,8 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--ray {args.ray} and --devices {args.devices}: expected one of the two")
     on_ray = OnRay(args.ray, args.gpus_per_worker, args.workers) if args.ray else None
     devices = devices_from(args.devices)
-    return of_all.run(replace(_request(args), dry_run=args.dry_run, shard=args.shard, ray=on_ray, devices=devices))
+    asked = {"dry_run": args.dry_run, "shard": args.shard, "ray": on_ray, "devices": devices, "plan": args.plan}
+    return of_all.run(replace(_request(args), **asked))
 
 
 def doctor_flags(parser: argparse.ArgumentParser) -> None:

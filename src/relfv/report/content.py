@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 from relfv.errors import RelfvError
 from relfv.report.drawing import curve, heatmap
+from relfv.report.registered_section import plan_of_qid
 from relfv.settings import FLAGS, Settings
 from relfv.stages.ablation import ABLATION, SET_TO
 from relfv.stages.answers import ANSWERS
@@ -65,6 +66,7 @@ def of_qid(folder: Path, status: QidStatus) -> dict[str, Any]:
         "q_id": status.q_id,
         "name": with_arrow(status.name),
         "rows": status.q_row_count,
+        "plan": plan_of_qid(folder, status),
         "example_input": example.input,
         "example_output": example.output,
         "clean_prompt": trials.clean_prompts[0],

@@ -12,6 +12,8 @@ from relfv import __version__
 from relfv.errors import InputError, RelfvError
 from relfv.relations import called
 from relfv.report.content import cross_of, link, models_of, with_arrow
+from relfv.report.registered import PLAN
+from relfv.report.registered_section import plan_section
 from relfv.report.sealed_page import page_if_made_from, sealed_from, with_seal
 from relfv.report.sections import MOST_ON_ONE_PAGE, environment, shown_apart, shown_once, told
 from relfv.report.table import find_statuses
@@ -128,7 +130,7 @@ def statuses_in(folder: Path) -> dict[Path, QidStatus | RelfvError]:
 
 def _made_from(folder: Path, found: Mapping[Path, QidStatus | RelfvError]) -> str:
     """A hash of what the page tells of, but for times: a status that was only written again asks for no new page."""
-    across = [sha256_file(folder / name) for name in (CROSS, AGGREGATE)]
+    across = [sha256_file(folder / name) for name in (CROSS, AGGREGATE, PLAN)]
     of_each = [
         [artifacts_dir.parent.name, str(status)] if isinstance(status, RelfvError) else told(folder, status)
         for artifacts_dir, status in found.items()
@@ -168,6 +170,7 @@ def _of_relation(folder: Path, found: Mapping[Path, QidStatus | RelfvError]) -> 
         "models": models_of(folder, statuses),
         "counts": _counted(states),
         "is_going_on": bool({"pending", "running"} & set(states)),
+        "plan": plan_section(folder, statuses),
         "reasons": {q["why"] for q in completed} - {""},
         "completed": completed,
         "apart": apart,

@@ -18,6 +18,7 @@ from markupsafe import Markup
 from relfv import __version__
 from relfv.logs import printable
 from relfv.report.content import of_qid, run_of
+from relfv.report.registered_section import told_of_plan
 from relfv.report.sealed_page import page_if_made_from, with_seal
 from relfv.store.files import sha256_bytes, write_atomic
 from relfv.store.status import QidStatus
@@ -44,7 +45,7 @@ def told(folder: Path, status: QidStatus) -> list[Any]:
     """What a page tells of a q_id depends on this, which has no times."""
     files = [record.files for record in status.stages.values()]
     where = [status.q_id, status.name, status.status, status.reason, status.q_row_count]
-    return [*where, status.settings.to_json(), files, run_of(folder, status)]
+    return [*where, status.settings.to_json(), files, run_of(folder, status), told_of_plan(folder)]
 
 
 def shown(folder: Path, status: QidStatus, at: str = "#") -> dict[str, Any]:

@@ -7,6 +7,7 @@ import re
 import shutil
 import textwrap
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from itertools import groupby
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any
 from relfv.errors import InputError, RelfvError
 from relfv.logs import printable
 from relfv.progress import duration
+from relfv.report.registered import PLAN
+from relfv.report.registered_section import plan_line
 from relfv.stages.caveats import tells_apart
 from relfv.stages.step6_summary import STEP6_SUMMARY
 from relfv.stages.summary import SUMMARY
@@ -65,10 +68,24 @@ def status_table(root: Path) -> str:
             lines += [_line(shown(row), widths), *below, *_wrapped(row["reason"], width, _INDENT)]
     if any(row["whole_answers"] for row in rows if row["tells_answers_apart"] is False):
         lines += _wrapped(_WHOLE, width, "")
+    for folder in dict.fromkeys(found.absolute().parent.parent for found in find_statuses(root)):
+        lines += _wrapped(_of_plan(folder), width, "")
     states = [row["status"] for row in rows]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     left = [row["seconds_left"] for row in rows if row["seconds_left"] is not None]
     return "\n".join([*lines, "", counts + (f"; about {duration(sum(left))} left" if left else "")])
+
+
+def _of_plan(folder: Path) -> str:
+    """What is said of the plan that was registered in a relation's folder."""
+    if not (folder / PLAN).exists():
+        return ""
+    statuses = []
+    for found in find_statuses(folder):
+        with suppress(RelfvError):
+            if status := read_status(found):
+                statuses.append(status)
+    return plan_line(folder, statuses)
 
 
 def _widths(rows: Iterable[tuple[str, ...]]) -> list[int]:

@@ -22,6 +22,7 @@ from relfv.pace import Pace
 from relfv.progress import at_work, headed
 from relfv.relations import called
 from relfv.report.page import write_pages
+from relfv.report.registered import excluded_in
 from relfv.runs.qid import open_for, work_on
 from relfv.runs.several import completed_q_ids, require_alike, shared_settings
 from relfv.settings import Settings
@@ -79,7 +80,7 @@ def aggregate(
     """
     for ours in (AGGREGATE, AGGREGATE_CSV, HEATMAP_FIGURE, SIMILARITY_FIGURE, ".locks", "report"):
         require_no_links(root / ours, below=root)
-    statuses = completed_q_ids(root, q_list, below=True)
+    statuses = _not_excluded(root, completed_q_ids(root, q_list, below=True))
     require_alike(root, statuses)
     with lock(root / ".locks" / ".aggregate.lock") as holder:
         if holder:
@@ -93,6 +94,21 @@ def aggregate(
     log.info("report: %s", write_pages(root))
     show(root / AGGREGATE)
     return 0
+
+
+def _not_excluded(root: Path, statuses: Mapping[str, QidStatus]) -> dict[str, QidStatus]:
+    """Those that no plan excludes which was registered for their relation (``relfv run --plan``)."""
+    reasons = {name: excluded_in(of.artifacts_dir.parent.parent).get(of.q_id) for name, of in statuses.items()}
+    for name, why in reasons.items():
+        if why:
+            log.info("left out: %s, excluded by the registered plan: %s", name, why)
+    kept = {name: status for name, status in statuses.items() if not reasons[name]}
+    if len(kept) < 2:
+        raise InputError(
+            f"{root}: {len(kept)} completed q_id(s) besides those that the registered plan excludes; expected at least "
+            "two, so run more with 'relfv run'"
+        )
+    return kept
 
 
 class _Together:

@@ -117,6 +117,8 @@ class _Visit:
         self._say("model", f"{settings.model} ({plan.model_identity[:40]})")
         for departure in settings.departures():
             self._say("spec", f"departs from the spec: {departure}")
+        if plan.written:
+            self._say("plan", plan.written.in_words())
         with self._caught("--reuse_stepd"):
             require_reusable(plan)
         self._would = {q_id: what_would_happen(plan, q_id) for q_id in plan.relations}
@@ -142,6 +144,8 @@ class _Visit:
             self._say("architecture", "only its weights can tell")
             return
         arch, settings = outline.arch, plan.request.settings
+        if plan.written:
+            plan.written.require_layers(arch.n_layers)
         n_with_heads = len(arch.out_projs)
         some = "" if n_with_heads == arch.n_layers else f" ({n_with_heads} of them with attention)"
         self._say(

@@ -16,10 +16,12 @@ from relfv.models.sources import model_identity
 from relfv.models.stored import resolved
 from relfv.progress import at_work
 from relfv.relations import csv_file, file_sha256, load_relations, relation_name, require_q_ids, rows_sha256
+from relfv.report.registered import PLAN
 from relfv.requests import without_requests
 from relfv.runs.figure import has_figures
 from relfv.runs.manifest import MANIFEST, OF_SHARD
 from relfv.runs.qid import has_extras, missing_requests
+from relfv.runs.registered import WrittenPlan, to_register
 from relfv.settings import Settings
 from relfv.stages.prompt_formats import q_ids_with_formats, with_formats
 from relfv.stages.table import STEP_D, is_complete, settings_of
@@ -67,6 +69,8 @@ class RunRequest:
     """Where the q_ids are shared out, by a process each; none: this process, on the settings' device."""
     given: GivenModel | None = None
     """A model that is open already, in place of the one that the settings name."""
+    plan: Path | None = None
+    """What is to be shown (runs/registered.py), to be registered before anything is computed."""
 
 
 def devices_from(text: str) -> tuple[str, ...]:
@@ -85,6 +89,8 @@ class Plan:
     relations: dict[str, Relation]
     csv_sha256: str
     model_identity: str
+    written: WrittenPlan | None = None
+    """What is to be shown, as ``--plan`` gave it."""
 
     def own(self, name: str) -> Path:
         """A file beside the q_ids' folders; a shard has its own, which no other run writes."""
@@ -210,8 +216,9 @@ def make_plan(request: RunRequest) -> Plan:
     csv_path, relations = csv_file(request.settings.relation_csv_path), chosen_relations(request)
     folder = request.out_root / relation_name(csv_path)
     require_folder(folder, "--out_root")
-    for ours in (".locks", "report", "tables", "run.log", MANIFEST, *relations):
+    for ours in (".locks", "report", "tables", "run.log", MANIFEST, PLAN, *relations):
         require_no_links(folder / ours, below=request.out_root)
+    written = to_register(request, csv_path, folder) if request.plan else None
     given = request.given
     with at_work("reading", f"the CSV, and what {request.settings.model} is, by its hash"):
         return Plan(
@@ -220,6 +227,7 @@ def make_plan(request: RunRequest) -> Plan:
             relations,
             file_sha256(csv_path),
             given.identity() if given else model_identity(request.settings.model, request.settings.revision),
+            written,
         )
 
 

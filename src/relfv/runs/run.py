@@ -25,6 +25,7 @@ from relfv.runs.naming import take_names
 from relfv.runs.on_ray import RayCrew
 from relfv.runs.plan import Plan, RunRequest, make_plan, require_same_experiment
 from relfv.runs.qid import its_own_trouble
+from relfv.runs.registered import register
 from relfv.runs.rehearsal import outline_for
 from relfv.runs.reuse import require_reusable
 from relfv.runs.so_far import SoFar
@@ -62,6 +63,8 @@ def run(request: RunRequest) -> int:
             _say_queue(plan, skipped, todo, n_unreadable=len(unusable) - len(afresh))
             # Before anything is written or moved: a model that cannot be opened leaves everything as it was.
             workers = at_end.enter_context(closing(_opened(plan))) if todo else None
+            if plan.written:
+                register(plan, plan.written)
         if request.force:
             _move_all_aside(plan)
         with logging_to(plan.own("run.log"), said), unchanged.kept():
@@ -120,7 +123,9 @@ def _opened(plan: Plan) -> Worker | Crew | RayCrew:
     if given is None:
         require_temporary_folder()
         with at_work(f"opening {settings.model}", "loading PyTorch and transformers"):
-            outline_for(settings)  # before its weights are read, which may take minutes
+            found = outline_for(settings)  # before its weights are read, which may take minutes
+        if found and plan.written:
+            plan.written.require_layers(found.arch.n_layers)
     if plan.request.ray:
         return RayCrew(plan, plan.request.ray)
     return Crew(plan) if len(plan.request.devices) > 1 else Worker.opened(plan)

@@ -3,9 +3,9 @@
 A q_id (verify_qid.py) holds if every stage is done, every file is there with its recorded hash, was made from inputs
 that still have theirs, is read by its own reader, and agrees with the others where that is cheap to see; and if no
 other file is there, and the folder is its own. Which files those are, and what they must agree on, the stages declare.
-qid_status.json itself and what lies beside the q_ids, the manifest, the page, cross_fv.json, aggregate.json and the
-tables' record, hold a hash of themselves. Logs are not checked. What a process is writing just now is left for later,
-and no problem.
+qid_status.json itself and what lies beside the q_ids, the manifest, plan.json, the page, cross_fv.json, aggregate.json
+and the tables' record, hold a hash of themselves. Logs are not checked. What a process is writing just now is left for
+later, and no problem.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from relfv.errors import InputError, RelfvError
 from relfv.progress import at_work, counted
 from relfv.report.page import page_path, page_problem
+from relfv.report.registered import PLAN, registered_in
 from relfv.report.table import natural_key
 from relfv.report.written_tables import tables_problem
 from relfv.runs.manifest import MANIFEST, manifest_runs
@@ -104,7 +105,20 @@ def _check_relation(folder: Path) -> list[Checked]:
 
 def _check_beside(folder: Path) -> list[Checked]:
     """What other commands left in a relation's folder."""
-    return [*_check_cross(folder), *_check_aggregate(folder), *_check_page(folder), *_check_tables(folder)]
+    checks = (_check_plan, _check_cross, _check_aggregate, _check_page, _check_tables)
+    return [item for check in checks for item in check(folder)]
+
+
+def _check_plan(folder: Path) -> list[Checked]:
+    """What relfv run --plan registered: nothing if it did not."""
+    path, problems = folder / PLAN, []
+    if not path.exists():
+        return []
+    try:
+        registered_in(folder)
+    except RelfvError as problem:
+        problems.append(Problem("damaged", PLAN, reason_of(problem, path)))
+    return [Checked(f"{folder.resolve().name}/{PLAN}", str(folder), "", 1, problems)]
 
 
 def _check_aggregate(folder: Path) -> list[Checked]:

@@ -6,7 +6,7 @@ them from the declarations and hold real files against them.
 
 from __future__ import annotations
 
-from relfv.schemas import aggregate, heads, injection, necessity, records, studies
+from relfv.schemas import aggregate, heads, injection, necessity, plans, records, studies
 from relfv.schemas.notation import Schema
 
 _DECLARED: dict[str, tuple[str, Schema]] = {
@@ -35,6 +35,7 @@ _DECLARED: dict[str, tuple[str, Schema]] = {
     "attribution.json": ("Estimated effects of every head beside the exact ones.", heads.ATTRIBUTION),
     "qid_status.json": ("Where a q_id stands.", records.STATUS),
     "run_manifest.json": ("What ran, with which settings, versions and device.", records.MANIFEST),
+    "plan.json": ("What was to be shown, registered before the run; relfv adds the key registered.", plans.PLAN),
     "cross_fv.json": ("Every q_id's vector on every q_id's prompts.", records.CROSS),
     "aggregate.json": ("All relations together: heads that lead, and what they carry.", aggregate.AGGREGATE),
     "made_from.json": ("What the tables were made from, and their hashes.", records.MADE_FROM),

@@ -85,7 +85,8 @@ CONTROLS = record(
         "at_once": record(
             {"meaning": by_name(TEXT), "numbers": by_name(_JUDGED), "by_prompt": by_name(_BY_PROMPT)},
         ),
-    }
+    },
+    {"compared_layers": array(INDEX)},
 )
 
 _TOKENS = array(record({"token_id": INDEX, "token": TEXT, "p": NUMBER}))

@@ -1,0 +1,297 @@
+"""A plan that was registered before a run (``plan.json`` beside the q_ids), held against what was found: which
+hypotheses held, whether the layer rule and the exclusions were followed, and what was there or changed besides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from relfv.errors import RelfvError
+from relfv.fingerprints import differences
+from relfv.relations import named
+from relfv.schemas import ARTIFACTS
+from relfv.stages.aggregate import AGGREGATE, read_aggregate
+from relfv.stages.answers import ANSWERS
+from relfv.stages.cross import CROSS
+from relfv.stages.new_queries import NEW_QUERIES
+from relfv.stages.replicates import REPLICATES
+from relfv.stages.step6_summary import STEP6_SUMMARY
+from relfv.stages.summary import SUMMARY
+from relfv.stages.sweeps import SWEEPS_FILE
+from relfv.stages.table import makers
+from relfv.stages.verdict import HELD_OUT
+from relfv.store.folder import File
+from relfv.store.formats import read_json, unsealed
+from relfv.store.status import QidStatus
+
+PLAN = "plan.json"
+"""Beside the q_ids' folders."""
+OF_ALL = (AGGREGATE, CROSS)
+"""Files of all q_ids together that a hypothesis may name; it is then about no q_id of its own."""
+
+State = Literal["held", "did not hold", "cannot be told", "cannot be told yet"]
+
+_BEST, _OTHERS = "best", "held_out"
+_AT_BEST = {
+    SUMMARY: {"p", "acc", "share_of_gap", "share_of_gap_of_draws", "against_random", "carriers", "layer",
+              "share_of_hidden", "whole_answers"},
+    STEP6_SUMMARY: {"best_layer", "best_score"},
+    ANSWERS: {"layer", "summary", "rows"},
+    SWEEPS_FILE: {"alpha", "alpha_relative", "k"},
+    REPLICATES: {"curve"},
+}  # fmt: skip
+"""What is measured at the layer that is best on the prompts that it is measured on."""
+
+
+@cache
+def files_of_a_qid() -> dict[str, File[Any]]:
+    """By name the JSON files that a hypothesis may name: those with a schema of which a q_id has one."""
+    files = {Path(file.name).name: file for file in makers() if not file.per_layer}
+    return {name: file for name, file in files.items() if name in ARTIFACTS and name.endswith(".json")}
+
+
+def registered_in(folder: Path) -> dict[str, Any] | None:
+    """The plan that was registered for a relation's ``folder``, without its own hash; None if none was. Raises
+    RunError for one that is not as it was registered."""
+    path = folder / PLAN
+    if not path.exists():
+        return None
+    stat = path.stat()
+    return _read(path, (stat.st_ino, stat.st_mtime_ns, stat.st_size))
+
+
+@lru_cache(maxsize=16)
+def _read(path: Path, _: tuple[int, ...]) -> dict[str, Any]:
+    content = read_json(path)
+    return unsealed(content if isinstance(content, dict) else {}, path)
+
+
+def excluded_in(folder: Path) -> dict[str, str]:
+    """By q_id why the registered plan excludes it. Raises as ``registered_in``."""
+    return (registered_in(folder) or {}).get("exclusions", {})
+
+
+# --- the layer rule --------------------------------------------------------------------------------------------------
+
+
+def layer_of(name: str, path: Sequence[str | int]) -> str | int | None:
+    """By which rule the layer was chosen that a value of an artifact is measured at: ``held_out`` (by other queries
+    than it is measured on), ``best`` (by the same), or a layer's number; None for what has no layer."""
+    keys = [*map(str, path)]
+    if "per_layer" in keys[:-1]:
+        layer = keys[keys.index("per_layer") + 1]
+        return int(layer) if layer.isdecimal() else None
+    if any(key in ("zero_shot", "clean") or "in_place" in key for key in keys):
+        return None
+    file = files_of_a_qid().get(name)
+    if any(key.endswith(HELD_OUT.partition(", ")[2]) for key in keys) or file is NEW_QUERIES:
+        return _OTHERS
+    return _BEST if file and keys[0] in _AT_BEST.get(file, ()) else None
+
+
+def rule_in_words(rule: str | int) -> str:
+    """Of the plan's ``layer_rule``, or of ``layer_of``."""
+    words = {_OTHERS: "the layer that other queries choose", _BEST: "the best layer on the same prompts"}
+    return words.get(str(rule), f"layer {rule}")
+
+
+# --- hypotheses ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One hypothesis in one q_id, or in a file of all."""
+
+    q_id: str
+    """Empty where the file is of all."""
+    state: State
+    said: str
+    """The value, or why there is none."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One hypothesis."""
+
+    name: str
+    """H1, H2, ... in the plan's order."""
+    says: str
+    where: str
+    expected: str
+    findings: tuple[Finding, ...]
+    n_needed: int
+    """In so many of the findings it has to hold."""
+    layer: str | int | None
+    """See ``layer_of``."""
+    is_prediction: bool
+    """Whether none of the results that it is about was there when the plan was registered."""
+
+    @property
+    def n_held(self) -> int:
+        """In how many it held."""
+        return sum(one.state == "held" for one in self.findings)
+
+    @property
+    def state(self) -> State:
+        """Of all findings together. What cannot be told may turn either way."""
+        states = [one.state for one in self.findings]
+        if not states:
+            return "cannot be told"
+        if self.n_held >= self.n_needed:
+            return "held"
+        if len(states) - states.count("did not hold") < self.n_needed:
+            return "did not hold"
+        return "cannot be told yet" if "cannot be told yet" in states else "cannot be told"
+
+
+def judged(folder: Path, plan: Mapping[str, Any], statuses: Mapping[str, QidStatus]) -> list[Judged]:
+    """Every hypothesis of ``plan``; ``statuses`` are those of the q_ids that can be read."""
+    before = seen_before(plan, statuses)
+    return [_judge(folder, plan, number, statuses, before) for number in range(len(plan.get("hypotheses", [])))]
+
+
+def judged_in(plan: Mapping[str, Any], status: QidStatus) -> list[tuple[str, str, Finding]]:
+    """The hypotheses that are about one q_id: name, what is expected, and what was found in it."""
+    if status.q_id in plan.get("exclusions", {}):
+        return []
+    return [
+        (f"H{number}", _expected(one), _of_qid(one, status.q_id, status))
+        for number, one in enumerate(plan.get("hypotheses", []), start=1)
+        if one["file"] not in OF_ALL and status.q_id in one.get("q_ids", plan["registered"]["rows_sha256"])
+    ]
+
+
+def _judge(
+    folder: Path,
+    plan: Mapping[str, Any],
+    number: int,
+    statuses: Mapping[str, QidStatus],
+    before: Mapping[str, str],
+) -> Judged:
+    hypothesis = plan["hypotheses"][number]
+    name, path = hypothesis["file"], tuple(hypothesis["value"])
+    if name in OF_ALL:
+        there = (folder / name).exists()
+        findings = (_finding(hypothesis, "", folder / name if there else None, "the file is not there"),)
+    else:
+        q_ids = _q_ids_of(plan, hypothesis, statuses)
+        findings = tuple(_of_qid(hypothesis, q_id, statuses.get(q_id)) for q_id in q_ids)
+    n_needed = hypothesis.get("in_at_least", len(findings))
+    about = [one.q_id for one in findings if one.q_id] or [*plan["registered"]["rows_sha256"]]
+    return Judged(
+        name=f"H{number + 1}",
+        says=hypothesis["says"],
+        where=f"{name}: {' → '.join(map(str, path))}",
+        expected=_expected(hypothesis),
+        findings=findings,
+        n_needed=n_needed,
+        layer=layer_of(name, path),
+        is_prediction=not any(q_id in before for q_id in about),
+    )
+
+
+def _q_ids_of(plan: Mapping[str, Any], hypothesis: Mapping[str, Any], statuses: Mapping[str, QidStatus]) -> list[str]:
+    """Those that a hypothesis names, or else every one of the CSV that is not excluded, whether it is run or not: a
+    claim about all q_ids does not shrink with --q_list. Of all, those do not count that cannot run: rows too few, or
+    prompts too long, are known without results."""
+    if "q_ids" in hypothesis:
+        return hypothesis["q_ids"]
+    every = [q_id for q_id in plan["registered"]["rows_sha256"] if q_id not in plan.get("exclusions", {})]
+    if "in_at_least" in hypothesis:
+        return every
+    return [q_id for q_id in every if q_id not in statuses or statuses[q_id].status != "skipped"]
+
+
+def _of_qid(hypothesis: Mapping[str, Any], q_id: str, status: QidStatus | None) -> Finding:
+    if status is None:
+        return Finding(q_id, "cannot be told yet", "not run")
+    if status.status != "completed":
+        never = status.status == "skipped"
+        state: State = "cannot be told" if never else "cannot be told yet"
+        return Finding(q_id, state, f"{status.status}: {status.reason}" if status.reason else status.status)
+    path = status.artifacts_dir / files_of_a_qid()[hypothesis["file"]].name
+    return _finding(hypothesis, q_id, path if path.exists() else None, f"{path.name} is not there")
+
+
+def _finding(hypothesis: Mapping[str, Any], q_id: str, path: Path | None, why_none: str) -> Finding:
+    if path is None:
+        return Finding(q_id, "cannot be told yet", why_none)
+    try:
+        value = value_at(path, tuple(hypothesis["value"]))
+    except (LookupError, OSError, RelfvError) as problem:
+        return Finding(q_id, "cannot be told", str(problem.args[0] if problem.args else problem))
+    if value is None:
+        return Finding(q_id, "cannot be told", "null: relfv claims no number here")
+    said = f"{value:.4g}" if isinstance(value, float) else str(value)
+    try:
+        return Finding(q_id, "held" if _holds(hypothesis, value) else "did not hold", said)
+    except TypeError:
+        return Finding(q_id, "cannot be told", f"{said[:40]!r} is no number")
+
+
+def value_at(path: Path, keys: tuple[str | int, ...]) -> Any:
+    """What is at ``keys`` in a JSON file: read once, since a run writes its page again and again. Raises LookupError,
+    in words, where nothing is; OSError and RelfvError as readers do."""
+    stat = path.stat()
+    return _value(path, keys, (stat.st_ino, stat.st_mtime_ns, stat.st_size))
+
+
+@lru_cache(maxsize=1 << 16)
+def _value(path: Path, keys: tuple[str | int, ...], _: tuple[int, ...]) -> Any:
+    here = read_json(path)
+    for key in keys:
+        try:
+            here = here[key if isinstance(here, list) else str(key)]
+        except (LookupError, TypeError):
+            there = f"; there is {named(list(here))}" if isinstance(here, dict) else ""
+            raise LookupError(f"{path.name} has no {key!r} there{there}") from None
+    return here
+
+
+def _holds(hypothesis: Mapping[str, Any], value: Any) -> bool:
+    wanted = hypothesis.get("equals", value)
+    return (
+        value >= hypothesis.get("at_least", value)
+        and value <= hypothesis.get("at_most", value)
+        and value == wanted
+        and isinstance(value, bool) == isinstance(wanted, bool)
+    )
+
+
+def _expected(hypothesis: Mapping[str, Any]) -> str:
+    names = ("at_least", "at_most", "equals")
+    return " and ".join(f"{name.replace('_', ' ')} {hypothesis[name]}" for name in names if name in hypothesis)
+
+
+# --- was it followed? ------------------------------------------------------------------------------------------------
+
+
+def changed_since(plan: Mapping[str, Any], status: QidStatus) -> list[str]:
+    """In what a q_id's results are of other settings, rows or model than the plan was registered with."""
+    registered = plan["registered"]
+    there = {**registered["fingerprint_fields"], "rows_sha256": registered["rows_sha256"].get(status.q_id)}
+    models = registered["model"], status.settings.model
+    return differences(there, status.fingerprint_fields, status.q_id, models=models)
+
+
+def seen_before(plan: Mapping[str, Any], statuses: Mapping[str, QidStatus]) -> dict[str, str]:
+    """By q_id which of its results may have been known when the plan was registered."""
+    there = dict.fromkeys(plan["registered"]["results_before"], "results were there when the plan was registered")
+    reused = {q_id: f"StepD was taken from {of.reused_stepd}" for q_id, of in statuses.items() if of.reused_stepd}
+    return {**reused, **there}
+
+
+def exclusions_not_followed(folder: Path, plan: Mapping[str, Any], statuses: Mapping[str, QidStatus]) -> list[str]:
+    """What ``relfv aggregate`` counted against the plan, or left out without its word."""
+    try:
+        counted = read_aggregate(folder)["relations"]
+    except RelfvError:
+        return []
+    excluded = plan.get("exclusions", {})
+    said = [f"{AGGREGATE} counts {q_id}" for q_id in excluded if q_id in counted and counted[q_id]["included"]]
+    finished = [q_id for q_id, status in statuses.items() if status.status == "completed"]
+    others = [q_id for q_id in finished if q_id not in excluded and q_id not in counted]
+    return said + ([f"{AGGREGATE} lacks {named(others)}, which the plan does not exclude"] if others else [])
