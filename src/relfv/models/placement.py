@@ -278,6 +278,12 @@ def bytes_of_prompt(arch: Architecture, n_edits: int, length: int = _TOKENS) -> 
     return 4 * (rows * per_row + 3 * rows * arch.n_heads * length)
 
 
+def bytes_of_token(config: Any, arch: Architecture) -> int:
+    """At most what keys and values of one token take in all layers."""
+    kv_heads = getattr(text_config(config), "num_key_value_heads", None) or arch.n_heads
+    return 2 * 4 * arch.n_layers * kv_heads * arch.head_dim
+
+
 def _in_layer(name: str) -> str:
     """A tensor's name from the number of its layer on."""
     parts = name.split(".")
