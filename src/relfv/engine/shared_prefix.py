@@ -54,11 +54,11 @@ from relfv.types import Effects, HeadId, Prompts, TokenScores
 
 _CPU_BUDGET = 2 << 30
 """Bytes for one pass."""
-_PASSES_A_CARD = 4
+_PASSES_A_CARD = 8
 """Where a model is on several cards, at least as many as make passes of ``_ROWS``."""
 _PREFIXES = 2 << 30
 """Bytes of keys and values that are kept for several passes."""
-_ROWS = 8192
+_ROWS = 4096
 """Copies in a pass that take longer to compute than to begin."""
 
 
