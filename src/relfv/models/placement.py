@@ -98,7 +98,9 @@ def foreseen(
     if found is None:
         raise InputError(f"--offload {offload}: of {name!r} only its weights tell their size; use --offload none")
     arch, sizes, one_prompt = found
-    return plan(name, offload, sizes, card=card_bytes(device, arch), one_prompt=one_prompt, host=available_bytes())
+    # What is made while it is loaded, each process makes for itself.
+    host = available_bytes(to_share=not any(sizes.made))
+    return plan(name, offload, sizes, card=card_bytes(device, arch), one_prompt=one_prompt, host=host)
 
 
 def measured(
