@@ -51,8 +51,8 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name(0)} x {torch.cuda.device_count()}, torch {torch.__version__}, transformers "
           f"{transformers.__version__}", flush=True)  # fmt: skip
     small, large = (TINY, TINY) if args.tiny else (SMALLER, WIDE)
-    rows = compared(small, [25, 13, 9, 7])
-    rows += compared({**large, "num_hidden_layers": args.layers}, [9, 7, 5, 3])
+    rows = compared(small, [25, 9, 7, 5, 4, 3])
+    rows += compared({**large, "num_hidden_layers": args.layers}, [7, 4, 3, 2, 1])
     if not args.no_full:
         backbone = built(large, TWO)
         rows += [swept(backbone, large, per_pass)[0] for per_pass in (None, 2)]

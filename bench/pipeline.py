@@ -2,11 +2,13 @@
 
     python bench/pipeline.py --shape llama-3.1-8b --precision exact     # on a GPU with 40 GB or more
     python bench/pipeline.py --shape gemma-3-270m --q_list Q1           # on two CPU cores, 262,144 tokens
+    python bench/pipeline.py --shape 70b --q_list Q1    # on a GPU of 80 GB with 128 GiB of host memory, streaming
     python bench/pipeline.py --shape demo                               # on any machine
 
 Models other than the demo have the real shape and random weights (saved once, opened like any checkpoint): times and
 memory are those of the real ones, their scores mean nothing. On a CPU the products of every stage are counted as well,
-which does not depend on what else the machine does.
+which does not depend on what else the machine does. ``70b`` has no checkpoint, since no disk of the machine holds it:
+its weights are made in memory, where ``--offload auto`` puts them (streaming.py), and opened from there.
 """
 
 from __future__ import annotations
@@ -27,16 +29,23 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from relfv import language_model
 from relfv.cli import main as relfv
+from relfv.models.opening import Checkpoint, load_tokenizer
+from relfv.models.sources import model_source
+from relfv.models.streaming import Streaming
 from relfv.stages.stage import Step, Work
 from relfv.stages.table import STAGES
 from shapes import NAMES, model_folder
+from streaming import TINY, WIDE, built
+
+IN_MEMORY = {"70b": WIDE, "70b-tiny": {**TINY, "vocab_size": 4096}}
 
 
 def main() -> None:
     """Parse, run, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=NAMES, default="demo")
+    parser.add_argument("--shape", choices=(*NAMES, *IN_MEMORY), default="demo")
     parser.add_argument("--precision", choices=("exact", "fast"), default="exact")
     parser.add_argument("--q_list", default="Q1,Q2,Q3")
     parser.add_argument("--extras", choices=("all", "none"), default="all")
@@ -45,10 +54,11 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         work = args.work or Path(temporary)
-        model = model_folder(args.shape, work)
         out = Path(temporary) / "out"
+        streaming = made_in_memory(args.shape, work / "model") if args.shape in IN_MEMORY else None
+        model = model_folder(args.shape, work) if streaming is None else str(work / "model")
         started = time.monotonic()
-        with sampling_the_gpu() as busy, measuring_steps() as spent:
+        with sampling_the_gpu() as busy, measuring_steps(streaming) as spent:
             code = relfv(
                 ["run", "--model", model, "--q_list", args.q_list, "--out_root", str(out), "--device", args.device,
                  "--precision", args.precision, "--extras", args.extras]
@@ -57,6 +67,22 @@ def main() -> None:
         if code:
             raise SystemExit(code)
         print(table(out, args, seconds, busy, spent))
+
+
+def made_in_memory(shape: str, folder: Path) -> Streaming | None:
+    """A model of this shape where ``--offload auto`` puts it, all streamed on a CPU; opening ``folder``, which has its
+    config and a tokenizer, gives it."""
+    import transformers
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu", 0)
+    backbone, _ = built(IN_MEMORY[shape], device, "auto" if device.type == "cuda" else "cpu")
+    backbone.model.config.architectures = [type(backbone.model).__name__]
+    backbone.model.config.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(model_source("demo")).save_pretrained(folder)
+    tokens = load_tokenizer(str(folder), "", trust_remote_code=False)
+    made = Checkpoint(backbone.model, tokens, backbone.arch, device, "bfloat16", backbone.streaming)
+    language_model.load_checkpoint = lambda *_, **__: made
+    return backbone.streaming
 
 
 @contextmanager
@@ -91,10 +117,12 @@ class Spent:
     """Of all threads of the process."""
     flop: int = 0
     """Of matrix products and attention."""
+    streamed: int = 0
+    """Bytes of weights."""
 
 
 @contextmanager
-def measuring_steps() -> Iterator[dict[str, Spent]]:
+def measuring_steps(streaming: Streaming | None) -> Iterator[dict[str, Spent]]:
     """While open, every step is measured, by the name that ``table`` calls it; products on a CPU alone, since counting
     them takes a GPU's host more time than launching them."""
     spent: dict[str, Spent] = defaultdict(Spent)
@@ -102,6 +130,7 @@ def measuring_steps() -> Iterator[dict[str, Spent]]:
 
     def run(step: Step, work: Work) -> str:
         on, started = spent[in_table(step.name)], time.process_time()
+        before = streaming.bytes_streamed if streaming else 0
         try:
             if torch.cuda.is_available():
                 return real(step, work)
@@ -109,6 +138,7 @@ def measuring_steps() -> Iterator[dict[str, Spent]]:
                 return real(step, work)
         finally:
             on.cpu_s += time.process_time() - started
+            on.streamed += streaming.bytes_streamed - before if streaming else 0
             on.flop += 0 if torch.cuda.is_available() else counter.get_total_flops()
 
     Step.run = run  # type: ignore[method-assign]
@@ -150,20 +180,24 @@ def table(
         f"transformers {manifest['versions']['transformers']}, engine {manifest['model']['engine']}, "
         f"self-check error {manifest['model']['self_check']['max_error']:.1e}",
         "",
-        "| stage | first q_id, s | later q_ids, mean s | CPU s a q_id | TFLOP a q_id | KiB written a q_id |",
-        "|---|---|---|---|---|---|",
+        "| stage | first q_id, s | later q_ids, mean s | CPU s a q_id | TFLOP a q_id | KiB written a q_id "
+        "| GB streamed a q_id |",
+        "|---|---|---|---|---|---|---|",
     ]
     later = {name: sum(values[1:]) / max(1, len(values) - 1) for name, values in stages.items()}
     columns = {
         name: (values[0], later[name], spent[name].cpu_s / len(values), spent[name].flop / 1e12 / len(values),
-               written[name] / 1024 / len(values))
+               written[name] / 1024 / len(values), spent[name].streamed / 1e9 / len(values))
         for name, values in stages.items()
     }  # fmt: skip
     columns["**whole q_id**"] = tuple(map(sum, zip(*columns.values(), strict=True)))  # type: ignore[assignment]
     beyond = [*zip(*(columns[stage.name] for stage in STAGES if stage.extra and stage.name in columns), strict=True)]
     if beyond:
         columns["of that beyond the spec's stages"] = tuple(map(sum, beyond))  # type: ignore[assignment]
-    lines += ["| {} | {:.2f} | {:.2f} | {:.1f} | {:.3f} | {:.0f} |".format(name, *row) for name, row in columns.items()]
+    lines += [
+        "| {} | {:.2f} | {:.2f} | {:.1f} | {:.3f} | {:.0f} | {:.1f} |".format(name, *row)
+        for name, row in columns.items()
+    ]
     first_stage, last_stage = min(times), max(times)
     lines.append(
         f"\n{len(stages['stepE'])} q_ids: {(last_stage - first_stage).total_seconds():.1f} s after the model is open, "

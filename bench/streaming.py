@@ -187,7 +187,8 @@ def sharing(model: Any, arch: Any, placement: Placement, device: torch.device, d
     for i, layer in enumerate(placement.host):
         parameters = [*arch.blocks[layer].parameters()]
         if i < distinct:
-            blocks.append(_Block.of(parameters, device, keep=True))
+            blocks.append(_Block.of(parameters))
+            blocks[i].keep(None, device)
         else:
             blocks.append(replace(blocks[i % distinct], parameters=parameters))
             blocks[i].become(blocks[i].at_rest)

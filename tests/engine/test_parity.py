@@ -28,6 +28,7 @@ from parity import (
     sweep_gaps,
     truth,
 )
+from relfv.engine import shared_prefix
 from relfv.engine.clean import run_clean
 from relfv.engine.passes import capture_heads
 from relfv.engine.reference import ReferenceEngine
@@ -194,6 +195,27 @@ def test_coming_back_to_prompts_gives_the_same_bits_without_running_their_prefix
     assert seen == [longest - 1, 1, longest - 1, 1, longest - 1, 1, 1, 1]
     assert torch.equal(again.edited.logprob, first.edited.logprob)
     assert torch.equal(kept.edited.logprob, anew.edited.logprob)
+
+
+def test_the_prefixes_of_all_passes_are_run_at_once_unless_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One trip through the model, where each pass had its own; what comes out is what each pass made of its own."""
+    t = truth(LLAMA)
+    engine, seen = SharedPrefixEngine(t.backbone), list[tuple[int, ...]]()
+    prompts, heads = Prompts(t.prompts, t.targets), sorted(20 * all_heads(t.backbone))
+    count = t.backbone.decoder.register_forward_pre_hook(
+        lambda _, __, kw: seen.append(tuple(kw["input_ids"].shape)), with_kwargs=True
+    )
+    try:
+        together = engine.sweep_heads(prompts, t.values, heads, per_pass=1)
+        n, longest = len(prompts), max(len(prompt) for prompt in t.prompts)
+        assert seen == [(n, longest - 1), *[(1, 1)] * n]
+        seen.clear()
+        monkeypatch.setattr(shared_prefix, "_PREFIXES", 0)
+        apart = SharedPrefixEngine(t.backbone).sweep_heads(prompts, t.values, heads, per_pass=1)
+        assert seen == [shape for ids in t.prompts for shape in ((1, len(ids) - 1), (1, 1))]
+    finally:
+        count.remove()
+    assert_same_scores(together.edited, apart.edited)
 
 
 def test_prompts_do_not_depend_on_what_shares_their_batch() -> None:

@@ -119,7 +119,7 @@ def test_a_prompts_pass_takes_the_rows_of_all_its_copies() -> None:
 def test_the_run_says_before_loading_that_the_host_is_too_small(
     llama_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(placement, "available_bytes", lambda: 50_000)
+    monkeypatch.setattr(placement, "available_bytes", lambda **_: 50_000)
     with pytest.raises(InputError, match=r"take 0.0 GB of host memory, and 0.0 GB are there"):
         open_model(str(llama_path), device="cpu", offload="cpu")
     assert open_model(str(llama_path), device="cpu", offload="disk").backbone.streaming

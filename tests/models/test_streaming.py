@@ -216,7 +216,7 @@ def test_on_a_small_card_layers_are_in_all_three_places(tmp_path: Path, monkeypa
     monkeypatch.setattr(placement, "_SLACK", 0)
     rest = resident.backbone.weights_on_device() - blocks
     monkeypatch.setattr(placement, "card_bytes", lambda *_: rest + int(blocks * 4.3 / 5))
-    monkeypatch.setattr(placement, "available_bytes", lambda: int(blocks * 1.5 / 5 / 0.9))
+    monkeypatch.setattr(placement, "available_bytes", lambda **_: int(blocks * 1.5 / 5 / 0.9))
     model = opened(folder, "auto", "cuda")
     found = model.backbone.streaming.placement  # type: ignore[union-attr]
     assert [len(where) for where in (found.resident, found.host, found.disk)] == [1, 1, 3]

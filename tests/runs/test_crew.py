@@ -21,12 +21,12 @@ from relfv.cli import main
 
 
 @pytest.fixture
-def started(csv_path: Path, llama_path: Path, tmp_path: Path) -> Callable[[], subprocess.Popen[str]]:
+def started(csv_path: Path, llama_path: Path, tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
     """A run on two devices, in a process group of its own."""
 
-    def start() -> subprocess.Popen[str]:
+    def start(*flags: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-m", "relfv", *arguments(llama_path, csv_path, tmp_path, "--devices", "cpu,cpu")],
+            [sys.executable, "-m", "relfv", *arguments(llama_path, csv_path, tmp_path, "--devices", "cpu,cpu", *flags)],
             env={**os.environ, "PYTHONPATH": str(ROOT / "src")}, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
@@ -54,7 +54,7 @@ def is_alive(pid: int) -> bool:
 
 @pytest.mark.slow
 def test_a_killed_process_leaves_its_q_id_to_another_and_every_byte_is_as_in_one_process(
-    started: Callable[[], subprocess.Popen[str]], finished: Path, tmp_path: Path
+    started: Callable[..., subprocess.Popen[str]], finished: Path, tmp_path: Path
 ) -> None:
     folder, process = tmp_path / "pairs", started()
     wait_for(folder / "A1/artifacts/stepD_mean_acts", process)
@@ -79,7 +79,7 @@ def test_a_killed_process_leaves_its_q_id_to_another_and_every_byte_is_as_in_one
 
 @pytest.mark.slow
 def test_an_interrupt_is_passed_on_and_no_process_is_left(
-    started: Callable[[], subprocess.Popen[str]], tmp_path: Path
+    started: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
     folder, process = tmp_path / "pairs", started()
     wait_for(folder / "A1/artifacts/trial_metrics.jsonl", process)
@@ -96,7 +96,7 @@ def test_an_interrupt_is_passed_on_and_no_process_is_left(
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks /proc what lives")
 def test_processes_end_with_the_one_that_started_them(
-    started: Callable[[], subprocess.Popen[str]], tmp_path: Path
+    started: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
     folder, process = tmp_path / "pairs", started()
     wait_for(folder / "A1/artifacts/stepD_mean_acts", process)
@@ -134,3 +134,25 @@ def test_one_device_is_this_process(
     assert main(arguments(llama_path, csv_path, tmp_path, "--devices", "cpu", "--q_list", "A1")) == 0
     assert "devices" not in json.loads((tmp_path / "pairs/run_manifest.json").read_text())
     assert holder(tmp_path / "pairs", "A1") == os.getpid()
+
+
+def test_weights_that_stream_are_in_memory_once_for_all_processes(
+    started: Callable[..., subprocess.Popen[str]], finished: Path, tmp_path: Path
+) -> None:
+    """Both have the one file without a name mapped, and it is gone with them."""
+    process = started("--offload", "cpu")
+    wait_for(tmp_path / "pairs/B2/artifacts/stepD_mean_acts", process)
+    held = {q_id: shared_memory(holder(tmp_path / "pairs", q_id)) for q_id in ("A1", "B2")}
+    assert process.wait() == 0, process.stderr and process.stderr.read()
+    (file,) = {*held["A1"], *held["B2"]}
+    assert len(held["A1"][file]) == len(held["B2"][file]) > 1
+    assert contents(tmp_path / "pairs/A1/artifacts") == contents(finished / "A1/artifacts")
+
+
+def shared_memory(pid: int) -> dict[str, list[str]]:
+    """By inode the parts of files without a name that a process has mapped."""
+    found: dict[str, list[str]] = {}
+    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+        if "memfd:relfv" in line:
+            found.setdefault(line.split()[4], []).append(line)
+    return found

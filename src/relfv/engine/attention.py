@@ -47,6 +47,11 @@ class Prefix:
     lengths_on: Mapping[torch.device, torch.Tensor]
     """The same on each device that has keys."""
 
+    def __getitem__(self, part: slice) -> Prefix:
+        """Of some of the prompts, no less padded."""
+        keys, values = (tuple(layer[part] for layer in layers) for layers in (self.keys, self.values))
+        return Prefix(keys, values, self.lengths[part], {place: n[part] for place, n in self.lengths_on.items()})
+
 
 @dataclass(frozen=True)
 class _Pass:

@@ -49,14 +49,16 @@ from relfv.engine.reference import ReferenceEngine
 from relfv.engine.together import editing_together
 from relfv.errors import RunError
 from relfv.models.cards import cards_bytes
-from relfv.models.placement import bytes_of_prompt, card_bytes
+from relfv.models.placement import bytes_of_prompt, bytes_of_token, card_bytes
 from relfv.types import Effects, HeadId, Prompts, TokenScores
 
 _CPU_BUDGET = 2 << 30
 """Bytes for one pass."""
-_PASSES_A_CARD = 4
+_PASSES_A_CARD = 8
 """Where a model is on several cards, at least as many as make passes of ``_ROWS``."""
-_ROWS = 8192
+_PREFIXES = 2 << 30
+"""Bytes of keys and values that are kept for several passes."""
+_ROWS = 4096
 """Copies in a pass that take longer to compute than to begin."""
 
 
@@ -135,8 +137,9 @@ class SharedPrefixEngine:
         def attempt(size: int) -> list[TokenScores]:
             done: list[TokenScores] = []
             begun: deque[Callable[[], TokenScores]] = deque()
+            together = self._prompts_a_prefix(prompts.ids, n_edits, size)
             for part in prompt_chunks(len(prompts), size):
-                begun.append(on_the_way(self._pass(prompts[part], n_edits, edit(part))))
+                begun.append(on_the_way(self._pass(prompts, part, together, n_edits, edit(part))))
                 # While one card computes on the end of a pass, the one before it begins the next.
                 if len(begun) > self._passes_at_once():
                     done.append(begun.popleft()())
@@ -150,13 +153,18 @@ class SharedPrefixEngine:
     def _pass(
         self,
         prompts: Prompts,
+        part: slice,
+        together: int,
         n_edits: int,
         edits: AbstractContextManager[None],
     ) -> TokenScores:
-        """Fields (N, 1 + n_edits), on the device; column 0 is the baseline."""
+        """Of the N prompts in ``part``, whose prefixes are of those that are run ``together``: fields (N, 1 + n_edits),
+        on the device; column 0 is the baseline."""
+        first = part.start // together * together
+        prompts, others = prompts[part], prompts.ids[first : first + together]
         last = sent([[prompt[-1]] for prompt in prompts.ids], self.backbone.device)
         with self.backbone.running():
-            prefix = self.kept.of(self.backbone, prompts.ids)
+            prefix = self.kept.of(self.backbone, others)[part.start - first : part.stop - first]
             with attending_to(prefix, self.backbone), self.backbone.arithmetic.multiplying_copies(), edits:
                 hidden = _run_last_tokens(self.backbone, last, prefix)
             if hidden.shape[1] != 1 + n_edits:
@@ -178,6 +186,12 @@ class SharedPrefixEngine:
         of_all = -(-len(prompts) // (_PASSES_A_CARD * len(self.backbone.cards.devices)))
         return min(fitting, max(of_all, -(-_ROWS // (1 + n_edits))))
 
+    def _prompts_a_prefix(self, prompts: TokenIds, n_edits: int, size: int) -> int:
+        """Prompts, as whole passes of ``size``, whose prefixes are run at once: of all passes, unless they have more
+        tokens than a pass has copies, whose memory they take before it, or more to keep than ``_PREFIXES``."""
+        tokens = min(size * (1 + n_edits), _PREFIXES // bytes_of_token(self.backbone.model.config, self.backbone.arch))
+        return size * max(1, tokens // max(len(prompt) for prompt in prompts) // size)
+
     def _budget(self) -> int:
         """Bytes for one pass. On CUDA what the card has beside the weights."""
         backbone = self.backbone
@@ -190,8 +204,10 @@ class SharedPrefixEngine:
 
 def _run_last_tokens(backbone: Backbone, last: torch.Tensor, prefix: Prefix) -> torch.Tensor:
     """The pass over the last token, ids (N, 1), and its copies: -> (N, 1 + copies, resid_dim), final and normed."""
-    positions = {"position_ids": prefix.lengths[:, None]} if backbone.takes_position_ids() else {}
-    hidden = backbone.decoder(input_ids=last, use_cache=False, **positions)[0]
+    given = {"position_ids": prefix.lengths[:, None]} if backbone.takes_position_ids() else {}
+    if given:  # without a mask transformers looks for packed sequences in positions, and waits for the device
+        given["attention_mask"] = torch.ones_like(last)
+    hidden = backbone.decoder(input_ids=last, use_cache=False, **given)[0]
     # GPT-2's family folds the grown token axis into the batch at its end; prompt-major order is kept.
     return hidden.reshape(len(last), -1, hidden.shape[-1])
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from relfv.models.shared import bytes_shared
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -18,11 +20,13 @@ def take_at_most(n_bytes: int | None) -> None:
     _most = n_bytes
 
 
-def available_bytes() -> int | None:
+def available_bytes(*, to_share: bool = False) -> int | None:
     """What the machine has free and the process's control group (a Slurm job, a container) leaves of it, the smaller;
-    None where neither is said (not on Linux)."""
-    limits = [_most, _of_machine(), *map(_of_group, _groups())]
-    return min((limit for limit in limits if limit is not None), default=None)
+    None where neither is said (not on Linux). With ``to_share``, for what all processes that open models side by side
+    have in common: what of it is there already counts as free."""
+    there = bytes_shared() if to_share else None
+    limits = [_most if there is None else None, _of_machine(), *map(_of_group, _groups())]
+    return min((limit + (there or 0) for limit in limits if limit is not None), default=None)
 
 
 def fits_widened(model: nn.Module) -> bool:

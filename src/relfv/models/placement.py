@@ -98,7 +98,9 @@ def foreseen(
     if found is None:
         raise InputError(f"--offload {offload}: of {name!r} only its weights tell their size; use --offload none")
     arch, sizes, one_prompt = found
-    return plan(name, offload, sizes, card=card_bytes(device, arch), one_prompt=one_prompt, host=available_bytes())
+    # What is made while it is loaded, each process makes for itself.
+    host = available_bytes(to_share=not any(sizes.made))
+    return plan(name, offload, sizes, card=card_bytes(device, arch), one_prompt=one_prompt, host=host)
 
 
 def measured(
@@ -276,6 +278,12 @@ def bytes_of_prompt(arch: Architecture, n_edits: int, length: int = _TOKENS) -> 
     rows = 1 + n_edits
     per_row = 3 * arch.intermediate_size + 6 * arch.resid_dim + 3 * arch.n_heads * arch.head_dim
     return 4 * (rows * per_row + 3 * rows * arch.n_heads * length)
+
+
+def bytes_of_token(config: Any, arch: Architecture) -> int:
+    """At most what keys and values of one token take in all layers."""
+    kv_heads = getattr(text_config(config), "num_key_value_heads", None) or arch.n_heads
+    return 2 * 4 * arch.n_layers * kv_heads * arch.head_dim
 
 
 def _in_layer(name: str) -> str:

@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import mmap
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from torch import nn
 from relfv.errors import RunError
 from relfv.models.architecture import Architecture
 from relfv.models.placement import SLOTS, Placement, streamable
+from relfv.models.shared import shared_layers
 
 _ALIGNMENT = 256
 """Of tensors in a buffer, in bytes: that of PyTorch's own on a GPU is 512, and products ask for 16."""
@@ -59,8 +62,19 @@ def stream(model: nn.Module, arch: Architecture, placement: Placement, device: t
     for tensor in (*model.parameters(), *model.buffers()):
         if id(tensor) not in apart:
             tensor.data = tensor.data.to(device)
-    blocks = [_Block.of([*own[layer].values()], device, keep=layer in placement.host) for layer in streamed]
+    shared = shared_layers([_layout([*block.values()])[1] for block in own])
+    blocks = []
+    for layer in streamed:
+        blocks.append(block := _Block.of([*own[layer].values()]))
+        if layer in placement.host:
+            block.keep(shared and partial(shared, layer), device)
     return Streaming([arch.blocks[layer] for layer in streamed], blocks, placement, device)
+
+
+def _layout(parameters: Sequence[nn.Parameter]) -> tuple[list[int], int]:
+    """Where in a buffer each begins, and how large it is, in bytes."""
+    *offsets, n_bytes = accumulate((-(-p.nbytes // _ALIGNMENT) * _ALIGNMENT for p in parameters), initial=0)
+    return offsets, n_bytes
 
 
 @dataclass
@@ -79,22 +93,29 @@ class _Block:
     """All of them in one piece; None where they are in files."""
 
     @staticmethod
-    def of(parameters: Sequence[nn.Parameter], device: torch.device, *, keep: bool) -> _Block:
-        """With ``keep``, the weights are copied into host memory, which then holds the only copy."""
-        offsets, n_bytes = [], 0
-        for parameter in parameters:
-            offsets.append(n_bytes)
-            n_bytes += -(-parameter.nbytes // _ALIGNMENT) * _ALIGNMENT
+    def of(parameters: Sequence[nn.Parameter]) -> _Block:
+        """With its weights where they are."""
         strides = [torch.empty_like(p, device="meta").stride() for p in parameters]
-        block = _Block(parameters, [p.data for p in parameters], offsets, strides, n_bytes)
-        if keep:
-            block.buffer = host_buffer(n_bytes, device)
-            at_rest = block.within(block.buffer)
-            for parameter, tensor in zip(parameters, at_rest, strict=True):
-                parameter.data = tensor.copy_(parameter.data)
-            block.at_rest = at_rest
-            page_lock(block.buffer, device)
-        return block
+        offsets, n_bytes = _layout(parameters)
+        return _Block(parameters, [p.data for p in parameters], offsets, strides, n_bytes)
+
+    def keep(
+        self, shared: Callable[[Callable[[torch.Tensor], None]], torch.Tensor] | None, device: torch.device
+    ) -> None:
+        """Copy the weights into host memory, which then holds the only copy: of this process, or of all that share."""
+        if shared:
+            self.buffer = shared(self.fill)
+        else:
+            self.buffer = host_buffer(self.n_bytes, device)
+            self.fill(self.buffer)
+        self.at_rest = self.within(self.buffer)
+        self.become(self.at_rest)
+        page_lock(self.buffer, device)
+
+    def fill(self, buffer: torch.Tensor) -> None:
+        """Copy the true weights into ``buffer``."""
+        for there, tensor in zip(self.within(buffer), self.at_rest, strict=True):
+            there.copy_(tensor)
 
     def within(self, buffer: torch.Tensor) -> list[torch.Tensor]:
         """Tensors like the weights, in the bytes of ``buffer``."""
@@ -208,8 +229,7 @@ class Streaming:
         self._stages = [*self._stages[1:], stage]
         if stage.read:
             stage.read.synchronize()
-        for there, tensor in zip(block.within(stage.memory), block.at_rest, strict=True):
-            there.copy_(tensor)
+        block.fill(stage.memory)
         return stage
 
 

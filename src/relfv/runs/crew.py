@@ -25,6 +25,7 @@ from typing import IO, Any
 
 from relfv.errors import InputError, RelfvError, RunError
 from relfv.models.memory import available_bytes
+from relfv.models.shared import new_file
 from relfv.progress import Task, at_work, duration, headed
 from relfv.relations import named
 from relfv.runs.plan import Plan, RunRequest
@@ -64,6 +65,8 @@ class Start:
     n_processes: int
     host_bytes: int | None
     """Of the host's memory that it may take; None: all that is free."""
+    shared: int | None
+    """Descriptor of the memory for weights that stream, which all processes share."""
 
 
 @dataclass(eq=False)
@@ -90,7 +93,7 @@ class _Member:
             stdin=subprocess.DEVNULL,
             stdout=errors,
             stderr=errors,
-            pass_fds=[theirs.fileno()],
+            pass_fds=[theirs.fileno(), *([] if start.shared is None else [start.shared])],
             # A terminal's Ctrl-C is for this process, which passes it on, once.
             start_new_session=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.curdir for path in sys.path)},
@@ -141,12 +144,14 @@ class Crew:
         self._said = SimpleQueue[tuple[_Member, str, Any]]()
         devices = plan.request.devices
         free = available_bytes()
-        start = Start(plan, len(devices), None if free is None else free // len(devices))
+        start = Start(plan, len(devices), None if free is None else free // len(devices), new_file())
         try:
             with at_work(f"opening {plan.request.settings.model}", f"on {', '.join(devices)}"):
                 for device in devices:
                     self._members.append(member := _Member.started(plan, device, start))
                     threading.Thread(target=self._listen, args=[member], daemon=True).start()
+                if start.shared is not None:
+                    os.close(start.shared)
                 self.description = self._wait_until_open()
         except BaseException:
             self.close()

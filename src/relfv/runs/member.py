@@ -15,6 +15,7 @@ from typing import Any
 
 from relfv.errors import RelfvError, RunError
 from relfv.models.memory import take_at_most
+from relfv.models.shared import share
 from relfv.progress import at_work
 from relfv.runs.crew import Start
 from relfv.runs.qid import in_words
@@ -81,6 +82,7 @@ def main() -> int:
 def _opened(start: Start, parent: _Parent) -> Worker | None:
     """The worker that ``parent`` asks for; None if it cannot be had, which it is told."""
     take_at_most(start.host_bytes)
+    share(start.shared)
     try:
         import torch
 

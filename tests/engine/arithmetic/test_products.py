@@ -123,3 +123,17 @@ def test_a_replaced_forward_keeps_hooks_and_is_undone_after_an_error() -> None:
     assert len(seen) == 2
     assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
     assert "forward" not in vars(layer)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_models_are_judged_by_sums_like_float32_however_wide_a_layer_is(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    x = random(2, 16, 28_700).to(device)
+    layer = nn.Linear(28_700, 16, bias=False).to(device, torch.bfloat16)
+    with torch.inference_mode():
+        whole = Whole(FLOAT32.whole, FLOAT32.depth).forward(layer)(x)
+        copies = Differences(FLOAT32).forward(layer)(x)
+        true = in_float64(layer, x)
+    assert relative_error(whole, true) < 3e-6
+    assert relative_error(copies, true) < 3e-6

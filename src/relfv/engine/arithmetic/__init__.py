@@ -91,7 +91,7 @@ class Arithmetic:
     @contextmanager
     def running(self) -> Iterator[None]:
         """While open, forward passes of the model compute so, without gradients. Everything below happens within it."""
-        whole = Whole(self.pieces.whole)
+        whole = Whole(self.pieces.whole, self.pieces.depth)
         forwards: list[Any] = [(linear, whole.forward(linear)) for linear in self._in_pieces]
         forwards += [(linear, partial(unpacked_product, linear)) for linear in self._packed]
         fused = self.fusions.installed() if self.fusions else nullcontext()
