@@ -89,16 +89,23 @@ def ability_numbers(
     }
 
 
+def in_short(able: Mapping[str, Any]) -> str:
+    """Of ``ability_numbers``; empty for what the model can do."""
+    if able["can_do"]:
+        return ""
+    shown = able["clean_acc"]["value"] > able["majority_acc"]
+    return "it is not shown that the model can do this relation" if shown else "the model cannot do this relation here"
+
+
 def ability_sentence(numbers: Mapping[str, Any]) -> str:
     """Of a relation that the model cannot do, or is not shown to."""
     able = numbers["ability"]
     if able["can_do"]:
         return ""
-    acc = able["clean_acc"]
-    shown = acc["value"] > able["majority_acc"]
-    words = "It is not shown that the model can do this relation" if shown else "The model cannot do this relation here"
+    acc, words = able["clean_acc"], in_short(able)
     how = ", by whole answers" if able["judged_by"] == "whole_answers" else ""
+    interval = f"the accuracy's {LEVEL:.0%} CI is {acc['low']:.2f} to {acc['high']:.2f}{how}"
     return (
-        f"{words}: {able['why_not']}; the accuracy's {LEVEL:.0%} CI is {acc['low']:.2f} to {acc['high']:.2f}{how}. What "
-        "follows says how the right answer's P moves, not how the model does the task."
+        f"{words[0].upper()}{words[1:]}: {able['why_not']}; {interval}. What follows says how the right answer's P "
+        "moves, not how the model does the task."
     )
