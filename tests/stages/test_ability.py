@@ -95,19 +95,19 @@ def test_all_of_25_trials_right_is_not_certainty() -> None:
 def test_what_it_cannot_do_and_what_is_not_shown_are_told_apart() -> None:
     none = ability_numbers([0] * 14, range(14), 0.1, "scored_token")
     said = ability_sentence({"ability": none})
-    assert said.startswith("The model cannot do this relation here: clean accuracy 0.00 is not above 0.10, that of its")
+    assert said.startswith("The model cannot do this relation: clean accuracy 0.00 is not above 0.10, that of its")
     assert "the accuracy's 95% CI is 0.00 to 0.2" in said
     few = ability_numbers([1, 1, 1] + [0] * 11, range(14), 0.1, "whole_answers")
     assert few["p_by_majority"] > 0.05
     said = ability_sentence({"ability": few})
-    assert said.startswith("It is not shown that the model can do this relation: clean accuracy 0.21 over 14 queries")
+    assert said.startswith("The model is not shown to do this relation: clean accuracy 0.21 over 14 queries")
     assert ", by whole answers. What follows says how the right answer's P moves" in said
 
 
 def test_a_finished_relation_that_the_model_cannot_do_says_so_first_as_aggregate_does(finished: Path) -> None:
     artifacts = finished / "A1/artifacts"
     found, eval_ = (json.loads((artifacts / name).read_text()) for name in ("summary.json", "stepE_eval.json"))
-    assert found["verdict"].startswith("The model cannot do this relation here: clean accuracy 0.")
+    assert found["verdict"].startswith("The model cannot do this relation: clean accuracy 0.")
     right = eval_["reference"]["clean"]["right"]
     assert np.mean(right) == eval_["reference"]["clean"]["acc"] == found["ability"]["clean_acc"]["value"]
     assert found["ability"]["judged_by"] == "scored_token"

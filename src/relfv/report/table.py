@@ -222,5 +222,5 @@ def _best(status: QidStatus) -> dict[str, Any]:
         numbers |= {"whole_answers": dict(summary["whole_answers"]), "tells_answers_apart": tells_apart(summary)}
     if "ability" in summary:
         said = in_short(summary["ability"])
-        numbers["cannot_do"] = f"{said}: {summary['ability']['why_not']}" if said else ""
+        numbers["cannot_do"] = f"the model {said} it: {summary['ability']['why_not']}" if said else ""
     return numbers

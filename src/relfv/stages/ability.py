@@ -90,11 +90,10 @@ def ability_numbers(
 
 
 def in_short(able: Mapping[str, Any]) -> str:
-    """Of ``ability_numbers``; empty for what the model can do."""
+    """Of ``ability_numbers`` what the model does of the relation: a verb for "the model ... it"; empty if it can."""
     if able["can_do"]:
         return ""
-    shown = able["clean_acc"]["value"] > able["majority_acc"]
-    return "it is not shown that the model can do this relation" if shown else "the model cannot do this relation here"
+    return "is not shown to do" if able["clean_acc"]["value"] > able["majority_acc"] else "cannot do"
 
 
 def ability_sentence(numbers: Mapping[str, Any]) -> str:
@@ -102,10 +101,9 @@ def ability_sentence(numbers: Mapping[str, Any]) -> str:
     able = numbers["ability"]
     if able["can_do"]:
         return ""
-    acc, words = able["clean_acc"], in_short(able)
-    how = ", by whole answers" if able["judged_by"] == "whole_answers" else ""
+    acc, how = able["clean_acc"], ", by whole answers" if able["judged_by"] == "whole_answers" else ""
     interval = f"the accuracy's {LEVEL:.0%} CI is {acc['low']:.2f} to {acc['high']:.2f}{how}"
     return (
-        f"{words[0].upper()}{words[1:]}: {able['why_not']}; {interval}. What follows says how the right answer's P "
-        "moves, not how the model does the task."
+        f"The model {in_short(able)} this relation: {able['why_not']}; {interval}. What follows says how the right answer's "
+        "P moves, not how the model does the task."
     )
