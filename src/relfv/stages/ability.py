@@ -104,6 +104,6 @@ def ability_sentence(numbers: Mapping[str, Any]) -> str:
     acc, how = able["clean_acc"], ", by whole answers" if able["judged_by"] == "whole_answers" else ""
     interval = f"the accuracy's {LEVEL:.0%} CI is {acc['low']:.2f} to {acc['high']:.2f}{how}"
     return (
-        f"The model {in_short(able)} this relation: {able['why_not']}; {interval}. What follows says how the right answer's "
-        "P moves, not how the model does the task."
+        f"The model {in_short(able)} this relation: {able['why_not']}; {interval}. What follows says how the right "
+        "answer's P moves, not how the model does the task."
     )
