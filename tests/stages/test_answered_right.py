@@ -35,7 +35,7 @@ def simulated(rng: np.random.Generator) -> tuple[dict[str, Any], float]:
 
 def test_the_stratum_has_the_effect_of_what_is_known_and_all_trials_the_mixture() -> None:
     rng, covered = np.random.default_rng(0), []
-    for _ in range(200):
+    for _ in range(100):
         found, of_all = simulated(rng)
         own, step6 = found["heads"][0]["answered_right"], found["step6"]["answered_right"]
         covered.append((own["ci_low"] <= 0.3 <= own["ci_high"], step6["ci_low"] <= 0.3 <= step6["ci_high"]))
