@@ -18,4 +18,7 @@ def measured(name: str, scores: np.ndarray, *, clean: float = 0.9, majority: flo
     )
     top = tuple(HEADS[i] for i in np.argsort(-scores, kind="stable")[:5])
     no = np.zeros(0, np.float32)
-    return Measured(name, scored, top, clean, majority, 25, 14, no, no, frozenset({1}))
+    return Measured(
+        name=name, scored=scored, top=top, clean_acc=clean, majority_acc=majority, n_trials=25, n_queries=14,
+        vector=no, means=no, answers=frozenset({1}),
+    )  # fmt: skip

@@ -68,7 +68,7 @@ class Gap:
             return None
         totals = cluster_totals(effect[:, finite], self.clusters)
         layer = int(finite[:layer].sum())
-        low, high = self._ends(totals[:, layer])
+        low, high = self.ends(totals[:, layer])
         return self._share(totals[:, layer], self._low_of_flips(totals, layer, low), high)
 
     def share_with_layer_chosen_by_others(self, effect: np.ndarray, score: np.ndarray) -> Share | None:
@@ -83,7 +83,7 @@ class Gap:
         totals, scores = found
         chosen = _at_layers_of_others(totals, scores, np.ones((1, len(totals))))[0]
         anew = _at_layers_of_others(totals, scores, _weights(len(totals))[:_N_CHOICES, :-1])
-        (low, high), (low_anew, high_anew) = self._ends(chosen), self._ends(chosen, anew)
+        (low, high), (low_anew, high_anew) = self.ends(chosen), self.ends(chosen, anew)
         low = self._low_of_flips(totals, int(totals.sum(0).argmax()), min(low, low_anew))
         return self._share(chosen, low, max(high, high_anew))
 
@@ -117,7 +117,7 @@ class Gap:
         """(..., query): how far each query is from ``value`` in units of the mean gap: the linearised ratio."""
         return (totals - value * self.totals) / self.totals.mean()
 
-    def _ends(self, chosen: np.ndarray, chosen_anew: np.ndarray | None = None) -> tuple[float, float]:
+    def ends(self, chosen: np.ndarray, chosen_anew: np.ndarray | None = None) -> tuple[float, float]:
         """Gaffke's interval of the ratio of the totals ``chosen`` (query,): random weights on the queries seen and on
         one more, which is as bad (or as good) as any seen, and no better than closing nothing (no worse than closing
         all). With ``chosen_anew`` (draw, query) each draw of weights has totals of its own."""
@@ -165,16 +165,23 @@ class Gap:
         return float(value - stats.t.ppf(1 - _TAIL / totals.shape[1], len(totals) - 1) * se)
 
 
+def mean_between(
+    values: np.ndarray, clusters: Sequence[int], least: float = 0.0, most: float = 1.0
+) -> tuple[float, float, float]:
+    """Mean of ``values`` (trial,), which lie between ``least`` and ``most``, with its interval at ``LEVEL``: Gaffke's,
+    as of a share, with one more query that is at either end, or as far as any seen."""
+    n = len(values)
+    totals = cluster_totals((values - least) / (most - least), clusters)
+    low, high = Gap(np.zeros(n), np.ones(n), clusters).ends(totals)
+    # Trials of queries that were drawn unequally often can lead a ratio's linearised end beyond what is possible.
+    ends = np.clip([least + (most - least) * end for end in (low, high)], min(least, *values), max(most, *values))
+    return float(np.mean(values)), float(ends[0]), float(ends[1])
+
+
 def mean_difference(one: np.ndarray, other: np.ndarray) -> tuple[float, float, float]:
-    """How far the mean of ``other`` (query,) is above that of ``one``, of the same queries, with its interval at
-    ``LEVEL``: Gaffke's, as of a share, with one more query that ``one`` closes and ``other`` does not, or the other way
-    round."""
-    difference = other - one
-    weights = _weights(len(difference))
-    mean = weights[:, :-1] @ difference
-    low = np.quantile(mean + weights[:, -1] * min(difference.min(), -1), _TAIL)
-    high = np.quantile(mean + weights[:, -1] * max(difference.max(), 1), 1 - _TAIL)
-    return float(difference.mean()), float(low), float(high)
+    """How far the mean of ``other`` (query,) is above that of ``one``, of the same queries, with its interval: one more
+    query is one that ``one`` closes and ``other`` does not, or the other way round."""
+    return mean_between(other - one, range(len(one)), -1.0, 1.0)
 
 
 def at_most(seen: int, n: int) -> float:

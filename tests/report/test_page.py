@@ -107,6 +107,35 @@ def test_the_held_out_share_leads_with_its_interval(copied: Path) -> None:
     assert "50% (-10% to 80%) not shown to be above 0" in row_of(copied, "A1")
 
 
+CHANGE = {"mean_delta_p": 0.25, "ci_low": 0.125, "ci_high": 0.375}
+
+
+def test_what_the_model_can_do_and_what_it_answers_right_are_beside_all(copied: Path) -> None:
+    ability = json.loads((copied / "A1/artifacts/summary.json").read_text())["ability"]
+    assert "0% cannot do it commonest answer: " in row_of(copied, "A1")
+    able = {**ability, "can_do": True, "clean_acc": {"value": 0.5, "low": 0.3, "high": 0.7}, "majority_acc": 0.125}
+    step6 = {"all": {"n_eval": 12, **CHANGE}, "answered_right": {"n_eval": 5}}
+    both = {"all": {**CHANGE, "mean_delta_p": 0.0625}, "answered_right": CHANGE}
+    counts = {"n_trials": 12, "n_queries": 7, "min_queries": 6}
+    summarise(copied, ability=able, answered_right={**counts, "top_heads": both, "heads": [], "step6": step6})
+    assert "A1 " in row_of(copied, "A1")
+    assert "50% commonest answer: 12%" in row_of(copied, "A1")
+    section = write_report(copied).read_text().partition('<h2 id="A1">')[2].partition('<details class="qid">')[0]
+    rows = [" ".join(re.sub("<[^>]*>", " ", row).split()) for row in section.split("<tr>")]
+    assert "CIE of the top heads, mean +0.062 (+0.125 to +0.375) +0.250 (+0.125 to +0.375)" in rows
+    assert any(re.match(r"change in P with the vector at layer \d \+0.250 .* too few", row) for row in rows)
+
+
+def test_the_table_of_what_is_enough_says_what_was_not_measured(copied: Path) -> None:
+    found = json.loads((copied / "A1/artifacts/summary.json").read_text())
+    carriers = {**found["carriers"], "heads_in_place": {"share_of_gap": SHARE}}
+    summarise(copied, share_of_gap=HELD_OUT, carriers=carriers)
+    html = write_report(copied).read_text()
+    text = " ".join(re.sub("<[^>]*>", " ", html).split())
+    assert "heads put in place sufficient 50% (20% to 80%)" in text
+    assert "heads set to zero necessary not measured (--extras ablation)" in text
+
+
 def status_of_token(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "A1/artifacts/summary.json").read_text())["scored_token"]
 
@@ -214,6 +243,8 @@ def test_status_names_relation_and_model_and_is_to_be_had_as_json(
     summary = json.loads((copied / "B2/artifacts/summary.json").read_text())
     assert rows["B2"]["whole_answers"] == summary["whole_answers"]
     assert rows["B2"]["tells_answers_apart"] is summary["scored_token"]["tells_answers_apart"]
+    assert rows["B2"]["cannot_do"] == f"the model cannot do it: {summary['ability']['why_not']}"
+    assert "the model cannot do it: clean accuracy 0." in " ".join(status_table(copied).split())
     assert "its process is gone" in rows["A1"]["reason"]
     assert "9 rows" in rows["C3"]["reason"]
     assert rows["A1"]["n_steps_done"] == rows["A1"]["n_steps"]

@@ -1,21 +1,13 @@
 from __future__ import annotations
 
-from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
 import pytest
 
 from measured_relations import HEADS, KEY, measured
-from relfv.stages.over_relations import (
-    Measured,
-    heads_of_the_others,
-    majority_accuracy,
-    over_relations,
-    p_by_majority,
-    why_not,
-)
-from relfv.types import HeadId, Question, Snapshot, Target, WordPair
+from relfv.stages.over_relations import Measured, heads_of_the_others, over_relations
+from relfv.types import HeadId
 
 
 def relations(n: int, rng: np.random.Generator, planted: dict[int, float]) -> list[Measured]:
@@ -82,23 +74,3 @@ def test_the_relation_left_out_has_no_part_in_the_choice() -> None:
     some[0] = measured("r0", loud)
     assert HEADS[15] not in heads_of_the_others(some, "r0", KEY, 5)
     assert heads_of_the_others(some, "r1", KEY, 1) == [HEADS[15]]
-
-
-def test_what_the_model_can_do_is_a_matter_of_its_commonest_answer() -> None:
-    one = measured("r", np.zeros(64), clean=0.9, majority=0.1)
-    assert not why_not(one)
-    assert "clean accuracy 0.10 is not above 0.10" in why_not(replace(one, clean_acc=0.1))
-    assert "is not above 1.00" in why_not(replace(one, clean_acc=1.0, majority_acc=1.0))
-    few = replace(one, clean_acc=0.6, majority_acc=0.5, n_queries=10)
-    assert p_by_majority(few) == pytest.approx(386 / 1024)  # six or more heads of ten tosses
-    assert "over 10 queries is not shown to be above 0.50" in why_not(few)
-
-
-def test_the_commonest_answer_counts_every_answer_that_is_right() -> None:
-    def asked(*tokens: int) -> Question:
-        pair = WordPair("a", "b")
-        others = tuple((str(token), token) for token in tokens[1:])
-        return Question("r", "r-000", 0, pair, 0, "b", Target((tokens[0],), True), others)
-
-    questions = (asked(1), asked(2, 1), asked(3), asked(3, 1))
-    assert majority_accuracy(Snapshot({}, questions, (), (), (0, 1, 2, 3))) == 0.75

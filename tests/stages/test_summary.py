@@ -13,6 +13,8 @@ from relfv.stages.summary import conclusions
 
 N = 12
 CAVEATS = {
+    "ability": {"can_do": True, "n_trials": 25},
+    "answered_right": {"n_trials": 25},
     "scored_token": {"tells_answers_apart": True},
     "corruption": {
         "how": "derange",

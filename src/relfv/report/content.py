@@ -14,7 +14,8 @@ from relfv.errors import RelfvError
 from relfv.report.drawing import curve, heatmap
 from relfv.report.registered_section import plan_of_qid
 from relfv.settings import FLAGS, Settings
-from relfv.stages.ablation import ABLATION, SET_TO
+from relfv.stages.ability import in_short
+from relfv.stages.ablation import ABLATION, SET_TO, beside_sufficiency
 from relfv.stages.answers import ANSWERS
 from relfv.stages.attribution import ATTRIBUTION
 from relfv.stages.caveats import tells_apart
@@ -61,7 +62,7 @@ def of_qid(folder: Path, status: QidStatus) -> dict[str, Any]:
     layers = {layer: qid.read(EVAL_SUMMARY, layer) for layer in steps["completed_layers"]}
     example, summary, controls = trials.questions[0].query, if_there(SUMMARY), if_there(CONTROLS_FILE)
     reference = qid.read(STEP_E_EVAL)["reference"]
-    answers = if_there(ANSWERS)
+    answers, ablation = if_there(ANSWERS), if_there(ABLATION)
     return {
         "q_id": status.q_id,
         "name": with_arrow(status.name),
@@ -79,6 +80,8 @@ def of_qid(folder: Path, status: QidStatus) -> dict[str, Any]:
         "n_distinguishable": sum(bool(head.get("distinguishable")) for head in heads),
         "noise_floor": if_there(NOISE_FLOOR),
         "verdict": summary and _SENTENCE_ENDS.split(summary["verdict"]),
+        "able": _able(summary),
+        "enough": _enough(summary, ablation),
         "as_fed": answers and answers.get("first_trial_as_fed"),
         "share": _share(summary),
         "whole": answers and answers["summary"],
@@ -91,7 +94,7 @@ def of_qid(folder: Path, status: QidStatus) -> dict[str, Any]:
         "sweeps": _sweeps(if_there(SWEEPS_FILE)),
         "new_queries": if_there(NEW_QUERIES),
         "mlps": if_there(MLP_CIE),
-        "ablation": _ablation(if_there(ABLATION)),
+        "ablation": _ablation(ablation),
         "replicates": if_there(REPLICATES),
         "formats": if_there(FORMATS_FILE),
         "attribution": if_there(ATTRIBUTION),
@@ -123,6 +126,24 @@ def _share(summary: dict[str, Any] | None) -> dict[str, Any]:
     if share:
         return {"why": "", **share}
     return {"why": "no-gap" if summary["p"]["clean"] <= summary["p"]["zero_shot"] else "gap-too-small"}
+
+
+def _able(summary: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Whether the model can do the relation, in short, and the trials whose clean prompt it answers right."""
+    if not summary or "ability" not in summary:
+        return None
+    able, of = summary["ability"], summary["answered_right"]
+    rows = [("CIE of the top heads, mean", of["top_heads"])]
+    rows.append((f"change in P with the vector at layer {summary['layer']}", of["step6"]))
+    return {**able, "cannot": in_short(able), "right": of, "rows": rows, "part": 0 < of["n_trials"] < able["n_trials"]}
+
+
+def _enough(summary: dict[str, Any] | None, ablation: dict[str, Any] | None) -> list[Any]:
+    """The table of what is sufficient and what is necessary; of the latter nothing where it was not asked for."""
+    if ablation:
+        return ablation["table"]
+    known = summary and "carriers" in summary and tells_apart(summary)
+    return beside_sufficiency(summary, {}, {}) if summary and known else []
 
 
 def _answers(answers: dict[str, Any], controls: dict[str, Any] | None) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from relfv.logs import printable
 from relfv.progress import duration
 from relfv.report.registered import PLAN
 from relfv.report.registered_section import plan_line
+from relfv.stages.ability import in_short
 from relfv.stages.caveats import tells_apart
 from relfv.stages.step6_summary import STEP6_SUMMARY
 from relfv.stages.summary import SUMMARY
@@ -65,7 +66,11 @@ def status_table(root: Path) -> str:
         lines += _wrapped(f"{relation}: {model or 'model not known'}", width, "")
         for row in group:
             below = [] if beside else _wrapped(row["name"], width, _INDENT)
-            lines += [_line(shown(row), widths), *below, *_wrapped(row["reason"], width, _INDENT)]
+            lines += [
+                _line(shown(row), widths),
+                *below,
+                *_wrapped(row["reason"] or row["cannot_do"] or "", width, _INDENT),
+            ]
     if any(row["whole_answers"] for row in rows if row["tells_answers_apart"] is False):
         lines += _wrapped(_WHOLE, width, "")
     for folder in dict.fromkeys(found.absolute().parent.parent for found in find_statuses(root)):
@@ -180,7 +185,7 @@ def _row(folder: Path) -> dict[str, Any]:
         "relation": q_id.absolute().parent.name, "q_id": q_id.absolute().name, "name": "", "model": None,
         "status": "unreadable", "rows": None, "stage": None, "n_steps_done": None, "n_steps": None, "best_layer": None,
         "n_layers": None, "best_score": None, "accuracy": None, "whole_answers": None, "tells_answers_apart": None,
-        "updated_at": None, "seconds": None, "seconds_left": None, "reason": "",
+        "cannot_do": None, "updated_at": None, "seconds": None, "seconds_left": None, "reason": "",
     }  # fmt: skip
     try:
         status = read_status(folder)
@@ -232,4 +237,7 @@ def _best(status: QidStatus) -> dict[str, Any]:
     summary = qid.read(SUMMARY) if qid.has(SUMMARY) else {}
     if "scored_token" in summary:  # not in folders of earlier versions
         numbers |= {"whole_answers": dict(summary["whole_answers"]), "tells_answers_apart": tells_apart(summary)}
+    if "ability" in summary:
+        said = in_short(summary["ability"])
+        numbers["cannot_do"] = f"the model {said} it: {summary['ability']['why_not']}" if said else ""
     return numbers

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from relfv.stages.ability import majority_accuracy
 from relfv.stages.ablation import ABLATION
 from relfv.stages.answers import ANSWERS
 from relfv.stages.cie import METRICS
@@ -53,6 +54,8 @@ def _summary(qid: QidFolder, status: QidStatus) -> Iterator[Row]:
         "n_heads_distinguishable": found.get("n_heads_distinguishable"),
         "score_key": status.settings.score_key,
         "acc_clean": reference["clean"]["acc"],
+        "acc_majority": majority_accuracy(trials),
+        "can_do": found.get("ability", {}).get("can_do"),
         "mean_p_clean": reference["clean"]["mean_p"],
         **best,
         **_if_there(qid, ANSWERS).get("summary", {}),
@@ -215,7 +218,7 @@ TABLES: dict[str, tuple[_RowsOf, tuple[str, ...]]] = {
     "summary": (_summary, (
         "status", "reason", "n_rows", "n_trials", "n_queries", "n_eval", "n_layers", "n_heads",
         "n_heads_distinguishable", "score_key", "layer", "alpha", *_ACCURACY, *_DELTA, "acc_clean", "mean_p_clean",
-        *_WHOLE, *_GAP, "verdict",
+        "acc_majority", "can_do", *_WHOLE, *_GAP, "verdict",
     )),
     "heads": (_heads, (
         "layer", "head", "rank", "score_key", "in_function_vector", "distinguishable", "in_top_k", *COLUMNS,

@@ -26,6 +26,7 @@ from relfv.report.registered import excluded_in
 from relfv.runs.qid import open_for, work_on
 from relfv.runs.several import completed_q_ids, require_alike, shared_settings
 from relfv.settings import Settings
+from relfv.stages.ability import why_not
 from relfv.stages.aggregate import (
     AGGREGATE,
     AGGREGATE_CSV,
@@ -47,7 +48,7 @@ from relfv.stages.aggregate_verdict import verdict
 from relfv.stages.cross import CROSS_SETTINGS
 from relfv.stages.left_out_relation import leave_out
 from relfv.stages.means import MEANS
-from relfv.stages.over_relations import OverRelations, heads_of_the_others, over_relations, why_not
+from relfv.stages.over_relations import OverRelations, heads_of_the_others, over_relations
 from relfv.stages.similarity import IN_WORDS
 from relfv.stages.step6_summary import STEP6_SUMMARY
 from relfv.stages.zeroshot import evaluated_prompts

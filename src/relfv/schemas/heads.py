@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from relfv.schemas.notation import FLAG, INDEX, NUMBER, TEXT, Schema, array, by_name, keys, nullable, record
+from relfv.schemas.notation import (
+    FLAG,
+    INDEX,
+    NUMBER,
+    TEXT,
+    ZERO_OR_ONE,
+    Schema,
+    array,
+    by_name,
+    keys,
+    nullable,
+    record,
+)
 
 _PAIR = record(keys("input output", TEXT))
 _COLLISION = record({"token_id": INDEX, "token": TEXT, "answers": array(TEXT)})
@@ -103,7 +115,7 @@ FV_META = record(
     _OF_CALLS,
 )
 
-_REFERENCE = record({**keys("acc mean_p mean_logit mean_logprob", NUMBER), "n": INDEX})
+_REFERENCE = record({**keys("acc mean_p mean_logit mean_logprob", NUMBER), "n": INDEX, "right": array(ZERO_OR_ONE)})
 _QUICK: Schema = {**keys("mean_delta_logit mean_delta_p", NUMBER), "n": INDEX}
 STEP_E_EVAL = record(
     {

@@ -116,7 +116,8 @@ ANSWERS = record(
         "summary": record(_halves("exact_match begins_with_answer mean_logprob_answer", NUMBER)),
         "fv_decoded": record({"caution": TEXT, "top": _TOKENS}),
         "rows": array(_ANSWER),
-    }
+    },
+    {"clean_prompts": array(record({"trial_idx": INDEX, "written": TEXT, **keys("begins exact", ZERO_OR_ONE)}))},
 )
 
 SHARE = nullable(
@@ -137,6 +138,29 @@ _CARRIER = record(
     {"share_of_gap": SHARE},
     {**keys("p acc", nullable(NUMBER)), "share_of_gap_of_draws": array(NUMBER), "layer": INDEX},
 )
+_CHANGE: Schema = keys("mean_delta_p ci_low ci_high", nullable(NUMBER))
+_OF_ROWS = record(
+    keys("n_eval n_queries", INDEX), {**keys("acc_base acc_with mean_p_base mean_p_with", NUMBER), **_CHANGE}
+)
+_ABLE: Schema = {
+    "ability": record(
+        {
+            "can_do": FLAG,
+            **keys("why_not judged_by", TEXT),
+            "clean_acc": record(keys("value low high", NUMBER)),
+            **keys("majority_acc p_by_majority", NUMBER),
+            **keys("n_trials n_queries", INDEX),
+        }
+    ),
+    "answered_right": record(
+        {
+            **keys("n_trials n_queries min_queries", INDEX),
+            "top_heads": record(keys("all answered_right", nullable(record(_CHANGE)))),
+            "heads": array(record({**keys("layer head", INDEX), "answered_right": nullable(record(_CHANGE))})),
+            "step6": record(keys("all answered_right", _OF_ROWS)),
+        }
+    ),
+}
 SUMMARY = record(
     {
         **keys("q_id verdict", TEXT),
@@ -152,6 +176,7 @@ SUMMARY = record(
         "notes": array(TEXT),
         "fv_is_as_written": nullable(FLAG),
         "carriers": by_name(_CARRIER),
+        **_ABLE,
         "scored_token": record(
             {
                 "target": TEXT,

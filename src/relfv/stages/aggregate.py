@@ -8,19 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from relfv.errors import RunError
+from relfv.stages.ability import RULE, majority_accuracy, p_by_majority, why_not
 from relfv.stages.function_vector import FV, STEP_E_EVAL, TOP_HEADS, heads_of
 from relfv.stages.left_out_relation import MEANING as LEFT_OUT_MEANING
 from relfv.stages.left_out_relation import over_targets
 from relfv.stages.means import MEANS
-from relfv.stages.over_relations import (
-    AVERAGED,
-    CHANCE,
-    Measured,
-    OverRelations,
-    majority_accuracy,
-    p_by_majority,
-    why_not,
-)
+from relfv.stages.over_relations import AVERAGED, Measured, OverRelations
 from relfv.stages.scores import CIE
 from relfv.stages.similarity import MEASURES, agreement, similarities
 from relfv.stages.step6_summary import STEP6_SUMMARY
@@ -32,12 +25,9 @@ from relfv.store.folder import File, QidFolder
 from relfv.store.formats import SEAL, csv_bytes, finite, json_bytes, read_json, sealed, unsealed
 from relfv.types import HeadId
 
-RULE = (
-    "a relation counts where the accuracy of its clean prompts is above that of its commonest answer given always, and "
-    f"that answer alone would be right as often with a probability of at most {CHANCE} (binomial, queries as the unit)"
-)
 MEANING = {
-    "relations": f"{RULE}; why_not says why it does not, and such a one is left out unless --all keeps it",
+    "relations": f"a relation counts where {RULE}; why_not says why it does not, and such a one is left out unless "
+    "--all keeps it",
     "heads": "AIE: the mean of each head's score over the relations, each counting once; intervals are Student's t "
     "over relations, p-values flip the signs of whole relations; in_top_k is the share of resamples of the relations "
     "in which the head is among the top k, n_in_own_top the number of relations whose own top heads it is one of",

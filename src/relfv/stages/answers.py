@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from relfv.settings import MODEL_SETTINGS
+from relfv.stages.caveats import tells_apart, trial_numbers
 from relfv.stages.cie import corrupted_prompts
 from relfv.stages.function_vector import FV
 from relfv.stages.means import clean_prompts
@@ -30,7 +31,8 @@ _MEANING = (
     "than the answer; begins: whether the answer's tokens are what is written first; exact: whether an accepted answer "
     "is written and ends there, at a line break or the end of the text; with: alpha times the vector added after the "
     "layer at the last prompt token and at every token written. Where the answer begins with tokens of white space "
-    "alone, they are fed with the prompt."
+    "alone, they are fed with the prompt. clean_prompts: what is written after the trials' clean prompts, nothing "
+    "added; only where scored tokens do not tell answers apart, and so cannot say whether the model does the relation."
 )
 
 
@@ -39,13 +41,7 @@ def _write_answers(work: Work) -> str:
 
     model, alpha, vector = work.model, work.settings.alpha, work.read(FV)
     layer, trials = work.read(STEP6_SUMMARY)["best_layer"], work.once(evaluated)
-    # Whole answers begin at their first token, whichever token is scored.
-    prompts = [
-        [*model.tokens.encode(text), *question.target.space_ids]
-        for text, question in zip(trials.prompts, trials.questions, strict=True)
-    ]
-    answers = [question.target.answer_ids for question in trials.questions]
-    lengths = [_length(model.tokens, question) for question in trials.questions]
+    prompts, answers, lengths = _asked(model.tokens, trials.prompts, trials.questions)
     # Both halves in one go: the same prompts with nothing added, then with the vector.
     added = np.stack([0 * vector, np.float32(alpha) * vector]).repeat(len(prompts), axis=0)
     scored = score_answers(model.backbone, 2 * prompts, 2 * answers, Injection(layer, added), lengths=2 * lengths)
@@ -74,6 +70,7 @@ def _write_answers(work: Work) -> str:
         },
         "first_trial_as_fed": _as_fed(work),
         "rows": rows,
+        **({} if tells_apart(trial_numbers(work.read(TRIALS))) else {"clean_prompts": _after_clean_prompts(work)}),
     }
     work.write(ANSWERS, json_bytes(document), content=document)
     shares = document["summary"]
@@ -82,6 +79,39 @@ def _write_answers(work: Work) -> str:
         for name in ("exact_match", "begins_with_answer")
     )
     return f"at layer {layer}, whole answers {exact}; begun with the answer {begun}"
+
+
+def _asked(
+    tokens: Tokens, texts: Sequence[str], questions: Sequence[Question]
+) -> tuple[list[Any], list[Any], list[int]]:
+    """Prompts and answers as token ids, and how many tokens to write. Whole answers begin at their first token,
+    whichever token is scored."""
+    prompts = [
+        [*tokens.encode(text), *question.target.space_ids] for text, question in zip(texts, questions, strict=True)
+    ]
+    answers = [question.target.answer_ids for question in questions]
+    return prompts, answers, [_length(tokens, question) for question in questions]
+
+
+def _after_clean_prompts(work: Work) -> list[dict[str, Any]]:
+    from relfv.engine.answers import score_answers
+
+    tokens, trials = work.model.tokens, work.read(TRIALS)
+    prompts, answers, lengths = _asked(tokens, trials.clean_prompts, trials.questions)
+    scored = score_answers(work.model.backbone, prompts, answers, lengths=lengths)
+    return [
+        {"trial_idx": question.trial_idx, **_written(tokens, question, one)}
+        for question, one in zip(trials.questions, scored, strict=True)
+    ]
+
+
+def _written(tokens: Tokens, question: Question, scored: ScoredAnswer) -> dict[str, Any]:
+    ids = list(question.target.answer_ids)
+    return {
+        "written": tokens.joined(scored.written),
+        "begins": int(scored.written[: len(ids)] == ids),
+        "exact": int(tokens.answer_in(scored.written) in accepted_answers(question)),
+    }
 
 
 def _as_fed(work: Work) -> dict[str, Any]:
@@ -94,7 +124,8 @@ def _as_fed(work: Work) -> dict[str, Any]:
     }
 
 
-def _accepted(question: Question) -> list[str]:
+def accepted_answers(question: Question) -> list[str]:
+    """All that are right, the trial's own first."""
     return [question.answer, *(answer for answer, _ in question.accepted)]
 
 
@@ -107,20 +138,17 @@ def _length(tokens: Tokens, question: Question) -> int:
 def _rows(work: Work, without: Sequence[ScoredAnswer], with_it: Sequence[ScoredAnswer]) -> list[dict[str, Any]]:
     rows, tokens = [], work.model.tokens
     for question, before, after in zip(work.once(evaluated).questions, without, with_it, strict=True):
-        ids = list(question.target.answer_ids)
         row: dict[str, Any] = {
             "query": question.query.input,
             "answer": question.answer,
-            "other_right_answers": _accepted(question)[1:],
-            "n_tokens": len(ids),
+            "other_right_answers": accepted_answers(question)[1:],
+            "n_tokens": len(question.target.answer_ids),
         }
         for name, scored in (("base", before), ("with", after)):
             row |= {
                 f"logprob_answer_{name}": scored.logprob,
                 f"rank_first_token_{name}": scored.rank,
-                f"written_{name}": tokens.joined(scored.written),
-                f"begins_{name}": int(scored.written[: len(ids)] == ids),
-                f"exact_{name}": int(tokens.answer_in(scored.written) in _accepted(question)),
+                **{f"{key}_{name}": value for key, value in _written(tokens, question, scored).items()},
                 f"top_{name}": _tokens(tokens, scored.top),
             }
         rows.append(row)

@@ -69,7 +69,7 @@ def tells_apart(numbers: Mapping[str, Any]) -> bool:
 
 
 def leading_sentence(numbers: Mapping[str, Any]) -> str:
-    """What comes first, and in place of any share of a gap, where the scored token cannot tell answers apart."""
+    """What comes before the heads, and in place of any share of a gap, where scored tokens tell no answers apart."""
     if tells_apart(numbers):
         return ""
     token, whole = numbers["scored_token"], numbers["whole_answers"]

@@ -56,10 +56,10 @@ def build_function_vector(
 
 
 def reference_point(scores: TokenScores, right: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Accuracy and means of untouched prompts."""
+    """Accuracy and means of untouched prompts, and which of them are answered right."""
     correct = scores.correct(right)
     means = {f"mean_{m}": float(scores.measure(m).mean()) for m in MEASURES}
-    return {"acc": float(correct.mean()), **means, "n": len(correct)}
+    return {"acc": float(correct.mean()), **means, "n": len(correct), "right": correct.astype(int).tolist()}
 
 
 # --- files ---------------------------------------------------------------------------------------------------------

@@ -1,27 +1,25 @@
-"""Heads over relations: which relations the model can do, the AIE of every head over them with the relation as the
-unit, and the heads that lead it (Todd et al. 2024, section 3)."""
+"""Heads over relations: the AIE of every head with the relation as the unit, and the heads that lead it (Todd et al.
+2024, section 3)."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from relfv.stages.ability import Ability
 from relfv.stages.scores import COLUMNS, rank_heads, select_heads
 from relfv.stats import Stability, clustered_mean, false_discovery, sign_flip_p_values, top_k_stability
-from relfv.types import HeadId, ScoredHead, Snapshot
+from relfv.types import HeadId, ScoredHead
 
-CHANCE = 0.05
-"""A relation whose clean accuracy the majority answer reaches with a larger probability is not one the model can do."""
 AVERAGED = [name for name in COLUMNS if not name.startswith("mean_delta_p_")]
 """Columns of cie_scores.csv whose mean over relations is taken; those left out are a single relation's errors."""
 
 
-@dataclass(frozen=True)
-class Measured:
+@dataclass(frozen=True, kw_only=True)
+class Measured(Ability):
     """What the files of one finished relation give."""
 
     name: str
@@ -29,48 +27,13 @@ class Measured:
     """By layer, then head; the same heads in every relation."""
     top: tuple[HeadId, ...]
     """Its own top heads, best first."""
-    clean_acc: float
-    """On the trials' clean prompts."""
-    majority_acc: float
-    """Of the one answer that is right most often, given to every trial."""
     n_trials: int
-    n_queries: int
     vector: np.ndarray
     """float32 (resid_dim,)"""
     means: np.ndarray
     """float32 (layer, head, head_dim): clean means."""
     answers: frozenset[int]
     """The tokens that its trials are scored on."""
-
-
-def majority_accuracy(trials: Snapshot) -> float:
-    """Share of the trials in which the token that is right most often is right."""
-    right = Counter(token for question in trials.questions for token in question.right_ids)
-    return max(right.values()) / len(trials.questions)
-
-
-def p_by_majority(one: Measured) -> float:
-    """Probability that giving the majority answer alone is right for as many of as many new queries: binomial, with
-    the query as the unit, since trials that share one are no independent observations."""
-    from scipy import stats
-
-    right = math.floor(one.clean_acc * one.n_queries + 1e-9)
-    return float(stats.binom.sf(right - 1, one.n_queries, one.majority_acc))
-
-
-def why_not(one: Measured) -> str:
-    """Why the relation is not one that the model can do; empty if it is."""
-    if one.clean_acc <= one.majority_acc:
-        return (
-            f"clean accuracy {one.clean_acc:.2f} is not above {one.majority_acc:.2f}, that of its commonest answer "
-            "given always"
-        )
-    if (p := p_by_majority(one)) > CHANCE:
-        return (
-            f"clean accuracy {one.clean_acc:.2f} over {one.n_queries} queries is not shown to be above "
-            f"{one.majority_acc:.2f}, that of its commonest answer given always (p {p:.2f})"
-        )
-    return ""
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,19 @@ from typing import Any
 import numpy as np
 
 from relfv.shares import Gap
-from relfv.stages.answers import ANSWERS
+from relfv.stages.ability import ability_numbers, majority_accuracy, majority_share
+from relfv.stages.answered_right import answered_right
+from relfv.stages.answers import ANSWERS, accepted_answers
 from relfv.stages.carrier import carrier_numbers
 from relfv.stages.caveats import caveat_numbers
+from relfv.stages.cie import METRICS
 from relfv.stages.control_vectors import CONTROLS
 from relfv.stages.controls import CONTROLS_FILE
-from relfv.stages.function_vector import STEP_E_EVAL, TOP_HEADS
+from relfv.stages.function_vector import STEP_E_EVAL, TOP_HEADS, heads_of
 from relfv.stages.head_stability import HEAD_STABILITY
 from relfv.stages.scores import measure_of
 from relfv.stages.stage import Stage, Work
+from relfv.stages.step6 import EVAL_TRIALS
 from relfv.stages.step6_summary import STEP6_SUMMARY
 from relfv.stages.trials import TRIALS
 from relfv.stages.verdict import HELD_OUT, verdict
@@ -29,7 +33,7 @@ def conclusions(
     top_heads: Mapping[str, Any],
     controls: Mapping[str, Any],
     stability: Mapping[str, Any] | None,
-    caveats: Mapping[str, Any],
+    beside: Mapping[str, Any],
     *,
     layer: int,
     score_key: str = "mean_delta_p",
@@ -38,7 +42,7 @@ def conclusions(
     verdict.
 
     ``layer`` is the best by ``score_key`` of step6_all_layers_summary.json, and stands for the best in every file.
-    ``caveats`` are the numbers of ``caveat_numbers``.
+    ``beside`` are the numbers of ``caveat_numbers``, ``ability_numbers`` and ``answered_right``.
     """
     prompts, layers = controls["by_prompt"], list(controls["per_layer"])
     compared = [str(at) for at in controls.get("compared_layers", layers)]
@@ -81,7 +85,7 @@ def conclusions(
             if control.rival and shares.get(name)
         },
         **carrier_numbers(controls, layer, gap, effects),
-        **caveats,
+        **beside,
         "ci_level": LEVEL,
     }
     document["verdict"] = verdict(document)
@@ -139,7 +143,10 @@ def _conclude(work: Work) -> str:
         work.read(TOP_HEADS),
         work.read(CONTROLS_FILE),
         work.read(HEAD_STABILITY) if work.folder.has(HEAD_STABILITY) else None,
-        caveat_numbers(work.read(TRIALS), work.read(STEP_E_EVAL)["reference"], work.read(ANSWERS)),
+        {
+            **_of_clean_prompts(work, best["best_layer"]),
+            **caveat_numbers(work.read(TRIALS), work.read(STEP_E_EVAL)["reference"], work.read(ANSWERS)),
+        },
         layer=best["best_layer"],
         score_key=best["score_key"],
     )
@@ -148,11 +155,35 @@ def _conclude(work: Work) -> str:
     return f"{work.name}: {document['verdict']}" if work.name else document["verdict"]
 
 
+def _of_clean_prompts(work: Work, layer: int) -> dict[str, Any]:
+    """Whether the model can do the relation, and the numbers of what it answers right. Where scored tokens do not tell
+    answers apart, answers.json has whole ones, and they are what is right."""
+    trials, whole = work.read(TRIALS), work.read(ANSWERS).get("clean_prompts")
+    if whole:
+        right = [max(row["begins"], row["exact"]) for row in whole]
+        judged_by, majority = "whole_answers", majority_share(map(accepted_answers, trials.questions))
+    else:
+        right = work.read(STEP_E_EVAL)["reference"]["clean"]["right"]
+        judged_by, majority = "scored_token", majority_accuracy(trials)
+    deltas, heads = work.read(METRICS), heads_of(work.read(TOP_HEADS))
+    return {
+        "ability": ability_numbers(right, trials.clusters, majority, judged_by),
+        "answered_right": answered_right(
+            right,
+            trials.clusters,
+            deltas.of["p"][:, [deltas.heads.index(head) for head in heads]],
+            heads,
+            work.read(EVAL_TRIALS, layer),
+            work.read(CONTROLS_FILE)["by_prompt"]["query_source_index"],
+        ),
+    }
+
+
 STAGE = Stage(
     "summary",
     "What may be concluded, in numbers and in words.",
     _conclude,
-    reads=(TRIALS, TOP_HEADS, STEP_E_EVAL, CONTROLS_FILE, STEP6_SUMMARY, ANSWERS, HEAD_STABILITY),
+    reads=(TRIALS, METRICS, TOP_HEADS, STEP_E_EVAL, EVAL_TRIALS, CONTROLS_FILE, STEP6_SUMMARY, ANSWERS, HEAD_STABILITY),
     writes=(SUMMARY,),
     extra=True,
     share=0.01,

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from relfv.stages.ability import ability_sentence
+from relfv.stages.answered_right import stratum_sentence
 from relfv.stages.carrier import carrier_sentences
 from relfv.stages.caveats import leading_sentence, tells_apart, trial_sentences
 from relfv.stages.control_vectors import CONTROLS
@@ -23,7 +25,8 @@ Numbers = Mapping[str, Any]
 
 def verdict(numbers: Numbers) -> str:
     """What the content of summary.json says, in words."""
-    sentences = (leading_sentence, _heads, *(OF_SHARES if tells_apart(numbers) else ()), trial_sentences)
+    of_tokens = OF_SHARES if tells_apart(numbers) else ()
+    sentences = (ability_sentence, leading_sentence, _heads, *of_tokens, trial_sentences)
     return " ".join(said for said in (sentence(numbers) for sentence in sentences) if said)
 
 
@@ -116,6 +119,7 @@ OF_SHARES: tuple[Callable[[Numbers], str], ...] = (
     _controls,
     _against_random,
     carrier_sentences,
+    stratum_sentence,
 )
 """What rests on scores of single tokens: said only where those tell answers apart."""
 
