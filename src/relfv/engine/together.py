@@ -61,6 +61,8 @@ def _setting(backbone: Backbone, versions: Sequence[Together], layer: int, promp
 
 def _setting_mlp(backbone: Backbone, versions: Sequence[Together], layer: int, prompts: slice) -> Edit | None:
     """The output of the layer's MLP := the version's."""
+    if all(v.mlps is None for v in versions):
+        return None
     alone = torch.full((backbone.arch.resid_dim,), torch.nan)
     values = _of_layer([v.mlps for v in versions], layer, prompts, alone).to(backbone.device)
     is_set = ~values.isnan()
@@ -75,6 +77,8 @@ def _setting_mlp(backbone: Backbone, versions: Sequence[Together], layer: int, p
 
 def _removing(backbone: Backbone, versions: Sequence[Together], layer: int, prompts: slice) -> Edit | None:
     """The version's direction, taken out of the hidden state after the block."""
+    if all(v.removed is None for v in versions):
+        return None
     removed = _of_layer([v.removed for v in versions], layer, prompts, torch.zeros(backbone.arch.resid_dim))
     if not removed.any():
         return None

@@ -51,8 +51,8 @@ def score_heads(effects: HeadEffects, means: MeanActivations, queries: Sequence[
 def _norms(means: MeanActivations, heads: Sequence[HeadId]) -> np.ndarray:
     import torch
 
-    norms = torch.from_numpy(means.values).double().norm(dim=-1)
-    return np.array([float(norms[head.layer, head.head]) for head in heads])
+    norms = torch.from_numpy(means.values).double().norm(dim=-1).numpy()
+    return norms[[head.layer for head in heads], [head.head for head in heads]]
 
 
 def uncertainty(delta_p: np.ndarray, queries: Sequence[int]) -> dict[str, np.ndarray]:
