@@ -94,13 +94,17 @@ def _removing(backbone: Backbone, versions: Sequence[Together], layer: int, prom
 
 def _adding(backbone: Backbone, versions: Sequence[Together], layer: int, prompts: slice) -> Edit | None:
     """Hidden state after the block += the version's vector."""
-    added = _of_layer([v.added for v in versions], layer, prompts, torch.zeros(backbone.arch.resid_dim))
+    given = {copy: v.added for copy, v in enumerate(versions, start=1) if v.added is not None}
+    if not given:
+        return None
+    # Of these alone: laid out for all versions and prompts they are most of what goes to a GPU.
+    added = _of_layer([*given.values()], layer, prompts, torch.zeros(backbone.arch.resid_dim))
     if not added.any():
         return None
-    added = added.to(backbone.device_of(layer))
+    added, copies = added.to(backbone.device_of(layer)), torch.tensor([*given], device=backbone.device_of(layer))
 
     def edit(hidden: torch.Tensor) -> torch.Tensor:
-        return torch.cat([hidden[:, :1], hidden[:, 1:] + added.to(hidden.dtype)], dim=1)
+        return hidden.index_add(1, copies, added.to(hidden.dtype).expand(len(hidden), -1, -1))
 
     return edit
 

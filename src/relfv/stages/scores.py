@@ -97,11 +97,13 @@ def read_scores(path: Path) -> list[ScoredHead]:
     """Rows of cie_scores.csv or aie_scores.csv, in file order; ``n_trials`` is 0 where the file has none."""
     scored: list[ScoredHead] = []
     try:
-        for row in read_csv(path):
+        rows = read_csv(path)
+        known = [name for name in next(iter(rows), ()) if name in COLUMNS]
+        for row in rows:
             head = HeadId(int(row["layer"]), int(row["head"]))
             if min(head.layer, head.head) < 0:
                 raise ValueError("a negative layer or head")
-            scores = {name: float(value) for name, value in row.items() if name in COLUMNS}
+            scores = {name: float(row[name]) for name in known}
             scored.append(ScoredHead(head, scores, int(row.get("n_trials") or 0)))
     except (KeyError, TypeError, ValueError) as problem:
         raise RunError(f"{path}: line {len(scored) + 2} is not the score of a head ({problem!r})") from None
