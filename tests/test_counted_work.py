@@ -27,6 +27,7 @@ MOST = {
     "rows through a block": 81_016,
     "rows through the vocabulary": 11_500,
     "texts encoded": 159,
+    "texts decoded": 100,
     "files read": 369,
     "files written": 77,
     "writes of qid_status.json": 16,
@@ -53,6 +54,7 @@ class Counts(Counter[str]):
         nn.modules.module.register_module_forward_pre_hook(self._module)
         self._follow(Step)
         self._watch(Tokens, "encode", "texts encoded")
+        self._watch(Tokens, "joined", "texts decoded")
         self._watch(Path, "read_bytes", "files read")
 
     def _module(self, module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -147,7 +147,8 @@ def sign_flip_p_values(values: np.ndarray, clusters: Sequence[int]) -> np.ndarra
     limit = np.abs(totals.sum(0)) - np.float32(1e-5)
     as_far = np.zeros(totals.shape[1])
     for start in range(0, len(flips), 500):  # what stays in the cache is fast
-        as_far += np.count_nonzero(np.abs(flips[start : start + 500] @ totals) >= limit, axis=0)
+        sums = flips[start : start + 500] @ totals
+        as_far += (np.abs(sums, out=sums) >= limit).sum(0, dtype=np.int16)  # in wider numbers three times as long
     return as_far / len(flips)
 
 

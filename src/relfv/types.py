@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # to know what values are takes neither
@@ -194,7 +195,7 @@ class TokenScores:
     top_id: torch.Tensor
     """int64, the most probable token."""
 
-    @property
+    @cached_property
     def p(self) -> torch.Tensor:
         """float64 probability of the target token."""
         return self.logprob.double().exp()

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from parity import assert_close, largest, rounding, size
 from relfv.engine.answers import N_TOP, Injection, decode_vector, score_answers
@@ -84,11 +85,20 @@ def test_the_vector_acts_from_the_last_prompt_token_on(model: LanguageModel) -> 
     assert max(abs(a.logprob - b.logprob) for a, b in zip(found, untouched, strict=True)) > 0.1
 
 
+def out_projs(model: LanguageModel) -> list[nn.Module]:
+    return [*model.arch.out_projs.values()]
+
+
 def test_a_decoded_vector_is_what_norm_and_unembedding_make_of_it(model: LanguageModel) -> None:
     v = vector(model)
     with torch.no_grad():
         logits = model.backbone.model.lm_head(model.backbone.model.model.norm(v))
     p = logits.softmax(-1)
+    ran: list[nn.Module] = []
+    handles = [projection.register_forward_hook(lambda m, _, __: ran.append(m)) for projection in out_projs(model)]
     found = decode_vector(model.backbone, [0], v)
+    assert ran == out_projs(model)[:1], "what the last block gives is replaced: the others need not run"
+    for handle in handles:
+        handle.remove()
     assert [token for token, _ in found] == p.topk(len(found)).indices.tolist()
     assert found[0][1] == pytest.approx(float(p.max()), abs=rounding(largest(logits)))

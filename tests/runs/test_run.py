@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import shutil
@@ -397,6 +398,20 @@ def test_a_run_that_was_overtaken_by_one_with_other_settings_leaves_the_q_id_alo
     before = status(copied, "A1")
     assert Worker(plan, open_for(settings)).run("A1") == "failed"
     assert status(copied, "A1") == before
+
+
+def test_garbage_is_not_looked_for_in_the_model_while_a_worker_has_it(
+    llama_path: Path, csv_path: Path, tmp_path: Path
+) -> None:
+    from relfv.runs.plan import RunRequest, make_plan
+    from relfv.runs.worker import Worker
+    from relfv.settings import Settings
+
+    settings = Settings(model=str(llama_path), relation_csv_path=str(csv_path), seed=1)
+    worker = Worker.opened(make_plan(RunRequest(settings, ("A1",), tmp_path)))
+    frozen = gc.get_freeze_count()
+    worker.close()
+    assert frozen > 100_000 > gc.get_freeze_count()
 
 
 def test_a_damaged_manifest_is_put_aside_and_does_not_stop_a_run(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from relfv.engine.arithmetic import replaced
 from relfv.engine.base import Array, Backbone, TokenIds
 from relfv.engine.hooks import editing_outputs
 from relfv.engine.memory import shrinking
@@ -85,13 +87,28 @@ def decode_vector(backbone: Backbone, bos: list[int], vector: Array) -> list[tup
     """
 
     def replace(hidden: torch.Tensor) -> torch.Tensor:
-        return torch.as_tensor(vector).to(hidden).expand_as(hidden)
+        place = backbone.device_of(backbone.arch.n_layers - 1)
+        return torch.as_tensor(vector).to(place, hidden.dtype).expand_as(hidden)
 
     with backbone.running():
-        with editing_outputs([(backbone.arch.blocks[-1], replace)]):
+        with _passing_blocks_by(backbone), editing_outputs([(backbone.arch.blocks[-1], replace)]):
             hidden = last_hidden(backbone, [bos])
         best = logprobs(backbone, hidden)[0].exp().topk(N_DECODED)
     return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+
+
+@contextmanager
+def _passing_blocks_by(backbone: Backbone) -> Iterator[None]:
+    """While open, blocks after the first give what that gave, in whatever form: where the last one's output is replaced
+    anyway, they need not run."""
+    first, *others = backbone.arch.blocks
+    given: list[Any] = []
+    handle = first.register_forward_hook(lambda _, __, output: given.append(output))
+    try:
+        with replaced([(block, lambda *_, **__: given[-1]) for block in others]):
+            yield
+    finally:
+        handle.remove()
 
 
 def _score(

@@ -29,7 +29,6 @@ from transformers.masking_utils import AttentionMaskInterface
 from relfv.engine.arithmetic import Arithmetic
 from relfv.engine.base import Backbone
 from relfv.errors import RunError
-from relfv.models.architecture import text_config
 from relfv.models.own_attention import attending_by
 
 NAME = "relfv_shared_prefix"
@@ -163,9 +162,8 @@ AttentionMaskInterface.register(NAME, _window_as_mask)
 def attending_to(prefix: Prefix, backbone: Backbone) -> Iterator[None]:
     """While open, the model's attention is ``shared_prefix_attention`` over ``prefix``."""
     global _active
-    configs = {id(config): config for config in _attention_configs(backbone)}.values()
-    before = [(config, config._attn_implementation) for config in configs]
-    for config in configs:
+    before = [(config, config._attn_implementation) for config in backbone.configs]
+    for config in backbone.configs:
         config._attn_implementation = NAME
     _active = _Pass(prefix, backbone.arithmetic)
     try:
@@ -175,9 +173,3 @@ def attending_to(prefix: Prefix, backbone: Backbone) -> Iterator[None]:
         _active = None
         for config, implementation in before:
             config._attn_implementation = implementation
-
-
-def _attention_configs(backbone: Backbone) -> list[Any]:
-    """The config objects that attention modules and mask builders read; a module may hold a copy."""
-    held = [module.config for module in backbone.model.modules() if hasattr(module, "config")]
-    return [text_config(backbone.model.config), *held]

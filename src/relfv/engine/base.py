@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 
 from relfv.engine.arithmetic import Arithmetic
-from relfv.models.architecture import Architecture
+from relfv.models.architecture import Architecture, text_config
 from relfv.models.cards import Cards
 from relfv.models.streaming import Streaming
 from relfv.progress import counted
@@ -73,6 +74,12 @@ class Backbone:
         arithmetic = self.arithmetic.over_likeliest_tokens()
         return self if arithmetic is self.arithmetic else replace(self, arithmetic=arithmetic)
 
+    @cached_property
+    def configs(self) -> list[Any]:
+        """The config objects that attention modules and mask builders read; a module may hold a copy."""
+        held = [module.config for module in self.model.modules() if hasattr(module, "config")]
+        return [*{id(config): config for config in [text_config(self.model.config), *held]}.values()]
+
     @property
     def decoder(self) -> nn.Module:
         """The model without its vocabulary projection; its first output is the final, normed hidden state."""
@@ -92,6 +99,7 @@ class Backbone:
         """False for families that number positions themselves (Falcon with ALiBi, Bloom)."""
         return "position_ids" in inspect.signature(self.decoder.forward).parameters
 
+    @cached_property
     def weights_on_device(self) -> int:
         """Bytes of the device that weights take, slots of streamed blocks included; of several the most."""
         there: dict[torch.device, int] = {}

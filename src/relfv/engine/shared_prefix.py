@@ -197,9 +197,9 @@ class SharedPrefixEngine:
         backbone = self.backbone
         if backbone.cards and backbone.device.type == "cuda":
             there = min(card or 0 for card in cards_bytes(backbone.cards.devices, backbone.arch))
-            return max(1 << 30, there - backbone.weights_on_device())
+            return max(1 << 30, there - backbone.weights_on_device)
         card = card_bytes(backbone.device, backbone.arch)
-        return _CPU_BUDGET if card is None else max(1 << 30, card - backbone.weights_on_device())
+        return _CPU_BUDGET if card is None else max(1 << 30, card - backbone.weights_on_device)
 
 
 def _run_last_tokens(backbone: Backbone, last: torch.Tensor, prefix: Prefix) -> torch.Tensor:

@@ -61,6 +61,8 @@ def _setting(backbone: Backbone, versions: Sequence[Together], layer: int, promp
 
 def _setting_mlp(backbone: Backbone, versions: Sequence[Together], layer: int, prompts: slice) -> Edit | None:
     """The output of the layer's MLP := the version's."""
+    if all(v.mlps is None for v in versions):
+        return None
     alone = torch.full((backbone.arch.resid_dim,), torch.nan)
     values = _of_layer([v.mlps for v in versions], layer, prompts, alone).to(backbone.device)
     is_set = ~values.isnan()
@@ -75,6 +77,8 @@ def _setting_mlp(backbone: Backbone, versions: Sequence[Together], layer: int, p
 
 def _removing(backbone: Backbone, versions: Sequence[Together], layer: int, prompts: slice) -> Edit | None:
     """The version's direction, taken out of the hidden state after the block."""
+    if all(v.removed is None for v in versions):
+        return None
     removed = _of_layer([v.removed for v in versions], layer, prompts, torch.zeros(backbone.arch.resid_dim))
     if not removed.any():
         return None
@@ -90,13 +94,17 @@ def _removing(backbone: Backbone, versions: Sequence[Together], layer: int, prom
 
 def _adding(backbone: Backbone, versions: Sequence[Together], layer: int, prompts: slice) -> Edit | None:
     """Hidden state after the block += the version's vector."""
-    added = _of_layer([v.added for v in versions], layer, prompts, torch.zeros(backbone.arch.resid_dim))
+    given = {copy: v.added for copy, v in enumerate(versions, start=1) if v.added is not None}
+    if not given:
+        return None
+    # Of these alone: laid out for all versions and prompts they are most of what goes to a GPU.
+    added = _of_layer([*given.values()], layer, prompts, torch.zeros(backbone.arch.resid_dim))
     if not added.any():
         return None
-    added = added.to(backbone.device_of(layer))
+    added, copies = added.to(backbone.device_of(layer)), torch.tensor([*given], device=backbone.device_of(layer))
 
     def edit(hidden: torch.Tensor) -> torch.Tensor:
-        return torch.cat([hidden[:, :1], hidden[:, 1:] + added.to(hidden.dtype)], dim=1)
+        return hidden.index_add(1, copies, added.to(hidden.dtype).expand(len(hidden), -1, -1))
 
     return edit
 

@@ -22,6 +22,7 @@ class Tokens:
         """``n_embeddings``: the number of token ids that the model knows; None to leave ids unchecked."""
         self.tokenizer = tokenizer
         self._n_embeddings = n_embeddings
+        self._texts: dict[int, str] = {}
         others = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token]
         unknown = None if tokenizer.unk_token in others else tokenizer.unk_token
         self._special = [text for text in tokenizer.all_special_tokens if text.strip() and text != unknown]
@@ -68,7 +69,9 @@ class Tokens:
 
     def text(self, token_id: int) -> str:
         """The text of one token; empty for an id that only the model knows (vocabularies are padded)."""
-        return self.joined([token_id])
+        if token_id not in self._texts:
+            self._texts[token_id] = self.joined([token_id])
+        return self._texts[token_id]
 
     def joined(self, token_ids: Sequence[int]) -> str:
         """The text of several tokens; ids that only the model knows are skipped."""

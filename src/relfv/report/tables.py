@@ -268,4 +268,5 @@ def rows_of(table: str, status: QidStatus, qid: QidFolder | None = None) -> list
     found: Sequence[Row] = list(TABLES[table][0](qid, status)) if status.status == "completed" else ()
     if table == "summary" and not found:
         found = ({},)
-    return [{column: {**row, **common}.get(column) for column in columns} for row in found]
+    whole = ({**row, **common} for row in found)
+    return [{column: row.get(column) for column in columns} for row in whole]

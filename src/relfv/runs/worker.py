@@ -6,6 +6,7 @@ to it: a q_id that another process holds, or has finished, it leaves alone.
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack
@@ -47,6 +48,8 @@ class Worker:
         """With the model of the request. Raises InputError if it cannot be opened, or has too few heads."""
         model = open_for(plan.request.settings, plan.request.given)
         require_enough_heads(model, plan.request.settings)
+        # Half a million objects that stay: each look through them takes as long as Step6.
+        gc.freeze()
         return Worker(plan, model)
 
     @cached_property
@@ -65,7 +68,8 @@ class Worker:
                 yield q_id, outcome
 
     def close(self) -> None:
-        """There is nothing to end."""
+        """Garbage may be looked for in the model again."""
+        gc.unfreeze()
 
     def run(self, q_id: str) -> str:
         """Run one: -> how it ended, ``completed`` where all is well; only an interrupt passes through."""

@@ -52,12 +52,13 @@ def parts_of_sets(
 
     arch, clean = ground.arch, ground.clean
     parts = torch.zeros(arch.n_layers, len(chosen), arch.resid_dim, dtype=torch.float64)
-    used = sorted({head for heads_of_set in chosen for head in heads_of_set})
+    sets = [frozenset(heads_of_set) for heads_of_set in chosen]
+    used = sorted(frozenset().union(*sets))
     for layer, of_layer in groupby(used, key=lambda head: head.layer):
         heads = list(of_layer)
         z = (clean.written if written else clean.activations)[:, layer, [head.head for head in heads]].double()
         mean = (torch.from_numpy(shares) @ z.flatten(1)).view(len(chosen), *z.shape[1:])
-        is_chosen = torch.tensor([[head in heads_of_set for head in heads] for heads_of_set in chosen])
+        is_chosen = torch.tensor([[head in heads_of_set for head in heads] for heads_of_set in sets])
         part = arch.project_heads(layer, [head.head for head in heads], mean * is_chosen[..., None])
         parts[layer] = clean.writing.gained(layer, part) if written and clean.writing else part
     return parts

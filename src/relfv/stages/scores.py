@@ -51,8 +51,8 @@ def score_heads(effects: HeadEffects, means: MeanActivations, queries: Sequence[
 def _norms(means: MeanActivations, heads: Sequence[HeadId]) -> np.ndarray:
     import torch
 
-    norms = torch.from_numpy(means.values).double().norm(dim=-1)
-    return np.array([float(norms[head.layer, head.head]) for head in heads])
+    norms = torch.from_numpy(means.values).double().norm(dim=-1).numpy()
+    return norms[[head.layer for head in heads], [head.head for head in heads]]
 
 
 def uncertainty(delta_p: np.ndarray, queries: Sequence[int]) -> dict[str, np.ndarray]:
@@ -97,11 +97,13 @@ def read_scores(path: Path) -> list[ScoredHead]:
     """Rows of cie_scores.csv or aie_scores.csv, in file order; ``n_trials`` is 0 where the file has none."""
     scored: list[ScoredHead] = []
     try:
-        for row in read_csv(path):
+        rows = read_csv(path)
+        known = [name for name in next(iter(rows), ()) if name in COLUMNS]
+        for row in rows:
             head = HeadId(int(row["layer"]), int(row["head"]))
             if min(head.layer, head.head) < 0:
                 raise ValueError("a negative layer or head")
-            scores = {name: float(value) for name, value in row.items() if name in COLUMNS}
+            scores = {name: float(row[name]) for name in known}
             scored.append(ScoredHead(head, scores, int(row.get("n_trials") or 0)))
     except (KeyError, TypeError, ValueError) as problem:
         raise RunError(f"{path}: line {len(scored) + 2} is not the score of a head ({problem!r})") from None

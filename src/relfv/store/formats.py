@@ -44,9 +44,11 @@ def csv_bytes(rows: Iterable[Sequence[str]]) -> bytes:
 def csv_cell(value: Any) -> str:
     """A value as a table has it: floats with every digit, nothing for None, and before words that a spreadsheet would
     take for a formula an apostrophe, which is how spreadsheets mark a cell as text."""
+    if isinstance(value, float):  # most are
+        return repr(value)
     if isinstance(value, str):
         return f"'{value}" if value.startswith(("=", "+", "-", "@")) else value
-    return "" if value is None else repr(value) if isinstance(value, float) else str(value)
+    return "" if value is None else str(value)
 
 
 def digits(values: np.ndarray) -> list[str]:

@@ -34,7 +34,7 @@ from relfv.engine.arithmetic.products import FLOAT32, Differences, Pieces, Whole
 from relfv.models.architecture import Architecture
 from relfv.models.packed import is_readable, unpacked_product
 
-__all__ = ["Arithmetic", "Precision", "widened"]
+__all__ = ["Arithmetic", "Precision", "replaced", "widened"]
 
 
 @dataclass(frozen=True)

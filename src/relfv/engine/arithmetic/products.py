@@ -70,17 +70,18 @@ def takes_bf16(module: nn.Module, device: torch.device) -> TypeGuard[nn.Linear]:
 @contextmanager
 def replaced(forwards: Sequence[tuple[nn.Module, Callable[..., torch.Tensor]]]) -> Iterator[None]:
     """While open, each module's ``forward`` is the given function; hooks on the module stay in force."""
-    before = [(module, vars(module).get("forward")) for module, _ in forwards]
+    # Not by setattr, where every module first looks through its parameters: this is done twice for every pass.
+    before = [(vars(module), vars(module).get("forward")) for module, _ in forwards]
     try:
         for module, forward in forwards:
-            module.forward = forward
+            vars(module)["forward"] = forward
         yield
     finally:
-        for module, forward in before:
+        for attributes, forward in before:
             if forward is None:
-                del module.forward
+                del attributes["forward"]
             else:
-                module.forward = forward
+                attributes["forward"] = forward
 
 
 class Whole:
