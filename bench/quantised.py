@@ -116,7 +116,7 @@ def one_row(
     hooks, package = "", ""
     if precision == "exact":
         hooks, package = against_hooks(args, backbone, sweep, delta, packed=quant != "none")
-    weights = f"{backbone.weights_on_device() / 2**30:.1f}"
+    weights = f"{backbone.weights_on_device / 2**30:.1f}"
     return [
         model.dtype if quant == "none" else quant, precision, weights, f"{gib:.1f}",
         f"{seconds:.3f}", f"{work / seconds / 1e12:.0f}", str(len(best(delta) & true[precision])), hooks, package,
@@ -178,7 +178,7 @@ def large(args: argparse.Namespace, shape: dict[str, int]) -> str:
             print(f"70B shape: made in {made:.0f} s, {engine.name}: {check.reason}", flush=True)
         sweep = partial(SharedPrefixEngine(backbone).sweep_heads, asked, means, heads)
         found, seconds, gib = timed(device, 1, sweep, warm=False)
-        weights = f"{backbone.weights_on_device() / 2**30:.1f}"
+        weights = f"{backbone.weights_on_device / 2**30:.1f}"
         name = f"4bit, {arch.n_layers} layers x {arch.n_heads} heads"
         rows.append([name, precision, weights, f"{gib:.1f}", f"{seconds:.1f}", str(found.per_pass)])
         print(rows[-1], flush=True)
