@@ -17,7 +17,7 @@ _CHANGE = record(
 _SET = record(
     {"swapped": _CHANGE, "mean": _CHANGE},
     {
-        "zero": _CHANGE,
+        **keys("zero other_relations", _CHANGE),
         "n_heads": INDEX,
         **keys("mean_cie mean_length_written", NUMBER),
         "heads": array(record(keys("layer head", INDEX))),
@@ -44,7 +44,16 @@ ABLATION = record(
         "directions": by_name(
             record({"length": NUMBER, **keys("all all_to_mean", _CHANGE)}, {"per_layer": by_name(_CHANGE)})
         ),
-        "against_random": by_name(_RIVAL),
+        **keys("against_random against_random_other_relations", by_name(_RIVAL)),
+        "other_relations": record(
+            {
+                "not_available": nullable(TEXT),
+                "n_prompts": INDEX,
+                "n_prompts_of": by_name(INDEX),
+                "left_out": by_name(TEXT),
+                "prompts": array(record(keys("q_id trial_id clean_prompt_str", TEXT))),
+            }
+        ),
         "table": array(_ROW),
         "by_prompt": record(
             {

@@ -31,7 +31,8 @@ def verdict_of_ablation(document: Numbers, summary: Numbers) -> str:
     parts = [
         f"{falls}: {_interval(top['share_of_gap'])} of what right labels bring is lost{_beside(heads, 'swapped')}.",
         _conclusion(top["share_of_gap"], document["against_random"]),
-        _set_to_means(heads),
+        _set_to_means(heads, "other_relations", "Set to their mean over prompts of other relations"),
+        _set_to_means(heads, "mean", "Set to their mean over shuffled prompts, which takes the query away, too"),
         _direction(document["directions"]),
         _cancellers(heads, p),
     ]
@@ -60,12 +61,9 @@ def _conclusion(share: Numbers, against: Numbers) -> str:
     return "So these heads are needed there for that much." if against else ""
 
 
-def _set_to_means(heads: Numbers) -> str:
-    share = heads["top"]["mean"]["share_of_gap"]
-    return (
-        share
-        and f"Set to their mean, which takes the query away, too: {_rounded(share['value'])}{_beside(heads, 'mean')}."
-    )
+def _set_to_means(heads: Numbers, how: str, words: str) -> str:
+    share = heads["top"].get(how, {}).get("share_of_gap")
+    return f"{words}: {_rounded(share['value'])}{_beside(heads, how)}." if share else ""
 
 
 def _direction(directions: Numbers) -> str:
