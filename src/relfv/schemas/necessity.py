@@ -1,4 +1,4 @@
-"""What ``--extras ablation`` and ``--extras mlp`` write."""
+"""What ``--extras ablation``, ``--extras mlp`` and ``--extras positions`` write."""
 
 from __future__ import annotations
 
@@ -85,6 +85,38 @@ MLP_CIE = record(
                 "query_source_index": array(INDEX),
                 "p_base": array(NUMBER),
                 "delta_p": by_name(array(nullable(NUMBER))),
+            }
+        ),
+    }
+)
+
+_SET_TOGETHER = record(
+    {"acc": NUMBER, **keys("mean_p mean_delta_p ci_low ci_high", nullable(NUMBER)), "share_of_gap": SHARE},
+    {"mean_p_of_draws": array(nullable(NUMBER))},
+)
+_OF_HEAD = record(keys("mean_delta_p ci_low ci_high", nullable(NUMBER)))
+POSITIONS = record(
+    {
+        **keys("q_id verdict meaning precision", TEXT),
+        "classes": by_name(record({"tokens": TEXT, "n_tokens": INDEX})),
+        **keys("n_prompts_with_merged_tokens k n_trials n_queries n_passes", INDEX),
+        "ci_level": NUMBER,
+        **keys("corrupted clean", _UNTOUCHED),
+        "together": by_name(record({"top": _SET_TOGETHER}, {"random": _SET_TOGETHER})),
+        "heads": array(
+            record(
+                {
+                    **keys("layer head", INDEX),
+                    "of": one_of("top", "random"),
+                    **keys("label separator query last", _OF_HEAD),
+                }
+            )
+        ),
+        "by_trial": record(
+            {
+                "query_source_index": array(INDEX),
+                "p_base": array(NUMBER),
+                "p_with": by_name(array(nullable(NUMBER))),
             }
         ),
     }

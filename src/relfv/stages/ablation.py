@@ -43,7 +43,7 @@ from relfv.stats import LEVEL, clustered_mean
 from relfv.store.folder import File, QidFolder
 from relfv.store.formats import finite, json_bytes, read_json
 from relfv.store.status import QidStatus
-from relfv.types import Effects, HeadId, Prompts, Relation
+from relfv.types import Effects, HeadId, Prompts, Relation, TokenScores
 
 if TYPE_CHECKING:
     from relfv.engine.clean import CleanRun
@@ -178,8 +178,8 @@ def _ablate(work: Work) -> str:
         "n_queries": len(set(prompts.clusters)),
         "precision": work.model.precision,
         "ci_level": LEVEL,
-        "clean": _untouched(effects.base, prompts),
-        "shuffled": _untouched(shuffled.scores, prompts),
+        "clean": untouched(effects.base, prompts),
+        "shuffled": untouched(shuffled.scores, prompts),
         "heads": heads,
         "directions": found,
         "against_random": against_random(effects, names, prompts.clusters, "swapped"),
@@ -220,7 +220,8 @@ def _of(name: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
     return {**own, **({"per_layer": per_layer} if per_layer else {})}
 
 
-def _untouched(scores: Any, prompts: Prompts) -> dict[str, Any]:
+def untouched(scores: TokenScores, prompts: Prompts) -> dict[str, float]:
+    """What prompts that are left alone reach."""
     return {
         "acc": float(scores.correct(prompts.right).mean()),
         "mean_p": float(scores.measure("p").mean()),
