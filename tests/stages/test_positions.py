@@ -65,7 +65,7 @@ def test_heads_set_at_any_tokens_are_what_plain_hooks_find(family: str) -> None:
             limit = rounding(largest(truth.logit, truth.logprob))
             for effects in (found, in_parts):
                 assert float(effects.edited.logprob[i, v]) == pytest.approx(float(truth.logprob[0]), abs=limit)
-        assert abs(float(found.edited.logprob[i, 2] - found.base.logprob[i])) > 1e-3
+        assert abs(float(found.edited.logprob[i, 0] - found.base.logprob[i])) > 1e-3
 
 
 def test_a_finished_q_id_gets_the_effects_of_means_at_each_class_of_tokens(
