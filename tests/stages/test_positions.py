@@ -81,7 +81,7 @@ def test_a_finished_q_id_gets_the_effects_of_means_at_each_class_of_tokens(
     assert "Earlier tokens" in (folder / "report/index.html").read_text()
     document, trials = json.loads(after[POSITIONS]), json.loads(after["sampled_trials.json"])["trials"]
     rows = table_of("positions", statuses_of(folder))
-    assert len(rows) == 4 * (2 + len(document["heads"]))
+    assert len(rows) == 4 * (2 + len(document["heads"])) == 4 * 22
     # At the last token it is StepD's effect.
     cie = [row.split(",") for row in after["cie_scores.csv"].decode().splitlines()[1:]]
     effect = {(int(row[1]), int(row[2])): float(row[4]) for row in cie}

@@ -197,9 +197,7 @@ def _positions(qid: QidFolder, _: QidStatus) -> Iterator[Row]:
     document = _if_there(qid, POSITIONS)
     for tokens in document.get("classes", {}):
         sets = [({"heads": heads}, numbers) for heads, numbers in document["together"][tokens].items()]
-        alone = [
-            ({"heads": one["of"], "layer": one["layer"], "head": one["head"]}, one[tokens]) for one in document["heads"]
-        ]
+        alone = [({"layer": one["layer"], "head": one["head"]}, one[tokens]) for one in document["heads"]]
         for which, numbers in [*sets, *alone]:
             yield {
                 "tokens": tokens,

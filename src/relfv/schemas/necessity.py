@@ -107,7 +107,6 @@ POSITIONS = record(
             record(
                 {
                     **keys("layer head", INDEX),
-                    "of": one_of("top", "random"),
                     **keys("label separator query last", _OF_HEAD),
                 }
             )

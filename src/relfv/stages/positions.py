@@ -49,9 +49,8 @@ _MEANING = (
     "On the corrupted prompts of the trials heads are set, at the tokens of one class, to their mean over the clean "
     "prompts: at the j-th demo's label to the mean over the j-th labels, and so on. together: the heads of the "
     "function vector all at once, and as many random heads of each layer (draws of controls.json), mean over draws; "
-    "share_of_gap: of the P that right labels bring, clean minus corrupted. heads: one head alone; top are those of "
-    "the function vector, random those of the first draw that are not. A mean at labels is over different labels: what "
-    "is put there is what right labels have in common, not these answers."
+    "share_of_gap: of the P that right labels bring, clean minus corrupted. heads: each of them alone. A mean at "
+    "labels is over different labels: what is put there is what right labels have in common, not these answers."
 )
 
 
@@ -129,13 +128,8 @@ def versions_of(
     from relfv.engine.reference import AtTokens
 
     sets = [("top", tuple(top)), *(("random", tuple(heads)) for heads in draws[:N_DRAWS])]
-    sets += [(name_of(head), (head,)) for head in [*top, *random_ones(top, draws)]]
+    sets += [(name_of(head), (head,)) for head in top]
     return [(f"{name}, {of}", AtTokens(heads, tokens)) for name, tokens in slots.items() for of, heads in sets]
-
-
-def random_ones(top: Sequence[HeadId], draws: Sequence[Sequence[HeadId]]) -> list[HeadId]:
-    """The heads of the first draw that are not among ``top``."""
-    return sorted({*draws[0]} - {*top}) if draws else []
 
 
 def name_of(head: HeadId) -> str:
@@ -217,9 +211,8 @@ def _judged(effects: Effects, prompts: Prompts, names: Sequence[str], gap: Gap, 
                 together[name][of] = {**numbers[key], "share_of_gap": share and vars(share)}
     kept = ("mean_delta_p", "ci_low", "ci_high")
     heads = [
-        {**vars(head), "of": of, **{name: _some(numbers[f"{name}, {name_of(head)}"], kept) for name in CLASSES}}
-        for of, its in (("top", ground.selected), ("random", random_ones(ground.selected, ground.draws)))
-        for head in its
+        {**vars(head), **{name: _some(numbers[f"{name}, {name_of(head)}"], kept) for name in CLASSES}}
+        for head in ground.selected
     ]
     sets = [f"{name}, {of}" for name, its in together.items() for of in its]
     by_trial = {
@@ -236,7 +229,7 @@ def _some(numbers: Mapping[str, Any], kept: Sequence[str]) -> dict[str, Any]:
 
 def _agrees(folder: QidFolder, _: QidStatus) -> Iterator[Finding]:
     document, path = folder.read(POSITIONS), folder.path(POSITIONS)
-    top = [HeadId(head["layer"], head["head"]) for head in document["heads"] if head["of"] == "top"]
+    top = [HeadId(head["layer"], head["head"]) for head in document["heads"]]
     yield Finding(path, "the heads of top_heads.json", top == heads_of(folder.read(TOP_HEADS)))
     same = document["by_trial"]["query_source_index"] == [*folder.read(TRIALS).clusters]
     yield Finding(path, "the queries of sampled_trials.json", same)
