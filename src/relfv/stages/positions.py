@@ -15,6 +15,7 @@ from relfv.errors import InputError
 from relfv.settings import MODEL_SETTINGS
 from relfv.shares import Gap
 from relfv.stages.ablation import untouched
+from relfv.stages.ablation_words import rounded
 from relfv.stages.cie import METRICS, corrupted_prompts
 from relfv.stages.controls import ground_of
 from relfv.stages.function_vector import FV, TOP_HEADS, heads_of
@@ -143,8 +144,9 @@ def verdict_of(document: Mapping[str, Any]) -> str:
     for name, of in document["together"].items():
         share, random_heads = of["top"]["share_of_gap"], of.get("random", {}).get("share_of_gap")
         if share:
-            beside = f"; random heads {random_heads['value']:.0%}" if random_heads else ""
-            tops[name] = f"{share['value']:.0%} ({share['low']:.0%} to {share['high']:.0%}{beside})"
+            beside = f"; random heads {rounded(random_heads['value'])}" if random_heads else ""
+            value, low, high = (rounded(share[of]) for of in ("value", "low", "high"))
+            tops[name] = f"{value} ({low} to {high}{beside})"
     if not tops:
         return f"Right labels bring too little here (P {p[0]:.2f} to {p[1]:.2f}) for shares of it at any token."
     said = ", ".join(f"{_AT[name]} {words}" for name, words in tops.items())
