@@ -90,7 +90,9 @@ def against_random(effects: Effects, names: Sequence[str], clusters: Sequence[in
     many draws of those make it fall as far. Empty where they are not set to it."""
     reached, found = mean_over_draws(effects, names), {}
     own = reached.get(f"top, {how}")
-    for rival in (f"{which}, {how}" for which in RIVALS if own is not None):
+    if own is None:
+        return {}
+    for rival in (f"{which}, {how}" for which in RIVALS):
         if rival not in reached:
             continue
         further = clustered_mean(reached[rival] - own, clusters)
