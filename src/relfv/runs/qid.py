@@ -112,7 +112,7 @@ def add_requests(status: QidStatus, work: Work, asked: Settings) -> None:
     before = status.settings
     wanted = with_requests_of(before, asked)
     for stage in missing_requests(status, asked, work.relation):
-        if _of_other_rows(stage, status, work.relation):
+        if is_done(status, stage.step()) and _of_other_rows(stage, status, work.relation):
             log.warning("%s %s: of other relations' rows than the CSV has now; it is made again", work.q_id, stage.name)
         work.settings = wanted
         if stage.asked and stage.asked(wanted) != stage.asked(before):  # of other values another number may fit
@@ -137,10 +137,9 @@ def missing_requests(status: QidStatus, asked: Settings, relation: Relation | No
 
 
 def _of_other_rows(stage: Stage, status: QidStatus, relation: Relation | None) -> bool:
-    """Whether a stage was made, whole, from rows of other relations that are no longer those of the CSV."""
-    if stage.made_for is None or relation is None or not is_done(status, stage.step()):
-        return False
-    return not stage.made_for(QidFolder(status.artifacts_dir, status.q_id), relation, status.settings)
+    """Whether a stage that is done was made from rows of other relations that are no longer those of the CSV."""
+    folder = QidFolder(status.artifacts_dir, status.q_id)
+    return bool(stage.made_for and relation and not stage.made_for(folder, relation, status.settings))
 
 
 def with_extras_of(status: QidStatus, asked: Settings) -> Settings:
