@@ -120,9 +120,13 @@ _CLAIM = {"says": "It works.", "file": "summary.json", "value": ["acc", "fv"], "
 
 def _planned(wrong: str, says: str, **content: object) -> Row:
     """``--plan`` with a file of this content, or of a hypothesis with these keys changed."""
-    document = content if content.keys() & {"hypotheses", "exclusions", "layers"} else {"hypotheses": [{**_CLAIM, **content}]}
+    document = (
+        content if content.keys() & {"hypotheses", "exclusions", "layers"} else {"hypotheses": [{**_CLAIM, **content}]}
+    )
     model = lambda folder: (folder / "plan.json").write_text(json.dumps(document))  # noqa: E731
-    return Row(f"a plan: {wrong}", f"--plan $MODEL/plan.json: {says}", model=model, flags=[("--plan", "$MODEL/plan.json")])
+    return Row(
+        f"a plan: {wrong}", f"--plan $MODEL/plan.json: {says}", model=model, flags=[("--plan", "$MODEL/plan.json")]
+    )
 
 
 FLAG_ROWS = [

@@ -79,7 +79,8 @@ def load_relations(path: Path) -> dict[str, Relation]:
     if not pairs:
         raise InputError(f"{path}: no word pairs; expected a header id,ex_A,ex_B and one pair a row")
     answers = tuple(dict.fromkeys(pair.output for rows in pairs.values() for pair in rows))
-    return {q_id: Relation(q_id, tuple(rows), answers, names.get(q_id, "")) for q_id, rows in pairs.items()}
+    of_all = {q_id: tuple(rows) for q_id, rows in pairs.items()}
+    return {q_id: Relation(q_id, rows, answers, names.get(q_id, ""), of_all) for q_id, rows in of_all.items()}
 
 
 def called(q_id: str, name: str) -> str:

@@ -24,7 +24,7 @@ MOST = 100_000
 noticed."""
 MAX_SEED = 2**63 - 1
 """What other readers of the JSON files can hold."""
-STUDIES = ("ablation", "mlp", "new_queries", "attribution")
+STUDIES = ("ablation", "mlp", "positions", "new_queries", "attribution")
 """What ``--extras`` may name beside all and none: stages that a q_id is complete without."""
 _MAX_ALPHA = 1e6
 """Beyond it models compute nothing but overflow."""

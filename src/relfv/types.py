@@ -5,7 +5,7 @@ Axes: ``trial`` T, ``layer`` L, ``head`` H, ``prompt`` N; everything is read at 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -44,6 +44,8 @@ class Relation:
     """The distinct answers of all relations of the CSV: labels that have nothing to do with this one."""
     name: str = field(default="", compare=False)
     """What it is in words, where the CSV says so. No part of the experiment."""
+    csv_pairs: Mapping[str, tuple[WordPair, ...]] = field(default_factory=dict, repr=False, compare=False)
+    """The pairs of all relations of the CSV by q_id, its own among them."""
 
     def answers_to(self, word: str) -> tuple[str, ...]:
         """All that the relation gives as answers to this input: each is right."""

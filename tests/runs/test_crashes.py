@@ -28,6 +28,7 @@ from crashes import (
 )
 from power_cuts import Disk
 from relfv.cli import main
+from relfv.settings import STUDIES
 from relfv.stages import sweeps
 from relfv.stages.table import steps
 from relfv.store.files import temporaries
@@ -43,7 +44,7 @@ def job(save_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("job")
     model = save_model(llama(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2))
     csv_path = folder / "pairs.csv"
-    rows = [f"{q_id},{a},{b}\n" for q_id in ("A1", "B2") for a, b in WORDS[:4]]
+    rows = [f"{q_id},{a},{b}\n" for q_id, words in (("A1", WORDS[:4]), ("B2", WORDS[4:8])) for a, b in words]
     csv_path.write_text("id,ex_A,ex_B\n" + "".join(rows) + "C3,one,two\n")
     flags = ["run", "--model", str(model), "--relation_csv_path", str(csv_path)]
     for name in ("n_trials_per_q", "n_demos", "n_eval", "topk"):
@@ -101,6 +102,23 @@ def test_killed_at_random_instants_and_resumed_it_ends_as_if_undisturbed(
     print(kills, "kills:", dict(sorted(where.items())))
     # They must have come everywhere: not all before the first stage, nor all in one.
     assert len(where) > 10
+
+
+def test_studies_killed_at_random_instants_and_resumed_end_as_if_undisturbed(job: Job, tmp_path: Path) -> None:
+    """Added to a finished q_id, whose other stages stay as they are."""
+    rng = random.Random(0)
+    undisturbed, out = (Path(shutil.copytree(job.undisturbed, tmp_path / name)) for name in ("undisturbed", "out"))
+    added = Job((*job.flags, "--q_list", "A1", "--extras", ",".join(STUDIES)), undisturbed, job.seconds)
+    added.run(undisturbed)
+    for kill in (True, True, True, False):
+        stages = {name: work for name, work in finished_work(out).items() if " " in name}  # statuses are added to
+        run = added.start(out)
+        if kill:
+            run.compute(rng.uniform(0, added.seconds / 2))
+            run.signal(signal.SIGKILL)
+        assert run.wait() in (0, -signal.SIGKILL if kill else 0), run.said()
+        require_kept(stages, out)
+    require_undisturbed(out, added)
 
 
 def test_dead_or_failed_at_any_operation_on_a_file_and_resumed_it_ends_as_if_undisturbed(

@@ -7,6 +7,7 @@ import csv
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,11 @@ from relfv.engine.reference import naive_together
 from relfv.language_model import open_model
 from relfv.relations import load_relations
 from relfv.report.written_tables import statuses_of, table_of
+from relfv.settings import Settings
 from relfv.stages.ablation_edits import drawn_by_length, ladder, sets_of_heads
 from relfv.stages.ablation_words import verdict_of_ablation
+from relfv.stages.other_relations import trials_of_others
+from relfv.stages.trials import ineligible_reason
 from relfv.types import HeadId
 from test_validation import leave_one_head_after_layer_1
 
@@ -46,7 +50,7 @@ def test_a_finished_q_id_gets_what_plain_hooks_find_and_nothing_else_changes(
     assert main(["verify", str(folder)]) == 0
     rows = {(r["without"], r["how"], r["layer"]): r for r in table_of("ablation", statuses_of(folder))}
     asked = [row["asks"] for row in document["table"]]
-    assert asked == ["sufficient"] * 2 + ["necessary"] * 5
+    assert asked == ["sufficient"] * 2 + ["necessary"] * 6
     top = document["heads"]["top"]["swapped"]
     assert rows["top", "swapped", None]["mean_delta_logprob"] == top["mean_delta_logprob"]
     assert rows["fv", "alone", 2]["mean_p_with"] == document["directions"]["fv"]["per_layer"]["2"]["mean_p"]
@@ -65,11 +69,19 @@ def test_a_finished_q_id_gets_what_plain_hooks_find_and_nothing_else_changes(
     )
     with backbone.running(), reading_blocks(backbone, shuffled) as blocks:
         z, _ = capture_heads(backbone, shuffled)
+    others = document["other_relations"]["prompts"]
+    with backbone.running():
+        of_others, _ = capture_heads(backbone, [model.tokens.encode(prompt["clean_prompt_str"]) for prompt in others])
     along = {layer: (blocks[layer].double().mean(0).cpu() @ unit.double()).float() * unit for layer in layers}
     everywhere = dict.fromkeys(layers, unit)
     for i in (0, 7, 24):
         target = trials[i]["target_first_token_id"]
-        set_to = {"swapped": z[i], "mean": z.double().mean(0).float(), "zero": torch.zeros_like(z[i])}
+        set_to = {
+            "swapped": z[i],
+            "mean": z.double().mean(0).float(),
+            "zero": torch.zeros_like(z[i]),
+            "other_relations": of_others.double().mean(0).float(),
+        }
         edits: dict[str, tuple[dict[Any, Any], ...]] = {
             **{f"top, {how}": ({h: v[h.layer, h.head] for h in heads}, {}, {}) for how, v in set_to.items()},
             "fv, all": ({}, {}, everywhere),
@@ -89,6 +101,56 @@ def test_a_finished_q_id_gets_what_plain_hooks_find_and_nothing_else_changes(
 
     rewrite(artifacts, "stepE/ablation.json", another_head)
     assert main(["verify", str(folder)]) == 1
+
+
+def test_other_relations_are_those_of_the_csv_whatever_has_been_run_and_a_change_of_theirs_is_noticed(
+    finished: Path, llama_path: Path, csv_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own_csv = Path(shutil.copy(csv_path, tmp_path / "pairs.csv"))
+    artifacts = Path(shutil.copytree(finished / "A1", tmp_path / "pairs/A1")) / "artifacts"  # B2 has not been run there
+    command = arguments(llama_path, own_csv, tmp_path, "--q_list", "A1")
+
+    def foretold() -> str:
+        assert main([*command, "--dry_run"]) == 0
+        return capsys.readouterr().out
+
+    assert main([*command, "--extras", "ablation"]) == 0
+    first = contents(artifacts)
+    document = json.loads(first["stepE/ablation.json"])
+    assert {prompt["q_id"] for prompt in document["other_relations"]["prompts"]} == {"B2"}  # C3 has too few rows
+    frozen = json.loads((finished / "B2/artifacts/sampled_trials.json").read_text())["trials"]
+    texts = [prompt["clean_prompt_str"] for prompt in document["other_relations"]["prompts"]]
+    assert texts[:25] == [trial["clean_prompt_str"] for trial in frozen]
+    assert len(texts) == document["other_relations"]["n_prompts"] == 50
+    assert document["against_random_other_relations"].keys() == document["against_random"].keys()
+
+    rows = own_csv.read_text()
+    own_csv.write_text(rows.replace("C3,dog,puppy", "C3,dog,hound"))
+    assert "to be added" not in foretold()
+    own_csv.write_text(rows.replace("B2,peru,lima", "B2,peru,cusco"))
+    assert "stepE_ablation to be added" in foretold()
+    own_csv.write_text("".join(row for row in rows.splitlines(keepends=True) if row[:3] in ("id,", "A1,")))
+    assert main(command) == 0
+    assert "of other relations' rows than the CSV has now" in capsys.readouterr().err
+    again = contents(artifacts)
+    assert {name for name in again if again[name] != first[name]} == {"stepE/ablation.json"}
+    alone = json.loads(again["stepE/ablation.json"])
+    assert "no other relation with rows enough" in alone["other_relations"]["not_available"]
+    assert alone["against_random_other_relations"] == {}
+    assert "other_relations" not in alone["heads"]["top"]
+    assert len(alone["table"]) == len(document["table"]) - 1
+
+
+def test_of_many_relations_as_many_as_prompts_are_drawn_evenly_and_a_copy_is_no_other() -> None:
+    relation = RELATIONS["Q1"]
+    drawn = trials_of_others(relation, Settings())
+    assert drawn.keys() == {q_id for q_id, one in RELATIONS.items() if not ineligible_reason(one, 9)} - {"Q1"}
+    assert {len(trials) for trials in drawn.values()} == {1, 2}
+    assert sum(map(len, drawn.values())) == 50
+    copied = replace(relation, csv_pairs={**relation.csv_pairs, "Q2": relation.pairs})
+    assert "Q2" not in trials_of_others(copied, Settings())
+    many = {f"{q_id}_{i}": pairs for i in range(3) for q_id, pairs in relation.csv_pairs.items() if q_id != "Q1"}
+    assert {len(its) for its in trials_of_others(replace(relation, csv_pairs=many), Settings()).values()} == {1}
 
 
 def run_with_one_head(tmp_path: Path, model: str, relation: str, *more: str) -> dict[str, Any]:

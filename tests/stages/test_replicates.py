@@ -12,11 +12,14 @@ import pytest
 from parity import rounding, size_in
 from relfv.cli import main
 from relfv.errors import InputError
+from relfv.runs import estimate
 from relfv.settings import Settings
 from relfv.stages import measured
+from relfv.stages.draws import prompts_swept
 from relfv.stages.function_vector import read_function_vector
 from relfv.stages.means import read_means
 from relfv.stages.measured import Measured, read_measured
+from relfv.stages.replicates import STAGE
 from relfv.stages.scores import read_scores
 
 
@@ -75,6 +78,14 @@ def test_a_draw_is_what_an_ordinary_run_with_its_seed_gives(
     own = json.loads((replicated / "A1/artifacts/step6/controls.json").read_text())["per_layer"]
     for layer, numbers in said["curve"]["per_layer"].items():
         assert numbers["mean_p"][0] == pytest.approx(own[layer]["fv"]["mean_p"], rel=limit)
+
+
+def test_the_work_that_is_foretold_is_what_is_done(replicated: Path) -> None:
+    done = {(n, i) for n, made in draws_of(replicated).items() for i in made} - {(25, 0)}  # swept by StepD
+    assert prompts_swept(Settings(replicates=3)) == sum(n for n, _ in done) == 3 * 15 + 2 * 25 + 50
+    of_few = estimate.Measured(n_trials=6, n_eval=5, seconds={}, n_bytes={}, n_files=0, page_s=0.0, peak_bytes=0)
+    whole = Settings(replicates=3)
+    assert estimate.times_as_much(STAGE, of_few, whole, 16) == 145 / (3 * 5 + 2 * 6 + 12)
 
 
 def test_the_numbers_are_those_of_the_vectors_and_lists_by_hand(replicated: Path) -> None:

@@ -40,7 +40,7 @@ def test_the_order_is_the_specs() -> None:
         "vector_file", "injection_curve", "step6_controls", "step6_answers", "summary",
     ]  # fmt: skip
     asked = [stage.name for stage in STAGES if stage.asked]
-    studies = ["stepE_ablation", "stepD_mlp", "new_queries", "replicates", "formats", "attribution"]
+    studies = ["stepE_ablation", "stepD_mlp", "stepD_positions", "new_queries", "replicates", "formats", "attribution"]
     assert asked == ["step6_sweeps", *studies]
     assert [stage.name for stage in STEP_D] == NAMES[:3]
 

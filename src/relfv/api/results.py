@@ -61,6 +61,11 @@ class _Tables:
         """A row a layer: the causal indirect effect of its MLP. Empty without ``extras="mlp"``."""
         return self._frame("mlps")
 
+    def positions(self) -> DataFrame:
+        """A row a class of tokens, and set of heads or head: what it changes there. Empty without
+        ``extras="positions"``."""
+        return self._frame("positions")
+
     def trials(self) -> DataFrame:
         """A row a frozen trial: query, answer, scored token, clean and corrupted prompt."""
         return self._frame("trials")

@@ -5,7 +5,7 @@ Batches are padded on the right, so that real tokens keep positions 0..n-1. Call
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -61,6 +61,24 @@ def capture_mlps(backbone: Backbone, prompts: TokenIds) -> dict[int, torch.Tenso
     with editing_outputs([(mlp, reader(layer)) for layer, mlp in mlps_of(backbone.arch).items()]):
         last_hidden(backbone, prompts)
     return {layer: written.cpu() for layer, written in seen.items()}
+
+
+def capture_at_tokens(backbone: Backbone, prompts: TokenIds, places: Sequence[Sequence[int]]) -> torch.Tensor:
+    """z of every head at some ``places`` (N, slot) of each prompt: float32 (N, slot, layer, head, head_dim) on the CPU,
+    zero in layers without attention."""
+    arch = backbone.arch
+    rows, at = torch.arange(len(prompts))[:, None], torch.tensor(places)
+    z = torch.zeros(*at.shape, arch.n_layers, arch.n_heads * arch.head_dim)
+
+    def reader(layer: int) -> Callable[[torch.Tensor], None]:
+        def read(values: torch.Tensor) -> None:
+            z[:, :, layer] = values[rows.to(values.device), at.to(values.device)].float().cpu()
+
+        return read
+
+    with editing_inputs([(projection, reader(layer)) for layer, projection in arch.out_projs.items()]):
+        last_hidden(backbone, prompts)
+    return z.unflatten(-1, (arch.n_heads, arch.head_dim))
 
 
 def last_tokens(backbone: Backbone, prompts: TokenIds) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -18,6 +18,7 @@ import torch
 
 from relfv.engine.base import Array, Backbone, Together, Vectors, in_parts, of_layer_and_prompts, values_of
 from relfv.engine.hooks import editing_inputs, editing_outputs
+from relfv.engine.memory import shrinking
 from relfv.engine.readout import joined, read_targets
 from relfv.engine.together import Edit, editing_together
 from relfv.models.mlps import mlps_of
@@ -100,6 +101,18 @@ def naive_baseline(backbone: Backbone, prompt: Sequence[int], target: int) -> To
     return _score_rows(backbone, prompt, target, n_rows=1)
 
 
+_VERSIONS_A_PASS = 32
+"""Of edits of any token, each a whole prompt."""
+
+
+@dataclass(frozen=True)
+class AtTokens:
+    """Heads that are set at some of a prompt's tokens, which are known by slots: places that all prompts have."""
+
+    heads: tuple[HeadId, ...]
+    slots: tuple[int, ...]
+
+
 @dataclass
 class ReferenceEngine:
     """Every intervention of a layer is one row of a batch of whole forward passes; row 0 is left alone.
@@ -177,6 +190,48 @@ class ReferenceEngine:
             return editing_together(self.backbone, versions, slice(prompt, prompt + 1), at_last)
 
         return self._run(prompts, 1 + len(versions), [(len(versions), editing)])
+
+    def set_at_tokens(
+        self,
+        prompts: Prompts,
+        places: Sequence[Sequence[int]],
+        values: torch.Tensor,
+        versions: Sequence[AtTokens],
+        *,
+        per_pass: int | None = None,
+    ) -> Effects:
+        """For each prompt and version: z of the version's heads, at the tokens of its slots, := ``values`` (slot,
+        layer, head, head_dim). ``places`` (prompt, slot) are the slots' tokens; ``per_pass`` versions share a pass, and
+        are what ``Effects.per_pass`` counts."""
+        arch = self.backbone.arch
+
+        def editing(some: Sequence[AtTokens], prompt: int) -> AbstractContextManager[None]:
+            def patching(layer: int) -> Callable[[torch.Tensor], torch.Tensor]:
+                cells = [
+                    (row, places[prompt][slot], head.head, slot)
+                    for row, version in enumerate(some, start=1)
+                    for slot in version.slots
+                    for head in version.heads
+                    if head.layer == layer
+                ]
+                rows, tokens, heads, slots = map(list, zip(*cells, strict=True))
+
+                def patch(z: torch.Tensor) -> torch.Tensor:
+                    by_head = z.clone().unflatten(-1, (arch.n_heads, arch.head_dim))
+                    by_head[rows, tokens, heads] = values[slots, layer, heads].to(z)
+                    return by_head.flatten(-2)
+
+                return patch
+
+            layers = sorted({head.layer for version in some for head in version.heads})
+            return editing_inputs([(arch.out_projs[layer], patching(layer)) for layer in layers])
+
+        def run(size: int) -> Effects:
+            parts = [versions[start : start + size] for start in range(0, len(versions), size)]
+            return self._run(prompts, 1 + size, [(len(part), partial(editing, part)) for part in parts])
+
+        effects, size = shrinking(per_pass or min(_VERSIONS_A_PASS, len(versions)), run)
+        return replace(effects, per_pass=size)
 
     def over_likeliest_tokens(self) -> ReferenceEngine:
         """Itself: whole passes cost more than the vocabulary."""

@@ -44,6 +44,18 @@ class Tokens:
         """
         return self._encode(fed_text(prompt))
 
+    def ends(self, prompt: str) -> list[int]:
+        """Of each token of ``encode(prompt)`` where in the text it ends. Raises InputError for a tokenizer that cannot
+        tell."""
+        text = fed_text(prompt)
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise InputError(
+                f"{type(self.tokenizer).__name__} does not say which text a token stands for; expected a tokenizer "
+                "with a tokenizer.json"
+            )
+        offsets = self.tokenizer(text, add_special_tokens=True, return_offsets_mapping=True)["offset_mapping"]
+        return [end for _, end in offsets[: len(self._encode(text))]]
+
     def require_plain(self, word: str) -> None:
         """Raise InputError for a word that contains a special token's text: it would become a second BOS, say."""
         for text in self._special:

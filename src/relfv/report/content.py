@@ -28,6 +28,7 @@ from relfv.stages.heatmap import HEATMAP
 from relfv.stages.mlps import MLP_CIE
 from relfv.stages.new_queries import NEW_QUERIES
 from relfv.stages.noise_floor import NOISE_FLOOR
+from relfv.stages.positions import POSITIONS
 from relfv.stages.replicates import REPLICATES
 from relfv.stages.scores import AIE
 from relfv.stages.step6 import EVAL_SUMMARY
@@ -94,6 +95,7 @@ def of_qid(folder: Path, status: QidStatus) -> dict[str, Any]:
         "sweeps": _sweeps(if_there(SWEEPS_FILE)),
         "new_queries": if_there(NEW_QUERIES),
         "mlps": if_there(MLP_CIE),
+        "positions": if_there(POSITIONS),
         "ablation": _ablation(ablation),
         "replicates": if_there(REPLICATES),
         "formats": if_there(FORMATS_FILE),

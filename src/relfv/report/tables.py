@@ -19,6 +19,7 @@ from relfv.stages.cie import METRICS
 from relfv.stages.controls import CONTROLS_FILE
 from relfv.stages.function_vector import STEP_E_EVAL, TOP_HEADS
 from relfv.stages.mlps import MLP_CIE
+from relfv.stages.positions import POSITIONS
 from relfv.stages.scores import AIE, COLUMNS
 from relfv.stages.step6 import EVAL_META, EVAL_SUMMARY, EVAL_TRIALS
 from relfv.stages.step6_summary import STEP6_SUMMARY
@@ -195,6 +196,22 @@ def _mlps(qid: QidFolder, _: QidStatus) -> Iterator[Row]:
     yield from _if_there(qid, MLP_CIE).get("mlps", ())
 
 
+def _positions(qid: QidFolder, _: QidStatus) -> Iterator[Row]:
+    document = _if_there(qid, POSITIONS)
+    for tokens in document.get("classes", {}):
+        sets = [({"heads": heads}, numbers) for heads, numbers in document["together"][tokens].items()]
+        alone = [({"layer": one["layer"], "head": one["head"]}, one[tokens]) for one in document["heads"]]
+        for which, numbers in [*sets, *alone]:
+            yield {
+                "tokens": tokens,
+                **which,
+                "mean_delta_p": numbers["mean_delta_p"],
+                "mean_delta_p_ci_low": numbers["ci_low"],
+                "mean_delta_p_ci_high": numbers["ci_high"],
+                **_share("share_of_gap", numbers.get("share_of_gap")),
+            }
+
+
 def _share(name: str, share: dict[str, float] | None) -> Row:
     if not share:
         return {}
@@ -236,6 +253,9 @@ TABLES: dict[str, tuple[_RowsOf, tuple[str, ...]]] = {
     "mlps": (_mlps, (
         "layer", "mean_delta_p", "mean_delta_logit", "mean_delta_logprob", "clean_mean_norm",
         *(column for column in COLUMNS if column.startswith("mean_delta_p_")),
+    )),
+    "positions": (_positions, (
+        "tokens", "heads", "layer", "head", "mean_delta_p", "mean_delta_p_ci_low", "mean_delta_p_ci_high", *_GAP[:3],
     )),
     "trials": (_trials, (
         "trial_idx", "query_source_index", "query", "answer", "target_id", "clean_prompt", "corrupted_prompt",

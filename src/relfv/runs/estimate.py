@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from relfv.report.page import write_report
 from relfv.runs.plan import Plan
 from relfv.runs.qid import run_step, work_on
+from relfv.settings import Settings
 from relfv.stages.stage import Stage
 from relfv.stages.table import STAGES, asked_for, steps
 from relfv.stages.trials import TRIALS
@@ -84,18 +85,19 @@ def estimate(
 ) -> Estimate:
     """Of the q_ids ``n_eval``, with the number of prompts that Step6 evaluates of each, and of the ``stages`` that each
     still has to run; ``opening_s`` is what was spent until the model was open. What a stage raises passes through."""
-    n_trials = plan.request.settings.n_trials_per_q
+    settings = plan.request.settings
+    n_trials = settings.n_trials_per_q
     q_id = sorted(n_eval, key=lambda one: n_eval[one])[len(n_eval) // 2]
     opened_bytes, device_bytes = peak_bytes(model), _device_bytes(model)
     first = measure(plan, model, q_id, 1)
     again = measure(plan, model, q_id, 1) if first.total_s < _PATIENCE_S / 10 else first
-    share = min(1.0, _PATIENCE_S / _scaled(again, again.seconds, n_trials, n_eval[q_id]))
+    share = min(1.0, _PATIENCE_S / _scaled(again, again.seconds, settings, n_eval[q_id]))
     n = max(2, int(n_trials * share)) if again.total_s < _PATIENCE_S else 1
     found = measure(plan, model, q_id, min(n, n_trials)) if n > 1 else again
 
     def in_all(amounts: Mapping[str, float]) -> float:
         still = [({name: amounts[name] for name in stages[one] & amounts.keys()}, n_eval[one]) for one in n_eval]
-        return sum(_scaled(found, of_stages, n_trials, count) for of_stages, count in still)
+        return sum(_scaled(found, of_stages, settings, count) for of_stages, count in still)
 
     together = in_all(found.seconds)
     seconds = opening_s + max(0.0, first.total_s - again.total_s) + together
@@ -114,17 +116,19 @@ def estimate(
     )
 
 
-def _scaled(found: Measured, of_stages: Mapping[str, float], n_trials: int, n_eval: int) -> float:
-    """What of a q_id with these numbers of trials and evaluated prompts would be."""
-    factors = {stage.name: _factor(stage, n_trials / found.n_trials, n_eval / found.n_eval) for stage in STAGES}
-    return sum(amount * factors[name] for name, amount in of_stages.items())
+def _scaled(found: Measured, of_stages: Mapping[str, float], settings: Settings, n_eval: int) -> float:
+    """What of a q_id with these settings and so many evaluated prompts would be."""
+    by_name = {stage.name: stage for stage in STAGES}
+    return sum(amount * times_as_much(by_name[name], found, settings, n_eval) for name, amount in of_stages.items())
 
 
-def _factor(stage: Stage, of_trials: float, of_eval: float) -> float:
-    """Work is done for each evaluated prompt where those are read, else for each trial where these are."""
+def times_as_much(stage: Stage, found: Measured, settings: Settings, n_eval: int) -> float:
+    """Of the work of a stage when it was measured, what it does with these settings and so many evaluated prompts."""
+    if stage.prompts:
+        return stage.prompts(settings) / stage.prompts(replace(settings, n_trials_per_q=found.n_trials))
     if ZERO_SHOT_TRIALS in stage.reads:
-        return of_eval
-    return of_trials if TRIALS in (*stage.reads, *stage.writes) else 1.0
+        return n_eval / found.n_eval
+    return settings.n_trials_per_q / found.n_trials if TRIALS in (*stage.reads, *stage.writes) else 1.0
 
 
 def measure(plan: Plan, model: LanguageModel, q_id: str, n_trials: int) -> Measured:

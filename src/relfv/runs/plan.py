@@ -177,12 +177,12 @@ class Plan:
         return differences(there, here, status.q_id, models=models)
 
     def asked(self, q_id: str) -> str:
-        """All that a q_id's results are compared with, as one text."""
-        settings, relation = self.request.settings, self.relations[q_id]
-        fields = fingerprint_fields(
-            settings, rows_sha256=rows_sha256(relation, settings.corruption), model_identity=self.model_identity
-        )
-        return json.dumps([__version__, fields, settings.to_json(), relation.name])
+        """All that a q_id's results are compared with, as one text: the CSV whole, since studies use other relations,
+        and names are taken from it."""
+        settings = self.request.settings
+        rows = rows_sha256(self.relations[q_id], settings.corruption)
+        fields = fingerprint_fields(settings, rows_sha256=rows, model_identity=self.model_identity)
+        return json.dumps([__version__, fields, settings.to_json(), self.csv_sha256])
 
     def besides(self, q_ids: Collection[str]) -> Plan:
         """The same of the other q_ids."""
@@ -193,7 +193,8 @@ class Plan:
         if status is None or status.status != "completed" or not is_complete(status):
             return False
         asked = self.request.settings
-        return has_extras(status, asked) and not missing_requests(status, asked) and has_figures(status, asked)
+        missing = missing_requests(status, asked, self.relations[status.q_id])
+        return has_extras(status, asked) and not missing and has_figures(status, asked)
 
 
 def chosen_relations(request: RunRequest) -> dict[str, Relation]:

@@ -111,22 +111,35 @@ def add_requests(status: QidStatus, work: Work, asked: Settings) -> None:
     this."""
     before = status.settings
     wanted = with_requests_of(before, asked)
-    for stage in missing_requests(status, asked):
+    for stage in missing_requests(status, asked, work.relation):
+        if is_done(status, stage.step()) and _of_other_rows(stage, status, work.relation):
+            log.warning("%s %s: of other relations' rows than the CSV has now; it is made again", work.q_id, stage.name)
         work.settings = wanted
         if stage.asked and stage.asked(wanted) != stage.asked(before):  # of other values another number may fit
             work.trials_per_pass.pop(stage.name, None)
         run_step(work, stage.step(), status)
 
 
-def missing_requests(status: QidStatus, asked: Settings) -> list[Stage]:
+def missing_requests(status: QidStatus, asked: Settings, relation: Relation | None) -> list[Stage]:
     """The stages that ``asked``, or an earlier run, asks for beyond what completes the q_id, and that are not there, or
-    damaged, or were asked for less."""
+    damaged, or were asked for less, or are of other relations than those beside ``relation`` now."""
     wanted = with_requests_of(status.settings, asked)
     return [
         stage
         for stage in asked_for(wanted)
-        if stage.asked and (stage.asked(wanted) != stage.asked(status.settings) or not is_done(status, stage.step()))
+        if stage.asked
+        and (
+            stage.asked(wanted) != stage.asked(status.settings)
+            or not is_done(status, stage.step())
+            or _of_other_rows(stage, status, relation)
+        )
     ]
+
+
+def _of_other_rows(stage: Stage, status: QidStatus, relation: Relation | None) -> bool:
+    """Whether a stage that is done was made from rows of other relations that are no longer those of the CSV."""
+    folder = QidFolder(status.artifacts_dir, status.q_id)
+    return bool(stage.made_for and relation and not stage.made_for(folder, relation, status.settings))
 
 
 def with_extras_of(status: QidStatus, asked: Settings) -> Settings:

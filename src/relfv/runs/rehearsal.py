@@ -68,7 +68,7 @@ def stages_to_run(plan: Plan, q_id: str) -> frozenset[str]:
     else:
         status.settings = with_extras_of(status, asked)
         wanted = {step.stage.name for step in not_done(status)}
-    requested = asked_for(asked) if status is None else missing_requests(status, asked)
+    requested = asked_for(asked) if status is None else missing_requests(status, asked, plan.relations[q_id])
     return frozenset({*wanted, *(stage.name for stage in requested)})
 
 
@@ -94,6 +94,7 @@ def what_would_happen(plan: Plan, q_id: str) -> str:
         return _DONE
     if status.status == "completed" and is_complete(status):
         extras = [] if has_extras(status, plan.request.settings) else ["extras"]
-        requested = [stage.name.removeprefix("step6_") for stage in missing_requests(status, plan.request.settings)]
+        missing = missing_requests(status, plan.request.settings, plan.relations[q_id])
+        requested = [stage.name.removeprefix("step6_") for stage in missing]
         return f"completed, {', '.join([*extras, *requested]) or 'figures'} to be added"
     return f"run (now {status.status})"

@@ -30,6 +30,7 @@ _DECLARED: dict[str, tuple[str, Schema]] = {
     "new_queries.json": ("The vector on rows that no trial asks.", injection.NEW_QUERIES),
     "ablation.json": ("What is lost without heads and directions.", necessity.ABLATION),
     "mlp_cie.json": ("The effect of every layer's MLP.", necessity.MLP_CIE),
+    "positions.json": ("The top heads at earlier tokens.", necessity.POSITIONS),
     "replicates.json": ("How alike several draws of trials are.", studies.REPLICATES),
     "formats.json": ("The trials in other prompt formats.", studies.FORMATS),
     "attribution.json": ("Estimated effects of every head beside the exact ones.", heads.ATTRIBUTION),

@@ -1,4 +1,4 @@
-"""What ``--extras ablation`` and ``--extras mlp`` write."""
+"""What ``--extras ablation``, ``--extras mlp`` and ``--extras positions`` write."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CHANGE = record(
 _SET = record(
     {"swapped": _CHANGE, "mean": _CHANGE},
     {
-        "zero": _CHANGE,
+        **keys("zero other_relations", _CHANGE),
         "n_heads": INDEX,
         **keys("mean_cie mean_length_written", NUMBER),
         "heads": array(record(keys("layer head", INDEX))),
@@ -44,7 +44,16 @@ ABLATION = record(
         "directions": by_name(
             record({"length": NUMBER, **keys("all all_to_mean", _CHANGE)}, {"per_layer": by_name(_CHANGE)})
         ),
-        "against_random": by_name(_RIVAL),
+        **keys("against_random against_random_other_relations", by_name(_RIVAL)),
+        "other_relations": record(
+            {
+                "not_available": nullable(TEXT),
+                "n_prompts": INDEX,
+                "n_prompts_of": by_name(INDEX),
+                "left_out": by_name(TEXT),
+                "prompts": array(record(keys("q_id trial_id clean_prompt_str", TEXT))),
+            }
+        ),
         "table": array(_ROW),
         "by_prompt": record(
             {
@@ -76,6 +85,37 @@ MLP_CIE = record(
                 "query_source_index": array(INDEX),
                 "p_base": array(NUMBER),
                 "delta_p": by_name(array(nullable(NUMBER))),
+            }
+        ),
+    }
+)
+
+_SET_TOGETHER = record(
+    {"acc": NUMBER, **keys("mean_p mean_delta_p ci_low ci_high", nullable(NUMBER)), "share_of_gap": SHARE},
+    {"mean_p_of_draws": array(nullable(NUMBER))},
+)
+_OF_HEAD = record(keys("mean_delta_p ci_low ci_high", nullable(NUMBER)))
+POSITIONS = record(
+    {
+        **keys("q_id verdict meaning precision", TEXT),
+        "classes": by_name(record({"tokens": TEXT, "n_tokens": INDEX})),
+        **keys("n_prompts_with_merged_tokens k n_trials n_queries n_passes", INDEX),
+        "ci_level": NUMBER,
+        **keys("corrupted clean", _UNTOUCHED),
+        "together": by_name(record({"top": _SET_TOGETHER}, {"random": _SET_TOGETHER})),
+        "heads": array(
+            record(
+                {
+                    **keys("layer head", INDEX),
+                    **keys("label separator query last", _OF_HEAD),
+                }
+            )
+        ),
+        "by_trial": record(
+            {
+                "query_source_index": array(INDEX),
+                "p_base": array(NUMBER),
+                "p_with": by_name(array(nullable(NUMBER))),
             }
         ),
     }

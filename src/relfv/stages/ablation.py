@@ -2,9 +2,10 @@
 (``--extras ablation``).
 
 A head may carry a relation that the model would get elsewhere without it, and a vector that is enough need not be used.
-So the selected heads are set to what they are on shuffled prompts, to their mean there, or to zero, and the vector's
-direction is taken out of the residual stream; beside as many random heads, the least and the most harmful ones. All of
-it at the last token, as StepD patches it: what earlier tokens do stays as it is (docs/statistics.md).
+So the selected heads are set to what they are on shuffled prompts, to their mean there or over prompts of other
+relations, or to zero, and the vector's direction is taken out of the residual stream; beside as many random heads, the
+least and the most harmful ones. All of it at the last token, as StepD patches it: what earlier tokens do stays as it is
+(docs/statistics.md).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from relfv.settings import MODEL_SETTINGS
+from relfv.settings import MODEL_SETTINGS, Settings
 from relfv.shares import Gap
 from relfv.stages.ablation_edits import (
     SETS,
@@ -32,6 +33,7 @@ from relfv.stages.controls import ground_of
 from relfv.stages.function_vector import FV, TOP_HEADS, heads_of
 from relfv.stages.judging import judge_vectors, mean_over_draws
 from relfv.stages.means import clean_prompts
+from relfv.stages.other_relations import as_recorded, measure_others, trials_of_others
 from relfv.stages.scores import CIE, measure_of, rank_heads
 from relfv.stages.stage import Finding, Stage, Work
 from relfv.stages.summary import SUMMARY
@@ -41,13 +43,14 @@ from relfv.stats import LEVEL, clustered_mean
 from relfv.store.folder import File, QidFolder
 from relfv.store.formats import finite, json_bytes, read_json
 from relfv.store.status import QidStatus
-from relfv.types import Effects, HeadId, Prompts
+from relfv.types import Effects, HeadId, Prompts, Relation, TokenScores
 
 if TYPE_CHECKING:
     from relfv.engine.clean import CleanRun
 
 SET_TO = {
     "swapped": "what they are on the same trial's shuffled prompt",
+    "other_relations": "their mean over prompts of other relations",
     "mean": "their mean over shuffled prompts",
     "zero": "zero",
 }
@@ -55,7 +58,9 @@ RIVALS = ("random_of_layers", "random_of_norm")
 _MEANING = (
     "Clean prompts with something taken away at the last token, each beside the same prompts left alone. swapped: "
     "heads set to what they are on the same trial's shuffled prompt, so that only what the labels bring is taken. "
-    "mean: set to their mean over shuffled prompts, which takes what they know of the query, too. zero: to zero. all: "
+    "other_relations: set to their mean over clean prompts of the CSV's other relations, in prompts, which keeps what "
+    "every task in this format needs. mean: set to their mean over shuffled prompts. Both means take what they know of "
+    "the query, too. zero: to zero. all: "
     "the direction taken out of the hidden state after every layer at once (h - (h . d) d); all_to_mean: set to what "
     "it is there on shuffled prompts on average; per_layer: taken out after that layer alone. Changes are those of P "
     "and log-probability of the first answer token, clustered by query. share_of_gap: of the P that right labels "
@@ -80,17 +85,19 @@ def judge_ablations(effects: Effects, prompts: Prompts, names: Sequence[str], ga
     return numbers
 
 
-def against_random(effects: Effects, names: Sequence[str], clusters: Sequence[int]) -> dict[str, Any]:
-    """How much further P falls with the top heads swapped than with random ones, prompt by prompt; and how many draws
-    of those make it fall as far."""
+def against_random(effects: Effects, names: Sequence[str], clusters: Sequence[int], how: str) -> dict[str, Any]:
+    """How much further P falls with the top heads set to one of SET_TO than with random ones, prompt by prompt; and how
+    many draws of those make it fall as far. Empty where they are not set to it."""
     reached, found = mean_over_draws(effects, names), {}
-    own = reached["top, swapped"]
-    for rival in (f"{which}, swapped" for which in RIVALS):
+    own = reached.get(f"top, {how}")
+    if own is None:
+        return {}
+    for rival in (f"{which}, {how}" for which in RIVALS):
         if rival not in reached:
             continue
         further = clustered_mean(reached[rival] - own, clusters)
         draws = effects.edited.p.numpy()[:, [name == rival for name in names]].mean(0)
-        found[rival.removesuffix(", swapped")] = {
+        found[rival.removesuffix(f", {how}")] = {
             "falls_further_by": finite(further.mean[0]),
             "ci_low": finite(further.low[0]),
             "ci_high": finite(further.high[0]),
@@ -117,6 +124,7 @@ def beside_sufficiency(summary: Mapping[str, Any], heads: Mapping[str, Any], of:
         *(
             (f"heads set to {words}", *(lost(heads, name, how) for name in ("top", "top_held_out", "random_of_layers")))
             for how, words in SET_TO.items()
+            if how in heads["top"]
         ),
         *(
             (f"vector's direction {words} after every layer", lost(of, "fv", how), None, lost(of, "random_heads", how))
@@ -150,7 +158,9 @@ def _ablate(work: Work) -> str:
     cie = {head.id: head.scores[f"mean_delta_{measure_of(settings.score_key)}"] for head in ranked}
     lengths = lengths_written(ground)
     sets, vectors = sets_of_heads(ground, [head.id for head in ranked], cie, lengths), directions(ground)
-    taken = heads_taken(ground, shuffled, sets) + held_out_taken(ground, shuffled) + directions_taken(vectors, shuffled)
+    others = measure_others(work)
+    taken = heads_taken(ground, shuffled, others.means, sets) + held_out_taken(ground, shuffled, others.means)
+    taken += directions_taken(vectors, shuffled)
     known, names = work.trials_per_pass.get(STAGE.name), [one.name for one in taken]
     effects = work.model.engine.edit_together(prompts, [one.version for one in taken], per_pass=known)
     work.trials_per_pass[STAGE.name] = effects.per_pass
@@ -170,11 +180,13 @@ def _ablate(work: Work) -> str:
         "n_queries": len(set(prompts.clusters)),
         "precision": work.model.precision,
         "ci_level": LEVEL,
-        "clean": _untouched(effects.base, prompts),
-        "shuffled": _untouched(shuffled.scores, prompts),
+        "clean": untouched(effects.base, prompts),
+        "shuffled": untouched(shuffled.scores, prompts),
         "heads": heads,
         "directions": found,
-        "against_random": against_random(effects, names, prompts.clusters),
+        "against_random": against_random(effects, names, prompts.clusters, "swapped"),
+        "against_random_other_relations": against_random(effects, names, prompts.clusters, "other_relations"),
+        "other_relations": others.record,
         "table": beside_sufficiency(work.read(SUMMARY), heads, found),
         "by_prompt": {
             "query_source_index": list(prompts.clusters),
@@ -210,7 +222,8 @@ def _of(name: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
     return {**own, **({"per_layer": per_layer} if per_layer else {})}
 
 
-def _untouched(scores: Any, prompts: Prompts) -> dict[str, Any]:
+def untouched(scores: TokenScores, prompts: Prompts) -> dict[str, float]:
+    """What prompts that are left alone reach."""
     return {
         "acc": float(scores.correct(prompts.right).mean()),
         "mean_p": float(scores.measure("p").mean()),
@@ -226,6 +239,12 @@ def _agrees(folder: QidFolder, _: QidStatus) -> Iterator[Finding]:
     yield Finding(path, "the queries of sampled_trials.json", same)
 
 
+def _made_for(folder: QidFolder, relation: Relation, settings: Settings) -> bool:
+    """Whether its prompts of other relations are those that the CSV gives now."""
+    there = folder.read(ABLATION).get("other_relations", {}).get("prompts")
+    return there == as_recorded(trials_of_others(relation, settings))
+
+
 STAGE = Stage(
     "stepE_ablation",
     "Clean prompts without the top heads, random ones, or the vector's direction (--extras ablation).",
@@ -235,4 +254,5 @@ STAGE = Stage(
     settings=(*MODEL_SETTINGS, "score_key", "seed"),
     agrees=_agrees,
     asked=lambda settings: "ablation" in settings.studies,
+    made_for=_made_for,
 )

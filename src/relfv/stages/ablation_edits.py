@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from relfv.engine.base import Together
     from relfv.engine.clean import CleanRun
 
-N_DRAWS = {"swapped": N_DRAWS_OF_HEADS, "mean": 5, "zero": 5}
-"""Of random heads, by what they are set to; claims are tested against those that are swapped."""
+N_DRAWS = {"swapped": N_DRAWS_OF_HEADS, "other_relations": N_DRAWS_OF_HEADS, "mean": 5, "zero": 5}
+"""Of random heads, by what they are set to; claims are tested against those of the first two."""
 _N_DIRECTIONS = 5
 _NEAREST = 5
 """From how many heads of about the same length one is drawn."""
@@ -112,15 +112,18 @@ def lengths_written(ground: Ground) -> dict[HeadId, float]:
     return found
 
 
-def heads_taken(ground: Ground, shuffled: CleanRun, sets: Mapping[str, Sequence[Sequence[HeadId]]]) -> list[Taken]:
-    """Every set of heads set to what it is on each trial's own ``shuffled`` prompt, to its mean over these, and to
-    zero."""
+def heads_taken(
+    ground: Ground, shuffled: CleanRun, others: torch.Tensor | None, sets: Mapping[str, Sequence[Sequence[HeadId]]]
+) -> list[Taken]:
+    """Every set of heads set to what it is on each trial's own ``shuffled`` prompt, to its mean over these, to zero,
+    and to ``others`` (layer, head, head_dim), its mean over prompts of other relations, where there are such."""
     import torch
 
     from relfv.engine.base import Together
 
     values = means(shuffled.activations, ground.all_trials(1))
     to = {"swapped": shuffled.activations, "mean": values, "zero": torch.zeros_like(values)}
+    to |= {} if others is None else {"other_relations": others[None]}
     return [
         Taken(name, how, Together(Together.setting([heads], values).chosen, to[how]))
         for name, draws in sets.items()
@@ -129,15 +132,16 @@ def heads_taken(ground: Ground, shuffled: CleanRun, sets: Mapping[str, Sequence[
     ]
 
 
-def held_out_taken(ground: Ground, shuffled: CleanRun) -> list[Taken]:
-    """Each prompt's own heads, swapped, and set to their mean over the other queries' shuffled prompts; none with one
-    query."""
+def held_out_taken(ground: Ground, shuffled: CleanRun, others: torch.Tensor | None) -> list[Taken]:
+    """Each prompt's own heads, swapped, set to their mean over the other queries' shuffled prompts, and to ``others``;
+    none with one query."""
     from relfv.engine.base import Together
 
     if ground.held_out is None:
         return []
     shares, chosen, prompt = ground.held_out
     to = {"swapped": shuffled.activations, "mean": means(shuffled.activations, shares)[prompt]}
+    to |= {} if others is None else {"other_relations": others.expand(len(prompt), -1, -1, -1)}
     sets = [chosen[i] for i in prompt]
     return [Taken("top_held_out", how, Together.setting(sets, values)) for how, values in to.items()]
 

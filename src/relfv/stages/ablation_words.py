@@ -31,7 +31,8 @@ def verdict_of_ablation(document: Numbers, summary: Numbers) -> str:
     parts = [
         f"{falls}: {_interval(top['share_of_gap'])} of what right labels bring is lost{_beside(heads, 'swapped')}.",
         _conclusion(top["share_of_gap"], document["against_random"]),
-        _set_to_means(heads),
+        _set_to_means(heads, "other_relations", "Set to their mean over prompts of other relations"),
+        _set_to_means(heads, "mean", "Set to their mean over shuffled prompts, which takes the query away, too"),
         _direction(document["directions"]),
         _cancellers(heads, p),
     ]
@@ -46,7 +47,7 @@ def _beside(heads: Numbers, how: str) -> str:
         "random_of_norm": "others that write as much {}",
     }
     shares = {name: heads.get(name, {}).get(how, {}).get("share_of_gap") for name in named}
-    said = [words.format(_rounded(share["value"])) for name, words in named.items() if (share := shares[name])]
+    said = [words.format(rounded(share["value"])) for name, words in named.items() if (share := shares[name])]
     return f" ({', '.join(said)})" if said else ""
 
 
@@ -60,12 +61,9 @@ def _conclusion(share: Numbers, against: Numbers) -> str:
     return "So these heads are needed there for that much." if against else ""
 
 
-def _set_to_means(heads: Numbers) -> str:
-    share = heads["top"]["mean"]["share_of_gap"]
-    return (
-        share
-        and f"Set to their mean, which takes the query away, too: {_rounded(share['value'])}{_beside(heads, 'mean')}."
-    )
+def _set_to_means(heads: Numbers, how: str, words: str) -> str:
+    share = heads["top"].get(how, {}).get("share_of_gap")
+    return f"{words}: {rounded(share['value'])}{_beside(heads, how)}." if share else ""
 
 
 def _direction(directions: Numbers) -> str:
@@ -77,7 +75,7 @@ def _direction(directions: Numbers) -> str:
         "random_heads": "those of random heads' vectors",
     }
     shares = {name: directions.get(name, {}).get("all_to_mean", {}).get("share_of_gap") for name in named}
-    said = [f"{words} {_rounded(share['value'])}" for name, words in named.items() if (share := shares[name])]
+    said = [f"{words} {rounded(share['value'])}" for name, words in named.items() if (share := shares[name])]
     how = "Lost where a direction is set, after every layer, to its mean on shuffled prompts"
     return f"{how}: {', '.join(said)}." if said else ""
 
@@ -94,8 +92,9 @@ def _p(numbers: Numbers) -> str:
 
 
 def _interval(share: Numbers) -> str:
-    return f"{_rounded(share['value'])} ({LEVEL:.0%} CI {_rounded(share['low'])} to {_rounded(share['high'])})"
+    return f"{rounded(share['value'])} ({LEVEL:.0%} CI {rounded(share['low'])} to {rounded(share['high'])})"
 
 
-def _rounded(share: float) -> str:
+def rounded(share: float) -> str:
+    """A share in per cent, never -0."""
     return f"{round(100 * share) + 0}%"

@@ -92,6 +92,13 @@ def all_draws(work: Work, kept: Kept) -> dict[int, list[Measured]]:
     return draws
 
 
+def prompts_swept(settings: Settings) -> int:
+    """Of all draws together; draw 0 whole has been swept before."""
+    n_all, n_draws = settings.n_trials_per_q, settings.replicates
+    fewer = sum(n for n in FEWER if n < n_all)
+    return n_draws * fewer + (n_draws - 1) * n_all + n_draws // 2 * 2 * n_all
+
+
 def draw_name(n_trials: int, number: int) -> str:
     """Of a draw, or of two together, in draws.safetensors."""
     return f"{n_trials}.{number}"

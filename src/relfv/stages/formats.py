@@ -233,4 +233,5 @@ STAGE = Stage(
     settings=(*TRIALS_STAGE.settings, "n_eval", "allow_query_duplicates"),
     agrees=_agrees,
     asked=lambda settings: settings.formats,
+    prompts=lambda settings: settings.n_trials_per_q,  # of each format
 )

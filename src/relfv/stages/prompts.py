@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import takewhile
 
 from relfv.models.tokens import Tokens
@@ -86,11 +87,15 @@ class AnswerTokens:
         self, relation: Relation, tokens: Tokens, *, distinguishing: bool = False, shown: PromptFormat = SPEC_FORMAT
     ) -> None:
         self._relation, self._tokens, self._distinguishing, self._shown = relation, tokens, distinguishing, shown
-        # An answer's tokens do not depend on what stands further in front of it than the end of the prompt.
-        self._of: dict[str, Target] = {}
-        for pair in relation.pairs:
-            if pair.output not in self._of:
-                self._of[pair.output] = tokens.target(shown.zero_shot(pair.input), pair.output)
+
+    @cached_property
+    def _of(self) -> dict[str, Target]:
+        """By answer. Its tokens do not depend on what stands further in front of it than the end of the prompt."""
+        first_with = {pair.output: pair for pair in reversed(self._relation.pairs)}
+        in_order = dict.fromkeys(pair.output for pair in self._relation.pairs)
+        return {
+            answer: self._tokens.target(self._shown.zero_shot(first_with[answer].input), answer) for answer in in_order
+        }
 
     def prompted(self, trial: Trial) -> PromptedTrial:
         """The clean and the corrupted prompt of a trial, its target, and what else is right."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from relfv.stages.agreement import agreement, cosines, shared_heads
 from relfv.stages.cie import METRICS
-from relfv.stages.draws import all_draws, draw_name, draw_seeds, snapshot_of_draw
+from relfv.stages.draws import all_draws, draw_name, draw_seeds, prompts_swept, snapshot_of_draw
 from relfv.stages.function_vector import FV, TOP_HEADS, heads_of
 from relfv.stages.judging import by_layer
 from relfv.stages.means import MEANS
@@ -192,4 +192,5 @@ STAGE = Stage(
     settings=TRIALS_STAGE.settings,
     agrees=_agrees,
     asked=lambda settings: settings.replicates,
+    prompts=prompts_swept,
 )

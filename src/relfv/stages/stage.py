@@ -121,6 +121,11 @@ class Stage:
     nothing."""
     extra: bool = False
     """Whether it is beyond the spec, and left out with ``--extras none``."""
+    made_for: Callable[[QidFolder, Relation, Settings], bool] | None = None
+    """Of a stage that uses the CSV's other relations, too: whether what it has written is of what these are now."""
+    prompts: Callable[[Settings], int] | None = None
+    """How many prompts' head sweeps it makes, where these are its work. Else work is done for each evaluated prompt
+    where those are read, and for each trial where these are."""
     share: float = 0.0
     """Of a q_id's time, as a rule: what the time left rests on before a stage has been timed."""
 
