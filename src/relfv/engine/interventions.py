@@ -13,6 +13,7 @@ from relfv.engine.fitness import Alone, is_packed
 from relfv.engine.readout import joined
 from relfv.engine.reference import Version, naive_rows, naive_together
 from relfv.errors import RunError
+from relfv.models.architecture import Architecture
 from relfv.types import Effects, HeadId, Prompts
 
 MIN_EFFECT = 0.1
@@ -77,7 +78,8 @@ def interventions(float32: Backbone, ids: TokenIds, alone: Sequence[Alone]) -> I
     with float32.running():
         targets = float32.arch.final_logits(float32.arch.lm_head(hidden.float())).argmax(-1).tolist()
     prompts, in_rows = Prompts(ids, targets), not is_packed(float32)
-    heads, layers = _sample(float32)
+    heads, n_layers = sampled_heads(float32.arch), float32.arch.n_layers
+    layers = sorted({0, n_layers // 2, n_layers - 1})
     for scale in (4.0, 32.0, 256.0):
         replacement = scale * z.mean(0)
         vector = torch.stack([_direction(float32, replacement)])
@@ -93,13 +95,11 @@ def interventions(float32: Backbone, ids: TokenIds, alone: Sequence[Alone]) -> I
     return trial
 
 
-def _sample(backbone: Backbone) -> tuple[list[HeadId], list[int]]:
-    """Heads over all layers with attention, the first and last among them; and the first, middle and last layer."""
-    n_layers, n_heads, with_heads = backbone.arch.n_layers, backbone.arch.n_heads, [*backbone.arch.out_projs]
-    rng = random.Random(0)
+def sampled_heads(arch: Architecture) -> list[HeadId]:
+    """Heads over all layers with attention, the first and last among them."""
+    with_heads, rng = [*arch.out_projs], random.Random(0)
     chosen = {with_heads[round(i * (len(with_heads) - 1) / (N_HEADS - 1))] for i in range(N_HEADS)}
-    heads = [HeadId(layer, rng.randrange(n_heads)) for layer in sorted(chosen)]
-    return heads, sorted({0, n_layers // 2, n_layers - 1})
+    return [HeadId(layer, rng.randrange(arch.n_heads)) for layer in sorted(chosen)]
 
 
 def _direction(backbone: Backbone, activations: torch.Tensor) -> torch.Tensor:

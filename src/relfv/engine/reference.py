@@ -69,7 +69,8 @@ def naive_rows(
 ) -> TokenScores:
     """``naive_together`` with each version's activations and vectors, as the rows of one batch; row 0 is untouched.
     Fields are (1 + version,)."""
-    inputs, outputs = [], []
+    inputs: list[_Hooked] = []
+    outputs: list[_Hooked] = []
     for row, version in enumerate(versions, start=1):
         of_row = _edits_of_row(backbone, row, *version)
         inputs += of_row[0]
@@ -85,7 +86,7 @@ def _edits_of_row(
     vectors: Mapping[int, torch.Tensor],
     directions: Mapping[int, torch.Tensor] = MappingProxyType({}),
     mlps: Mapping[int, torch.Tensor] = MappingProxyType({}),
-) -> tuple[list[_Hooked], list[_Hooked]]:
+) -> tuple[Sequence[_Hooked], Sequence[_Hooked]]:
     """Edits of one row's last token: at the inputs of modules, and at outputs."""
     dim = backbone.arch.head_dim
 

@@ -39,6 +39,7 @@ WRONG = 0.05
 """The same difference for the reference engine, above which a model is refused. Between experts that are nearly tied a
 router's choice is rounding, which moves scores by less."""
 
+
 @dataclass(frozen=True)
 class SelfCheck:
     """The result of the comparison, for the manifest."""
@@ -56,6 +57,13 @@ class SelfCheck:
     """The same difference in the arithmetic in use, where that has kernels."""
     writing_error: float | None = None
     """How far the heads' parts as written are from what attention adds to the residual stream (writing_check.py)."""
+    found_at: str | None = None
+    """When, in UTC, if it was not found now but taken from an earlier opening of the same model (remembered.py)."""
+
+    @property
+    def said(self) -> str:
+        """The result in words."""
+        return self.reason + (f" (found on {self.found_at}, taken from the cache)" if self.found_at else "")
 
     @property
     def knows_writing(self) -> bool:
@@ -75,8 +83,6 @@ def choose_engine(backbone: Backbone, prompts: TokenIds) -> tuple[Engine, SelfCh
     engine, check = _choice(backbone, trial, float32)
     with_heads = sorted({head.layer for head in trial.heads})
     check = replace(check, writing_error=writing_error(float32, prompts[0], with_heads))
-    if not check.knows_writing:
-        log.warning("what attention adds to the residual stream of this family is not known: nothing is said of it")
     return engine, check
 
 
