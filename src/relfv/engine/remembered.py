@@ -7,6 +7,7 @@ that the shared-prefix engine is right as it stands, kernels included, is ever k
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import inspect
 import logging
@@ -56,7 +57,7 @@ def remembered(
     """``choose_engine``, or what it found at an earlier opening of the same model: ``asked`` says what was opened."""
     try:
         rests_on = {**asked, **basis(backbone, prompts)}
-    except (OSError, TypeError):  # a module's class is in no file
+    except (OSError, TypeError, AttributeError):  # something cannot be told: a class in no file, an unknown driver
         return choose_engine(backbone, prompts)
     found = findings.get(rests_on)
     known = _recalled(backbone, prompts, found) if found else None
@@ -142,9 +143,10 @@ def _hash_of(files: Any) -> str:
 def _described(device: torch.device) -> str:
     if device.type != "cuda":
         return str(device)
-    of = torch.cuda.get_device_properties(device)
+    of, driver = torch.cuda.get_device_properties(device), ctypes.c_int()
+    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(driver))
     known = [of.name, of.major, of.minor, of.multi_processor_count, of.total_memory, torch.version.cuda]
-    return repr([*known, torch.backends.cudnn.version(), _text_of(_DRIVER), torch._C._cuda_getDriverVersion()])  # type: ignore
+    return repr([*known, torch.backends.cudnn.version(), driver.value, _text_of(_DRIVER)])
 
 
 def _processor() -> list[str]:
