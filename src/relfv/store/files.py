@@ -127,8 +127,8 @@ class InPieces:
 
 @contextmanager
 def write_in_pieces(paths: Sequence[Path]) -> Iterator[list[InPieces]]:
-    """``write_together`` of one file or more that need not fit into memory: they take the names ``paths``, in order, when
-    this ends without an exception."""
+    """``write_together`` of one file or more that need not fit into memory: they take the names ``paths``, in order,
+    when this ends without an exception."""
     folder = paths[0].parent
     with explained(folder):
         make_folder(folder)
