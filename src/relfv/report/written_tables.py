@@ -62,10 +62,11 @@ def write_tables(folder: Path) -> Path:
     # What is written last must also have been read last, or one of two runs would leave out what the other did.
     with sole_writer(place):
         statuses = statuses_of(folder)
-        with write_in_pieces([place / f"{table}.csv" for table in WRITTEN]) as files:
+        names = [f"{table}.csv" for table in WRITTEN]
+        with write_in_pieces([place / name for name in (*names, _RECORD)]) as (*files, record):
             _write_csvs(statuses, dict(zip(WRITTEN, files, strict=True)))
-        digests = {f"{table}.csv": file.sha256 for table, file in zip(WRITTEN, files, strict=True)}
-        write_atomic(place / _RECORD, sealed_bytes({"made_from": _made_from(statuses), "files": digests}))
+            digests = {name: file.sha256 for name, file in zip(names, files, strict=True)}
+            record.write(sealed_bytes({"made_from": _made_from(statuses), "files": digests}))
     return place
 
 

@@ -112,12 +112,19 @@ class InPieces:
     """A file that is being written, piece after piece."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file, self._digest = file, hashlib.sha256()
+        self._file, self._digest, self._waiting = file, hashlib.sha256(), bytearray()
 
     def write(self, data: bytes) -> None:
         """The next piece."""
-        self._file.write(data)
         self._digest.update(data)
+        self._waiting += data
+        if len(self._waiting) >= 1 << 20:
+            self.flush()
+
+    def flush(self) -> None:
+        """Small pieces wait for others."""
+        self._file.write(bytes(self._waiting))
+        self._waiting.clear()
 
     @property
     def sha256(self) -> str:
@@ -134,7 +141,10 @@ def write_in_pieces(paths: Sequence[Path]) -> Iterator[list[InPieces]]:
         make_folder(folder)
         with ExitStack() as stack:
             files = [stack.enter_context(_replacing(path, read_only=False)) for path in reversed(paths)]
-            yield [InPieces(file) for file in reversed(files)]
+            pieces = [InPieces(file) for file in reversed(files)]
+            yield pieces
+            for one in pieces:
+                one.flush()
         _sync_folder(folder)
 
 
