@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 # Before torch. Tiny tensors need no threads; processes that tests start inherit what is set, and add as this one does.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+_CACHE = tempfile.TemporaryDirectory(prefix="relfv-cache-")
+os.environ["RELFV_CACHE"] = _CACHE.name  # never the user's own
 
 import hypothesis
 import pytest

@@ -107,6 +107,7 @@ def _counted(folder: Path, q_list: str) -> Counter[str]:
         counts.install()
         files.install()
         flags = ["--model", "demo", "--relation_csv_path", str(csv_path), "--q_list", q_list]
+        flags += ["--self_check", "always"]
         code = main(["run", *flags, "--out_root", str(folder / "out")])
         kinds = Counter(kind for kind, _, _ in files.seen)
         counts["fsyncs"], counts["files written"] = kinds["fsync"], kinds["write"]

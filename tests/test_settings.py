@@ -37,6 +37,7 @@ NOT_COUNTED = {
     "offload",
     "relation_csv_path",
     "trust_remote_code",
+    "self_check",
     "alpha_sweep",
     "alpha_sweep_relative",
     "k_sweep",

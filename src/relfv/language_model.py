@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 from relfv.engine.arithmetic import Arithmetic, Precision
 from relfv.engine.base import Backbone, Engine
+from relfv.engine.remembered import Findings, remembered
 from relfv.engine.selfcheck import SelfCheck, choose_engine
 from relfv.models.architecture import Architecture
 from relfv.models.context import Context, context_of
 from relfv.models.given import GivenModel
 from relfv.models.opening import Checkpoint, load_checkpoint
+from relfv.models.sources import files_state, model_identity
 from relfv.models.tokens import Tokens
 from relfv.progress import at_work
 
@@ -78,12 +83,16 @@ def open_model(
     offload: str = "auto",
     precision: Precision = "exact",
     trust_remote_code: bool = False,
+    findings: Findings | None = None,
 ) -> LanguageModel:
-    """Open ``name`` (``demo``, a folder, a cached or hub model) and choose its engine.
+    """Open ``name`` (``demo``, a folder, a cached or hub model) and choose its engine, or take the choice from
+    ``findings``.
 
     Raises InputError for a model, spec, device or dtype that does not fit, RunError if relfv would misread its logits.
     """
     started = time.monotonic()
+    # Code that comes with a checkpoint may come from anywhere.
+    before = None if findings is None or trust_remote_code else files_state(name, revision)
     with at_work(f"opening {name}", "reading tokenizer and weights"):
         checkpoint = load_checkpoint(
             name,
@@ -96,7 +105,13 @@ def open_model(
             exact=precision == "exact",
             trust_remote_code=trust_remote_code,
         )
-    return _with_engine(name, spec, checkpoint, quant, precision, started)
+    if before is None:
+        return _with_engine(name, spec, checkpoint, quant, precision, started)
+    files = files_state(name, revision)
+    if not before.items() <= files.items():  # replaced while they were read
+        findings = None
+    asked = {"model": model_identity(name, revision), "files": files, "spec": spec, "dtype": dtype, "quant": quant}
+    return _with_engine(name, spec, checkpoint, quant, precision, started, findings, asked)
 
 
 def open_given(
@@ -107,13 +122,25 @@ def open_given(
 
 
 def _with_engine(
-    name: str, spec: str, checkpoint: Checkpoint, quant: str, precision: Precision, started: float
+    name: str,
+    spec: str,
+    checkpoint: Checkpoint,
+    quant: str,
+    precision: Precision,
+    started: float,
+    findings: Findings | None = None,
+    asked: Mapping[str, Any] = MappingProxyType({}),
 ) -> LanguageModel:
+    """``asked``: what the files are and how they were read, which a finding rests on."""
     arch, tokens = checkpoint.arch, checkpoint.tokens
     arithmetic = Arithmetic.with_kernels(checkpoint.model, arch, precision)
     backbone = Backbone(checkpoint.model, arch, checkpoint.device, arithmetic, checkpoint.streaming, checkpoint.cards)
+    prompts = tokens.self_check_prompts(context_of(checkpoint.model.config).limit)
     with at_work(f"opening {name}", "self-check: patches by the engine and by plain hooks"):
-        engine, check = choose_engine(backbone, tokens.self_check_prompts(context_of(checkpoint.model.config).limit))
+        if findings is None:
+            engine, check = choose_engine(backbone, prompts)
+        else:
+            engine, check = remembered(backbone, prompts, findings, asked)
     log.info(
         "opened %s: %s, %d layers x %d heads of %d, residual %d, %s on %s, %s arithmetic, %.1f s",
         name,
@@ -127,5 +154,7 @@ def _with_engine(
         precision,
         time.monotonic() - started,
     )
-    log.info("self-check: %s engine; %s", engine.name, check.reason)
+    log.info("self-check: %s engine; %s", engine.name, check.said)
+    if not check.knows_writing:
+        log.warning("what attention adds to the residual stream of this family is not known: nothing is said of it")
     return LanguageModel(name, spec, engine.backbone, tokens, engine, check, checkpoint.dtype, quant)

@@ -136,4 +136,4 @@ def shortened(text: str) -> str:
 def printable(text: str) -> str:
     """``text`` on one line that cannot steer a terminal: controls, line breaks, marks that turn the direction of
     writing and invisible characters as escapes."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -148,6 +148,10 @@ class Settings:
         fixed=True,
     )  # fmt: skip
     trust_remote_code: bool = _setting(False, "run code that comes with the checkpoint", _MODEL, identity=False)
+    self_check: str = _setting(
+        "auto", "of the engine, when the model is opened: auto (what an earlier one found on the same files, code and "
+        "hardware stands) or always", _MODEL, choices=("auto", "always"), identity=False,
+    )  # fmt: skip
     alpha_sweep: tuple[float, ...] = _setting(
         (), "also add the vector with these factors, e.g. 0.5,1,2 or =-1,1: step6/sweeps.json", ("injection", ("run",)),
         low=-_MAX_ALPHA, high=_MAX_ALPHA, identity=False,

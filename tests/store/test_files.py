@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from relfv.errors import RunError
-from relfv.store.files import read_bytes, remove_temporaries, sha256_file, write_atomic, write_together
+from relfv.store.files import (
+    read_bytes,
+    remove_temporaries,
+    sha256_file,
+    write_atomic,
+    write_in_pieces,
+    write_together,
+)
 
 
 def test_a_file_is_replaced_whole_and_leaves_no_temporary(tmp_path: Path) -> None:
@@ -99,3 +106,18 @@ def test_only_a_regular_file_is_read_and_nothing_waits_for_a_pipe(tmp_path: Path
         assert sha256_file(tmp_path / name) is None
     (tmp_path / "file").write_bytes(b"x")
     assert read_bytes(tmp_path / "file") == b"x"
+
+
+def test_files_written_in_pieces_appear_together_and_whole_or_not_at_all(tmp_path: Path) -> None:
+    paths = [tmp_path / "tables" / name for name in ("a.csv", "b.csv")]
+    with write_in_pieces(paths) as files:
+        for number in range(3):
+            for file in files:
+                file.write(b"%d\n" % number)
+        assert not any(path.exists() for path in paths)
+    assert [path.read_bytes() for path in paths] == [b"0\n1\n2\n"] * 2
+    assert [file.sha256 for file in files] == [sha256_file(path) for path in paths]
+    with pytest.raises(ZeroDivisionError), write_in_pieces(paths) as files:
+        files[0].write(b"%d" % (1 // 0))
+    assert [path.read_bytes() for path in paths] == [b"0\n1\n2\n"] * 2
+    assert sorted(path.name for path in paths[0].parent.iterdir()) == ["a.csv", "b.csv"]

@@ -48,14 +48,14 @@ class StepEffects:
 def open_model(model: Any, tokenizer: Any = None, **options: Any) -> LanguageModel:
     """A model for ``head_effects`` and ``inject``: ``demo``, a folder, a hub id, or a transformers model with its
     ``tokenizer``. ``options`` of ``relfv run``: ``precision``, ``device``, ``dtype``, ``quant``, ``model_spec``,
-    ``trust_remote_code``.
+    ``trust_remote_code``, ``self_check``.
 
     Raises InputError for a model, device or dtype that does not fit, RunError if relfv would misread its logits.
     """
     from relfv.runs.qid import open_for
 
     given = None if isinstance(model, str) or hasattr(model, "__fspath__") else GivenModel(model, tokenizer)
-    known = {*MODEL_SETTINGS, "device", "trust_remote_code"}
+    known = {*MODEL_SETTINGS, "device", "trust_remote_code", "self_check"}
     settings = settings_from(options, known, model=given.name if given else str(model))
     if given is None:
         return open_for(settings)

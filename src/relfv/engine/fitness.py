@@ -8,6 +8,7 @@ fails is refused: comparing the engines with each other could not show it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -34,32 +35,52 @@ def is_packed(backbone: Backbone) -> bool:
     return is_opaque(backbone.model)
 
 
-def check_blocks(backbone: Backbone, prompt: Sequence[int]) -> None:
+@dataclass(frozen=True)
+class Alone:
+    """What an ordinary pass over one prompt shows, without company in its batch."""
+
+    z: torch.Tensor
+    """float32 (layer, head, head_dim): what the heads do at the last token."""
+    final: torch.Tensor
+    """(1, resid_dim): the final hidden state there."""
+    shapes: list[tuple[int, ...] | str]
+    """What each block passes on: its shape, or its type."""
+    last: torch.Tensor
+    """What the last block passes on, (1, token, resid_dim)."""
+
+
+def run_alone(backbone: Backbone, prompt: Sequence[int]) -> Alone:
+    """One pass over ``prompt``, in which blocks and heads are read."""
+    shapes: list[tuple[int, ...] | str] = [""] * backbone.arch.n_layers
+    last: dict[int, torch.Tensor] = {}
+
+    def reader(layer: int) -> Callable[[torch.Tensor], None]:
+        def read(hidden: torch.Tensor) -> None:
+            shapes[layer] = tuple(hidden.shape) if isinstance(hidden, torch.Tensor) else type(hidden).__name__
+            last[0] = hidden
+
+        return read
+
+    readers = [(block, reader(layer)) for layer, block in enumerate(backbone.arch.blocks)]
+    with backbone.running(), editing_outputs(readers):
+        z, final = capture_heads(backbone, [prompt])
+    return Alone(z[0], final, shapes, last[0])
+
+
+def check_blocks(backbone: Backbone, prompt: Sequence[int], alone: Alone) -> None:
     """Blocks must pass on one residual stream, (prompts, tokens, resid_dim), and no token may see a later one.
 
     Raises RunError. A vector added at the last token of several streams (Gemma 3n, hyper-connections) would land
     elsewhere; and a model that looks ahead (BERT) does at a token what it could not do there while it writes.
     """
-    shapes: dict[int, tuple[int, ...] | str] = {}
-
-    def reader(layer: int) -> Callable[[torch.Tensor], None]:
-        def read(hidden: torch.Tensor) -> None:
-            shapes[layer] = tuple(hidden.shape) if isinstance(hidden, torch.Tensor) else type(hidden).__name__
-
-        return read
-
     name, expected = type(backbone.model).__name__, (1, len(prompt), backbone.arch.resid_dim)
-    with backbone.running():
-        with editing_outputs([(block, reader(layer)) for layer, block in enumerate(backbone.arch.blocks)]):
-            whole = _hidden(backbone, prompt)
-        shorter = _hidden(backbone, prompt[:-1])
-    for layer, shape in sorted(shapes.items()):
+    for layer, shape in enumerate(alone.shapes):
         if shape != expected:
             raise RunError(
                 f"{name}: block {layer} passes on {shape}, expected one residual stream, {expected}, to which a vector "
                 "can be added at one token; this model cannot be measured correctly"
             )
-    gap = _relative(whole[:, :-1], shorter)
+    gap = _relative(alone.last[:, :-1], run_alone(backbone, prompt[:-1]).last)
     if gap > RELATIVE_TOLERANCE and not is_packed(backbone):  # NaN is named by the check of logits
         raise RunError(
             f"{name} lets tokens see later ones (one more token changes those before it by {gap:.2g}); expected a "
@@ -67,21 +88,25 @@ def check_blocks(backbone: Backbone, prompt: Sequence[int]) -> None:
         )
 
 
-def check_readout(backbone: Backbone, prompts: Prompts, logprobs: torch.Tensor) -> None:
-    """The model's own log-probability of each target against relfv's, ``logprobs`` (prompt,).
-
-    Raises RunError: with an unknown last step no engine would be right.
-    """
-    for prompt, target, ours in zip(prompts.ids, prompts.targets, logprobs.tolist(), strict=True):
+def readout_gap(backbone: Backbone, prompts: Prompts, logprobs: torch.Tensor) -> float:
+    """The model's own log-probability of each target against relfv's, ``logprobs`` (prompt,): the largest difference,
+    infinite for NaN."""
+    own = []
+    for prompt, target in zip(prompts.ids, prompts.targets, strict=True):
         with backbone.running():
             ids = torch.tensor([list(prompt)], device=backbone.device)
             logits = backbone.model(input_ids=ids, use_cache=False).logits[0, -1].float()
-        gap = abs(float(logits.log_softmax(-1)[target]) - ours)
-        if not gap <= TOLERANCE:
-            raise RunError(
-                f"{type(backbone.model).__name__} turns hidden states into logits in a way relfv does not know "
-                f"(log-probabilities differ by {gap:.2g}); this model cannot be measured correctly"
-            )
+        own.append(float(logits.log_softmax(-1)[target]))
+    return float((torch.tensor(own) - logprobs).abs().nan_to_num(nan=torch.inf).max())
+
+
+def require_readout(backbone: Backbone, gap: float) -> None:
+    """Raise RunError for a ``readout_gap`` beyond rounding: with an unknown last step no engine would be right."""
+    if gap > TOLERANCE:
+        raise RunError(
+            f"{type(backbone.model).__name__} turns hidden states into logits in a way relfv does not know "
+            f"(log-probabilities differ by {gap:.2g}); this model cannot be measured correctly"
+        )
 
 
 def check_projection(backbone: Backbone, z: torch.Tensor, layers: list[int]) -> None:
@@ -104,23 +129,19 @@ def check_projection(backbone: Backbone, z: torch.Tensor, layers: list[int]) -> 
             )
 
 
-def check_capture(backbone: Backbone, prompts: TokenIds, z: torch.Tensor) -> None:
-    """What the heads do in one padded batch, ``z`` (prompt, layer, head, head_dim), against one prompt at a time.
+def check_capture(backbone: Backbone, prompts: TokenIds, alone: torch.Tensor) -> None:
+    """What the heads do in one padded batch against one prompt at a time, ``alone`` (prompt, layer, head, head_dim).
 
     Raises RunError: clean means would depend on which prompts share a batch.
     """
     with backbone.running():
-        alone = torch.cat([capture_heads(backbone, [prompt])[0] for prompt in prompts])
-    gap = _relative(z, alone)
+        together = capture_heads(backbone, prompts)[0]
+    gap = _relative(together, alone)
     if not gap <= RELATIVE_TOLERANCE and not is_packed(backbone):
         raise RunError(
             f"{type(backbone.model).__name__}: heads do other things in a padded batch of prompts than for one prompt "
             f"alone (off by {gap:.2g}), so their means would be wrong; this model cannot be measured correctly"
         )
-
-
-def _hidden(backbone: Backbone, prompt: Sequence[int]) -> torch.Tensor:
-    return backbone.decoder(input_ids=torch.tensor([list(prompt)], device=backbone.device), use_cache=False)[0]
 
 
 def _relative(found: torch.Tensor, true: torch.Tensor) -> float:

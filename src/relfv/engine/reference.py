@@ -15,6 +15,7 @@ from itertools import groupby
 from types import MappingProxyType
 
 import torch
+from torch import nn
 
 from relfv.engine.base import Array, Backbone, Together, Vectors, in_parts, of_layer_and_prompts, values_of
 from relfv.engine.hooks import editing_inputs, editing_outputs
@@ -24,6 +25,10 @@ from relfv.engine.together import Edit, editing_together
 from relfv.models.mlps import mlps_of
 from relfv.progress import counted
 from relfv.types import Effects, HeadId, Prompts, TokenScores
+
+Version = tuple[Mapping[HeadId, torch.Tensor], Mapping[int, torch.Tensor]]
+"""Heads' activations that are set, and vectors that are added after layers."""
+_Hooked = tuple[nn.Module, Callable[[torch.Tensor], torch.Tensor | None]]
 
 
 def naive_head_patch(
@@ -52,6 +57,38 @@ def naive_together(
     """One forward pass with several heads' last-token outputs set to their ``activations`` (head_dim,), and the output
     of the ``mlps`` of these layers to (resid_dim,); and after the blocks of these layers ``directions`` (resid_dim,),
     of length 1, taken out of the last token, and then ``vectors`` (resid_dim,) added to it. Fields are (1,)."""
+    inputs, outputs = _edits_of_row(backbone, 0, activations, vectors, directions, mlps)
+    with editing_inputs(inputs), editing_outputs(outputs):
+        return _score_rows(backbone, prompt, target, n_rows=1)
+
+
+def naive_rows(
+    backbone: Backbone,
+    prompt: Sequence[int],
+    target: int,
+    versions: Sequence[Version],
+) -> TokenScores:
+    """``naive_together`` with each version's activations and vectors, as the rows of one batch; row 0 is untouched.
+    Fields are (1 + version,)."""
+    inputs: list[_Hooked] = []
+    outputs: list[_Hooked] = []
+    for row, version in enumerate(versions, start=1):
+        of_row = _edits_of_row(backbone, row, *version)
+        inputs += of_row[0]
+        outputs += of_row[1]
+    with editing_inputs(inputs), editing_outputs(outputs):
+        return _score_rows(backbone, prompt, target, n_rows=1 + len(versions))
+
+
+def _edits_of_row(
+    backbone: Backbone,
+    row: int,
+    activations: Mapping[HeadId, torch.Tensor],
+    vectors: Mapping[int, torch.Tensor],
+    directions: Mapping[int, torch.Tensor] = MappingProxyType({}),
+    mlps: Mapping[int, torch.Tensor] = MappingProxyType({}),
+) -> tuple[Sequence[_Hooked], Sequence[_Hooked]]:
+    """Edits of one row's last token: at the inputs of modules, and at outputs."""
     dim = backbone.arch.head_dim
 
     def patching(layer: int) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -59,7 +96,7 @@ def naive_together(
             z = z.clone()
             for head, activation in activations.items():
                 if head.layer == layer:
-                    z[:, -1, head.head * dim : (head.head + 1) * dim] = activation.to(z)
+                    z[row, -1, head.head * dim : (head.head + 1) * dim] = activation.to(z)
             return z
 
         return patch
@@ -67,7 +104,7 @@ def naive_together(
     def setting(value: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         def put(written: torch.Tensor) -> torch.Tensor:
             written = written.clone()
-            written[:, -1] = value.to(written)
+            written[row, -1] = value.to(written)
             return written
 
         return put
@@ -75,7 +112,7 @@ def naive_together(
     def removing(direction: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         def remove(hidden: torch.Tensor) -> torch.Tensor:
             hidden, unit = hidden.clone(), direction.to(hidden)
-            hidden[:, -1] -= (hidden[:, -1] * unit).sum(-1, keepdim=True) * unit
+            hidden[row, -1] -= (hidden[row, -1] * unit).sum() * unit
             return hidden
 
         return remove
@@ -83,7 +120,7 @@ def naive_together(
     def adding(vector: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         def add(hidden: torch.Tensor) -> torch.Tensor:
             hidden = hidden.clone()
-            hidden[:, -1] += vector.to(hidden)
+            hidden[row, -1] += vector.to(hidden)
             return hidden
 
         return add
@@ -92,8 +129,7 @@ def naive_together(
     outputs = [(backbone.arch.blocks[layer], removing(direction)) for layer, direction in directions.items()]
     outputs += [(backbone.arch.blocks[layer], adding(vector)) for layer, vector in vectors.items()]
     outputs += [(mlps_of(backbone.arch)[layer], setting(value)) for layer, value in mlps.items()]
-    with editing_inputs(inputs), editing_outputs(outputs):
-        return _score_rows(backbone, prompt, target, n_rows=1)
+    return inputs, outputs
 
 
 def naive_baseline(backbone: Backbone, prompt: Sequence[int], target: int) -> TokenScores:

@@ -7,34 +7,27 @@ newly opened model first does a handful of patches and injections twice, in floa
 from __future__ import annotations
 
 import logging
-import random
 from dataclasses import dataclass, replace
 
 import torch
 
-from relfv.engine.base import Backbone, Engine, Together, TokenIds
+from relfv.engine.base import Backbone, Engine, TokenIds
 from relfv.engine.fitness import (
     RELATIVE_TOLERANCE,
     TOLERANCE,
     check_blocks,
     check_capture,
     check_projection,
-    check_readout,
     is_packed,
+    readout_gap,
+    require_readout,
+    run_alone,
 )
-from relfv.engine.passes import capture_heads
-from relfv.engine.readout import joined
-from relfv.engine.reference import (
-    ReferenceEngine,
-    naive_baseline,
-    naive_head_patch,
-    naive_injection,
-    naive_together,
-)
+from relfv.engine.interventions import Interventions, interventions
+from relfv.engine.reference import ReferenceEngine
 from relfv.engine.shared_prefix import SharedPrefixEngine
 from relfv.engine.writing_check import writing_error
 from relfv.errors import RunError
-from relfv.types import Effects, HeadId, Prompts
 
 log = logging.getLogger(__name__)
 
@@ -45,11 +38,6 @@ kernel."""
 WRONG = 0.05
 """The same difference for the reference engine, above which a model is refused. Between experts that are nearly tied a
 router's choice is rounding, which moves scores by less."""
-
-MIN_EFFECT = 0.1
-"""Interventions are enlarged until one of them moves a log-probability by at least this much."""
-
-N_HEADS = 6
 
 
 @dataclass(frozen=True)
@@ -69,6 +57,13 @@ class SelfCheck:
     """The same difference in the arithmetic in use, where that has kernels."""
     writing_error: float | None = None
     """How far the heads' parts as written are from what attention adds to the residual stream (writing_check.py)."""
+    found_at: str | None = None
+    """When, in UTC, if it was not found now but taken from an earlier opening of the same model (remembered.py)."""
+
+    @property
+    def said(self) -> str:
+        """The result in words."""
+        return self.reason + (f" (found on {self.found_at}, taken from the cache)" if self.found_at else "")
 
     @property
     def knows_writing(self) -> bool:
@@ -88,17 +83,18 @@ def choose_engine(backbone: Backbone, prompts: TokenIds) -> tuple[Engine, SelfCh
     engine, check = _choice(backbone, trial, float32)
     with_heads = sorted({head.layer for head in trial.heads})
     check = replace(check, writing_error=writing_error(float32, prompts[0], with_heads))
-    if not check.knows_writing:
-        log.warning("what attention adds to the residual stream of this family is not known: nothing is said of it")
     return engine, check
 
 
-def _choice(backbone: Backbone, trial: _Interventions, float32: Backbone) -> tuple[Engine, SelfCheck]:
+def _choice(backbone: Backbone, trial: Interventions, float32: Backbone) -> tuple[Engine, SelfCheck]:
     """The engine that agrees with ``trial``, and how well it does."""
     wrong, error = "", None
     for candidate in [backbone.plain()] if backbone.arithmetic.is_plain else [backbone, backbone.plain()]:
         before = wrong
         error, rounding, wrong = _judge(candidate, trial)
+        if wrong and trial.in_rows:  # perhaps it is the rows, which share a batch
+            trial = trial.one_by_one(float32)
+            error, rounding, wrong = _judge(candidate, trial)
         if error is not None and not wrong:
             if before:
                 log.warning("%s with its kernels; using it without them", before)
@@ -108,13 +104,18 @@ def _choice(backbone: Backbone, trial: _Interventions, float32: Backbone) -> tup
     return _fallback(backbone.plain(), wrong, error, trial.error_of(ReferenceEngine(float32)), trial.max_effect)
 
 
-def _checked_interventions(float32: Backbone, prompts: TokenIds) -> _Interventions:
+def _checked_interventions(float32: Backbone, prompts: TokenIds) -> Interventions:
     """The interventions, after the checks that concern both engines. Raises RunError for a model that fails one, or
     that does not run at all."""
     try:
-        check_blocks(float32, prompts[0])
-        trial = _interventions(float32, prompts)
-        check_readout(float32, trial.prompts, trial.truth.base.logprob)
+        alone = [run_alone(float32, prompt) for prompt in prompts]
+        check_blocks(float32, prompts[0], alone[0])
+        trial = interventions(float32, prompts, alone)
+        gap = readout_gap(float32, trial.prompts, trial.truth.base.logprob)
+        if gap > TOLERANCE and trial.in_rows:
+            trial = trial.one_by_one(float32)
+            gap = readout_gap(float32, trial.prompts, trial.truth.base.logprob)
+        require_readout(float32, gap)
         check_projection(float32, trial.z[0], sorted({head.layer for head in trial.heads}))
         check_capture(float32, prompts, trial.z)
     except (RunError, torch.OutOfMemoryError):
@@ -131,66 +132,7 @@ def _first_line(problem: Exception) -> str:
     return f"{type(problem).__name__}: {problem}".split("\n")[0]
 
 
-@dataclass(frozen=True)
-class _Interventions:
-    """Patches and injections, and what they do by one hooked forward pass each, in plain float32."""
-
-    prompts: Prompts
-    z: torch.Tensor
-    """float32 (prompt, layer, head, head_dim): what the heads do."""
-    heads: list[HeadId]
-    replacement: torch.Tensor
-    """(layer, head, head_dim)"""
-    layers: list[int]
-    vector: torch.Tensor
-    """(1, resid_dim)"""
-    truth: Effects
-    """Columns: the patches of ``heads``, then the injections after ``layers``, then all of them at once."""
-    max_effect: float
-
-    def error_of(self, engine: Engine) -> float:
-        """Largest difference between what ``engine`` measures and the truth, as in ``SelfCheck.max_error``."""
-        swept = engine.sweep_heads(self.prompts, self.replacement, self.heads)
-        injected = engine.inject(self.prompts, self.vector, self.layers)
-        added = torch.zeros(1, len(self.replacement), self.vector.shape[1])
-        added[:, self.layers] = self.vector.to(added)
-        together = engine.edit_together(
-            self.prompts, [replace(Together.setting([self.heads], self.replacement[None]), added=added)]
-        )
-        n, m = len(self.heads), len(self.heads) + len(self.layers)
-        return max(
-            _difference(swept, self.truth, slice(0, n)),
-            _difference(injected, self.truth, slice(n, m)),
-            _difference(together, self.truth, slice(m, None)),
-        )
-
-
-def _interventions(float32: Backbone, ids: TokenIds) -> _Interventions:
-    """Each head is given its mean over the prompts, enlarged until there are effects that a wrong engine would miss.
-
-    Raises RunError if the model's logits are not finite.
-    """
-    with float32.running():
-        z, hidden = capture_heads(float32, ids)
-        targets = float32.arch.final_logits(float32.arch.lm_head(hidden.float())).argmax(-1).tolist()
-    prompts = Prompts(ids, targets)
-    heads, layers = _sample(float32)
-    for scale in (4.0, 32.0, 256.0):
-        replacement = scale * z.mean(0)
-        vector = torch.stack([_direction(float32, replacement)])
-        truth = _naive(float32, prompts, replacement, heads, vector[0], layers)
-        max_effect = float((truth.edited.logprob - truth.base.logprob[:, None]).abs().max())
-        if max_effect >= MIN_EFFECT:
-            break
-    if not torch.isfinite(truth.base.logprob).all():
-        raise RunError(
-            f"{type(float32.model).__name__} gives NaN or infinite logits on a plain prompt, also in float32; expected "
-            "finite numbers, so its weights are damaged: fetch or copy the model again"
-        )
-    return _Interventions(prompts, z, heads, replacement, layers, vector, truth, max_effect)
-
-
-def _judge(candidate: Backbone, trial: _Interventions) -> tuple[float | None, float | None, str]:
+def _judge(candidate: Backbone, trial: Interventions) -> tuple[float | None, float | None, str]:
     """Of the shared-prefix engine on ``candidate``: error of the algorithm, rounding of the arithmetic in use if it has
     kernels, and what is wrong with them, or an empty string."""
     has_kernels, precision = candidate.arithmetic.facts()["kernels"], candidate.arithmetic.precision
@@ -233,50 +175,3 @@ def _fallback(
         )
         log.warning("%s", reason)
     return ReferenceEngine(backbone), SelfCheck("reference", shared_prefix_error, max_effect, reason, reference_error)
-
-
-def _sample(backbone: Backbone) -> tuple[list[HeadId], list[int]]:
-    """Heads over all layers with attention, the first and last among them; and the first, middle and last layer."""
-    n_layers, n_heads, with_heads = backbone.arch.n_layers, backbone.arch.n_heads, [*backbone.arch.out_projs]
-    rng = random.Random(0)
-    chosen = {with_heads[round(i * (len(with_heads) - 1) / (N_HEADS - 1))] for i in range(N_HEADS)}
-    heads = [HeadId(layer, rng.randrange(n_heads)) for layer in sorted(chosen)]
-    return heads, sorted({0, n_layers // 2, n_layers - 1})
-
-
-def _direction(backbone: Backbone, activations: torch.Tensor) -> torch.Tensor:
-    """A residual-stream vector of a usual size: what the heads of the middle layer with attention would write."""
-    with_heads = [*backbone.arch.out_projs]
-    layer = with_heads[len(with_heads) // 2]
-    parts = [backbone.arch.project_head(layer, head, activations[layer, head]) for head in range(backbone.arch.n_heads)]
-    return torch.stack(parts).sum(0).float()
-
-
-def _naive(
-    backbone: Backbone,
-    prompts: Prompts,
-    replacement: torch.Tensor,
-    heads: list[HeadId],
-    vector: torch.Tensor,
-    layers: list[int],
-) -> Effects:
-    base, edited = [], []
-    activations = {head: replacement[head.layer, head.head] for head in heads}
-    with backbone.running():
-        for prompt, target in zip(prompts.ids, prompts.targets, strict=True):
-            base.append(naive_baseline(backbone, prompt, target))
-            patched = [naive_head_patch(backbone, prompt, target, head, z) for head, z in activations.items()]
-            injected = [naive_injection(backbone, prompt, target, layer, vector) for layer in layers]
-            together = naive_together(backbone, prompt, target, activations, dict.fromkeys(layers, vector))
-            edited.append(joined([*patched, *injected, together])[None])
-    return Effects(base=joined(base), edited=joined(edited))
-
-
-def _difference(measured: Effects, truth: Effects, columns: slice) -> float:
-    """Largest |difference| in log-probability, as a share of the effect where that is above one nat; NaN counts as
-    infinite."""
-    true = truth.edited[:, columns].logprob
-    effects = (true - truth.base.logprob[:, None]).abs()
-    base = (measured.base.logprob - truth.base.logprob).abs()
-    edited = (measured.edited.logprob - true).abs() / effects.clamp_min(1.0)
-    return float(torch.cat([base, edited.flatten()]).nan_to_num(nan=torch.inf).max())

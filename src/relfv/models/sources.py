@@ -114,6 +114,16 @@ def model_identity(name: str, revision: str = "") -> str:
     return of_adapter + _identity(*weights)
 
 
+def files_state(name: str, revision: str = "") -> dict[str, tuple[int, ...]]:
+    """What the file system says of each file that a model is read from: device, inode, size and times. An edit that the
+    sampled hash of ``model_identity`` misses shows here."""
+    source = model_source(name)
+    places = [snapshot(*weights_source(name, revision)), *([Path(source)] if adapter_in(source) else [])]
+    paths = [path for place in places for path in (place.iterdir() if place.is_dir() else [place])]
+    stats = {str(path.absolute()): path.stat() for path in paths if path.is_file()}
+    return {path: (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for path, s in stats.items()}
+
+
 def _identity(source: str, revision: str | None = None) -> str:
     if Path(source).is_dir():
         return f"folder-sha256:{_folder_hash(Path(source))}"

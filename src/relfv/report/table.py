@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
 from itertools import groupby
@@ -24,6 +25,7 @@ from relfv.stages.step6_summary import STEP6_SUMMARY
 from relfv.stages.summary import SUMMARY
 from relfv.stages.table import steps
 from relfv.store.folder import QidFolder, was_moved_aside
+from relfv.store.index import Index
 from relfv.store.locks import held_by
 from relfv.store.status import STATUS_FILE, QidStatus, now, read_status
 
@@ -35,10 +37,18 @@ _NARROWEST, _INDENT = 40, "    "
 
 def find_statuses(root: Path) -> list[Path]:
     """Artifacts folders below ``root`` that have a status: given a results root, a relation's folder or a q_id's."""
-    patterns = (f"artifacts/{STATUS_FILE}", f"*/artifacts/{STATUS_FILE}", f"*/*/artifacts/{STATUS_FILE}")
-    folders = [path.parent for pattern in patterns for path in root.glob(pattern)]
-    kept = [folder for folder in folders if not was_moved_aside(folder.parent)]
-    return sorted(kept, key=lambda folder: (folder.parent.parent.name, natural_key(folder.parent.name)))
+    folders = [Path(found) for found in _with_status(str(root), depth=2) if not was_moved_aside(Path(found))]
+    kept = sorted(folders, key=lambda folder: (folder.parent.name, natural_key(folder.name)))
+    return [folder / "artifacts" for folder in kept]
+
+
+def _with_status(folder: str, depth: int) -> Iterator[str]:
+    if os.path.exists(f"{folder}/artifacts/{STATUS_FILE}"):  # noqa: PTH110
+        yield folder
+    elif depth:
+        with suppress(OSError), os.scandir(folder) as entries:
+            for below in [entry.path for entry in entries if entry.is_dir()]:
+                yield from _with_status(below, depth - 1)
 
 
 def natural_key(text: str) -> list[tuple[int, int | str]]:
@@ -56,21 +66,21 @@ def status_table(root: Path) -> str:
     so do names where some has no room beside its q_id. Raises InputError if there is nothing below ``root``."""
     width = max(_NARROWEST, shutil.get_terminal_size().columns)
     rows = _rows(root)
-    widths = _widths(map(_cells_with_name, rows))
+    alone = [_cells(row) for row in rows]
+    named = [_with_name(cells, row) for cells, row in zip(alone, rows, strict=True)]
+    widths = _widths(named)
     beside = sum(widths) + 2 * len(widths[1:]) <= width
-    shown = _cells_with_name if beside else _cells
-    widths = _widths(map(shown, rows))
+    cells = named if beside else alone
+    widths = _widths(cells)
     widths[0] = max(6, min(widths[0], width - sum(widths[1:]) - 2 * len(widths[1:])))
     lines = [_line(_HEADER, widths)]
-    for (relation, model), group in groupby(rows, key=lambda row: (row["relation"], row["model"])):
+    shown = zip(rows, cells, strict=True)
+    for (relation, model), group in groupby(shown, key=lambda one: (one[0]["relation"], one[0]["model"])):
         lines += _wrapped(f"{relation}: {model or 'model not known'}", width, "")
-        for row in group:
+        for row, its in group:
             below = [] if beside else _wrapped(row["name"], width, _INDENT)
-            lines += [
-                _line(shown(row), widths),
-                *below,
-                *_wrapped(row["reason"] or row["cannot_do"] or "", width, _INDENT),
-            ]
+            why = _wrapped(row["reason"] or row["cannot_do"] or "", width, _INDENT)
+            lines += [_line(its, widths), *below, *why]
     if any(row["whole_answers"] for row in rows if row["tells_answers_apart"] is False):
         lines += _wrapped(_WHOLE, width, "")
     for folder in dict.fromkeys(found.absolute().parent.parent for found in find_statuses(root)):
@@ -112,6 +122,8 @@ def _cut(text: str, width: int) -> str:
 
 
 def _wrapped(text: str, width: int, indent: str) -> list[str]:
+    if not text:
+        return []
     room = width - len(indent)
     words = " ".join(_cut(word, room) for word in printable(text).split())
     return textwrap.wrap(
@@ -140,8 +152,8 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _cells_with_name(row: dict[str, Any]) -> tuple[str, ...]:
-    q_id, *rest = _cells(row)
+def _with_name(cells: tuple[str, ...], row: dict[str, Any]) -> tuple[str, ...]:
+    q_id, *rest = cells
     return (f"{q_id} {printable(row['name'])}".rstrip(), *rest)
 
 
@@ -164,7 +176,11 @@ def _rows(root: Path) -> list[dict[str, Any]]:
     folders = find_statuses(root)
     if not folders:
         raise InputError(f"{root}: no {STATUS_FILE} here or below; expected the folder that relfv run wrote to")
-    rows = [_row(folder) for folder in folders]
+    rows = []
+    for relation, of_relation in groupby(folders, key=lambda folder: folder.absolute().parents[1]):
+        index = Index(relation, "status")
+        rows += [_row_by(index, folder) for folder in of_relation]
+        index.write()
     for _, group in groupby(rows, key=lambda row: (row["relation"], row["model"])):
         _add_time_left(list(group))
     return rows
@@ -179,10 +195,22 @@ def _add_time_left(rows: Sequence[dict[str, Any]]) -> None:
                 row["seconds_left"] = round(max(0.0, sum(took) / len(took) - (row["seconds"] or 0.0)), 1)
 
 
+def _row_by(index: Index, folder: Path) -> dict[str, Any]:
+    """``_row``, from the index where the files that it is made from are as they were."""
+    q_id = folder.absolute().parent
+    names = (STATUS_FILE, *(file.named(q_id.name) for file in (STEP6_SUMMARY, SUMMARY)))
+
+    def lasts(row: dict[str, Any]) -> bool:  # what runs tells by its lock how it stands
+        return row["status"] not in ("running", "unreadable") and row["q_id"] == q_id.name
+
+    row = index.of(q_id.name, [f"{folder}/{name}" for name in names], lambda: _row(folder), lasts)
+    return {**row, "relation": q_id.parent.name}
+
+
 def _row(folder: Path) -> dict[str, Any]:
-    q_id = folder.parent
+    q_id = folder.absolute().parent
     row: dict[str, Any] = {
-        "relation": q_id.absolute().parent.name, "q_id": q_id.absolute().name, "name": "", "model": None,
+        "relation": q_id.parent.name, "q_id": q_id.name, "name": "", "model": None,
         "status": "unreadable", "rows": None, "stage": None, "n_steps_done": None, "n_steps": None, "best_layer": None,
         "n_layers": None, "best_score": None, "accuracy": None, "whole_answers": None, "tells_answers_apart": None,
         "cannot_do": None, "updated_at": None, "seconds": None, "seconds_left": None, "reason": "",
@@ -226,7 +254,7 @@ def _best(status: QidStatus) -> dict[str, Any]:
     if status.status != "completed":
         return {}
     qid = QidFolder(status.artifacts_dir, status.q_id)
-    found = qid.read(STEP6_SUMMARY)
+    found = STEP6_SUMMARY.read(qid.path(STEP6_SUMMARY))  # once, so there is nothing to remember
     layer = found["per_layer"][str(found["best_layer"])]
     numbers = {
         "best_layer": found["best_layer"],
@@ -234,7 +262,7 @@ def _best(status: QidStatus) -> dict[str, Any]:
         "best_score": found["best_score"],
         "accuracy": {"base": layer["acc_base"], "with": layer["acc_with"]},
     }
-    summary = qid.read(SUMMARY) if qid.has(SUMMARY) else {}
+    summary = SUMMARY.read(qid.path(SUMMARY)) if qid.has(SUMMARY) else {}
     if "scored_token" in summary:  # not in folders of earlier versions
         numbers |= {"whole_answers": dict(summary["whole_answers"]), "tells_answers_apart": tells_apart(summary)}
     if "ability" in summary:

@@ -11,9 +11,16 @@ from relfv import __version__
 from relfv.errors import InputError, RelfvError
 from relfv.report.page import relations_of, statuses_in
 from relfv.report.tables import WRITTEN, Row, columns_of, rows_of
-from relfv.store.files import require_no_links, sha256_bytes, sha256_file, write_atomic, write_together
+from relfv.store.files import (
+    InPieces,
+    require_no_links,
+    sha256_bytes,
+    sha256_file,
+    write_atomic,
+    write_in_pieces,
+)
 from relfv.store.folder import QidFolder
-from relfv.store.formats import csv_bytes, csv_cell, json_bytes, read_json, sealed, unsealed
+from relfv.store.formats import csv_bytes, csv_cell, read_json, sealed_bytes, unsealed
 from relfv.store.locks import sole_writer
 from relfv.store.status import QidStatus
 
@@ -55,10 +62,11 @@ def write_tables(folder: Path) -> Path:
     # What is written last must also have been read last, or one of two runs would leave out what the other did.
     with sole_writer(place):
         statuses = statuses_of(folder)
-        files = _csvs(statuses)
-        record = {"made_from": _made_from(statuses), "files": {n: sha256_bytes(data) for n, data in files.items()}}
-        contents = {**files, _RECORD: json_bytes(sealed(record))}
-        write_together({place / name: data for name, data in contents.items()})
+        names = [f"{table}.csv" for table in WRITTEN]
+        with write_in_pieces([place / name for name in (*names, _RECORD)]) as (*files, record):
+            _write_csvs(statuses, dict(zip(WRITTEN, files, strict=True)))
+            digests = {name: file.sha256 for name, file in zip(names, files, strict=True)}
+            record.write(sealed_bytes({"made_from": _made_from(statuses), "files": digests}))
     return place
 
 
@@ -94,15 +102,15 @@ def _parquet(frame: DataFrame) -> bytes:
         ) from None
 
 
-def _csvs(statuses: list[QidStatus]) -> dict[str, bytes]:
-    """The tables' files, q_id after q_id: the rows of one are in memory, and each of its files is read once."""
-    parts = {table: [csv_bytes([columns_of(table)])] for table in WRITTEN}
+def _write_csvs(statuses: list[QidStatus], files: dict[str, InPieces]) -> None:
+    """q_id after q_id: the rows of one are in memory, and each of its files is read once."""
+    for table, file in files.items():
+        file.write(csv_bytes([columns_of(table)]))
     for status in statuses:
         qid = QidFolder(status.artifacts_dir, status.q_id)
-        for table, so_far in parts.items():
+        for table, file in files.items():
             rows = _rows_of(table, status, qid)
-            so_far.append(csv_bytes([csv_cell(value) for value in row.values()] for row in rows))
-    return {f"{table}.csv": b"".join(so_far) for table, so_far in parts.items()}
+            file.write(csv_bytes([csv_cell(value) for value in row.values()] for row in rows))
 
 
 def are_up_to_date(folder: Path, statuses: list[QidStatus]) -> bool:

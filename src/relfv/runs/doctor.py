@@ -187,7 +187,7 @@ class _Visit:
         level: Level = "pass" if model.engine.name == "shared_prefix" else "warn"
         slow = "" if level == "pass" else "nothing: the reference engine is right as well, and many times slower"
         self._say(
-            "engine", f"{model.engine.name} on {model.backbone.device}; self-check: {model.check.reason}", slow, level
+            "engine", f"{model.engine.name} on {model.backbone.device}; self-check: {model.check.said}", slow, level
         )
         kernels = "with" if facts["kernels"] else "without"
         self._say("arithmetic", f"{model.precision}: multiplies in {facts['products']}, {kernels} fused kernels")

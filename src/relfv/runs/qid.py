@@ -26,6 +26,7 @@ from relfv.stages import trials
 from relfv.stages.stage import Stage, Step, Work
 from relfv.stages.table import STAGES, asked_for, is_complete, is_done, not_done, steps
 from relfv.store.files import require_temporary_folder
+from relfv.store.findings import Findings
 from relfv.store.folder import File, QidFolder
 from relfv.store.status import QidStatus
 from relfv.types import Relation
@@ -58,6 +59,7 @@ def open_for(settings: Settings, given: GivenModel | None = None) -> LanguageMod
         offload=settings.offload,
         precision=settings.precision,  # type: ignore[arg-type]
         trust_remote_code=settings.trust_remote_code,
+        findings=Findings(afresh=settings.self_check == "always"),
     )
 
 

@@ -52,6 +52,7 @@ _CHECK = record(
         **keys("engine reason", TEXT),
         "max_effect": NUMBER,
         **keys("max_error reference_error rounding writing_error", nullable(NUMBER)),
+        "found_at": nullable(TEXT),
     }
 )
 _MODEL = record(

@@ -9,11 +9,11 @@ import logging
 import os
 import secrets
 import stat
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 from relfv.errors import InputError, RunError
 
@@ -108,7 +108,53 @@ def make_folder(folder: Path) -> None:
     _sync_folder(folder.parent)
 
 
+class InPieces:
+    """A file that is being written, piece after piece."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._digest, self._waiting = file, hashlib.sha256(), bytearray()
+
+    def write(self, data: bytes) -> None:
+        """The next piece."""
+        self._digest.update(data)
+        self._waiting += data
+        if len(self._waiting) >= 1 << 20:
+            self.flush()
+
+    def flush(self) -> None:
+        """Small pieces wait for others."""
+        self._file.write(bytes(self._waiting))
+        self._waiting.clear()
+
+    @property
+    def sha256(self) -> str:
+        """Of all that was written, as hexadecimal digits."""
+        return self._digest.hexdigest()
+
+
+@contextmanager
+def write_in_pieces(paths: Sequence[Path]) -> Iterator[list[InPieces]]:
+    """``write_together`` of one file or more that need not fit into memory: they take the names ``paths``, in order,
+    when this ends without an exception."""
+    folder = paths[0].parent
+    with explained(folder):
+        make_folder(folder)
+        with ExitStack() as stack:
+            files = [stack.enter_context(_replacing(path, read_only=False)) for path in reversed(paths)]
+            pieces = [InPieces(file) for file in reversed(files)]
+            yield pieces
+            for one in pieces:
+                one.flush()
+        _sync_folder(folder)
+
+
 def _replace(path: Path, data: bytes, *, read_only: bool) -> None:
+    with _replacing(path, read_only=read_only) as file:
+        file.write(data)
+
+
+@contextmanager
+def _replacing(path: Path, *, read_only: bool) -> Iterator[BinaryIO]:
     """Put the whole new file in the place of the old one, its content on disk before its name.
 
     The temporary's name is random: processes of two containers or hosts can have the same number.
@@ -117,7 +163,7 @@ def _replace(path: Path, data: bytes, *, read_only: bool) -> None:
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444 if read_only else 0o666)
         with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -5,7 +5,6 @@ A stage is done when its files are there and match the sha256 recorded here; the
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections.abc import Callable, Iterable
@@ -15,6 +14,8 @@ from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+import orjson
 
 from relfv.errors import RelfvError, RunError
 from relfv.fingerprints import fingerprint
@@ -194,7 +195,7 @@ def read_status(artifacts_dir: Path) -> QidStatus | None:
     except OSError as problem:
         raise RunError(f"{path}: cannot be read ({problem.strerror}); {remedy(problem)}") from None
     try:
-        values = json.loads(data)
+        values = orjson.loads(data)
         is_sealed = SEAL in values
         if not is_as_sealed(data):
             values = unsealed(values, path, older="status_format" not in values)
@@ -203,7 +204,7 @@ def read_status(artifacts_dir: Path) -> QidStatus | None:
         status = QidStatus(
             artifacts_dir=artifacts_dir,
             q_id=values["q_id"],
-            settings=_settings(json.dumps(values["config"])),
+            settings=_settings(orjson.dumps(values["config"])),
             fingerprint_fields=values["fingerprint_fields"],
             status=values["status"],
             reason=values["reason"],
@@ -226,9 +227,9 @@ def read_status(artifacts_dir: Path) -> QidStatus | None:
 
 
 @lru_cache(maxsize=16)
-def _settings(config: str) -> Settings:
+def _settings(config: bytes) -> Settings:
     """Made and checked once: thousands of q_ids have the same. By their text, since 1 and 1.0 are equal and differ."""
-    return Settings.from_json(json.loads(config))
+    return Settings.from_json(orjson.loads(config))
 
 
 def fields_of(folder: Path, q_ids: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -254,8 +255,8 @@ def read_status_of_results(artifacts_dir: Path) -> QidStatus | None:
 def _require_sound(status: QidStatus, recorded_fingerprint: str) -> None:
     """Raise ValueError for what parses and still cannot have been written by ``write``: a flipped bit, a wrong edit."""
     fields, config = status.fingerprint_fields, status.settings.to_json()
-    promised = [(record.files, record.inputs) for record in status.stages.values()]
-    hashes = {item for one in [*(d for pair in promised for d in pair), status.other_files] for item in one.items()}
+    hashes = [status.other_files, *(side for r in status.stages.values() for side in (r.files, r.inputs))]
+    names, digests = set[str]().union(*hashes), {digest for one in hashes for digest in one.values()}
     words = [
         status.created_at,
         status.updated_at,
@@ -271,8 +272,8 @@ def _require_sound(status: QidStatus, recorded_fingerprint: str) -> None:
         "the number of rows is none": not isinstance(status.q_row_count, int),
         "config and fingerprint differ": any(config.get(name, value) != value for name, value in fields.items()),
         "the layers are not 0 to L-1": status.expected_layers != list(range(len(status.expected_layers))),
-        "a file's name leads out of the folder": any(_leads_out(name) for name, _ in hashes),
-        "a hash is not a sha256": not all(map(_SHA256.fullmatch, {digest for _, digest in hashes})),
+        "a file's name leads out of the folder": any(map(_leads_out, names)),
+        "a hash is not a sha256": not all(map(_SHA256.fullmatch, digests)),
         "trials_per_pass are not counts": any(count < 1 for count in status.trials_per_pass.values()),
     }
     wrong = [what for what, is_so in faults.items() if is_so]
@@ -280,6 +281,7 @@ def _require_sound(status: QidStatus, recorded_fingerprint: str) -> None:
         raise ValueError("; ".join(wrong))
 
 
+@lru_cache(maxsize=4096)
 def _leads_out(name: str) -> bool:
     parts = set(name.split("/"))
     return name.startswith("/") or ".." in parts or parts <= {"", "."}
