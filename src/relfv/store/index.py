@@ -14,7 +14,7 @@ from typing import Any
 
 import orjson
 
-from relfv import __version__
+from relfv import ALGORITHM_VERSION, __version__
 from relfv.errors import RelfvError
 from relfv.store.files import write_atomic
 from relfv.store.formats import read_json
@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 FEWEST = 100
 """q_ids. Fewer are read in no time, so there nothing is kept."""
+_VERSION = f"{__version__}, {ALGORITHM_VERSION}"
+"""Of what is kept: others say other things of a q_id."""
 
 
 class Index:
@@ -36,7 +38,7 @@ class Index:
         self._now: dict[str, Any] = {}
         try:
             content = read_json(self._path)
-            if content["version"] == __version__:
+            if content["version"] == _VERSION:
                 self._known = dict(content["q_ids"])
         except (RelfvError, KeyError, TypeError, ValueError):
             pass
@@ -55,7 +57,7 @@ class Index:
         """Keep what ``of`` was asked for."""
         if len(self._now) >= FEWEST and self._now != self._known:
             try:
-                write_atomic(self._path, orjson.dumps({"version": __version__, "q_ids": self._now}))
+                write_atomic(self._path, orjson.dumps({"version": _VERSION, "q_ids": self._now}))
             except RelfvError as problem:
                 log.debug("%s", problem)
 
