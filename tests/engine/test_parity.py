@@ -30,9 +30,9 @@ from parity import (
 )
 from relfv.engine import shared_prefix
 from relfv.engine.clean import run_clean
+from relfv.engine.interventions import MIN_EFFECT
 from relfv.engine.passes import capture_heads
 from relfv.engine.reference import ReferenceEngine
-from relfv.engine.selfcheck import MIN_EFFECT
 from relfv.engine.shared_prefix import SharedPrefixEngine
 from relfv.models.architecture import text_config
 from relfv.models.families import FAMILIES

@@ -109,7 +109,7 @@ def against_random(effects: Effects, names: Sequence[str], clusters: Sequence[in
 
 def beside_sufficiency(summary: Mapping[str, Any], heads: Mapping[str, Any], of: Mapping[str, Any]) -> list[Any]:
     """The table: shares of what demos bring that vector and heads make, and of what right labels bring that is lost
-    without them. ``heads`` and ``of`` are the numbers of sets of heads and of directions."""
+    without them. ``heads`` and ``of`` are the numbers of sets of heads and of directions; empty if not measured."""
     shares, carriers = summary["share_of_gap"], summary["carriers"]
 
     def carried(name: str) -> Any:
@@ -124,7 +124,7 @@ def beside_sufficiency(summary: Mapping[str, Any], heads: Mapping[str, Any], of:
         *(
             (f"heads set to {words}", *(lost(heads, name, how) for name in ("top", "top_held_out", "random_of_layers")))
             for how, words in SET_TO.items()
-            if how in heads["top"]
+            if how in heads.get("top", SET_TO)
         ),
         *(
             (f"vector's direction {words} after every layer", lost(of, "fv", how), None, lost(of, "random_heads", how))
