@@ -112,14 +112,14 @@ CHANGE = {"mean_delta_p": 0.25, "ci_low": 0.125, "ci_high": 0.375}
 
 def test_what_the_model_can_do_and_what_it_answers_right_are_beside_all(copied: Path) -> None:
     ability = json.loads((copied / "A1/artifacts/summary.json").read_text())["ability"]
-    assert "0% cannot do it commonest answer: " in row_of(copied, "A1")
+    assert "0% cannot do it commonest: " in row_of(copied, "A1")
     able = {**ability, "can_do": True, "clean_acc": {"value": 0.5, "low": 0.3, "high": 0.7}, "majority_acc": 0.125}
     step6 = {"all": {"n_eval": 12, **CHANGE}, "answered_right": {"n_eval": 5}}
     both = {"all": {**CHANGE, "mean_delta_p": 0.0625}, "answered_right": CHANGE}
     counts = {"n_trials": 12, "n_queries": 7, "min_queries": 6}
     summarise(copied, ability=able, answered_right={**counts, "top_heads": both, "heads": [], "step6": step6})
     assert "A1 " in row_of(copied, "A1")
-    assert "50% commonest answer: 12%" in row_of(copied, "A1")
+    assert "50% commonest: 12%" in row_of(copied, "A1")
     section = write_report(copied).read_text().partition('<h2 id="A1">')[2].partition('<details class="qid">')[0]
     rows = [" ".join(re.sub("<[^>]*>", " ", row).split()) for row in section.split("<tr>")]
     assert "CIE of the top heads, mean +0.062 (+0.125 to +0.375) +0.250 (+0.125 to +0.375)" in rows

@@ -58,13 +58,12 @@ RIVALS = ("random_of_layers", "random_of_norm")
 _MEANING = (
     "Clean prompts with something taken away at the last token, each beside the same prompts left alone. swapped: "
     "heads set to what they are on the same trial's shuffled prompt, so that only what the labels bring is taken. "
-    "other_relations: set to their mean over clean prompts of the CSV's other relations, in prompts, which keeps what "
-    "every task in this format needs. mean: set to their mean over shuffled prompts. Both means take what they know of "
-    "the query, too. zero: to zero. all: "
-    "the direction taken out of the hidden state after every layer at once (h - (h . d) d); all_to_mean: set to what "
-    "it is there on shuffled prompts on average; per_layer: taken out after that layer alone. Changes are those of P "
-    "and log-probability of the first answer token, clustered by query. share_of_gap: of the P that right labels "
-    "bring, clean minus shuffled, how much is lost."
+    "other_relations: set to their mean over clean prompts of the CSV's other relations, which keeps what every task "
+    "in this format needs. mean: set to their mean over shuffled prompts. Both means take what they know of the query, "
+    "too. zero: to zero. all: the direction taken out of the hidden state after every layer at once (h - (h . d) d); "
+    "all_to_mean: set to what it is there on shuffled prompts on average; per_layer: taken out after that layer alone. "
+    "Changes are those of P and log-probability of the first answer token, clustered by query. share_of_gap: of the P "
+    "that right labels bring, clean minus shuffled, how much is lost."
 )
 
 
