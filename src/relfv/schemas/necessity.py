@@ -51,6 +51,7 @@ ABLATION = record(
                 "n_prompts": INDEX,
                 "n_prompts_of": by_name(INDEX),
                 "left_out": by_name(TEXT),
+                "fed_ids": by_name(array(INDEX)),
                 "prompts": array(record(keys("q_id trial_id clean_prompt_str", TEXT))),
             }
         ),

@@ -20,7 +20,7 @@ from relfv.stages.new_queries import as_snapshot
 from relfv.stages.prompts import SPEC_FORMAT, AnswerTokens
 from relfv.stages.stage import Work
 from relfv.stages.trials import ineligible_reason, sample_trials
-from relfv.types import Prompts, Relation, Trial
+from relfv.types import PromptedTrial, Prompts, Relation, Trial
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +79,8 @@ class OtherRelations:
     means: torch.Tensor | None
     """float32 (layer, head, head_dim): z at the last token, mean over the prompts; None where there are none."""
     record: dict[str, Any]
-    """For the file: why there are none, how many prompts, of which relations, and their text."""
+    """For the file: why there are none, how many prompts, of which relations, their text, and by trial_id the tokens
+    that are fed after it, as in that relation's own run, where there are any."""
 
 
 def measure_others(work: Work) -> OtherRelations:
@@ -89,10 +90,13 @@ def measure_others(work: Work) -> OtherRelations:
     assert work.relation is not None  # relfv run gives it, and nothing else runs studies
     drawn = trials_of_others(work.relation, work.settings)
     used: list[Prompts] = []
+    fed: dict[str, list[int]] = {}
     left_out: dict[str, str] = {}
     for q_id, trials in sorted(drawn.items()):
         try:
-            used.append(_tokenised(work, q_id, trials))
+            prompted = _prompted(work, q_id, trials)
+            used.append(work.tokenised(as_snapshot(prompted), clean=True))
+            fed |= {one.trial.trial_id: list(one.target.fed_ids) for one in prompted if one.target.fed_ids}
         except InputError as problem:
             left_out[q_id] = str(problem)
     reason = None if used else "the CSV has no other relation with rows enough for a query and its demos"
@@ -104,6 +108,7 @@ def measure_others(work: Work) -> OtherRelations:
         "n_prompts": len(prompts),
         "n_prompts_of": dict(Counter({q_id: len(its) for q_id, its in sorted(drawn.items()) if q_id not in left_out})),
         "left_out": left_out,
+        "fed_ids": fed,
         "prompts": as_recorded(drawn),
     }
     if not used:
@@ -111,8 +116,8 @@ def measure_others(work: Work) -> OtherRelations:
     return OtherRelations(run_clean(work.model.backbone, prompts).activations.double().mean(0).float(), record)
 
 
-def _tokenised(work: Work, q_id: str, trials: Sequence[Trial]) -> Prompts:
+def _prompted(work: Work, q_id: str, trials: Sequence[Trial]) -> list[PromptedTrial]:
     assert work.relation is not None
     other = Relation(q_id, work.relation.csv_pairs[q_id], work.relation.csv_answers)
     answers = AnswerTokens(other, work.model.tokens, distinguishing=work.settings.target == "distinguishing")
-    return work.tokenised(as_snapshot([answers.prompted(trial) for trial in trials]), clean=True)
+    return [answers.prompted(trial) for trial in trials]
