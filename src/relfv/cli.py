@@ -151,9 +151,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _report_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "folder", type=path_flag, help=f"a relation's results, e.g. {DEFAULT_OUT_ROOT / SPEC_CSV.stem}, or all results"
-    )
+    _add_place(parser, "of a relation, or all results")
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -162,11 +160,12 @@ def _report(args: argparse.Namespace) -> int:
     from relfv.runs.manifest import gather_shards
     from relfv.runs.naming import take_names_below
 
-    for relation in relations_of(args.folder):
+    folder = _place(args)
+    for relation in relations_of(folder):
         if gather_shards(relation):
             write_tables(relation)
-    take_names_below(args.folder)
-    show(write_pages(args.folder))
+    take_names_below(folder)
+    show(write_pages(folder))
     return 0
 
 

@@ -171,7 +171,7 @@ def test_several_relations_get_a_page_each_and_an_index(copied: Path, capsys: py
     for q_id in ("A1", "B2", "C3"):
         document = status(other, q_id)
         write_status(other, q_id, {**document, "config": {**document["config"], "model": "demo"}})
-    assert main(["report", str(root)]) == 0
+    assert main(["report", "--out_root", str(root)]) == 0
     assert capsys.readouterr().out == f"{page_path(root)}\n"
     index = page_path(root).read_text()
     assert re.findall(r'href="(\.\./[^"]+)"', index) == ["../others/report/index.html", "../pairs/report/index.html"]

@@ -36,7 +36,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "relfv figure results_fv/relation_qwise/relationA_ex --kind curve --q_list Q1,Q15 --out curves.svg",
     ),
     "export": ("relfv export results_fv/relation_qwise/relationA_ex --parquet",),
-    "report": ("relfv report results_fv/relation_qwise/relationA_ex",),
+    "report": ("relfv report", "relfv report results_fv/relation_qwise/relationA_ex"),
     "import": (
         "relfv import function_vectors/dataset_files --out todd.csv",
         "relfv import my_words.csv --out cleaned.csv --alternatives /",
