@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# Not compiled: that takes a minute, most of it for modules that nothing here imports.
+# Not compiled: that takes about a minute, most of it for modules that nothing here imports.
 INSTALL := python -m pip install --quiet --disable-pip-version-check --no-compile
 WORKERS ?= 2
 
