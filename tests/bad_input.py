@@ -148,6 +148,7 @@ FLAG_ROWS = [
     Row("an unknown device", "--device …: …expected auto, cpu, cuda, cuda:<n> or mps", flags=[("--device", name) for name in ("tpu", "CPU", "meta", "cuda:-1", "cpu:5")]),
     Row("a CUDA device that is not there", "--device 'cuda:99': this machine has … usable CUDA device(s); use --device cpu, or a PyTorch build and driver that see your GPU (python -c 'import torch; print(torch.cuda.is_available())')", flags=[("--device", "cuda:99")]),
     Row("one of several devices that is not there", "--devices …: …; use --device cpu, or a PyTorch build …", command=RUN[:-2], flags=[("--devices", "cpu,cuda:99")]),
+    Row("processes a card, and Ray's", "--ray local and --per_card 2: use --gpus_per_worker 0.5 for that", flags=[("--ray", "local", "--per_card", "2")]),
     Row("a device, and several", "--device cpu and --devices cpu,cpu: expected one of the two", flags=[("--devices", "cpu,cpu")]),
     Row("an unknown dtype", "--dtype 'float8': expected one of auto, float32, bfloat16, float16, fp32, bf16, fp16", flags=[("--dtype", "float8")]),
     Row("an unknown quantisation", "--quant '3bit': expected one of none, 8bit, 4bit", flags=[("--quant", "3bit")]),

@@ -22,6 +22,8 @@ SCORE_KEYS = tuple(f"mean_{kind}delta_{m}" for kind in ("", "abs_") for m in MEA
 MOST = 100_000
 """Of trials, demos, heads, prompts: a larger number is a typing error, and would fill the memory before it is
 noticed."""
+MOST_PER_CARD = 64
+"""Processes on a device: a larger number is a typing error, and would fill the memory of the host."""
 MAX_SEED = 2**63 - 1
 """What other readers of the JSON files can hold."""
 STUDIES = ("ablation", "mlp", "positions", "new_queries", "attribution")

@@ -120,4 +120,6 @@ def test_what_cannot_be_run_is_refused_in_one_line(csv_path: Path, tmp_path: Pat
 def test_a_model_that_is_open_here_is_not_shared_out_to_other_devices(csv_path: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="a model given as an object is on a device already"):
         relfv.run(csv_path, llama(), make_tokenizer(), out_root=tmp_path, devices="cpu,cpu", **FAST)
+    with pytest.raises(InputError, match=r"per_card=\.\.\.: a model given as an object is on a device already"):
+        relfv.run(csv_path, llama(), make_tokenizer(), out_root=tmp_path, per_card=2, **FAST)
     assert not [*tmp_path.iterdir()]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from conftest import scale_up
 from relfv.cli import main
@@ -13,7 +15,8 @@ from relfv.errors import InputError
 from relfv.language_model import open_model
 from relfv.models import memory, placement
 from relfv.models.architecture import resolve
-from relfv.models.placement import Placement, Sizes, bytes_of_prompt, plan, sizes_of
+from relfv.models.cards import cards_bytes
+from relfv.models.placement import Placement, Sizes, bytes_of_prompt, card_bytes, plan, sizes_of
 from relfv.models.size import stored_names
 from zoo import ZOO
 
@@ -42,6 +45,30 @@ def test_else_half_of_what_is_left_is_for_passes_and_half_for_the_first_layers()
     assert found.resident == tuple(range(15))
     assert found.card_bytes == (4 + 6 + 30) * GB
     assert found.host_bytes == 130 * GB
+
+
+def test_several_processes_on_a_card_hold_the_weights_or_it_is_said() -> None:
+    """Weights that stream through one card for several processes would wait for one bus."""
+    memory.share_cards(2)
+    try:
+        assert not planned(card=165 * GB).streams
+        with pytest.raises(InputError, match=r"2 processes on a card have 70\.0 GB each, too little for weights, 164"):
+            planned()
+        assert counts(planned("cpu")) == (0, 80, 0)  # asked for
+    finally:
+        memory.share_cards(1)
+
+
+def test_each_of_several_processes_counts_on_its_part_of_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, arch = torch.device("cuda", 0), resolve(next(iter(ZOO.values())).build(), "auto")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 << 30))
+    alone = card_bytes(device, arch), cards_bytes([device], arch)[0]
+    memory.share_cards(2)
+    shared = card_bytes(device, arch), cards_bytes([device], arch)[0]
+    memory.share_cards(1)
+    for whole, part in zip(alone, shared, strict=True):
+        assert whole - part == pytest.approx(0.5 * 0.9 * (80 << 30), rel=0.06)
+    assert (card_bytes(device, arch), cards_bytes([device], arch)[0]) == alone
 
 
 def test_passes_take_no_more_than_all_trials_need() -> None:

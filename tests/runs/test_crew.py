@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,15 +19,20 @@ import pytest
 from conftest import ROOT
 from folders import arguments, contents, status
 from relfv.cli import main
+from relfv.runs.crew import on_devices
+from relfv.runs.plan import OnRay, RunRequest
+from relfv.settings import Settings
+
+TWO = ("--device", "cpu", "--per_card", "2")
 
 
 @pytest.fixture
 def started(csv_path: Path, llama_path: Path, tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
-    """A run on two devices, in a process group of its own."""
+    """A run by two processes, in a process group of its own."""
 
     def start(*flags: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-m", "relfv", *arguments(llama_path, csv_path, tmp_path, "--devices", "cpu,cpu", *flags)],
+            [sys.executable, "-m", "relfv", *arguments(llama_path, csv_path, tmp_path, *TWO, *flags)],
             env={**os.environ, "PYTHONPATH": str(ROOT / "src")}, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
@@ -126,6 +132,22 @@ def test_a_model_that_cannot_be_opened_is_one_line_and_leaves_everything_as_it_w
     (line,) = [line for line in said.splitlines() if "ERROR" in line]
     assert f"--model '{damaged}'" in line
     assert [*there.parent.iterdir()] == [there]
+
+
+def test_a_device_has_as_many_processes_as_name_it_times_per_card(tmp_path: Path) -> None:
+    request = RunRequest(Settings(model="demo", device="cpu"), None, tmp_path)
+    for asked, expected in (
+        (replace(request, devices=("cpu", "cpu")), 2),
+        (replace(request, per_card=3), 3),
+        (replace(request, devices=("cpu", "cpu"), per_card=2), 4),
+        (request, 1),
+    ):
+        found = on_devices(asked)
+        assert found.devices == (("cpu",) * expected if asked != request else ())
+        assert found.processes_a_card == on_devices(found).processes_a_card == expected
+    two_pairs = replace(request, devices=("cuda:0+cuda:1", "cuda:2", "cuda:0+cuda:1"))
+    assert two_pairs.processes_a_card == 2
+    assert replace(request, ray=OnRay("local", gpus_per_worker=0.5)).processes_a_card == 2
 
 
 def test_one_device_is_this_process(

@@ -15,7 +15,7 @@ from relfv.api.results import Run
 from relfv.errors import InputError, UsageWarning
 from relfv.models.given import GivenModel, borrowed
 from relfv.relations import relation_name
-from relfv.settings import DEFAULT_OUT_ROOT, FLAGS, Settings
+from relfv.settings import DEFAULT_OUT_ROOT, FLAGS, MOST_PER_CARD, Settings, require_within
 from relfv.store.files import move_aside, write_atomic
 
 
@@ -29,6 +29,7 @@ def run(
     name: str = "relations",
     force: bool = False,
     devices: str | Sequence[str] = (),
+    per_card: int = 1,
     plan: str | Path | None = None,
     **settings: Any,
 ) -> Run:
@@ -39,9 +40,10 @@ def run(
     which is used where it is and handed back as it came: in its dtype and mode, without a hook. Results go to
     ``<out_root>/<name of the CSV>``; with ``out_root=None`` to a temporary folder that is removed with the result.
     ``q_list``: some q_ids alone. ``force``: move earlier results aside. ``devices``: share the q_ids out to a process
-    on each, such as ``["cuda:0", "cuda:1"]`` or ``"all"`` (not with a model that is open here). ``plan``: a JSON
-    file of what is to be shown, registered before anything is computed. ``settings``: any flag
-    of ``relfv run``, such as ``topk=10``; ``model_spec`` is ``auto`` by default.
+    on each, such as ``["cuda:0", "cuda:1"]`` or ``"all"``, and ``per_card``: to so many on each of them, or on the one
+    ``device`` (neither with a model that is open here). ``plan``: a JSON file of what is to be shown, registered before
+    anything is computed. ``settings``: any flag of ``relfv run``, such as ``topk=10``; ``model_spec`` is ``auto`` by
+    default.
 
     A q_id that fails does not stop the others; it is warned of, and ``summary()`` has the reason. Raises InputError
     before anything is computed if it cannot be run so.
@@ -49,6 +51,7 @@ def run(
     from relfv.runs.plan import RunRequest, devices_from
     from relfv.runs.run import run as run_all
 
+    require_within("per_card", per_card, 1, MOST_PER_CARD)
     given = None if isinstance(model, str | Path) else GivenModel(model, tokenizer)
     flags = {field for field, flag in FLAGS.items() if "run" in flag.commands} - {"model", "relation_csv_path"}
     chosen = settings_from(settings, flags, model=given.name if given else str(model))
@@ -61,6 +64,7 @@ def run(
         root,
         force=force,
         devices=devices_from(devices) if isinstance(devices, str) else tuple(devices),
+        per_card=per_card,
         given=given,
         plan=None if plan is None else Path(plan),
     )

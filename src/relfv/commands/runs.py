@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from relfv.commands.flags import DEFAULTS, path_flag, q_ids_from, settings_from, whole_number
 from relfv.errors import InputError
-from relfv.settings import DEFAULT_OUT_ROOT, MOST, SPEC_CSV
+from relfv.settings import DEFAULT_OUT_ROOT, MOST, MOST_PER_CARD, SPEC_CSV
 
 if TYPE_CHECKING:
     from relfv.runs.plan import RunRequest
@@ -64,6 +64,10 @@ def run_flags(parser: argparse.ArgumentParser) -> None:
         "as cuda:0,cuda:1; all = every CUDA device (in place of --device)"
     )  # fmt: skip
     parser.add_argument(
+        "--per_card", type=whole_number(1, MOST_PER_CARD), default=1, metavar="N", help="processes on each device, each "
+        "with its part of the memory: one computes while others write (default: %(default)s)"
+    )  # fmt: skip
+    parser.add_argument(
         "--plan", type=path_flag, metavar="JSON", help="register hypotheses, a layer rule and exclusions before "
         "anything is computed; the report says whether they held"
     )  # fmt: skip
@@ -106,10 +110,12 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--device {args.device} and --devices {args.devices}: expected one of the two")
     if args.devices and args.ray:
         raise InputError(f"--ray {args.ray} and --devices {args.devices}: expected one of the two")
+    if args.per_card > 1 and args.ray:
+        gpus = f"{1 / args.per_card:.3g}"
+        raise InputError(f"--ray {args.ray} and --per_card {args.per_card}: use --gpus_per_worker {gpus} for that")
     on_ray = OnRay(args.ray, args.gpus_per_worker, args.workers) if args.ray else None
-    devices = devices_from(args.devices)
-    asked = {"dry_run": args.dry_run, "shard": args.shard, "ray": on_ray, "devices": devices, "plan": args.plan}
-    return of_all.run(replace(_request(args), **asked))
+    where = {"ray": on_ray, "devices": devices_from(args.devices), "per_card": args.per_card}
+    return of_all.run(replace(_request(args), dry_run=args.dry_run, shard=args.shard, plan=args.plan, **where))
 
 
 def doctor_flags(parser: argparse.ArgumentParser) -> None:

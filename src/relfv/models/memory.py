@@ -1,23 +1,54 @@
-"""How much memory this process may still take on the host."""
+"""How much memory this process may still take on the host, and its part of a card that several processes share."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from relfv.models.shared import bytes_shared
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 
+_OF_A_PART = 0.95
+"""What PyTorch may hold of a part of a card; the rest is for what the driver keeps for each process."""
+
 _most: int | None = None
+_n_sharing = 1
 
 
 def take_at_most(n_bytes: int | None) -> None:
     """Count no more than this as available: of processes that open models side by side each may take its part."""
     global _most
     _most = n_bytes
+
+
+def share_cards(processes: int, cards: Iterable[torch.device] = ()) -> None:
+    """Count on an equal part of each card from now on, as so many processes do. More cannot be taken of ``cards``:
+    PyTorch gives back what it only keeps before it does, and no process runs out of memory through another."""
+    global _n_sharing
+    _n_sharing = processes
+    for card in cards:
+        if card.type == "cuda":
+            import torch
+
+            torch.cuda.set_per_process_memory_fraction(_OF_A_PART / processes, card)
+
+
+def processes_a_card() -> int:
+    """How many share each card."""
+    return _n_sharing
+
+
+def bytes_of_card(card: torch.device) -> int:
+    """This process's part of a CUDA device: a function of the device and of how many share it, never of what is free,
+    since the size of passes follows from it, and from that low-order bits."""
+    import torch
+
+    return torch.cuda.get_device_properties(card).total_memory // _n_sharing
 
 
 def available_bytes(*, to_share: bool = False) -> int | None:

@@ -19,7 +19,7 @@ from torch import nn
 from relfv.errors import InputError
 from relfv.models.architecture import Architecture, resolve, text_config
 from relfv.models.formats import format_of, unpacks
-from relfv.models.memory import available_bytes
+from relfv.models.memory import available_bytes, bytes_of_card, processes_a_card
 from relfv.models.size import stored_names
 
 log = logging.getLogger(__name__)
@@ -203,6 +203,11 @@ def plan(
     fits = card is None or everything.card_bytes + one_prompt <= card + _SLACK // 2
     if offload == "none" or (offload == "auto" and fits):
         return everything
+    if offload == "auto" and (n := processes_a_card()) > 1:
+        raise InputError(
+            f"--model {name!r}: {n} processes on a card have {_gb(max(card or 0, 0))} each, too little for weights, "
+            f"{_gb(everything.card_bytes)}, and a pass, {_gb(one_prompt)}; use fewer (--per_card), or --quant 4bit"
+        )
     slots = min(SLOTS, len(sizes.blocks)) * max(sizes.blocks)
     n_resident = 0
     if offload == "auto" and card is not None:
@@ -263,14 +268,12 @@ def _in_host(name: str, offload: str, sizes: Sizes, streamed: Sequence[int], usa
 
 
 def card_bytes(device: torch.device, arch: Architecture) -> int | None:
-    """Bytes that a CUDA device has for weights and passes, beside one widened unit and some slack: a function of the
-    device and shapes, not of what is free now. None for other devices."""
+    """Bytes that this process has of a CUDA device for weights and passes, beside one widened unit and some slack; None
+    for other devices."""
     if device.type != "cuda":
         return None
-    total = torch.cuda.get_device_properties(device).total_memory
-    units: list[Any] = [*arch.blocks, arch.lm_head]
-    widened = max(sum(p.numel() for p in unit.parameters()) for unit in units)
-    return int(_SHARE * total) - 4 * widened - _SLACK
+    widened = max(sum(p.numel() for p in unit.parameters()) for unit in (*arch.blocks, arch.lm_head))
+    return int(_SHARE * bytes_of_card(device)) - 4 * widened - _SLACK
 
 
 def bytes_of_prompt(arch: Architecture, n_edits: int, length: int = _TOKENS) -> int:

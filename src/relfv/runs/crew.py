@@ -1,4 +1,7 @@
-"""Several devices, many q_ids: a worker process a device, q_ids handed out one by one.
+"""Many q_ids, several processes: one on each device, or more, and q_ids handed out one by one.
+
+Stages of a q_id follow each other, each on disk before the next begins, and between them a GPU has nothing to do. So
+several processes share a card: it computes for one while the others are at their files.
 
 Each process (member.py) opens the model on its device and is a ``Worker`` there. This one hands out the q_ids, passes
 log lines on, and alone writes what tells of all of them. A q_id is locked by whoever works on it, as between runs that
@@ -27,7 +30,6 @@ from relfv.errors import InputError, RelfvError, RunError
 from relfv.models.memory import available_bytes
 from relfv.models.shared import new_file
 from relfv.progress import Task, at_work, duration, headed
-from relfv.relations import named
 from relfv.runs.plan import Plan, RunRequest
 from relfv.runs.worker import say_outcome
 
@@ -40,20 +42,20 @@ _PATIENCE_S = 60.0
 
 
 def on_devices(request: RunRequest) -> RunRequest:
-    """``request`` with its devices by name, and the first of them as its settings' own. Raises InputError for one that
-    is not there or stands there twice, and for a model that is open already."""
-    if not request.devices:
+    """``request`` with a device, by name, for each of its processes, and the first of them as its settings' own. Raises
+    InputError for one that is not there, and for a model that is open already."""
+    if not request.devices and request.per_card == 1:
         return request
     if request.given:
-        raise InputError("devices=...: a model given as an object is on a device already; give its name or its path")
+        flag = "devices" if request.devices else "per_card"
+        raise InputError(f"{flag}=...: a model given as an object is on a device already; give its name or its path")
     from relfv.models.devices import choose_devices, cuda_devices
 
-    found = cuda_devices() if request.devices == ("all",) else request.devices
-    chosen = [[*map(str, choose_devices(name, "--devices"))] for name in found]
-    devices, cards = ["+".join(names) for names in chosen], [name for names in chosen for name in names]
-    if twice := [name for name in dict.fromkeys(cards) if cards.count(name) > 1 and name != "cpu"]:
-        raise InputError(f"--devices: {named(twice)} given twice; two processes on one card take no less time than one")
-    return replace(request, devices=tuple(devices), settings=replace(request.settings, device=devices[0]))
+    flag = "--devices" if request.devices else "--device"
+    named = request.devices or (request.settings.device,)
+    found = cuda_devices() if named == ("all",) else named
+    devices = ["+".join(map(str, choose_devices(name, flag))) for name in found] * request.per_card
+    return replace(request, devices=tuple(devices), per_card=1, settings=replace(request.settings, device=devices[0]))
 
 
 @dataclass
@@ -138,11 +140,14 @@ class _Member:
 class Crew:
     """The processes; made with the model open in all of them."""
 
-    def __init__(self, plan: Plan) -> None:
-        """Raises InputError or RunError if the model cannot be opened on one of the devices; none is left then."""
+    def __init__(self, plan: Plan, n_q_ids: int) -> None:
+        """As many as the devices of ``plan``, but no more than ``n_q_ids``.
+
+        Raises InputError or RunError if the model cannot be opened in one of them; none is left then.
+        """
         self._plan, self._members = plan, list[_Member]()
         self._said = SimpleQueue[tuple[_Member, str, Any]]()
-        devices = plan.request.devices
+        devices = plan.request.devices[:n_q_ids]
         free = available_bytes()
         start = Start(plan, len(devices), None if free is None else free // len(devices), new_file())
         try:
@@ -199,6 +204,7 @@ class Crew:
     def _wait_until_open(self) -> dict[str, Any]:
         """-> description of the first one's model."""
         waiting, problems = set(self._members), dict[_Member, RelfvError]()
+        n = len(waiting)
         for member, kind, content in self._heard():
             if kind == "open":
                 member.model = content
@@ -212,7 +218,7 @@ class Crew:
                 break
         if problems:
             member, problem = next(iter(problems.items()))
-            everywhere = len({*map(str, problems.values())}) == 1 and len(problems) == len(self._plan.request.devices)
+            everywhere = len({*map(str, problems.values())}) == 1 and len(problems) == n
             said = str(problem) if everywhere or str(problem).startswith("--devices") else f"{member.device}: {problem}"
             raise type(problem)(said)
         return self._members[0].model or {}

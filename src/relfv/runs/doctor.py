@@ -104,7 +104,7 @@ class _Visit:
         with self._caught("tokenizer"):
             self._of_tokenizer(self._plan)
         with self._caught("model"):
-            self._of_outline(self._plan, outline_for(self._plan.request.settings))
+            self._of_outline(self._plan, outline_for(self._plan.request))
         with self._caught("temporary files"):
             require_temporary_folder()
         if measuring and not self.failed:

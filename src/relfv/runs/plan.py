@@ -67,10 +67,20 @@ class RunRequest:
     """Where the q_ids are shared out, if not to this process."""
     devices: tuple[str, ...] = ()
     """Where the q_ids are shared out, by a process each; none: this process, on the settings' device."""
+    per_card: int = 1
+    """Processes on each of them."""
     given: GivenModel | None = None
     """A model that is open already, in place of the one that the settings name."""
     plan: Path | None = None
     """What is to be shown (runs/registered.py), to be registered before anything is computed."""
+
+    @property
+    def processes_a_card(self) -> int:
+        """How many share the card that has most of them."""
+        if self.ray:
+            return max(1, int(1 / self.ray.gpus_per_worker)) if self.ray.gpus_per_worker else 1
+        cards = [card for device in self.devices for card in device.split("+")]
+        return max(map(cards.count, cards), default=1)
 
 
 def devices_from(text: str) -> tuple[str, ...]:

@@ -6,7 +6,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, cast
 
 from relfv.errors import InputError, RelfvError
-from relfv.runs.plan import Plan
+from relfv.models.memory import share_cards
+from relfv.runs.plan import Plan, RunRequest
 from relfv.runs.qid import has_extras, missing_requests, require_frozen_trials, with_extras_of
 from relfv.settings import Settings
 from relfv.stages.cie import heads_to_sweep
@@ -28,24 +29,29 @@ def require_enough_heads(model: LanguageModel | Outline, settings: Settings) -> 
             raise InputError(f"{flag} {k}: {model.name} has {n_heads} heads to choose from; expected at most that")
 
 
-def outline_for(settings: Settings) -> Outline | None:
-    """The outline of the model that ``settings`` name, with heads enough; None where only its weights can tell.
+def outline_for(request: RunRequest) -> Outline | None:
+    """The outline of the model that ``request`` names, with heads enough; None where only its weights can tell.
 
     Raises InputError where the run would not even begin: a device that is not there, more heads asked for than there
-    are.
+    are, or more processes on a card than hold its weights.
     """
     from relfv.models.outline import outline
 
-    found = outline(
-        settings.model,
-        settings.model_spec,
-        revision=settings.revision,
-        device=settings.device,
-        dtype=settings.dtype,
-        quant=settings.quant,
-        offload=settings.offload,
-        trust_remote_code=settings.trust_remote_code,
-    )
+    settings = request.settings
+    share_cards(request.processes_a_card)
+    try:
+        found = outline(
+            settings.model,
+            settings.model_spec,
+            revision=settings.revision,
+            device=settings.device,
+            dtype=settings.dtype,
+            quant=settings.quant,
+            offload=settings.offload,
+            trust_remote_code=settings.trust_remote_code,
+        )
+    finally:
+        share_cards(1)
     if found:
         require_enough_heads(found, settings)
     return found

@@ -62,7 +62,7 @@ def run(request: RunRequest) -> int:
         with remembering() as said:
             _say_queue(plan, skipped, todo, n_unreadable=len(unusable) - len(afresh))
             # Before anything is written or moved: a model that cannot be opened leaves everything as it was.
-            workers = at_end.enter_context(closing(_opened(plan))) if todo else None
+            workers = at_end.enter_context(closing(_opened(plan, len(todo)))) if todo else None
             if plan.written:
                 register(plan, plan.written)
         if request.force:
@@ -113,22 +113,21 @@ def _say_queue(plan: Plan, skipped: Mapping[str, str], todo: Sequence[str], n_un
         log.info("%d q_ids to run, %d completed before, %d skipped", len(todo), done, len(skipped))
 
 
-def _opened(plan: Plan) -> Worker | Crew | RayCrew:
-    """Who runs the q_ids, with the model of the request opened: this process, one for each of several devices, or a Ray
-    cluster.
+def _opened(plan: Plan, n_q_ids: int) -> Worker | Crew | RayCrew:
+    """Who runs ``n_q_ids``, with the model of the request opened: this process, several, or a Ray cluster.
 
     Raises InputError if it cannot be opened, or has too few heads.
     """
-    settings, given = plan.request.settings, plan.request.given
-    if given is None:
+    request = plan.request
+    if request.given is None:
         require_temporary_folder()
-        with at_work(f"opening {settings.model}", "loading PyTorch and transformers"):
-            found = outline_for(settings)  # before its weights are read, which may take minutes
+        with at_work(f"opening {request.settings.model}", "loading PyTorch and transformers"):
+            found = outline_for(request)  # before its weights are read, which may take minutes
         if found and plan.written:
             plan.written.require_layers(found.arch.n_layers)
-    if plan.request.ray:
-        return RayCrew(plan, plan.request.ray)
-    return Crew(plan) if len(plan.request.devices) > 1 else Worker.opened(plan)
+    if request.ray:
+        return RayCrew(plan, request.ray)
+    return Crew(plan, n_q_ids) if len(request.devices) > 1 else Worker.opened(plan)
 
 
 def _move_all_aside(plan: Plan) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from relfv.errors import RelfvError
 from relfv.logs import logging_to
 from relfv.models.context import TooLong
+from relfv.models.memory import share_cards
 from relfv.pace import Pace
 from relfv.progress import at_work, headed
 from relfv.relations import called
@@ -46,6 +47,10 @@ class Worker:
     @staticmethod
     def opened(plan: Plan) -> Worker:
         """With the model of the request. Raises InputError if it cannot be opened, or has too few heads."""
+        if (n := plan.request.processes_a_card) > 1:  # this one is among them
+            from relfv.models.devices import choose_devices
+
+            share_cards(n, choose_devices(plan.request.settings.device))
         model = open_for(plan.request.settings, plan.request.given)
         require_enough_heads(model, plan.request.settings)
         # Half a million objects that stay: each look through them takes as long as Step6.
