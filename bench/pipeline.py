@@ -86,15 +86,17 @@ def made_in_memory(shape: str, folder: Path) -> Streaming | None:
 
 
 @contextmanager
-def sampling_the_gpu() -> Iterator[list[tuple[datetime, int]]]:
-    """While open, a thread notes the time and the share of it (%) in which a kernel ran, as the driver counts it."""
-    samples: list[tuple[datetime, int]] = []
+def sampling_the_gpu() -> Iterator[list[tuple[datetime, int, int]]]:
+    """While open, a thread notes the time, the share of it (%) in which a kernel ran, and the bytes of the card that
+    are taken, as the driver counts them."""
+    samples: list[tuple[datetime, int, int]] = []
     done = threading.Event()
 
     def watch() -> None:
         while not done.wait(0.2):
             try:
-                samples.append((datetime.now(timezone.utc), torch.cuda.utilization()))
+                used = torch.cuda.device_memory_used()
+                samples.append((datetime.now(timezone.utc), torch.cuda.utilization(), used))
             except (ImportError, RuntimeError):  # no NVML bindings
                 return
 
@@ -157,7 +159,7 @@ def table(
     out: Path,
     args: argparse.Namespace,
     seconds: float,
-    busy: list[tuple[datetime, int]],
+    busy: list[tuple[datetime, int, int]],
     spent: Mapping[str, Spent],
 ) -> str:
     """What each stage of a q_id takes: seconds from the time stamps in qid_status.json, bytes of the files it names."""
@@ -209,7 +211,7 @@ def table(
     ]
     lines.append(f"noise floor in P, largest of any q_id: {max(floors):.1e}")
     if torch.cuda.is_available():
-        during = [share for at, share in busy if first_stage <= at <= last_stage]
+        during = [share for at, share, _ in busy if first_stage <= at <= last_stage]
         lines.append(f"GPU busy {statistics.mean(during):.0f} % of that time" if during else "GPU's share not known")
         lines.append(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
     return "\n".join(lines)

@@ -64,7 +64,7 @@ def run_flags(parser: argparse.ArgumentParser) -> None:
         "as cuda:0,cuda:1; all = every CUDA device (in place of --device)"
     )  # fmt: skip
     parser.add_argument(
-        "--per_card", type=whole_number(1, MOST_PER_CARD), default=1, metavar="N", help="processes on each device, each "
+        "--per_card", type=whole_number(1, MOST_PER_CARD), default=1, metavar="N", help="processes on a device, each "
         "with its part of the memory: one computes while others write (default: %(default)s)"
     )  # fmt: skip
     parser.add_argument(
