@@ -150,6 +150,13 @@ def test_a_device_has_as_many_processes_as_name_it_times_per_card(tmp_path: Path
     assert replace(request, ray=OnRay("local", gpus_per_worker=0.5)).processes_a_card == 2
 
 
+def test_a_dry_run_says_how_many_processes_there_would_be(
+    csv_path: Path, llama_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(llama_path, csv_path, tmp_path, *TWO, "--dry_run")) == 0
+    assert re.search(r"processes +2, on cpu, cpu\n", capsys.readouterr().out)
+
+
 def test_one_device_is_this_process(
     csv_path: Path, llama_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

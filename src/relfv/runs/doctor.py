@@ -117,6 +117,8 @@ class _Visit:
         self._say("model", f"{settings.model} ({plan.model_identity[:40]})")
         for departure in settings.departures():
             self._say("spec", f"departs from the spec: {departure}")
+        if len(devices := plan.request.devices) > 1:
+            self._say("processes", f"{len(devices)}, on {', '.join(devices)}")
         if plan.written:
             self._say("plan", plan.written.in_words())
         with self._caught("--reuse_stepd"):
