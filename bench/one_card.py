@@ -1,7 +1,7 @@
 """Whole q_ids by several processes on one card: what one leaves of it while it writes, another computes on.
 
-    python bench/one_card.py --shapes llama-3.1-8b=1,2,3 gpt2=1,2,4,8 demo=1,2,4,8     # on a GPU of 80 GB: 6 minutes
-    python bench/one_card.py --shapes demo=1,2 --device cpu --q_list Q1,Q2             # on any machine
+    python bench/one_card.py                                                 # on a GPU of 80 GB
+    python bench/one_card.py --shapes demo=1,2 --device cpu --q_list Q1,Q2   # on any machine
 
 Each row is a ``relfv run --per_card N`` of its own, every file written. Time counts from the first stage's beginning,
 when all processes have the model open, to the last stage's end. The files are compared with those of the first row of
@@ -24,7 +24,7 @@ from pathlib import Path
 from pipeline import sampling_the_gpu
 from shapes import NAMES, model_folder
 
-MODELS = ("llama-3.1-8b=1,2,3", "gpt2=1,2,4,8", "demo=1,2,4,8")
+MODELS = ("demo=1,2,4,8", "gpt2=1,2,4,8", "llama-3.1-8b=1,2,3")
 COLUMNS = ("shape", "processes", "until open, s", "then to the end, s", "q_ids a second", "s a q_id", "GPU busy, %",
            "peak GiB of the card", "trials a pass", "files as in the first row")  # fmt: skip
 Q_IDS = ",".join(f"Q{i}" for i in (*range(1, 14), 15))

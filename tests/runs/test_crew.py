@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from conftest import ROOT
 from folders import arguments, contents, status
@@ -148,6 +149,16 @@ def test_a_device_has_as_many_processes_as_name_it_times_per_card(tmp_path: Path
     two_pairs = replace(request, devices=("cuda:0+cuda:1", "cuda:2", "cuda:0+cuda:1"))
     assert two_pairs.processes_a_card == 2
     assert replace(request, ray=OnRay("local", gpus_per_worker=0.5)).processes_a_card == 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.slow
+def test_two_processes_on_a_card_write_what_one_does(csv_path: Path, llama_path: Path, tmp_path: Path) -> None:
+    for name, flags in (("one", ()), ("two", ("--per_card", "2"))):
+        assert main(arguments(llama_path, csv_path, tmp_path / name, "--device", "cuda:0", *flags)) == 0
+    for q_id in ("A1", "B2"):
+        one, two = (contents(tmp_path / name / "pairs" / q_id / "artifacts") for name in ("one", "two"))
+        assert one == two
 
 
 def test_a_dry_run_says_how_many_processes_there_would_be(
