@@ -15,21 +15,22 @@ def _attend_kernel(
     q_prompt, q_head, q_copy, k_prompt, k_head, k_copy, v_prompt, v_head, v_copy,
     kp_prompt, kp_head, kp_token, vp_prompt, vp_head, vp_token, out_prompt, out_copy, out_head,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr,
-    COPIES: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    prompt, head = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
-    kv_head = head // GROUP
-    copies = tl.program_id(0) * COPIES + tl.arange(0, COPIES)
+    prompt, kv_head = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
+    # Heads that share keys are rows of one tile: the prefix is read, and split into TF32 parts, once for all of them.
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    copies, head = rows // GROUP, kv_head * GROUP + rows % GROUP
     columns = tl.arange(0, DIM)
     inside = columns < HEAD_DIM
     mask = (copies < n_copies)[:, None] & inside[None, :]
-    query = tl.load(q + prompt * q_prompt + head * q_head + copies[:, None] * q_copy + columns[None, :],
+    query = tl.load(q + prompt * q_prompt + (head * q_head + copies * q_copy)[:, None] + columns[None, :],
                     mask=mask, other=0.0)  # fmt: skip
     last = tl.load(lengths + prompt)
     first = tl.maximum(last - window + 1, 0)
-    best = tl.full([COPIES], float("-inf"), tl.float32)
-    total = tl.zeros([COPIES], tl.float32)
-    mixed = tl.zeros([COPIES, DIM], tl.float32)
+    best = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    mixed = tl.zeros([ROWS, DIM], tl.float32)
     for start in range(0, n_prefix, TOKENS):
         tokens = start + tl.arange(0, TOKENS)
         seen = (tokens < last) & (tokens >= first)
@@ -66,7 +67,7 @@ def _attend_kernel(
     if SINKS:
         denominator += tl.exp(sink - highest)
     result = (mixed * prefix_weight[:, None] + own_value * own_weight[:, None]) / denominator[:, None]
-    tl.store(out + prompt * out_prompt + copies[:, None] * out_copy + head * out_head + columns[None, :],
+    tl.store(out + prompt * out_prompt + (copies * out_copy + head * out_head)[:, None] + columns[None, :],
              result.to(out.dtype.element_ty), mask=mask)  # fmt: skip
 
 
@@ -90,8 +91,8 @@ def attend(
     n_prefix = k_prefix.shape[2]
     out = torch.empty(n_prompts, n_copies, n_heads, head_dim, dtype=q.dtype, device=q.device)
     full = q.dtype == torch.float32
-    copies = 32 if full else 64  # larger tiles of float32 spill
-    grid = (triton.cdiv(n_copies, copies), n_heads, n_prompts)
+    group, rows = n_heads // k.shape[1], 64
+    grid = (triton.cdiv(n_copies * group, rows), k.shape[1], n_prompts)
     tensors = [q, k, v, k_prefix, v_prefix]
     tensors = [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
     strides: list[int] = [s for t in tensors for s in t.stride()[:3]]
@@ -99,7 +100,7 @@ def attend(
         *tensors, lengths, q if sinks is None else sinks, out,
         n_copies, n_prefix, window if window is not None else 2**31 - 1, scale, softcap or 0.0,
         *strides, *out.stride()[:3],
-        n_heads // k.shape[1], head_dim, max(16, triton.next_power_of_2(head_dim)),
-        softcap is not None, sinks is not None, copies, 32, "tf32x3" if full else "ieee", num_stages=1 if full else 2,
+        group, head_dim, max(16, triton.next_power_of_2(head_dim)),
+        softcap is not None, sinks is not None, rows, 32, "tf32x3" if full else "ieee", num_stages=1 if full else 2,
     )  # fmt: skip
     return out
