@@ -95,7 +95,7 @@ class Arithmetic:
         forwards: list[Any] = [(linear, whole.forward(linear)) for linear in self._in_pieces]
         forwards += [(linear, partial(unpacked_product, linear)) for linear in self._packed]
         fused = self.fusions.installed() if self.fusions else nullcontext()
-        with torch.inference_mode(), self._mode.in_force(), replaced(forwards), fused:
+        with torch.inference_mode(), self._mode.in_force(), fused, replaced([*forwards, *self._fused_in_pieces(whole)]):
             yield
 
     @contextmanager
@@ -110,9 +110,7 @@ class Arithmetic:
         """While open, what linear layers get are copies, and is multiplied as base and differences where in pieces."""
         differences = Differences(self.pieces)
         forwards: list[Any] = [(linear, differences.forward(linear)) for linear in self._in_pieces]
-        if self.fusions:
-            forwards += self.fusions.difference_forwards(differences, self._in_pieces)
-        with replaced(forwards):
+        with replaced([*forwards, *self._fused_in_pieces(differences)]):
             yield
 
     def attend(
@@ -150,6 +148,9 @@ class Arithmetic:
             may_use_kernels=self.fusions is not None,
             over_likeliest=self.over_likeliest,
         )
+
+    def _fused_in_pieces(self, products: Whole) -> list[Any]:
+        return self.fusions.forwards_in_pieces(products, self._in_pieces) if self.fusions else []
 
     @property
     def _in_pieces(self) -> tuple[nn.Linear, ...]:

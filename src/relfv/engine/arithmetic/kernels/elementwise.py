@@ -19,11 +19,18 @@ def _gate_kernel(gate, up, out, count, KIND: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _rms_norm_kernel(x, weight, out, width, eps, OFFSET: tl.constexpr, BLOCK: tl.constexpr):
+def _rms_norm_kernel(
+    x, added, weight, sums, out, width, eps, OFFSET: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * width
     columns = tl.arange(0, BLOCK)
     mask = columns < width
     value = tl.load(x + row + columns, mask=mask, other=0.0).to(tl.float32)
+    if ADD:
+        value += tl.load(added + row + columns, mask=mask, other=0.0).to(tl.float32)
+        rounded = value.to(sums.dtype.element_ty)
+        tl.store(sums + row + columns, rounded, mask=mask)
+        value = rounded.to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value) / width + eps)
     factor = tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32) + OFFSET
     tl.store(out + row + columns, (value * scale * factor).to(out.dtype.element_ty), mask=mask)
@@ -80,14 +87,28 @@ def gate(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> torch.Tensor:
     """x / rms(x) * (weight + offset) over the last axis, computed in float32, in the dtype of ``x``."""
+    return _rms_norm(x, None, weight, eps, offset)[1]
+
+
+def add_norm(
+    x: torch.Tensor, added: torch.Tensor, weight: torch.Tensor, eps: float, offset: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x + added, rounded to their dtype, and its ``rms_norm``."""
+    return _rms_norm(x, added.contiguous(), weight, eps, offset)
+
+
+def _rms_norm(
+    x: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor, eps: float, offset: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     x = x.contiguous()
-    out = torch.empty_like(x)
+    out, sums = torch.empty_like(x), x if added is None else torch.empty_like(x)
     width = x.shape[-1]
     block = triton.next_power_of_2(width)
     _rms_norm_kernel[(x.numel() // width,)](
-        x, weight, out, width, eps, offset, block, num_warps=min(16, max(1, block // 512))
-    )
-    return out
+        x, x if added is None else added, weight, sums, out, width, eps, offset, added is not None, block,
+        num_warps=min(16, max(1, block // 512)),
+    )  # fmt: skip
+    return sums, out
 
 
 def rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
