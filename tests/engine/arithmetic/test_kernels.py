@@ -121,6 +121,30 @@ def test_sums_and_their_norms_in_pieces(base: int, biased: bool) -> None:
             torch.testing.assert_close(onto.view_as(x), sums, rtol=1e-6, atol=1e-6)
 
 
+def test_hidden_states_may_have_room_between_prompts() -> None:
+    n, c, d = 2, 19, 300
+    x, added, weight = random(n, c, d), random(n, c, d, seed=1), random(300, seed=1)
+    room = torch.full((n, c + 7, d), torch.nan, device=DEVICE)
+    inside = room[:, :c]
+    assert kernels.add(x, added, inside) is inside
+    torch.testing.assert_close(inside, x + added)
+    torch.testing.assert_close(
+        kernels.rms_norm(inside, weight, 1e-5, 1.0), kernels.rms_norm(x + added, weight, 1e-5, 1.0)
+    )
+    raw = [random(n * c + 3 * n, d, seed=2) for _ in range(2)]
+    joined = kernels.join_differences(raw[0], None, n, c, 1, 3, onto=x, into=inside)
+    assert torch.equal(joined, kernels.join_differences(raw[1], None, n, c, 1, 3, onto=x))
+    for found, expected in zip(
+        *(
+            kernels.norm_differences(y, weight, 1e-5, 0.0, 1, 3)
+            for y in (inside, inside.clone(memory_format=torch.contiguous_format))
+        ),
+        strict=True,
+    ):
+        assert torch.equal(found, expected)
+    assert room[:, c:].isnan().all()
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gating_pieces_without_a_base(activation: str) -> None:
     formula = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}[activation]

@@ -22,6 +22,22 @@ from relfv.engine.arithmetic.products import Whole, replaced
 _PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 
 
+class Stream:
+    """Where hidden states of copies lie between blocks: in one piece of memory, with room for all copies that the pass
+    will have in the end, so that those which are there need not move when others come."""
+
+    def __init__(self, n_copies: int) -> None:
+        self._n_copies = n_copies
+        self._memory: torch.Tensor | None = None
+
+    def like(self, x: torch.Tensor) -> torch.Tensor:
+        """The place of hidden states (N, C, d) such as these."""
+        there = self._memory
+        if there is None or (there.device, there.dtype, len(there)) != (x.device, x.dtype, len(x)):
+            self._memory = there = x.new_empty(len(x), self._n_copies, x.shape[2])
+        return there[:, : x.shape[1]]
+
+
 @dataclass(frozen=True)
 class PreNorm:
     """y + mlp(norm_2(y)), where y = x + attention(norm_1(x)). ``norms`` and ``mlp`` are fusion.py's."""
@@ -31,16 +47,18 @@ class PreNorm:
     norms: tuple[Any, Any]
     mlp: Any
 
-    def forward(self, x: torch.Tensor, **given: Any) -> torch.Tensor:
-        """What the module does, with the sum after attention and the second norm in one kernel."""
+    def forward(self, x: torch.Tensor, *, stream: Stream | None = None, **given: Any) -> torch.Tensor:
+        """What the module does, with the sum after attention and the second norm in one kernel. Of copies, the result
+        is in their ``stream``."""
         if self._watched():
             return type(self.module).forward(self.module, x, **given)
         norm = self.norms[1]
         attended = self.module.self_attn(hidden_states=self.norms[0].forward(x), **given)[0]
         x, normed = kernels.add_norm(x, attended, norm.module.weight, norm.eps, norm.offset)
-        return x + self.module.mlp(normed)
+        written = self.module.mlp(normed)
+        return x + written if stream is None else kernels.add(x, written, stream.like(x))
 
-    def forward_in_pieces(self, products: Whole) -> Callable[..., torch.Tensor]:
+    def forward_in_pieces(self, products: Whole, stream: Stream | None) -> Callable[..., torch.Tensor]:
         """The same where all its linear layers multiply in pieces."""
 
         def forward(x: torch.Tensor, **given: Any) -> torch.Tensor:
@@ -52,6 +70,7 @@ class PreNorm:
                 self.out_proj,
                 [(norm.module.weight, norm.eps, norm.offset) for norm in self.norms],
                 (*self.mlp.linears, self.mlp.activation),
+                stream and stream.like(x),
             )
 
         return forward

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from relfv.engine.arithmetic import kernels
-from relfv.engine.arithmetic.blocks import PreNorm, as_pre_norm
+from relfv.engine.arithmetic.blocks import PreNorm, Stream, as_pre_norm
 from relfv.engine.arithmetic.products import Whole, replaced
 from relfv.models.architecture import Architecture
 from relfv.models.packed import is_readable, unpacked_product, weight_dtype
@@ -83,13 +83,22 @@ class Fusions:
 
     blocks: tuple[PreNorm, ...] = ()
 
-    def forwards_in_pieces(
-        self, products: Whole, in_pieces: Sequence[nn.Linear]
+    def forwards(
+        self, products: Whole, in_pieces: Sequence[nn.Linear], stream: Stream | None = None
     ) -> list[tuple[nn.Module, Callable[..., torch.Tensor]]]:
-        """Replacements of the MLPs and blocks whose linear layers are all ``in_pieces``."""
+        """Replacements of the MLPs and blocks whose linear layers are all ``in_pieces``, and of all blocks where there
+        is a ``stream``."""
         known = {id(linear) for linear in in_pieces}
-        fitting = [part for part in (*self.mlps, *self.blocks) if known.issuperset(map(id, part.linears))]
-        return [(part.module, part.forward_in_pieces(products)) for part in fitting]
+        blocks = [(block, known.issuperset(map(id, block.linears))) for block in self.blocks]
+        return [
+            *(
+                (mlp.module, mlp.forward_in_pieces(products))
+                for mlp in self.mlps
+                if known.issuperset(map(id, mlp.linears))
+            ),
+            *((block.module, block.forward_in_pieces(products, stream)) for block, fits in blocks if fits),
+            *((block.module, partial(block.forward, stream=stream)) for block, fits in blocks if stream and not fits),
+        ]
 
     @contextmanager
     def installed(self) -> Iterator[None]:

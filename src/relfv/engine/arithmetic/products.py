@@ -123,20 +123,25 @@ class Whole:
         return torch.cat([split((x - base[:, None]).flatten(0, 1), self._difference), split(base, self._base)])
 
     def join(
-        self, rows: torch.Tensor, bias: torch.Tensor | None, shape: torch.Size, onto: torch.Tensor | None = None
+        self,
+        rows: torch.Tensor,
+        bias: torch.Tensor | None,
+        shape: torch.Size,
+        onto: torch.Tensor | None = None,
+        into: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Rows of products of inputs of this shape, (..., in), float32 -> (..., out): their sums, base + difference +
-        bias, and ``onto``, if it is given, added to them. ``rows`` may be written over."""
+        bias, and by kernels alone ``onto``, if it is given, added to them, and the result in ``into``. ``rows`` may be
+        written over."""
         n_prompts, n_copies = self._laid(shape)
         pieces = self._difference, self._base
         if kernels.usable(rows):
-            out = kernels.join_differences(rows, bias, n_prompts, n_copies, *pieces, onto)
+            out = kernels.join_differences(rows, bias, n_prompts, n_copies, *pieces, onto, into)
         else:
             n_differences = self._difference * n_prompts * n_copies
             out = rows[:n_differences].view(self._difference, n_prompts, n_copies, -1).sum(0)
             shared = rows[n_differences:].view(self._base, n_prompts, 1, -1).sum(0) if self._base else 0
             out = out + (shared if bias is None else shared + bias)
-            out = out if onto is None else onto.view_as(out) + out
         return out.view(*shape[:-1], -1)
 
     def gated(self, gate: nn.Linear, up: nn.Linear, down: nn.Linear, activation: str, x: torch.Tensor) -> torch.Tensor:
@@ -162,9 +167,11 @@ class Whole:
         out_proj: nn.Linear,
         norms: Sequence[tuple[torch.Tensor, float, float]],
         mlp: tuple[nn.Linear, nn.Linear, nn.Linear, str],
+        into: torch.Tensor | None,
     ) -> torch.Tensor:
         """A whole pre-norm block by kernels: y + mlp(norm(y)), where y = x + attend(norm(x)). ``norms`` are weight, eps
         and offset of both; ``attend`` must read its argument by linear layers in pieces alone, and end in ``out_proj``.
+        The result is written to ``into``, if it is given, which may be where ``x`` is.
 
         Sums, norms and their pieces are one trip through memory. That the first norm's output is never written, and
         that of ``out_proj`` not joined, is known to those linear layers alone.
@@ -182,7 +189,7 @@ class Whole:
         assert added is not None  # as was seen when the block was recognised
         laid, rows = kernels.norm_differences(laid, *norms[1], *pieces, added=added, bias=out_proj.bias)
         gate, up, down, activation = mlp
-        return self.join(self._gated(gate, up, down, activation, rows, x.shape), down.bias, x.shape, onto=laid)
+        return self.join(self._gated(gate, up, down, activation, rows, x.shape), down.bias, x.shape, laid, into)
 
     def _product(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return product(rows, weight, self._depth)

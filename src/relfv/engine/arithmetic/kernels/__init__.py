@@ -23,7 +23,7 @@ except ImportError:  # CPU builds of PyTorch come without Triton
 
 if AVAILABLE:
     from relfv.engine.arithmetic.kernels.attention import attend
-    from relfv.engine.arithmetic.kernels.elementwise import add_norm, gate, rms_norm, rotate
+    from relfv.engine.arithmetic.kernels.elementwise import add, add_norm, gate, rms_norm, rotate
     from relfv.engine.arithmetic.kernels.pieces import (
         gate_differences,
         join_differences,
@@ -33,8 +33,8 @@ if AVAILABLE:
     from relfv.engine.arithmetic.kernels.readout import read
 
 __all__ = [
-    "AVAILABLE", "add_norm", "attend", "gate", "gate_differences", "join_differences", "norm_differences", "read",
-    "rms_norm", "rotate", "split_differences", "usable",
+    "AVAILABLE", "add", "add_norm", "attend", "gate", "gate_differences", "join_differences", "norm_differences",
+    "read", "rms_norm", "rotate", "split_differences", "usable",
 ]  # fmt: skip
 
 

@@ -32,7 +32,7 @@ def _dot(a, a_2, a_3, b, EXACT: tl.constexpr, TRANSPOSED: tl.constexpr):
         out = tl.dot(a_2, b, out)
         out = tl.dot(a, b_2, out)
         return tl.dot(a, b, out)
-    else:
+    else:  # noqa: RET505 (Triton compiles one branch)
         return tl.dot(a, tl.trans(b) if TRANSPOSED else b)
 
 
@@ -120,7 +120,6 @@ def attend(
     n_prompts, n_heads, n_copies, head_dim = q.shape
     n_prefix = k_prefix.shape[2]
     out = torch.empty(n_prompts, n_copies, n_heads, head_dim, dtype=q.dtype, device=q.device)
-    full = q.dtype == torch.float32
     group, rows = n_heads // k.shape[1], 64
     grid = (triton.cdiv(n_copies * group, rows), k.shape[1], n_prompts)
     tensors = [q, k, v, k_prefix, v_prefix]
@@ -131,6 +130,6 @@ def attend(
         n_copies, n_prefix, window if window is not None else 2**31 - 1, scale, softcap or 0.0,
         *strides, *out.stride()[:3],
         group, head_dim, max(16, triton.next_power_of_2(head_dim)),
-        softcap is not None, sinks is not None, rows, 32, full, num_stages=1 if full else 2,
+        softcap is not None, sinks is not None, rows, 32, q.dtype == torch.float32, num_stages=1,
     )  # fmt: skip
     return out

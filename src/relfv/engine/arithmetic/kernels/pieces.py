@@ -76,7 +76,7 @@ def _split_differences_kernel(
 
 @triton.jit(do_not_specialize=SHAPES)
 def _join_differences_kernel(
-    raw, bias, onto, n_prompts, n_copies, n_rows, width, DIFFERENCE: tl.constexpr, BASE: tl.constexpr,
+    raw, bias, onto, out, n_prompts, n_copies, n_rows, room, width, DIFFERENCE: tl.constexpr, BASE: tl.constexpr,
     HAS_BIAS: tl.constexpr, ONTO: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     prompt, copies, columns, mask = _tile(n_copies, width, ROWS, COLUMNS)
@@ -85,7 +85,7 @@ def _join_differences_kernel(
     value += _shared(raw, bias, DIFFERENCE * n_rows + prompt, n_prompts, columns, width, BASE, HAS_BIAS)
     if ONTO:
         value += tl.load(onto + rows * width + columns, mask=mask, other=0.0)
-    tl.store(raw + rows * width + columns, value, mask=mask)
+    tl.store(out + (prompt * room + copies) * width + columns, value, mask=mask)
 
 
 @triton.jit(do_not_specialize=SHAPES)
@@ -119,7 +119,7 @@ def _normed(value, factor, width, eps):
 
 @triton.jit(do_not_specialize=SHAPES)
 def _norm_differences_kernel(
-    x, raw, bias, weight, sums, out, n_prompts, n_copies, n_rows, width, eps,
+    x, raw, bias, weight, sums, out, n_prompts, n_copies, n_rows, room, width, eps,
     OFFSET: tl.constexpr, ADD: tl.constexpr, HAS_BIAS: tl.constexpr, DIFFERENCE: tl.constexpr, BASE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -133,7 +133,7 @@ def _norm_differences_kernel(
     if ADD:
         added = _shared(raw, bias, base_rows, n_prompts, columns, width, BASE, HAS_BIAS)
     if BASE:
-        base = tl.load(x + prompt * n_copies * width + columns, mask=inside, other=0.0)
+        base = tl.load(x + prompt * room * width + columns, mask=inside, other=0.0)
         if ADD:
             base += added
         base = _normed(base, factor, width, eps)
@@ -141,7 +141,7 @@ def _norm_differences_kernel(
             _store_pieces(out, base_rows, n_prompts, columns, width, base, inside, BASE)
     for copy in range(first, tl.minimum(first + ROWS, n_copies)):
         row = prompt * n_copies + copy
-        value = tl.load(x + row * width + columns, mask=inside, other=0.0)
+        value = tl.load(x + (prompt * room + copy) * width + columns, mask=inside, other=0.0)
         if ADD:
             value += _sum_pieces(raw, row, n_rows, columns, width, inside, DIFFERENCE) + added
             tl.store(sums + row * width + columns, value, mask=inside)
@@ -172,15 +172,18 @@ def join_differences(
     difference: int,
     base: int,
     onto: torch.Tensor | None = None,
+    into: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """float32 rows of products -> (N, C, d), added to ``onto`` if it is given; writes over ``raw``."""
+    """float32 rows of products -> (N, C, d), added to ``onto`` if it is given; written to ``into``, whose rows of one
+    prompt lie together, or over ``raw``."""
     width = raw.shape[1]
+    out = raw[: n_prompts * n_copies].view(n_prompts, n_copies, width) if into is None else into
     _join_differences_kernel[_grid(n_prompts, n_copies, width)](
-        raw, raw if bias is None else bias, raw if onto is None else onto.contiguous(),
-        n_prompts, n_copies, n_prompts * n_copies, width,
+        raw, raw if bias is None else bias, raw if onto is None else onto.contiguous(), out,
+        n_prompts, n_copies, n_prompts * n_copies, out.stride(0) // width, width,
         difference, base, bias is not None, onto is not None, _ROWS, _COLUMNS,
     )  # fmt: skip
-    return raw[: n_prompts * n_copies].view(n_prompts, n_copies, width)
+    return out
 
 
 def gate_differences(
@@ -219,16 +222,17 @@ def norm_differences(
     """x (N, C, d), float32, plus what ``added`` has in rows of products and ``bias``: itself, and rows of pieces of
     its RMS norm. Writes over ``added``."""
     n_prompts, n_copies, width = x.shape
-    x = x.contiguous()
+    x = x if x.stride()[1:] == (width, 1) else x.contiguous()
     n_rows = n_prompts * n_copies
     out = torch.empty(difference * n_rows + base * n_prompts, width, dtype=torch.bfloat16, device=x.device)
     sums = x if added is None else added
     # A few copies to a program, or it would read the base as often as copies.
     rows, block = 8 if base else 1, triton.next_power_of_2(width)
     _norm_differences_kernel[(n_prompts * triton.cdiv(n_copies, rows),)](
-        x, sums, x if bias is None else bias, weight, sums, out, n_prompts, n_copies, n_rows, width, eps,
+        x, sums, x if bias is None else bias, weight, sums, out,
+        n_prompts, n_copies, n_rows, x.stride(0) // width, width, eps,
         offset, added is not None, bias is not None, difference, base, rows, block,
-        num_warps=min(16, max(1, block // 512)),
+        num_warps=min(16, max(1, block // 1024)),
     )  # fmt: skip
     return sums[:n_rows].view_as(x) if added is not None else x, out
 
