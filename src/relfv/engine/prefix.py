@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from relfv.engine.attention import Prefix
 from relfv.engine.base import Backbone, TokenIds, sent
 from relfv.engine.hooks import editing_inputs
-from relfv.engine.passes import pad_right
+from relfv.engine.passes import leaving_padding_out, pad_right
 from relfv.errors import RunError
 
 _FEW = 4
@@ -52,11 +52,12 @@ def prefill(backbone: Backbone, prompts: TokenIds) -> Prefix:
     # A DynamicCache made from a config lets sliding-window layers drop keys; this one keeps all of them, and the
     # window is applied in the attention of the last token.
     cache = DynamicCache()
-    with suppress(_Enough), editing_inputs([(backbone.arch.out_projs[backbone.arch.n_layers - 1], _stop)]):
+    n_tokens = [len(prompt) - 1 for prompt in prompts]
+    last = backbone.arch.out_projs[backbone.arch.n_layers - 1]
+    with suppress(_Enough), editing_inputs([(last, _stop)]), leaving_padding_out(ids, n_tokens):
         backbone.decoder(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
     keys, values = zip(*(_cached(cache, layer) for layer in range(backbone.arch.n_layers)), strict=True)
     places = {of_layer.device for of_layer in keys}
-    n_tokens = [len(prompt) - 1 for prompt in prompts]
     return Prefix(keys, values, lengths, {place: sent(n_tokens, place) for place in places})
 
 

@@ -121,6 +121,24 @@ def test_sums_and_their_norms_in_pieces(base: int, biased: bool) -> None:
             torch.testing.assert_close(onto.view_as(x), sums, rtol=1e-6, atol=1e-6)
 
 
+def test_padding_is_left_out() -> None:
+    n, d, places = 11, 300, torch.tensor([0, 1, 4, 5, 6, 9], device=DEVICE)
+    x, added, weight = random(1, n, d), random(len(places) * 3, d, seed=1), random(300, seed=1)
+    rows = kernels.split_differences(x, 3, 0, places)
+    assert torch.equal(rows, kernels.split_differences(x[:, places], 3, 0))
+    for change in ({}, {"added": added}):
+        found, expected = (
+            kernels.norm_differences(y, weight, 1e-5, 0.0, 3, 0, **{k: v.clone() for k, v in change.items()}, places=at)
+            for y, at in ((x, places), (x[:, places], None))
+        )
+        assert torch.equal(found[1], expected[1])
+    assert torch.equal(found[0], expected[0])
+    into = torch.zeros_like(x)
+    joined = kernels.join_differences(rows.float(), None, 1, len(places), 3, 0, into=into, places=places)
+    assert torch.equal(joined[:, places], kernels.join_differences(rows.float(), None, 1, len(places), 3, 0))
+    assert joined.abs().sum(2).count_nonzero() == len(places)
+
+
 def test_hidden_states_may_have_room_between_prompts() -> None:
     n, c, d = 2, 19, 300
     x, added, weight = random(n, c, d), random(n, c, d, seed=1), random(300, seed=1)

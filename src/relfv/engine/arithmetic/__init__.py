@@ -30,12 +30,13 @@ from relfv.engine.arithmetic import kernels, logits
 from relfv.engine.arithmetic.attention import attend_plainly
 from relfv.engine.arithmetic.blocks import Stream
 from relfv.engine.arithmetic.fusion import Fusions, recognise
+from relfv.engine.arithmetic.padding import leaving_out_padding
 from relfv.engine.arithmetic.precision import Mode, Precision, mode_of, whole_widened, widened
 from relfv.engine.arithmetic.products import FLOAT32, Differences, Pieces, Whole, replaced, takes_pieces
 from relfv.models.architecture import Architecture
 from relfv.models.packed import is_readable, unpacked_product
 
-__all__ = ["Arithmetic", "Precision", "replaced", "widened"]
+__all__ = ["Arithmetic", "Precision", "leaving_out_padding", "replaced", "widened"]
 
 
 @dataclass(frozen=True)

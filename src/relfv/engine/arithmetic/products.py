@@ -33,6 +33,7 @@ import torch
 from torch import nn
 
 from relfv.engine.arithmetic import kernels
+from relfv.engine.arithmetic.padding import places_in
 from relfv.models.packed import is_readable, weight_dtype, weight_of
 
 
@@ -112,13 +113,18 @@ class Whole:
         """Prompts and copies of inputs of this shape."""
         return 1, shape[:-1].numel()
 
+    def _places(self, x: torch.Tensor, shape: torch.Size) -> torch.Tensor | None:
+        """Which rows of inputs of this shape, on the device of ``x``, are multiplied, if not all."""
+        return places_in(shape, x.device)
+
     def split(self, x: torch.Tensor) -> torch.Tensor:
         """float32 (..., in) -> bf16 rows of pieces."""
+        places = self._places(x, x.shape)
         x = x.reshape(*self._laid(x.shape), x.shape[-1])
         if kernels.usable(x):
-            return kernels.split_differences(x, self._difference, self._base)
+            return kernels.split_differences(x, self._difference, self._base, places)
         if not self._base:
-            return split(x[0], self._difference)
+            return split(x[0] if places is None else x[0, places], self._difference)
         base = x[:, 0]
         return torch.cat([split((x - base[:, None]).flatten(0, 1), self._difference), split(base, self._base)])
 
@@ -133,15 +139,18 @@ class Whole:
         """Rows of products of inputs of this shape, (..., in), float32 -> (..., out): their sums, base + difference +
         bias, and by kernels alone ``onto``, if it is given, added to them, and the result in ``into``. ``rows`` may be
         written over."""
-        n_prompts, n_copies = self._laid(shape)
+        (n_prompts, n_copies), places = self._laid(shape), self._places(rows, shape)
         pieces = self._difference, self._base
+        if places is not None:
+            into, n_copies = rows.new_zeros(1, n_copies, rows.shape[1]), len(places)
         if kernels.usable(rows):
-            out = kernels.join_differences(rows, bias, n_prompts, n_copies, *pieces, onto, into)
+            out = kernels.join_differences(rows, bias, n_prompts, n_copies, *pieces, onto, into, places)
         else:
             n_differences = self._difference * n_prompts * n_copies
             out = rows[:n_differences].view(self._difference, n_prompts, n_copies, -1).sum(0)
             shared = rows[n_differences:].view(self._base, n_prompts, 1, -1).sum(0) if self._base else 0
             out = out + (shared if bias is None else shared + bias)
+            out = out if places is None or into is None else into.index_copy_(1, places, out)
         return out.view(*shape[:-1], -1)
 
     def gated(self, gate: nn.Linear, up: nn.Linear, down: nn.Linear, activation: str, x: torch.Tensor) -> torch.Tensor:
@@ -154,8 +163,10 @@ class Whole:
     ) -> torch.Tensor:
         """From rows of pieces to rows of products."""
         gate_rows, up_rows = self._product(rows, weight_of(gate)), self._product(rows, weight_of(up))
+        places = self._places(rows, shape)
+        laid = self._laid(shape) if places is None else (1, len(places))
         rows = kernels.gate_differences(
-            gate_rows, up_rows, gate.bias, up.bias, activation, *self._laid(shape), self._difference, self._base
+            gate_rows, up_rows, gate.bias, up.bias, activation, *laid, self._difference, self._base
         )
         del gate_rows, up_rows
         return self._product(rows, weight_of(down))
@@ -177,8 +188,8 @@ class Whole:
         that of ``out_proj`` not joined, is known to those linear layers alone.
         """
         laid = x.reshape(*self._laid(x.shape), x.shape[-1])
-        pieces = self._difference, self._base
-        self._remembered.instead(x, kernels.norm_differences(laid, *norms[0], *pieces)[1])
+        pieces, places = (self._difference, self._base), self._places(x, x.shape)
+        self._remembered.instead(x, kernels.norm_differences(laid, *norms[0], *pieces, places=places)[1])
         self._apart = out_proj, None
         try:
             attend(x)
@@ -187,7 +198,7 @@ class Whole:
             self._apart = None
             self._remembered.forget()
         assert added is not None  # as was seen when the block was recognised
-        laid, rows = kernels.norm_differences(laid, *norms[1], *pieces, added=added, bias=out_proj.bias)
+        laid, rows = kernels.norm_differences(laid, *norms[1], *pieces, added=added, bias=out_proj.bias, places=places)
         gate, up, down, activation = mlp
         return self.join(self._gated(gate, up, down, activation, rows, x.shape), down.bias, x.shape, laid, into)
 
@@ -211,6 +222,9 @@ class Differences(Whole):
 
     def _laid(self, shape: torch.Size) -> tuple[int, int]:
         return shape[0], shape[1]
+
+    def _places(self, x: torch.Tensor, shape: torch.Size) -> None:
+        """All copies are multiplied."""
 
     def base(self, rows: torch.Tensor, linear: nn.Linear, n_prompts: int) -> torch.Tensor:
         """From rows of pieces the outputs of the bases alone: (N, out)."""

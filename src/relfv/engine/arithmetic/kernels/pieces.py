@@ -2,7 +2,8 @@
 
 Rows of pieces come in one order everywhere: the first pieces of all copies, prompt by prompt, their second pieces and
 so on, ``difference`` in all, then as many groups of bases as ``base`` says. With ``base`` 0 there are no differences:
-the rows are pieces of the numbers themselves.
+the rows are pieces of the numbers themselves. Those may be some of many: ``places`` (R,) then says where each row is
+among the tokens, and nothing is computed of the others.
 """
 
 from __future__ import annotations
@@ -27,6 +28,14 @@ def _tile(n_copies, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     copies = (tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)[:, None]
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     return prompt.to(tl.int64), copies, columns, (copies < n_copies) & (columns < width)
+
+
+@triton.jit
+def _places(places, prompt, copies, room, n_copies, PLACED: tl.constexpr):
+    """Where copies are among the rows of hidden states, ``room`` of them to a prompt."""
+    if PLACED:
+        return tl.load(places + copies, mask=copies < n_copies, other=0)
+    return prompt * room + copies
 
 
 @triton.jit
@@ -59,12 +68,13 @@ def _shared(raw, bias, row, n_prompts, columns, width, BASE: tl.constexpr, HAS_B
 
 @triton.jit(do_not_specialize=SHAPES)
 def _split_differences_kernel(
-    x, out, n_prompts, n_copies, n_rows, width,
-    DIFFERENCE: tl.constexpr, BASE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x, places, out, n_prompts, n_copies, n_rows, width, DIFFERENCE: tl.constexpr, BASE: tl.constexpr,
+    PLACED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     prompt, copies, columns, mask = _tile(n_copies, width, ROWS, COLUMNS)
     rows = prompt * n_copies + copies
-    value = tl.load(x + rows * width + columns, mask=mask, other=0.0)
+    place = _places(places, prompt, copies, n_copies, n_copies, PLACED)
+    value = tl.load(x + place * width + columns, mask=mask, other=0.0)
     if BASE:
         base = tl.load(x + prompt * n_copies * width + columns, mask=columns < width, other=0.0)
         value -= base
@@ -76,8 +86,9 @@ def _split_differences_kernel(
 
 @triton.jit(do_not_specialize=SHAPES)
 def _join_differences_kernel(
-    raw, bias, onto, out, n_prompts, n_copies, n_rows, room, width, DIFFERENCE: tl.constexpr, BASE: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ONTO: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    raw, bias, onto, places, out, n_prompts, n_copies, n_rows, room, width, DIFFERENCE: tl.constexpr,
+    BASE: tl.constexpr, HAS_BIAS: tl.constexpr, ONTO: tl.constexpr, PLACED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     prompt, copies, columns, mask = _tile(n_copies, width, ROWS, COLUMNS)
     rows = prompt * n_copies + copies
@@ -85,7 +96,8 @@ def _join_differences_kernel(
     value += _shared(raw, bias, DIFFERENCE * n_rows + prompt, n_prompts, columns, width, BASE, HAS_BIAS)
     if ONTO:
         value += tl.load(onto + rows * width + columns, mask=mask, other=0.0)
-    tl.store(out + (prompt * room + copies) * width + columns, value, mask=mask)
+    place = _places(places, prompt, copies, room, n_copies, PLACED)
+    tl.store(out + place * width + columns, value, mask=mask)
 
 
 @triton.jit(do_not_specialize=SHAPES)
@@ -119,9 +131,9 @@ def _normed(value, factor, width, eps):
 
 @triton.jit(do_not_specialize=SHAPES)
 def _norm_differences_kernel(
-    x, raw, bias, weight, sums, out, n_prompts, n_copies, n_rows, room, width, eps,
+    x, raw, bias, weight, places, sums, out, n_prompts, n_copies, n_rows, room, width, eps,
     OFFSET: tl.constexpr, ADD: tl.constexpr, HAS_BIAS: tl.constexpr, DIFFERENCE: tl.constexpr, BASE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    PLACED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(n_copies, ROWS)
     prompt = (tl.program_id(0) // blocks).to(tl.int64)
@@ -141,7 +153,8 @@ def _norm_differences_kernel(
             _store_pieces(out, base_rows, n_prompts, columns, width, base, inside, BASE)
     for copy in range(first, tl.minimum(first + ROWS, n_copies)):
         row = prompt * n_copies + copy
-        value = tl.load(x + (prompt * room + copy) * width + columns, mask=inside, other=0.0)
+        place = _places(places, prompt, copy, room, n_copies, PLACED)
+        value = tl.load(x + place * width + columns, mask=inside, other=0.0)
         if ADD:
             value += _sum_pieces(raw, row, n_rows, columns, width, inside, DIFFERENCE) + added
             tl.store(sums + row * width + columns, value, mask=inside)
@@ -151,16 +164,17 @@ def _norm_differences_kernel(
         _store_pieces(out, row, n_rows, columns, width, value, inside, DIFFERENCE)
 
 
-def split_differences(x: torch.Tensor, difference: int, base: int) -> torch.Tensor:
+def split_differences(x: torch.Tensor, difference: int, base: int, places: torch.Tensor | None = None) -> torch.Tensor:
     """float32 (N, C, d) -> bf16 (difference * N * C + base * N, d): pieces of x - x[:, :1], then of x[:, 0]; without
-    ``base`` pieces of x."""
-    n_prompts, n_copies, width = x.shape
+    ``base`` pieces of x, of (1, C, d) those at ``places`` alone."""
+    n_prompts, n_copies, width = _sizes(x, places)
     x = x.contiguous()
     rows = difference * n_prompts * n_copies + base * n_prompts
     out = torch.empty(rows, width, dtype=torch.bfloat16, device=x.device)
     _split_differences_kernel[_grid(n_prompts, n_copies, width)](
-        x, out, n_prompts, n_copies, n_prompts * n_copies, width, difference, base, _ROWS, _COLUMNS
-    )
+        x, x if places is None else places, out, n_prompts, n_copies, n_prompts * n_copies, width,
+        difference, base, places is not None, _ROWS, _COLUMNS,
+    )  # fmt: skip
     return out
 
 
@@ -173,15 +187,17 @@ def join_differences(
     base: int,
     onto: torch.Tensor | None = None,
     into: torch.Tensor | None = None,
+    places: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """float32 rows of products -> (N, C, d), added to ``onto`` if it is given; written to ``into``, whose rows of one
-    prompt lie together, or over ``raw``."""
+    prompt lie together (with ``places`` to those alone), or over ``raw``."""
     width = raw.shape[1]
     out = raw[: n_prompts * n_copies].view(n_prompts, n_copies, width) if into is None else into
     _join_differences_kernel[_grid(n_prompts, n_copies, width)](
-        raw, raw if bias is None else bias, raw if onto is None else onto.contiguous(), out,
+        raw, raw if bias is None else bias, raw if onto is None else onto.contiguous(),
+        raw if places is None else places, out,
         n_prompts, n_copies, n_prompts * n_copies, out.stride(0) // width, width,
-        difference, base, bias is not None, onto is not None, _ROWS, _COLUMNS,
+        difference, base, bias is not None, onto is not None, places is not None, _ROWS, _COLUMNS,
     )  # fmt: skip
     return out
 
@@ -218,10 +234,11 @@ def norm_differences(
     *,
     added: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    places: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x (N, C, d), float32, plus what ``added`` has in rows of products and ``bias``: itself, and rows of pieces of
-    its RMS norm. Writes over ``added``."""
-    n_prompts, n_copies, width = x.shape
+    its RMS norm, at ``places`` alone. Writes over ``added``."""
+    n_prompts, n_copies, width = _sizes(x, places)
     x = x if x.stride()[1:] == (width, 1) else x.contiguous()
     n_rows = n_prompts * n_copies
     out = torch.empty(difference * n_rows + base * n_prompts, width, dtype=torch.bfloat16, device=x.device)
@@ -229,12 +246,17 @@ def norm_differences(
     # A few copies to a program, or it would read the base as often as copies.
     rows, block = 8 if base else 1, triton.next_power_of_2(width)
     _norm_differences_kernel[(n_prompts * triton.cdiv(n_copies, rows),)](
-        x, sums, x if bias is None else bias, weight, sums, out,
+        x, sums, x if bias is None else bias, weight, x if places is None else places, sums, out,
         n_prompts, n_copies, n_rows, x.stride(0) // width, width, eps,
-        offset, added is not None, bias is not None, difference, base, rows, block,
+        offset, added is not None, bias is not None, difference, base, places is not None, rows, block,
         num_warps=min(16, max(1, block // 1024)),
     )  # fmt: skip
-    return sums[:n_rows].view_as(x) if added is not None else x, out
+    return x if added is None else sums[:n_rows].view(n_prompts, n_copies, width), out
+
+
+def _sizes(x: torch.Tensor, places: torch.Tensor | None) -> tuple[int, int, int]:
+    n_prompts, n_copies, width = x.shape
+    return n_prompts, n_copies if places is None else len(places), width
 
 
 def _grid(n_prompts: int, n_copies: int, width: int) -> tuple[Any, ...]:
