@@ -75,7 +75,7 @@ class PreNorm:
 
         return forward
 
-    @property
+    @cached_property
     def linears(self) -> list[nn.Linear]:
         """All that the block multiplies by."""
         return [module for module in self.module.modules() if isinstance(module, nn.Linear)]
