@@ -93,6 +93,7 @@ def as_pre_norm(module: Any, out_proj: nn.Module, norms: dict[int, Any], mlps: d
     """The block as a pre-norm one, if it is one of RMS norms in ``norms`` and a gated MLP in ``mlps``, by module id."""
     first, attention, second, mlp = (getattr(module, name, None) for name in _PARTS)
     known = id(first) in norms and id(second) in norms and id(mlp) in mlps
+    known = known and not any("forward" in vars(part) for part in (module, attention))  # somebody else's
     try:
         if not known or not _is_wired(module) or not _reads_by_linears_alone(attention, out_proj):
             return None
