@@ -180,6 +180,16 @@ def test_a_sum_and_its_norm() -> None:
     torch.testing.assert_close(normed, kernels.rms_norm(sums, weight, 1e-5, 0.0), rtol=0, atol=0)
 
 
+def test_norms_of_copies_that_are_the_base_are_the_bases_to_the_bit() -> None:
+    n, c, d = 2, 20, 300
+    x, added = (random(n, 1, d, seed=seed).expand(n, c, d).contiguous() for seed in (0, 1))
+    raw = kernels.split_differences(added, 1, 3).float()
+    sums, rows = kernels.norm_differences(x, random(d, seed=2), 1e-5, 0.0, 1, 3, added=raw)
+    joined = kernels.join_differences(rows.float(), None, n, c, 1, 3)
+    for found in (sums, joined):
+        assert torch.equal(found, found[:, :1].expand_as(found))
+
+
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 def test_rms_norm(offset: float) -> None:
     x, weight = random(2, 5, 300), random(300, seed=1)
