@@ -6,10 +6,11 @@ Batches are padded on the right, so that real tokens keep positions 0..n-1. Call
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
+from relfv.engine.arithmetic import leaving_out_padding
 from relfv.engine.base import Backbone, TokenIds, sent
 from relfv.engine.hooks import editing_inputs, editing_outputs
 from relfv.models.mlps import mlps_of
@@ -24,10 +25,18 @@ def pad_right(prompts: TokenIds, device: torch.device) -> tuple[torch.Tensor, to
     return ids, mask, lengths
 
 
+def leaving_padding_out(ids: torch.Tensor, lengths: Sequence[int]) -> AbstractContextManager[None]:
+    """While open, products of passes over ``ids`` (N, P) need not be made for what is beyond each row's length."""
+    n, width = ids.shape
+    places = [row * width + token for row, length in enumerate(lengths) for token in range(length)]
+    return leaving_out_padding((n, width), sent(places, ids.device))
+
+
 def last_hidden(backbone: Backbone, prompts: TokenIds) -> torch.Tensor:
     """Final normed hidden state at each prompt's last token: (N, resid_dim)."""
     ids, mask, lengths = pad_right(prompts, backbone.device)
-    hidden = backbone.decoder(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+    with leaving_padding_out(ids, [len(prompt) for prompt in prompts]):
+        hidden = backbone.decoder(input_ids=ids, attention_mask=mask, use_cache=False)[0]
     return hidden[torch.arange(len(prompts), device=hidden.device), (lengths - 1).to(hidden.device)]
 
 

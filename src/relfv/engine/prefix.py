@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ from transformers import DynamicCache
 
 from relfv.engine.attention import Prefix
 from relfv.engine.base import Backbone, TokenIds, sent
-from relfv.engine.passes import pad_right
+from relfv.engine.hooks import editing_inputs
+from relfv.engine.passes import leaving_padding_out, pad_right
 from relfv.errors import RunError
 
 _FEW = 4
@@ -50,11 +52,21 @@ def prefill(backbone: Backbone, prompts: TokenIds) -> Prefix:
     # A DynamicCache made from a config lets sliding-window layers drop keys; this one keeps all of them, and the
     # window is applied in the attention of the last token.
     cache = DynamicCache()
-    backbone.decoder(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+    n_tokens = [len(prompt) - 1 for prompt in prompts]
+    last = backbone.arch.out_projs[backbone.arch.n_layers - 1]
+    with suppress(_Enough), editing_inputs([(last, _stop)]), leaving_padding_out(ids, n_tokens):
+        backbone.decoder(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
     keys, values = zip(*(_cached(cache, layer) for layer in range(backbone.arch.n_layers)), strict=True)
     places = {of_layer.device for of_layer in keys}
-    n_tokens = [len(prompt) - 1 for prompt in prompts]
     return Prefix(keys, values, lengths, {place: sent(n_tokens, place) for place in places})
+
+
+class _Enough(Exception):
+    """Of the last block its keys and values are all that is asked for."""
+
+
+def _stop(_: torch.Tensor) -> None:
+    raise _Enough
 
 
 def _cached(cache: Any, layer: int) -> tuple[torch.Tensor, torch.Tensor]:

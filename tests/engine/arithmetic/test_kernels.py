@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from relfv.engine.arithmetic import kernels
 from relfv.engine.arithmetic.attention import attend_plainly
-from relfv.engine.arithmetic.products import FLOAT32, Differences, Pieces, split
+from relfv.engine.arithmetic.products import FLOAT32, Differences, Pieces, Whole, split
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(
@@ -36,7 +36,7 @@ def plainly(function, *tensors):  # type: ignore[no-untyped-def]
 
 def test_split_gives_the_same_pieces() -> None:
     x = random(7, 300) * torch.logspace(-6, 4, 300, device=DEVICE)
-    pieces = kernels.split(x, 3)
+    pieces = kernels.split_differences(x[None], 3, 0)
     torch.testing.assert_close(pieces.view(3, 7, 300).float().sum(0), x, rtol=2**-21, atol=0)
     assert_same_pieces(pieces, plainly(split, x, 3))
 
@@ -55,11 +55,11 @@ def test_differences_are_split_and_joined_the_same(pieces: Pieces, shape: tuple[
     rows = kernels.split_differences(x, pieces.difference, pieces.base)
     assert_same_pieces(rows, plainly(plain.split, x))
     if pieces == FLOAT32:
-        joined = plainly(plain.join, rows.float(), None, shape[0], shape[1])
+        joined = plainly(plain.join, rows.float(), None, x.shape)
         torch.testing.assert_close(joined, x, rtol=1e-6, atol=1e-6)
     bias = random(shape[2], seed=2).bfloat16()
     for some in (None, bias):
-        expected = plainly(plain.join, rows.float(), some, shape[0], shape[1])
+        expected = plainly(plain.join, rows.float(), some, x.shape)
         found = kernels.join_differences(rows.float(), some, shape[0], shape[1], pieces.difference, pieces.base)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
@@ -85,7 +85,7 @@ def test_gating_pieces_equals_gating_what_they_stand_for(activation: str, biased
     gate_bias, up_bias = (random(d, seed=3), random(d, seed=4)) if biased else (None, None)
     rows = [plainly(plain.split, x).float() for x in (gate, up)]
     found = kernels.gate_differences(*rows, gate_bias, up_bias, activation, n, c, pieces.difference, pieces.base)
-    joined = plainly(plain.join, found.float(), None, n, c)
+    joined = plainly(plain.join, found.float(), None, gate.shape)
     expected = formula(gate + (gate_bias if biased else 0)) * (up + (up_bias if biased else 0))
     torch.testing.assert_close(joined, expected, rtol=1e-5, atol=1e-5)
 
@@ -97,6 +97,97 @@ def test_a_copy_that_is_the_base_stays_the_base_to_the_bit() -> None:
     out = kernels.gate_differences(*rows, None, None, "silu", n, c, 1, 3)
     joined = kernels.join_differences(out.float(), None, n, c, 1, 3)
     assert torch.equal(joined, joined[:, :1].expand_as(joined))
+
+
+@pytest.mark.parametrize("base", [0, 3])
+@pytest.mark.parametrize("biased", [False, True])
+def test_sums_and_their_norms_in_pieces(base: int, biased: bool) -> None:
+    n, c, d = 2, 19, 300
+    plain = Differences(FLOAT32) if base else Whole(3)
+    x, added, weight = (random(n, 1, d) + 0.1 * random(n, c, d, seed=seed) for seed in (1, 2, 3))
+    weight, bias = weight[0, 0], random(d, seed=4) if biased else None
+    for change in (None, added):
+        raw = None if change is None else plainly(plain.split, change).float()
+        sums = x if change is None else x + change + (0 if bias is None else bias)
+        laid = x if base else x.reshape(1, n * c, d)
+        given = {} if raw is None else {"added": raw.clone(), "bias": bias}
+        found, rows = kernels.norm_differences(laid, weight, 1e-5, 1.0, 3, base, **given)
+        torch.testing.assert_close(found.view_as(x), sums, rtol=1e-6, atol=1e-6)
+        expected = sums * torch.rsqrt(sums.pow(2).mean(-1, keepdim=True) + 1e-5) * (weight + 1)
+        joined = plainly(plain.join, rows.float(), None, x.shape)
+        torch.testing.assert_close(joined, expected, rtol=1e-5, atol=1e-5)
+        if raw is not None:
+            onto = kernels.join_differences(raw, bias, *laid.shape[:2], 3, base, onto=laid)
+            torch.testing.assert_close(onto.view_as(x), sums, rtol=1e-6, atol=1e-6)
+
+
+def test_padding_is_left_out() -> None:
+    n, d, places = 11, 300, torch.tensor([0, 1, 4, 5, 6, 9], device=DEVICE)
+    x, added, weight = random(1, n, d), random(len(places) * 3, d, seed=1), random(300, seed=1)
+    rows = kernels.split_differences(x, 3, 0, places)
+    assert torch.equal(rows, kernels.split_differences(x[:, places], 3, 0))
+    for change in ({}, {"added": added}):
+        found, expected = (
+            kernels.norm_differences(y, weight, 1e-5, 0.0, 3, 0, **{k: v.clone() for k, v in change.items()}, places=at)
+            for y, at in ((x, places), (x[:, places], None))
+        )
+        assert torch.equal(found[1], expected[1])
+    assert torch.equal(found[0], expected[0])
+    into = torch.zeros_like(x)
+    joined = kernels.join_differences(rows.float(), None, 1, len(places), 3, 0, into=into, places=places)
+    assert torch.equal(joined[:, places], kernels.join_differences(rows.float(), None, 1, len(places), 3, 0))
+    assert joined.abs().sum(2).count_nonzero() == len(places)
+
+
+def test_hidden_states_may_have_room_between_prompts() -> None:
+    n, c, d = 2, 19, 300
+    x, added, weight = random(n, c, d), random(n, c, d, seed=1), random(300, seed=1)
+    room = torch.full((n, c + 7, d), torch.nan, device=DEVICE)
+    inside = room[:, :c]
+    assert kernels.add(x, added, inside) is inside
+    torch.testing.assert_close(inside, x + added)
+    torch.testing.assert_close(
+        kernels.rms_norm(inside, weight, 1e-5, 1.0), kernels.rms_norm(x + added, weight, 1e-5, 1.0)
+    )
+    raw = [random(n * c + 3 * n, d, seed=2) for _ in range(2)]
+    joined = kernels.join_differences(raw[0], None, n, c, 1, 3, onto=x, into=inside)
+    assert torch.equal(joined, kernels.join_differences(raw[1], None, n, c, 1, 3, onto=x))
+    for found, expected in zip(
+        *(
+            kernels.norm_differences(y, weight, 1e-5, 0.0, 1, 3)
+            for y in (inside, inside.clone(memory_format=torch.contiguous_format))
+        ),
+        strict=True,
+    ):
+        assert torch.equal(found, expected)
+    assert room[:, c:].isnan().all()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gating_pieces_without_a_base(activation: str) -> None:
+    formula = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}[activation]
+    gate, up = 3 * random(19, 300), random(19, 300, seed=1)
+    rows = [plainly(Whole(2).split, x).float() for x in (gate, up)]
+    found = kernels.gate_differences(*rows, None, None, activation, 1, 19, 2, 0)
+    joined = plainly(Whole(2).join, found.float(), None, gate.shape)
+    torch.testing.assert_close(joined, formula(gate) * up, rtol=1e-4, atol=1e-4)
+
+
+def test_a_sum_and_its_norm() -> None:
+    x, added, weight = random(2, 5, 300).bfloat16(), random(2, 5, 300, seed=1).bfloat16(), random(300, seed=1)
+    sums, normed = kernels.add_norm(x, added, weight, 1e-5, 0.0)
+    torch.testing.assert_close(sums, x + added, rtol=2**-7 if INTERPRETED else 0, atol=0)
+    torch.testing.assert_close(normed, kernels.rms_norm(sums, weight, 1e-5, 0.0), rtol=0, atol=0)
+
+
+def test_norms_of_copies_that_are_the_base_are_the_bases_to_the_bit() -> None:
+    n, c, d = 2, 20, 300
+    x, added = (random(n, 1, d, seed=seed).expand(n, c, d).contiguous() for seed in (0, 1))
+    raw = kernels.split_differences(added, 1, 3).float()
+    sums, rows = kernels.norm_differences(x, random(d, seed=2), 1e-5, 0.0, 1, 3, added=raw)
+    joined = kernels.join_differences(rows.float(), None, n, c, 1, 3)
+    for found in (sums, joined):
+        assert torch.equal(found, found[:, :1].expand_as(found))
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0])

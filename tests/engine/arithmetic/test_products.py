@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from relfv.engine.arithmetic import leaving_out_padding
 from relfv.engine.arithmetic.products import FLOAT32, Differences, Pieces, Whole, replaced, split
 
 
@@ -86,6 +87,18 @@ def test_inputs_that_are_no_copies_go_through_whole() -> None:
         found = Differences(Pieces()).forward(layer)(x)
     assert found.shape == (9, 40)
     assert relative_error(found, in_float64(layer, x)) < 1e-5
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_padding_is_not_multiplied(bias: bool) -> None:
+    layer, x, places = bf16_layer(bias), random(2, 7, 96), torch.tensor([0, 1, 2, 7, 8, 9, 10])
+    x[0, 3:] = torch.nan
+    with torch.inference_mode(), leaving_out_padding((2, 7), places):
+        found = Whole(3).forward(layer)(x)
+        copies = Whole(3).forward(layer)(x[:, :3])
+    assert relative_error(found.flatten(0, 1)[places], in_float64(layer, x.flatten(0, 1)[places])) < 3e-7
+    assert found[0, 3:].count_nonzero() == found[1, 4:].count_nonzero() == 0
+    assert copies[1, 2].count_nonzero() == 40
 
 
 def test_layers_that_share_an_input_and_layers_that_do_not() -> None:

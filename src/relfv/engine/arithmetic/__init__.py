@@ -28,13 +28,15 @@ from torch import nn
 
 from relfv.engine.arithmetic import kernels, logits
 from relfv.engine.arithmetic.attention import attend_plainly
+from relfv.engine.arithmetic.blocks import Stream
 from relfv.engine.arithmetic.fusion import Fusions, recognise
+from relfv.engine.arithmetic.padding import leaving_out_padding
 from relfv.engine.arithmetic.precision import Mode, Precision, mode_of, whole_widened, widened
 from relfv.engine.arithmetic.products import FLOAT32, Differences, Pieces, Whole, replaced, takes_pieces
 from relfv.models.architecture import Architecture
 from relfv.models.packed import is_readable, unpacked_product
 
-__all__ = ["Arithmetic", "Precision", "replaced", "widened"]
+__all__ = ["Arithmetic", "Precision", "leaving_out_padding", "replaced", "widened"]
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Arithmetic:
         forwards: list[Any] = [(linear, whole.forward(linear)) for linear in self._in_pieces]
         forwards += [(linear, partial(unpacked_product, linear)) for linear in self._packed]
         fused = self.fusions.installed() if self.fusions else nullcontext()
-        with torch.inference_mode(), self._mode.in_force(), replaced(forwards), fused:
+        with torch.inference_mode(), self._mode.in_force(), fused, replaced([*forwards, *self._fused(whole)]):
             yield
 
     @contextmanager
@@ -106,13 +108,12 @@ class Arithmetic:
             yield
 
     @contextmanager
-    def multiplying_copies(self) -> Iterator[None]:
-        """While open, what linear layers get are copies, and is multiplied as base and differences where in pieces."""
+    def multiplying_copies(self, n_copies: int) -> Iterator[None]:
+        """While open, what linear layers get are copies, and is multiplied as base and differences where in pieces. In
+        the end there will be ``n_copies``: hidden states that leave a block have room for them (blocks.py)."""
         differences = Differences(self.pieces)
         forwards: list[Any] = [(linear, differences.forward(linear)) for linear in self._in_pieces]
-        if self.fusions:
-            forwards += self.fusions.difference_forwards(differences, self._in_pieces)
-        with replaced(forwards):
+        with replaced([*forwards, *self._fused(differences, Stream(n_copies))]):
             yield
 
     def attend(
@@ -150,6 +151,9 @@ class Arithmetic:
             may_use_kernels=self.fusions is not None,
             over_likeliest=self.over_likeliest,
         )
+
+    def _fused(self, products: Whole, stream: Stream | None = None) -> list[Any]:
+        return self.fusions.forwards(products, self._in_pieces, stream) if self.fusions else []
 
     @property
     def _in_pieces(self) -> tuple[nn.Linear, ...]:

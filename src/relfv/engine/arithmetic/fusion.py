@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from relfv.engine.arithmetic import kernels
-from relfv.engine.arithmetic.products import Differences, replaced
+from relfv.engine.arithmetic.blocks import PreNorm, Stream, as_pre_norm
+from relfv.engine.arithmetic.products import Whole, replaced
 from relfv.models.architecture import Architecture
 from relfv.models.packed import is_readable, unpacked_product, weight_dtype
 from relfv.models.streaming import brought
@@ -64,9 +65,9 @@ class GatedMLP:
         gate, up, down = self.linears
         return down(kernels.gate(gate(x), up(x), self.activation))
 
-    def difference_forward(self, differences: Differences) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The same on copies, whose gate and up stay in pieces."""
-        return lambda x: differences.gated(*self.linears, self.activation, x) if x.dim() == 3 else self.forward(x)
+    def forward_in_pieces(self, products: Whole) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The same where all its linear layers multiply in pieces, and gate and up stay in them."""
+        return lambda x: products.gated(*self.linears, self.activation, x) if x.dim() == 3 else self.forward(x)
 
 
 @dataclass(frozen=True)
@@ -80,19 +81,31 @@ class Fusions:
     rotaries: tuple[Any, ...] = ()
     """Python modules whose ``apply_rotary_pos_emb`` rotates halves."""
 
-    def difference_forwards(
-        self, differences: Differences, in_pieces: Sequence[nn.Linear]
-    ) -> list[tuple[nn.Module, Callable[[torch.Tensor], torch.Tensor]]]:
-        """Replacements on copies of the MLPs whose linear layers are all ``in_pieces``."""
+    blocks: tuple[PreNorm, ...] = ()
+
+    def forwards(
+        self, products: Whole, in_pieces: Sequence[nn.Linear], stream: Stream | None = None
+    ) -> list[tuple[nn.Module, Callable[..., torch.Tensor]]]:
+        """Replacements of the MLPs and blocks whose linear layers are all ``in_pieces``, and of all blocks where there
+        is a ``stream``."""
         known = {id(linear) for linear in in_pieces}
-        fitting = [mlp for mlp in self.mlps if all(id(linear) in known for linear in mlp.linears)]
-        return [(mlp.module, mlp.difference_forward(differences)) for mlp in fitting]
+        blocks = [(block, known.issuperset(map(id, block.linears))) for block in self.blocks]
+        return [
+            *(
+                (mlp.module, mlp.forward_in_pieces(products))
+                for mlp in self.mlps
+                if known.issuperset(map(id, mlp.linears))
+            ),
+            *((block.module, block.forward_in_pieces(products, stream)) for block, fits in blocks if fits),
+            *((block.module, partial(block.forward, stream=stream)) for block, fits in blocks if stream and not fits),
+        ]
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         """While open, the kernels replace what was recognised."""
+        parts = (*self.norms, *self.mlps, *self.blocks)
         with ExitStack() as stack:
-            stack.enter_context(replaced([(part.module, part.forward) for part in (*self.norms, *self.mlps)]))
+            stack.enter_context(replaced([(part.module, part.forward) for part in parts]))
             stack.enter_context(replaced([(module, _FORMULAS[name]) for module, name in self.activations]))
             for namespace in self.rotaries:
                 stack.enter_context(_rotating_by_kernel(namespace))
@@ -114,7 +127,10 @@ def recognise(model: nn.Module, arch: Architecture) -> Fusions | None:
         activations = [(module, name) for module in candidates if (name := as_activation(module, device))]
         namespaces = {sys.modules.get(type(module).__module__) for module in arch.blocks[0].modules()}
         rotaries = [namespace for namespace in namespaces if rotates_halves(namespace, arch)]
-    return Fusions(tuple(norms), tuple(mlps), tuple(activations), tuple(rotaries))
+        known = [{id(part.module): part for part in parts} for parts in (norms, mlps)]
+        found = [as_pre_norm(arch.blocks[layer], out, *known) for layer, out in arch.out_projs.items()]
+        blocks = [block for block in found if block]
+    return Fusions(tuple(norms), tuple(mlps), tuple(activations), tuple(rotaries), tuple(blocks))
 
 
 def as_norm(module: Any, device: torch.device) -> Norm | None:

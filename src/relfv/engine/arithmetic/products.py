@@ -33,6 +33,7 @@ import torch
 from torch import nn
 
 from relfv.engine.arithmetic import kernels
+from relfv.engine.arithmetic.padding import places_in
 from relfv.models.packed import is_readable, weight_dtype, weight_of
 
 
@@ -85,68 +86,150 @@ def replaced(forwards: Sequence[tuple[nn.Module, Callable[..., torch.Tensor]]]) 
 
 
 class Whole:
-    """Linear layers on float32 inputs (..., in), each split into ``pieces``."""
+    """Linear layers on float32 inputs (..., in), each split into ``pieces``.
+
+    Rows of pieces are in the order of kernels/pieces.py: here those of the inputs alone, as copies of one prompt
+    without a base.
+    """
 
     def __init__(self, pieces: int, depth: int | None = None) -> None:
-        self._pieces, self._depth = pieces, depth
+        self._difference, self._base, self._depth = pieces, 0, depth
         self._remembered = _Remembering()
-
-    def _split(self, x: torch.Tensor) -> torch.Tensor:
-        return split(x.reshape(-1, x.shape[-1]), self._pieces)
+        self._apart: tuple[nn.Linear, torch.Tensor | None] | None = None
 
     def forward(self, linear: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
         """The replacement of ``linear.forward``."""
 
         def forward(x: torch.Tensor) -> torch.Tensor:
-            parts = product(self._remembered(self._split, x), weight_of(linear), self._depth).chunk(self._pieces)
-            out = functools.reduce(torch.Tensor.add_, parts)
-            return (out if linear.bias is None else out.add_(linear.bias)).view(*x.shape[:-1], -1)
+            rows = self._product(self._remembered(self.split, x), weight_of(linear))
+            if self._apart is not None and self._apart[0] is linear:
+                self._apart = linear, rows
+                return rows
+            return self.join(rows, linear.bias, x.shape)
 
         return forward
 
+    def _laid(self, shape: torch.Size) -> tuple[int, int]:
+        """Prompts and copies of inputs of this shape."""
+        return 1, shape[:-1].numel()
 
-class Differences:
+    def _places(self, x: torch.Tensor, shape: torch.Size) -> torch.Tensor | None:
+        """Which rows of inputs of this shape, on the device of ``x``, are multiplied, if not all."""
+        return places_in(shape, x.device)
+
+    def split(self, x: torch.Tensor) -> torch.Tensor:
+        """float32 (..., in) -> bf16 rows of pieces."""
+        places = self._places(x, x.shape)
+        x = x.reshape(*self._laid(x.shape), x.shape[-1])
+        if kernels.usable(x):
+            return kernels.split_differences(x, self._difference, self._base, places)
+        if not self._base:
+            return split(x[0] if places is None else x[0, places], self._difference)
+        base = x[:, 0]
+        return torch.cat([split((x - base[:, None]).flatten(0, 1), self._difference), split(base, self._base)])
+
+    def join(
+        self,
+        rows: torch.Tensor,
+        bias: torch.Tensor | None,
+        shape: torch.Size,
+        onto: torch.Tensor | None = None,
+        into: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Rows of products of inputs of this shape, (..., in), float32 -> (..., out): their sums, base + difference +
+        bias, and by kernels alone ``onto``, if it is given, added to them, and the result in ``into``. ``rows`` may be
+        written over."""
+        (n_prompts, n_copies), places = self._laid(shape), self._places(rows, shape)
+        pieces = self._difference, self._base
+        if places is not None:
+            into, n_copies = rows.new_zeros(1, n_copies, rows.shape[1]), len(places)
+        if kernels.usable(rows):
+            out = kernels.join_differences(rows, bias, n_prompts, n_copies, *pieces, onto, into, places)
+        else:
+            n_differences = self._difference * n_prompts * n_copies
+            out = rows[:n_differences].view(self._difference, n_prompts, n_copies, -1).sum(0)
+            shared = rows[n_differences:].view(self._base, n_prompts, 1, -1).sum(0) if self._base else 0
+            out = out + (shared if bias is None else shared + bias)
+            out = out if places is None or into is None else into.index_copy_(1, places, out)
+        return out.view(*shape[:-1], -1)
+
+    def gated(self, gate: nn.Linear, up: nn.Linear, down: nn.Linear, activation: str, x: torch.Tensor) -> torch.Tensor:
+        """down(act(gate(x)) * up(x)) by kernels, which never write the joined gate and up."""
+        self._remembered.forget()
+        return self.join(self._gated(gate, up, down, activation, self.split(x), x.shape), down.bias, x.shape)
+
+    def _gated(
+        self, gate: nn.Linear, up: nn.Linear, down: nn.Linear, activation: str, rows: torch.Tensor, shape: torch.Size
+    ) -> torch.Tensor:
+        """From rows of pieces to rows of products."""
+        gate_rows, up_rows = self._product(rows, weight_of(gate)), self._product(rows, weight_of(up))
+        places = self._places(rows, shape)
+        laid = self._laid(shape) if places is None else (1, len(places))
+        rows = kernels.gate_differences(
+            gate_rows, up_rows, gate.bias, up.bias, activation, *laid, self._difference, self._base
+        )
+        del gate_rows, up_rows
+        return self._product(rows, weight_of(down))
+
+    def pre_norm(
+        self,
+        x: torch.Tensor,
+        attend: Callable[[torch.Tensor], torch.Tensor],
+        out_proj: nn.Linear,
+        norms: Sequence[tuple[torch.Tensor, float, float]],
+        mlp: tuple[nn.Linear, nn.Linear, nn.Linear, str],
+        into: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """A whole pre-norm block by kernels: y + mlp(norm(y)), where y = x + attend(norm(x)). ``norms`` are weight, eps
+        and offset of both; ``attend`` must read its argument by linear layers in pieces alone, and end in ``out_proj``.
+        The result is written to ``into``, if it is given, which may be where ``x`` is.
+
+        Sums, norms and their pieces are one trip through memory. That the first norm's output is never written, and
+        that of ``out_proj`` not joined, is known to those linear layers alone.
+        """
+        laid = x.reshape(*self._laid(x.shape), x.shape[-1])
+        pieces, places = (self._difference, self._base), self._places(x, x.shape)
+        self._remembered.instead(x, kernels.norm_differences(laid, *norms[0], *pieces, places=places)[1])
+        self._apart = out_proj, None
+        try:
+            attend(x)
+            added = self._apart[1]
+        finally:
+            self._apart = None
+            self._remembered.forget()
+        assert added is not None  # as was seen when the block was recognised
+        laid, rows = kernels.norm_differences(laid, *norms[1], *pieces, added=added, bias=out_proj.bias, places=places)
+        gate, up, down, activation = mlp
+        return self.join(self._gated(gate, up, down, activation, rows, x.shape), down.bias, x.shape, laid, into)
+
+    def _product(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return product(rows, weight, self._depth)
+
+
+class Differences(Whole):
     """Linear layers on copies (N, C, in), as bases and differences."""
 
     def __init__(self, pieces: Pieces) -> None:
-        self._pieces = pieces
+        super().__init__(pieces.difference, pieces.depth)
+        self._base = pieces.base
         self._whole = Whole(pieces.whole, pieces.depth)
-        self._remembered = _Remembering()
 
     def forward(self, linear: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
         """The replacement of ``linear.forward``: (N, C, in) -> (N, C, out)."""
-        whole = self._whole.forward(linear)
+        copies, whole = super().forward(linear), self._whole.forward(linear)
+        # What is not laid out as copies: tokens on their way to experts, say.
+        return lambda x: copies(x) if x.dim() == 3 else whole(x)
 
-        def forward(x: torch.Tensor) -> torch.Tensor:
-            if x.dim() != 3:  # not laid out as copies: tokens on their way to experts, say
-                return whole(x)
-            rows = self._product(self._remembered(self.split, x), weight_of(linear))
-            return self.join(rows, linear.bias, *x.shape[:2])
+    def _laid(self, shape: torch.Size) -> tuple[int, int]:
+        return shape[0], shape[1]
 
-        return forward
-
-    def split(self, x: torch.Tensor) -> torch.Tensor:
-        """float32 (N, C, d) -> bf16 rows: pieces of the differences (N * C each), then of the bases (N each)."""
-        if kernels.usable(x):
-            return kernels.split_differences(x, self._pieces.difference, self._pieces.base)
-        base = x[:, 0]
-        return torch.cat(
-            [split((x - base[:, None]).flatten(0, 1), self._pieces.difference), split(base, self._pieces.base)]
-        )
-
-    def join(self, rows: torch.Tensor, bias: torch.Tensor | None, n_prompts: int, n_copies: int) -> torch.Tensor:
-        """Rows of products, float32 -> (N, C, out): base + difference + bias. ``rows`` may be written over."""
-        if kernels.usable(rows):
-            return kernels.join_differences(rows, bias, n_prompts, n_copies, self._pieces.difference, self._pieces.base)
-        n_differences = self._pieces.difference * n_prompts * n_copies
-        base = rows[n_differences:].view(self._pieces.base, n_prompts, 1, -1).sum(0)
-        difference = rows[:n_differences].view(self._pieces.difference, n_prompts, n_copies, -1).sum(0)
-        return difference + (base if bias is None else base + bias)
+    def _places(self, x: torch.Tensor, shape: torch.Size) -> None:
+        """All copies are multiplied."""
 
     def base(self, rows: torch.Tensor, linear: nn.Linear, n_prompts: int) -> torch.Tensor:
         """From rows of pieces the outputs of the bases alone: (N, out)."""
-        pieces = rows[len(rows) - self._pieces.base * n_prompts :]
-        out = self._product(pieces, weight_of(linear)).view(self._pieces.base, n_prompts, -1).sum(0)
+        pieces = rows[len(rows) - self._base * n_prompts :]
+        out = self._product(pieces, weight_of(linear)).view(self._base, n_prompts, -1).sum(0)
         return out if linear.bias is None else out + linear.bias
 
     def products(
@@ -156,7 +239,7 @@ class Differences:
         (start, (R, out))."""
         weight = weight_of(linear)
         for part in parts:
-            starts = [i * n_rows + part.start for i in range(self._pieces.difference)]
+            starts = [i * n_rows + part.start for i in range(self._difference)]
             length = part.stop - part.start
             yield (
                 part.start,
@@ -164,22 +247,6 @@ class Differences:
                     torch.Tensor.add_, (self._product(rows[start : start + length], weight) for start in starts)
                 ),
             )
-
-    def gated(self, gate: nn.Linear, up: nn.Linear, down: nn.Linear, activation: str, x: torch.Tensor) -> torch.Tensor:
-        """down(act(gate(x)) * up(x)) on copies (N, C, in) by kernels, which never write the joined gate and up."""
-        n_prompts, n_copies = x.shape[:2]
-        self._remembered.forget()
-        rows = self.split(x)
-        gate_rows, up_rows = self._product(rows, weight_of(gate)), self._product(rows, weight_of(up))
-        rows = kernels.gate_differences(
-            gate_rows, up_rows, gate.bias, up.bias, activation, n_prompts, n_copies,
-            self._pieces.difference, self._pieces.base,
-        )  # fmt: skip
-        del gate_rows, up_rows
-        return self.join(self._product(rows, weight_of(down)), down.bias, n_prompts, n_copies)
-
-    def _product(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return product(rows, weight, self._pieces.depth)
 
 
 class _Remembering:
@@ -196,6 +263,10 @@ class _Remembering:
             self._last = (x, function(x))
         return self._last[1]
 
+    def instead(self, x: torch.Tensor, result: torch.Tensor) -> None:
+        """Give ``result`` for ``x`` from now on."""
+        self._last = (x, result)
+
     def forget(self) -> None:
         """Release the last input and its result."""
         self._last = None
@@ -204,7 +275,7 @@ class _Remembering:
 def split(x: torch.Tensor, pieces: int) -> torch.Tensor:
     """float32 (R, d) -> bf16 (pieces * R, d), rows of pieces that sum to x, most significant first."""
     if kernels.usable(x):
-        return kernels.split(x, pieces)
+        return kernels.split_differences(x[None], pieces, 0)
     parts = []
     for _ in range(pieces):
         parts.append(x.bfloat16())

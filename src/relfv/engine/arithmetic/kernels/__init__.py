@@ -23,13 +23,18 @@ except ImportError:  # CPU builds of PyTorch come without Triton
 
 if AVAILABLE:
     from relfv.engine.arithmetic.kernels.attention import attend
-    from relfv.engine.arithmetic.kernels.elementwise import gate, rms_norm, rotate
-    from relfv.engine.arithmetic.kernels.pieces import gate_differences, join_differences, split, split_differences
+    from relfv.engine.arithmetic.kernels.elementwise import add, add_norm, gate, rms_norm, rotate
+    from relfv.engine.arithmetic.kernels.pieces import (
+        gate_differences,
+        join_differences,
+        norm_differences,
+        split_differences,
+    )
     from relfv.engine.arithmetic.kernels.readout import read
 
 __all__ = [
-    "AVAILABLE", "attend", "gate", "gate_differences", "join_differences", "read", "rms_norm", "rotate", "split",
-    "split_differences", "usable",
+    "AVAILABLE", "add", "add_norm", "attend", "gate", "gate_differences", "join_differences", "norm_differences",
+    "read", "rms_norm", "rotate", "split_differences", "usable",
 ]  # fmt: skip
 
 

@@ -19,11 +19,37 @@ def _gate_kernel(gate, up, out, count, KIND: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _rms_norm_kernel(x, weight, out, width, eps, OFFSET: tl.constexpr, BLOCK: tl.constexpr):
+def _in_room(n_copies, room):
+    """Where the program's row is if each prompt has ``room`` for more than its copies."""
+    row = tl.program_id(0).to(tl.int64)
+    return row // n_copies * room + row % n_copies
+
+
+@triton.jit(do_not_specialize=SHAPES)
+def _add_kernel(x, added, out, n_copies, room, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * width
     columns = tl.arange(0, BLOCK)
     mask = columns < width
     value = tl.load(x + row + columns, mask=mask, other=0.0).to(tl.float32)
+    value += tl.load(added + row + columns, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + _in_room(n_copies, room) * width + columns, value.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=SHAPES)
+def _rms_norm_kernel(
+    x, added, weight, sums, out, n_copies, room, width, eps,
+    OFFSET: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * width
+    columns = tl.arange(0, BLOCK)
+    mask = columns < width
+    in_x = _in_room(n_copies, room) * width
+    value = tl.load(x + in_x + columns, mask=mask, other=0.0).to(tl.float32)
+    if ADD:
+        value += tl.load(added + row + columns, mask=mask, other=0.0).to(tl.float32)
+        rounded = value.to(sums.dtype.element_ty)
+        tl.store(sums + row + columns, rounded, mask=mask)
+        value = rounded.to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value) / width + eps)
     factor = tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32) + OFFSET
     tl.store(out + row + columns, (value * scale * factor).to(out.dtype.element_ty), mask=mask)
@@ -80,14 +106,47 @@ def gate(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> torch.Tensor:
     """x / rms(x) * (weight + offset) over the last axis, computed in float32, in the dtype of ``x``."""
-    x = x.contiguous()
-    out = torch.empty_like(x)
+    return _rms_norm(x, None, weight, eps, offset)[1]
+
+
+def add_norm(
+    x: torch.Tensor, added: torch.Tensor, weight: torch.Tensor, eps: float, offset: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x + added, rounded to their dtype, and its ``rms_norm``."""
+    return _rms_norm(x, added.contiguous(), weight, eps, offset)
+
+
+def add(x: torch.Tensor, added: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
+    """x + added, (N, C, d), rounded to their dtype; ``into``, where it is written, may have room for more copies."""
+    x, added = x.contiguous(), added.contiguous()
+    n_prompts, n_copies, width = x.shape
+    block = triton.next_power_of_2(width)
+    _add_kernel[(n_prompts * n_copies,)](
+        x, added, into, n_copies, into.stride(0) // width, width, block, num_warps=_warps(block)
+    )
+    return into
+
+
+def _rms_norm(
+    x: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor, eps: float, offset: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     width = x.shape[-1]
+    in_room = x.dim() == 3 and x.stride()[1:] == (width, 1)
+    x = x if in_room else x.contiguous()
+    n_copies, room = (x.shape[1], x.stride(0) // width) if in_room else (1, 1)
+    out, sums = torch.empty(x.shape, dtype=x.dtype, device=x.device), x
+    if added is not None:
+        sums = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     block = triton.next_power_of_2(width)
     _rms_norm_kernel[(x.numel() // width,)](
-        x, weight, out, width, eps, offset, block, num_warps=min(16, max(1, block // 512))
-    )
-    return out
+        x, x if added is None else added, weight, sums, out, n_copies, room, width, eps,
+        offset, added is not None, block, num_warps=_warps(block),
+    )  # fmt: skip
+    return sums, out
+
+
+def _warps(block: int) -> int:
+    return min(16, max(1, block // 512))
 
 
 def rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

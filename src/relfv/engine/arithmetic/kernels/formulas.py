@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-SHAPES = ["n_prompts", "n_copies", "n_rows", "n_prefix", "row_0", "window"]
+SHAPES = ["n_prompts", "n_copies", "n_rows", "n_prefix", "row_0", "room", "window"]
 """Arguments that differ from pass to pass: a kernel specialised to one value would be compiled again for the next."""
 
 

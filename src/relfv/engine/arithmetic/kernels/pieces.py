@@ -1,4 +1,10 @@
-"""Cutting float32 numbers into bf16 pieces, and joining and gating products of pieces (see products.py)."""
+"""Cutting float32 numbers into bf16 pieces, and joining, gating and norming products of pieces (see products.py).
+
+Rows of pieces come in one order everywhere: the first pieces of all copies, prompt by prompt, their second pieces and
+so on, ``difference`` in all, then as many groups of bases as ``base`` says. With ``base`` 0 there are no differences:
+the rows are pieces of the numbers themselves. Those may be some of many: ``places`` (R,) then says where each row is
+among the tokens, and nothing is computed of the others.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +31,14 @@ def _tile(n_copies, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def _places(places, prompt, copies, room, n_copies, PLACED: tl.constexpr):
+    """Where copies are among the rows of hidden states, ``room`` of them to a prompt."""
+    if PLACED:
+        return tl.load(places + copies, mask=copies < n_copies, other=0)
+    return prompt * room + copies
+
+
+@triton.jit
 def _store_pieces(out, rows, n_rows, columns, width, value, mask, PIECES: tl.constexpr):
     """bf16 pieces that sum to ``value``: piece i goes to row ``rows + i * n_rows``."""
     for i in tl.static_range(PIECES):
@@ -42,7 +56,11 @@ def _sum_pieces(raw, rows, n_rows, columns, width, mask, PIECES: tl.constexpr):
 
 
 @triton.jit
-def _add_bias(total, bias, columns, width, HAS_BIAS: tl.constexpr):
+def _shared(raw, bias, row, n_prompts, columns, width, BASE: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """What all copies of a prompt have in common: the product of its base, which begins at ``row``, and the bias."""
+    total = tl.zeros(columns.shape, tl.float32)
+    if BASE:
+        total += _sum_pieces(raw, row, n_prompts, columns, width, columns < width, BASE)
     if HAS_BIAS:
         total += tl.load(bias + columns, mask=columns < width, other=0.0).to(tl.float32)
     return total
@@ -50,30 +68,36 @@ def _add_bias(total, bias, columns, width, HAS_BIAS: tl.constexpr):
 
 @triton.jit(do_not_specialize=SHAPES)
 def _split_differences_kernel(
-    x, out, n_prompts, n_copies, n_rows, width,
-    DIFFERENCE: tl.constexpr, BASE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x, places, out, n_prompts, n_copies, n_rows, width, DIFFERENCE: tl.constexpr, BASE: tl.constexpr,
+    PLACED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     prompt, copies, columns, mask = _tile(n_copies, width, ROWS, COLUMNS)
     rows = prompt * n_copies + copies
-    base = tl.load(x + prompt * n_copies * width + columns, mask=columns < width, other=0.0)
-    value = tl.load(x + rows * width + columns, mask=mask, other=0.0) - base
+    place = _places(places, prompt, copies, n_copies, n_copies, PLACED)
+    value = tl.load(x + place * width + columns, mask=mask, other=0.0)
+    if BASE:
+        base = tl.load(x + prompt * n_copies * width + columns, mask=columns < width, other=0.0)
+        value -= base
+        first = (copies == 0) & (columns < width)
+        base_rows = DIFFERENCE * n_rows + prompt + copies
+        _store_pieces(out, base_rows, n_prompts, columns, width, tl.broadcast_to(base, [ROWS, COLUMNS]), first, BASE)
     _store_pieces(out, rows, n_rows, columns, width, value, mask, DIFFERENCE)
-    first = (copies == 0) & (columns < width)
-    base_rows = DIFFERENCE * n_rows + prompt + copies
-    _store_pieces(out, base_rows, n_prompts, columns, width, tl.broadcast_to(base, [ROWS, COLUMNS]), first, BASE)
 
 
 @triton.jit(do_not_specialize=SHAPES)
 def _join_differences_kernel(
-    raw, bias, n_prompts, n_copies, n_rows, width,
-    DIFFERENCE: tl.constexpr, BASE: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    raw, bias, onto, places, out, n_prompts, n_copies, n_rows, room, width, DIFFERENCE: tl.constexpr,
+    BASE: tl.constexpr, HAS_BIAS: tl.constexpr, ONTO: tl.constexpr, PLACED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     prompt, copies, columns, mask = _tile(n_copies, width, ROWS, COLUMNS)
     rows = prompt * n_copies + copies
-    base = _sum_pieces(raw, DIFFERENCE * n_rows + prompt, n_prompts, columns, width, columns < width, BASE)
-    base = _add_bias(base, bias, columns, width, HAS_BIAS)
     value = _sum_pieces(raw, rows, n_rows, columns, width, mask, DIFFERENCE)
-    tl.store(raw + rows * width + columns, value + base, mask=mask)
+    value += _shared(raw, bias, DIFFERENCE * n_rows + prompt, n_prompts, columns, width, BASE, HAS_BIAS)
+    if ONTO:
+        value += tl.load(onto + rows * width + columns, mask=mask, other=0.0)
+    place = _places(places, prompt, copies, room, n_copies, PLACED)
+    tl.store(out + place * width + columns, value, mask=mask)
 
 
 @triton.jit(do_not_specialize=SHAPES)
@@ -85,64 +109,97 @@ def _gate_differences_kernel(
     prompt, copies, columns, mask = _tile(n_copies, width, ROWS, COLUMNS)
     rows = prompt * n_copies + copies
     base_rows = DIFFERENCE * n_rows + prompt
-    inside = columns < width
-    gate_0 = _sum_pieces(gate, base_rows, n_prompts, columns, width, inside, BASE)
-    gate_0 = _add_bias(gate_0, gate_bias, columns, width, GATE_BIAS)
-    up_0 = _sum_pieces(up, base_rows, n_prompts, columns, width, inside, BASE)
-    up_0 = _add_bias(up_0, up_bias, columns, width, UP_BIAS)
-    base = activate(gate_0, KIND) * up_0
+    gate_0 = _shared(gate, gate_bias, base_rows, n_prompts, columns, width, BASE, GATE_BIAS)
+    up_0 = _shared(up, up_bias, base_rows, n_prompts, columns, width, BASE, UP_BIAS)
     gate_c = gate_0 + _sum_pieces(gate, rows, n_rows, columns, width, mask, DIFFERENCE)
     up_c = up_0 + _sum_pieces(up, rows, n_rows, columns, width, mask, DIFFERENCE)
-    value = activate(gate_c, KIND) * up_c - base
+    value = activate(gate_c, KIND) * up_c
+    if BASE:
+        base = activate(gate_0, KIND) * up_0
+        value -= base
+        first = (copies == 0) & (columns < width)
+        _store_pieces(
+            out, base_rows + copies, n_prompts, columns, width, tl.broadcast_to(base, [ROWS, COLUMNS]), first, BASE
+        )
     _store_pieces(out, rows, n_rows, columns, width, value, mask, DIFFERENCE)
-    first = (copies == 0) & inside
-    _store_pieces(
-        out, base_rows + copies, n_prompts, columns, width, tl.broadcast_to(base, [ROWS, COLUMNS]), first, BASE
-    )
 
 
 @triton.jit
-def _split_kernel(x, out, count, PIECES: tl.constexpr, BLOCK: tl.constexpr):
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = index < count
-    value = tl.load(x + index, mask=mask, other=0.0)
-    for _ in tl.static_range(PIECES):
-        piece = value.to(tl.bfloat16)
-        tl.store(out + index, piece, mask=mask)
-        value -= piece.to(tl.float32)
-        index += count
+def _normed(value, factor, width, eps):
+    return value * tl.rsqrt(tl.sum(value * value) / width + eps) * factor
 
 
-def split(x: torch.Tensor, pieces: int) -> torch.Tensor:
-    """float32 (R, d) -> bf16 (pieces * R, d): rows of pieces that sum to x, most significant first."""
-    x = x.contiguous()
-    out = torch.empty(pieces * x.shape[0], x.shape[1], dtype=torch.bfloat16, device=x.device)
-    _split_kernel[(triton.cdiv(x.numel(), 2048),)](x, out, x.numel(), pieces, 2048)
-    return out
+@triton.jit(do_not_specialize=SHAPES)
+def _norm_differences_kernel(
+    x, raw, bias, weight, places, sums, out, n_prompts, n_copies, n_rows, room, width, eps,
+    OFFSET: tl.constexpr, ADD: tl.constexpr, HAS_BIAS: tl.constexpr, DIFFERENCE: tl.constexpr, BASE: tl.constexpr,
+    PLACED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(n_copies, ROWS)
+    prompt = (tl.program_id(0) // blocks).to(tl.int64)
+    first = (tl.program_id(0) % blocks) * ROWS
+    base_rows = DIFFERENCE * n_rows + prompt
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    factor = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32) + OFFSET
+    if ADD:
+        added = _shared(raw, bias, base_rows, n_prompts, columns, width, BASE, HAS_BIAS)
+    if BASE:
+        base = tl.load(x + prompt * room * width + columns, mask=inside, other=0.0)
+        if ADD:
+            base += added
+        base = _normed(base, factor, width, eps)
+        if first == 0:
+            _store_pieces(out, base_rows, n_prompts, columns, width, base, inside, BASE)
+    for copy in range(first, tl.minimum(first + ROWS, n_copies)):
+        row = prompt * n_copies + copy
+        place = _places(places, prompt, copy, room, n_copies, PLACED)
+        value = tl.load(x + place * width + columns, mask=inside, other=0.0)
+        if ADD:
+            value += _sum_pieces(raw, row, n_rows, columns, width, inside, DIFFERENCE) + added
+            tl.store(sums + row * width + columns, value, mask=inside)
+        value = _normed(value, factor, width, eps)
+        if BASE:
+            value -= base
+        _store_pieces(out, row, n_rows, columns, width, value, inside, DIFFERENCE)
 
 
-def split_differences(x: torch.Tensor, difference: int, base: int) -> torch.Tensor:
-    """float32 (N, C, d) -> bf16 (difference * N * C + base * N, d): pieces of x - x[:, :1], then of x[:, 0]."""
-    n_prompts, n_copies, width = x.shape
+def split_differences(x: torch.Tensor, difference: int, base: int, places: torch.Tensor | None = None) -> torch.Tensor:
+    """float32 (N, C, d) -> bf16 (difference * N * C + base * N, d): pieces of x - x[:, :1], then of x[:, 0]; without
+    ``base`` pieces of x, of (1, C, d) those at ``places`` alone."""
+    n_prompts, n_copies, width = _sizes(x, places)
     x = x.contiguous()
     rows = difference * n_prompts * n_copies + base * n_prompts
     out = torch.empty(rows, width, dtype=torch.bfloat16, device=x.device)
     _split_differences_kernel[_grid(n_prompts, n_copies, width)](
-        x, out, n_prompts, n_copies, n_prompts * n_copies, width, difference, base, _ROWS, _COLUMNS
-    )
+        x, x if places is None else places, out, n_prompts, n_copies, n_prompts * n_copies, width,
+        difference, base, places is not None, _ROWS, _COLUMNS,
+    )  # fmt: skip
     return out
 
 
 def join_differences(
-    raw: torch.Tensor, bias: torch.Tensor | None, n_prompts: int, n_copies: int, difference: int, base: int
+    raw: torch.Tensor,
+    bias: torch.Tensor | None,
+    n_prompts: int,
+    n_copies: int,
+    difference: int,
+    base: int,
+    onto: torch.Tensor | None = None,
+    into: torch.Tensor | None = None,
+    places: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """float32 rows of products, in the order of ``split_differences`` -> (N, C, d); writes over ``raw``."""
+    """float32 rows of products -> (N, C, d), added to ``onto`` if it is given; written to ``into``, whose rows of one
+    prompt lie together (with ``places`` to those alone), or over ``raw``."""
     width = raw.shape[1]
+    out = raw[: n_prompts * n_copies].view(n_prompts, n_copies, width) if into is None else into
     _join_differences_kernel[_grid(n_prompts, n_copies, width)](
-        raw, raw if bias is None else bias, n_prompts, n_copies, n_prompts * n_copies, width,
-        difference, base, bias is not None, _ROWS, _COLUMNS,
+        raw, raw if bias is None else bias, raw if onto is None else onto.contiguous(),
+        raw if places is None else places, out,
+        n_prompts, n_copies, n_prompts * n_copies, out.stride(0) // width, width,
+        difference, base, bias is not None, onto is not None, places is not None, _ROWS, _COLUMNS,
     )  # fmt: skip
-    return raw[: n_prompts * n_copies].view(n_prompts, n_copies, width)
+    return out
 
 
 def gate_differences(
@@ -156,7 +213,7 @@ def gate_differences(
     difference: int,
     base: int,
 ) -> torch.Tensor:
-    """act(gate) * up from rows of products to rows of pieces, both in the order of ``split_differences``."""
+    """act(gate) * up, from rows of products to rows of pieces."""
     width = gate.shape[1]
     out = torch.empty(gate.shape, dtype=torch.bfloat16, device=gate.device)
     _gate_differences_kernel[_grid(n_prompts, n_copies, width)](
@@ -165,6 +222,41 @@ def gate_differences(
         gate_bias is not None, up_bias is not None, _ROWS, _COLUMNS,
     )  # fmt: skip
     return out
+
+
+def norm_differences(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    offset: float,
+    difference: int,
+    base: int,
+    *,
+    added: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    places: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (N, C, d), float32, plus what ``added`` has in rows of products and ``bias``: itself, and rows of pieces of
+    its RMS norm, at ``places`` alone. Writes over ``added``."""
+    n_prompts, n_copies, width = _sizes(x, places)
+    x = x if x.stride()[1:] == (width, 1) else x.contiguous()
+    n_rows = n_prompts * n_copies
+    out = torch.empty(difference * n_rows + base * n_prompts, width, dtype=torch.bfloat16, device=x.device)
+    sums = x if added is None else added
+    # A few copies to a program, or it would read the base as often as copies.
+    rows, block = 8 if base else 1, triton.next_power_of_2(width)
+    _norm_differences_kernel[(n_prompts * triton.cdiv(n_copies, rows),)](
+        x, sums, x if bias is None else bias, weight, x if places is None else places, sums, out,
+        n_prompts, n_copies, n_rows, x.stride(0) // width, width, eps,
+        offset, added is not None, bias is not None, difference, base, places is not None, rows, block,
+        num_warps=min(16, max(1, block // 1024)),
+    )  # fmt: skip
+    return x if added is None else sums[:n_rows].view(n_prompts, n_copies, width), out
+
+
+def _sizes(x: torch.Tensor, places: torch.Tensor | None) -> tuple[int, int, int]:
+    n_prompts, n_copies, width = x.shape
+    return n_prompts, n_copies if places is None else len(places), width
 
 
 def _grid(n_prompts: int, n_copies: int, width: int) -> tuple[Any, ...]:

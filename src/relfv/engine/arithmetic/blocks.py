@@ -1,0 +1,147 @@
+"""Pre-norm blocks, whose residual sums, norms and splitting into pieces run as one kernel each.
+
+Between two products a block reads and writes its hidden states up to five times: sum, norm, pieces. Nothing in these
+steps belongs to one module, so they can be fused only where the whole block is known. It is recognised as everything
+else is (fusion.py), by what it does: its parts are replaced by functions that are easily told apart, and what comes
+out must be what the formula makes of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from relfv.engine.arithmetic import kernels
+from relfv.engine.arithmetic.products import Whole, replaced
+
+_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+
+
+class Stream:
+    """Where hidden states of copies lie between blocks: in one piece of memory, with room for all copies that the pass
+    will have in the end, so that those which are there need not move when others come."""
+
+    def __init__(self, n_copies: int) -> None:
+        self._n_copies = n_copies
+        self._memory: torch.Tensor | None = None
+
+    def like(self, x: torch.Tensor) -> torch.Tensor:
+        """The place of hidden states (N, C, d) such as these."""
+        there = self._memory
+        if there is None or (there.device, there.dtype, len(there)) != (x.device, x.dtype, len(x)):
+            self._memory = there = x.new_empty(len(x), self._n_copies, x.shape[2])
+        return there[:, : x.shape[1]]
+
+
+@dataclass(frozen=True)
+class PreNorm:
+    """y + mlp(norm_2(y)), where y = x + attention(norm_1(x)). ``norms`` and ``mlp`` are fusion.py's."""
+
+    module: Any
+    out_proj: nn.Linear
+    norms: tuple[Any, Any]
+    mlp: Any
+
+    def forward(self, x: torch.Tensor, *, stream: Stream | None = None, **given: Any) -> torch.Tensor:
+        """What the module does, with the sum after attention and the second norm in one kernel. Of copies, the result
+        is in their ``stream``."""
+        if self._watched():
+            return type(self.module).forward(self.module, x, **given)
+        norm = self.norms[1]
+        attended = self.module.self_attn(hidden_states=self.norms[0].forward(x), **given)[0]
+        x, normed = kernels.add_norm(x, attended, norm.module.weight, norm.eps, norm.offset)
+        written = self.module.mlp(normed)
+        return x + written if stream is None else kernels.add(x, written, stream.like(x))
+
+    def forward_in_pieces(self, products: Whole, stream: Stream | None) -> Callable[..., torch.Tensor]:
+        """The same where all its linear layers multiply in pieces."""
+
+        def forward(x: torch.Tensor, **given: Any) -> torch.Tensor:
+            if x.dim() != 3 or self._watched():
+                return type(self.module).forward(self.module, x, **given)
+            return products.pre_norm(
+                x,
+                lambda x: self.module.self_attn(hidden_states=x, **given),
+                self.out_proj,
+                [(norm.module.weight, norm.eps, norm.offset) for norm in self.norms],
+                (*self.mlp.linears, self.mlp.activation),
+                stream and stream.like(x),
+            )
+
+        return forward
+
+    @cached_property
+    def linears(self) -> list[nn.Linear]:
+        """All that the block multiplies by."""
+        return [module for module in self.module.modules() if isinstance(module, nn.Linear)]
+
+    def _watched(self) -> bool:
+        """Whether somebody wants to see what is not made here: anything but the input of ``out_proj``."""
+        return any(m._forward_hooks or (m is not self.out_proj and m._forward_pre_hooks) for m in self._inside)
+
+    @cached_property
+    def _inside(self) -> list[nn.Module]:
+        return [module for module in self.module.modules() if module is not self.module]
+
+
+def as_pre_norm(module: Any, out_proj: nn.Module, norms: dict[int, Any], mlps: dict[int, Any]) -> PreNorm | None:
+    """The block as a pre-norm one, if it is one of RMS norms in ``norms`` and a gated MLP in ``mlps``, by module id."""
+    first, attention, second, mlp = (getattr(module, name, None) for name in _PARTS)
+    known = id(first) in norms and id(second) in norms and id(mlp) in mlps
+    known = known and not any("forward" in vars(part) for part in (module, attention))  # somebody else's
+    try:
+        if not known or not _is_wired(module) or not _reads_by_linears_alone(attention, out_proj):
+            return None
+    except Exception:  # as in fusion.py: one that cannot take such inputs, whatever it raises, is something else
+        return None
+    assert isinstance(out_proj, nn.Linear)
+    return PreNorm(module, out_proj, (norms[id(first)], norms[id(second)]), mlps[id(mlp)])
+
+
+def _is_wired(module: Any) -> bool:
+    """Whether the block puts its four parts together as the formula does, and hands all that it is given to attention,
+    and no more."""
+    given = {name: torch.zeros(1) for name in ("attention_mask", "position_ids", "position_embeddings")}
+    given |= {"past_key_values": torch.zeros(1), "use_cache": torch.zeros(1)}
+    handed: dict[str, Any] = {}
+
+    def attend(hidden_states: torch.Tensor, **more: Any) -> tuple[torch.Tensor, None]:
+        handed.update(more)
+        return hidden_states.cos() + 0.1, None
+
+    x = torch.randn(1, 3, 8)
+    stubs = [torch.sin, attend, lambda y: y.sin() - 0.2, lambda y: y.exp() / 3]
+    with replaced([(getattr(module, name), stub) for name, stub in zip(_PARTS, stubs, strict=True)]):
+        found = type(module).forward(module, x, **given)
+    y = x + attend(x.sin())[0]
+    same = {name for name in {*given, *handed} if given.get(name) is handed.get(name)}
+    return torch.equal(found, y + (y.sin() - 0.2).exp() / 3) and same >= {*given, *handed}
+
+
+def _reads_by_linears_alone(attention: Any, out_proj: nn.Module) -> bool:
+    """Whether attention looks at its input through linear layers alone, and returns what ``out_proj`` gives as it is:
+    with what these say given, the input may be anything."""
+    n_tokens, outcome, read = 3, torch.zeros(1), []
+    device = next(attention.parameters()).device
+
+    def project(linear: nn.Linear, _: torch.Tensor) -> torch.Tensor:
+        return torch.ones(1, n_tokens, linear.out_features, device=device)
+
+    def project_out(z: torch.Tensor) -> torch.Tensor:
+        read.append(z)
+        return outcome
+
+    linears = [m for m in attention.modules() if isinstance(m, nn.Linear) and m is not out_proj]
+    angles = torch.ones(1, n_tokens, attention.head_dim, device=device)
+    nothing = torch.full((1, n_tokens, linears[0].in_features), torch.nan, device=device)
+    stubs: list[Any] = [(linear, partial(project, linear)) for linear in linears]
+    with replaced([*stubs, (out_proj, project_out)]):
+        found = type(attention).forward(
+            attention, hidden_states=nothing, position_embeddings=(angles, angles), attention_mask=None
+        )
+    return found[0] is outcome and len(read) == 1 and bool(read[0].isfinite().all())

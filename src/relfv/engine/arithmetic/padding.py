@@ -1,0 +1,27 @@
+"""Which tokens of a batch are real: of prompts of one relation a tenth is padding, which need not be multiplied."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+_real: tuple[tuple[int, int], torch.Tensor] | None = None
+
+
+@contextmanager
+def leaving_out_padding(shape: tuple[int, int], places: torch.Tensor) -> Iterator[None]:
+    """While open, linear layers that multiply in pieces do so for the tokens at ``places`` (R,) of a batch (N, P)
+    alone; for the others they give 0."""
+    global _real
+    _real = (shape, places) if len(places) < shape[0] * shape[1] else None
+    try:
+        yield
+    finally:
+        _real = None
+
+
+def places_in(shape: torch.Size, device: torch.device) -> torch.Tensor | None:
+    """The rows of inputs (N, P, d) that are real tokens, if not all are."""
+    return _real[1].to(device) if _real and _real[0] == shape[:-1] else None

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from parity import assert_close
+from relfv.engine.prefix import prefill
+from relfv.language_model import open_model
+
+PROMPTS = [[5, 6, 7, 8, 9], [11, 12, 13]]
+
+
+def test_a_prefix_is_what_the_model_caches_without_its_last_blocks_mlp(llama_path: Path) -> None:
+    model = open_model(str(llama_path))
+    arch, ran = model.arch, []
+    handles = [block.mlp.register_forward_hook(lambda *_, n=n: ran.append(n)) for n, block in enumerate(arch.blocks)]
+    with model.backbone.running():
+        prefix = prefill(model.backbone, PROMPTS)
+    for handle in handles:
+        handle.remove()
+    assert ran == [*range(arch.n_layers - 1)]
+    for n, prompt in enumerate(PROMPTS):
+        cache = DynamicCache()
+        with model.backbone.running():
+            arch.decoder(input_ids=torch.tensor([prompt[:-1]], device=model.backbone.device), past_key_values=cache)
+        for layer in range(arch.n_layers):
+            for found, whole in zip((prefix.keys, prefix.values), _of(cache, layer), strict=True):
+                assert_close(found[layer][n, :, : len(prompt) - 1].cpu(), whole[0].cpu())
+
+
+def _of(cache: Any, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return cache.layers[layer].keys, cache.layers[layer].values
