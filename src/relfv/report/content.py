@@ -240,11 +240,10 @@ def _runs_at(path: Path, _: tuple[int, ...]) -> list[tuple[frozenset[str], str, 
     return found
 
 
-def models_of(folder: Path, briefs: Iterable[Brief]) -> list[dict[str, Any]]:
-    """The models of a page, each with its q_ids: in one folder they may differ."""
+def models_of(briefs: Iterable[tuple[Brief, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The models of a page, each with its q_ids: in one folder they may differ. Each comes with its ``run_of``."""
     models: dict[tuple[str, ...], dict[str, Any]] = {}
-    for one in briefs:
-        run = run_of(folder, one.q_id, one.model_identity)
+    for one, run in briefs:
         model = models.setdefault(
             (one.model, str(one.model_identity), one.precision),
             {**run, "name": one.model, "precision": one.precision, "q_ids": [], "departures": {}},

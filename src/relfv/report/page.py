@@ -17,7 +17,7 @@ from relfv.report.registered import PLAN
 from relfv.report.registered_section import plan_section
 from relfv.report.sealed_page import page_if_made_from, sealed_from, with_seal
 from relfv.report.sections import MOST_ON_ONE_PAGE, environment, made_from, shown_apart, shown_once
-from relfv.report.table import artifacts_in, find_statuses, statuses_in
+from relfv.report.table import find_statuses, has_q_ids, statuses_in
 from relfv.report.together import together_of
 from relfv.stages.aggregate import AGGREGATE
 from relfv.stages.cross import CROSS
@@ -54,13 +54,14 @@ def write_report(folder: Path, known: Known | None = None) -> Path:
 
     Raises InputError if ``folder`` holds no q_id, or its ``report`` is a link to elsewhere.
     """
-    if not artifacts_in(folder):
+    if not has_q_ids(folder):
         raise InputError(f"{folder}: {_NO_QID}")
     known = known or Known(folder)
 
     def of_relation() -> tuple[str, dict[str, Any]]:
         found = known.briefs()
-        return _made_from(folder, found), _of_relation(known, found)
+        told = _told(folder, found)
+        return _made_from(folder, told), _of_relation(known, found, told)
 
     path = _write(folder, "page.html.j2", of_relation)
     known.write()
@@ -113,35 +114,39 @@ def page_problem(folder: Path) -> str | None:
 
 def is_up_to_date(folder: Path, found: Found | None = None) -> bool:
     """Whether the page is whole, and made from what now lies beside it: the q_ids that were ``found`` there."""
-    origin = _made_from(folder, Known(folder).briefs() if found is None else found)
-    return page_if_made_from(page_path(folder), origin) is not None
+    told = _told(folder, Known(folder).briefs() if found is None else found)
+    return page_if_made_from(page_path(folder), _made_from(folder, told)) is not None
 
 
-def _made_from(folder: Path, found: Found) -> str:
+def _told(folder: Path, found: Found) -> dict[Path, Any]:
+    """By its ``artifacts`` what the page tells of a q_id depends on this."""
+    return {
+        artifacts_dir: made_from(folder, one) if isinstance(one, Brief) else [artifacts_dir.parent.name, str(one)]
+        for artifacts_dir, one in found.items()
+    }
+
+
+def _made_from(folder: Path, told: dict[Path, Any]) -> str:
     """A hash of what the page tells of, but for times: a status that was only written again asks for no new page."""
     across = [sha256_file(folder / name) for name in (CROSS, AGGREGATE, PLAN)]
-    of_each = [
-        made_from(folder, one) if isinstance(one, Brief) else [artifacts_dir.parent.name, str(one)]
-        for artifacts_dir, one in found.items()
-    ]
-    return sha256_bytes(json.dumps([__version__, *across, *of_each]).encode())
+    return sha256_bytes(json.dumps([__version__, *across, *told.values()]).encode())
 
 
 # --- what is on it ---------------------------------------------------------------------------------------------------
 
 
-def _of_relation(known: Known, found: Found) -> dict[str, Any]:
+def _of_relation(known: Known, found: Found, told: dict[Path, Any]) -> dict[str, Any]:
     folder = known.folder
     completed: list[dict[str, Any]] = []
     others: list[dict[str, str]] = []
-    readable = [one for one in found.values() if isinstance(one, Brief)]
-    apart = sum(one.status == "completed" for one in readable) > MOST_ON_ONE_PAGE
+    readable = {artifacts_dir: one for artifacts_dir, one in found.items() if isinstance(one, Brief)}
+    apart = sum(one.status == "completed" for one in readable.values()) > MOST_ON_ONE_PAGE
     for artifacts_dir, one in found.items():
         try:
             if isinstance(one, RelfvError):
                 raise one
             if one.status == "completed":
-                completed.append((shown_apart if apart else shown_once)(known, artifacts_dir, one))
+                completed.append((shown_apart if apart else shown_once)(known, artifacts_dir, told[artifacts_dir]))
             else:
                 named = called(one.q_id, with_arrow(one.name))
                 others.append({"q_id": named, "status": one.status, "reason": one.reason or ""})
@@ -152,7 +157,7 @@ def _of_relation(known: Known, found: Found) -> dict[str, Any]:
     return {
         "title": folder.resolve().name,
         "version": __version__,
-        "models": models_of(folder, readable),
+        "models": models_of((one, told[artifacts_dir].run) for artifacts_dir, one in readable.items()),
         "counts": _counted(states),
         "is_going_on": bool({"pending", "running"} & set(states)),
         "plan": plan_section(folder, statuses_in(folder)) if (folder / PLAN).exists() else None,

@@ -10,7 +10,7 @@ import json
 import re
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -44,9 +44,19 @@ def environment() -> Environment:
     return environment
 
 
-def made_from(folder: Path, brief: Brief) -> list[Any]:
+class MadeFrom(NamedTuple):
     """What a page tells of a q_id depends on this, which has no times."""
-    return [brief.told, run_of(folder, brief.q_id, brief.model_identity), told_of_plan(folder)]
+
+    told: str
+    """Of its ``Brief``."""
+    run: dict[str, Any]
+    """See ``run_of``."""
+    plan: str
+
+
+def made_from(folder: Path, brief: Brief) -> MadeFrom:
+    """Of a q_id in a relation's ``folder``."""
+    return MadeFrom(brief.told, run_of(folder, brief.q_id, brief.model_identity), told_of_plan(folder))
 
 
 def shown(folder: Path, status: QidStatus, qid: QidFolder, at: str = "#") -> dict[str, Any]:
@@ -63,9 +73,8 @@ def shown(folder: Path, status: QidStatus, qid: QidFolder, at: str = "#") -> dic
     }
 
 
-def shown_once(known: Known, artifacts_dir: Path, brief: Brief) -> dict[str, Any]:
+def shown_once(known: Known, artifacts_dir: Path, origin: MadeFrom) -> dict[str, Any]:
     """``shown``, made anew only where a file has changed: a run writes its page again and again."""
-    origin = made_from(known.folder, brief)
     kept = known.sections.get(artifacts_dir)
     if kept is None or kept[0] != origin or kept[1] != state_of(kept[2]):
         status, qid = known.opened(artifacts_dir)
@@ -74,14 +83,14 @@ def shown_once(known: Known, artifacts_dir: Path, brief: Brief) -> dict[str, Any
     return kept[3]
 
 
-def shown_apart(known: Known, artifacts_dir: Path, brief: Brief) -> dict[str, Any]:
+def shown_apart(known: Known, artifacts_dir: Path, origin: MadeFrom) -> dict[str, Any]:
     """``row`` and ``why`` of a q_id whose section has a page of its own, which is written where it is not up to date.
     Raises as ``shown`` does. Hold the lock of ``report/``."""
-    path = known.folder / "report" / OWN_PAGES / f"{brief.q_id}.html"
-    origin = sha256_bytes(json.dumps([__version__, *made_from(known.folder, brief)]).encode())
+    q_id, digest = artifacts_dir.parent.name, sha256_bytes(json.dumps([__version__, *origin]).encode())
+    path = known.folder / "report" / OWN_PAGES / f"{q_id}.html"
     # One that is written just now is read the next time, once: only then is it known to be whole.
-    state = state_of([str(path)], origin)
-    why, row = known.pages.of(brief.q_id, state, lambda: _kept_in(path, origin, known, artifacts_dir))
+    state = state_of([str(path)], digest)
+    why, row = known.pages.of(q_id, state, lambda: _kept_in(path, digest, known, artifacts_dir))
     return {"why": why, "row": Markup(row)}
 
 

@@ -37,9 +37,18 @@ _NARROWEST, _INDENT = 40, "    "
 
 def find_statuses(root: Path) -> list[Path]:
     """Artifacts folders below ``root`` that have a status: given a results root, a relation's folder or a q_id's."""
-    folders = [Path(found) for found in _with_status(str(root), depth=2) if not was_moved_aside(Path(found))]
-    kept = sorted(folders, key=lambda folder: (folder.parent.name, natural_key(folder.name)))
-    return [folder / "artifacts" for folder in kept]
+    found = []
+    for folder in _with_status(str(root), depth=2):  # as text: of thousands, every Path takes its time
+        above, _, name = folder.rpartition("/")
+        if not was_moved_aside(name):
+            found.append((above.rpartition("/")[2], natural_key(name), folder))
+    return [Path(f"{folder}/artifacts") for *_, folder in sorted(found)]
+
+
+def has_q_ids(folder: Path) -> bool:
+    """Whether a q_id is right in a relation's ``folder``."""
+    places = _with_status(str(folder), depth=1)
+    return any(Path(place) != folder and not was_moved_aside(Path(place).name) for place in places)
 
 
 def artifacts_in(folder: Path) -> list[Path]:

@@ -6,7 +6,7 @@ They are no part of the experiment: a relation that gets another name keeps its 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from relfv.relations import load_relations, rows_sha256
 from relfv.report.known import Brief, Known
 from relfv.report.table import find_statuses
 from relfv.store.folder import QidFolder
+from relfv.store.index import Index, state_of
 from relfv.store.locks import lock
 from relfv.store.status import QidStatus, read_status
 from relfv.types import Relation
@@ -33,13 +34,22 @@ def take_names_below(root: Path) -> None:
     there."""
     read = cache(_relations)
     for folder in dict.fromkeys(path.absolute().parents[1] for path in find_statuses(root)):
-        known = Known(folder)
+        known, names = Known(folder), Index(folder, "names")
         for artifacts_dir, brief in known.briefs().items():
             if isinstance(brief, Brief):
-                relation = read(brief.csv_path).get(brief.q_id)
-                if relation and relation.name != brief.name:
-                    _rename(artifacts_dir, relation)
+                state = state_of([brief.csv_path], brief.told)
+                names.of(brief.q_id, state, lambda a=artifacts_dir, b=brief: _has_its_name(a, b, read), bool)
         known.write()
+        names.write()
+
+
+def _has_its_name(artifacts_dir: Path, brief: Brief, read: Callable[[str], dict[str, Relation]]) -> bool:
+    """Whether a q_id has the name that its CSV has now; one that has not gets it."""
+    relation = read(brief.csv_path).get(brief.q_id)
+    if relation is None or relation.name == brief.name:
+        return True
+    _rename(artifacts_dir, relation)
+    return False
 
 
 def _relations(csv_path: str) -> dict[str, Relation]:
