@@ -104,7 +104,7 @@ def of_qid(folder: Path, status: QidStatus, qid: QidFolder) -> dict[str, Any]:
         "attribution": if_there(ATTRIBUTION),
         "heatmap": heatmap(qid.read(AIE), status.settings.score_key, heads),
         "curve": curve(layers, reference, controls, steps["best_layer"]),
-        "run": run_of(folder, status.q_id, status.fingerprint_fields.get("model_identity")),
+        "run": run_of(runs_in(folder), status.q_id, status.fingerprint_fields.get("model_identity")),
         "settings": _settings(status.settings),
         "identity": {
             name: status.fingerprint_fields.get(name) for name in ("model_identity", "rows_sha256", "algorithm_version")
@@ -200,24 +200,32 @@ def _text(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def run_of(folder: Path, q_id: str, identity: str | None) -> dict[str, Any]:
-    """What the manifest says of the run that made a q_id with a model of this ``identity``, as far as it can be read:
-    no times, so that a page made after a killed run is the same page."""
-    path = folder / "run_manifest.json"
-    try:
-        stat = path.stat()
-        for q_ids, made_with, described in _runs_at(path, (stat.st_ino, stat.st_mtime_ns, stat.st_size)):
-            if q_id in q_ids and made_with == identity:
-                return described
-    except (OSError, RelfvError, KeyError, TypeError, AttributeError):
-        pass
+Run = tuple[frozenset[str], str, dict[str, Any]]
+"""Its q_ids, the model's identity, and what is shown of it: no times, so that a page made after a killed run is the
+same page."""
+
+
+def run_of(runs: Iterable[Run], q_id: str, identity: str | None) -> dict[str, Any]:
+    """What is shown of the one of ``runs`` that made a q_id with a model of this ``identity``."""
+    for q_ids, made_with, described in runs:
+        if q_id in q_ids and made_with == identity:
+            return described
     return {"shape": "shape not recorded", "device": "a device not recorded", "notes": [], "facts": {}}
 
 
+def runs_in(folder: Path) -> list[Run]:
+    """Those in the manifest, as far as it can be read."""
+    path = folder / "run_manifest.json"
+    try:
+        stat = path.stat()
+        return _runs_at(path, (stat.st_ino, stat.st_mtime_ns, stat.st_size))
+    except (OSError, RelfvError, KeyError, TypeError, AttributeError):
+        return []
+
+
 @lru_cache(maxsize=4)
-def _runs_at(path: Path, _: tuple[int, ...]) -> list[tuple[frozenset[str], str, dict[str, Any]]]:
-    """Of each run in a manifest in this state its q_ids, the model's identity, and what is shown: once, not for every
-    q_id."""
+def _runs_at(path: Path, _: tuple[int, ...]) -> list[Run]:
+    """Those in a manifest in this state: read once, not for every q_id."""
     manifest, found = read_json(path), []
     for one in [manifest, *manifest.get("earlier_runs", [])]:
         if "model" in one:

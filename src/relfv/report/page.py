@@ -11,12 +11,12 @@ from typing import Any
 from relfv import __version__
 from relfv.errors import InputError, RelfvError
 from relfv.relations import called
-from relfv.report.content import cross_of, link, models_of, with_arrow
+from relfv.report.content import cross_of, link, models_of, run_of, runs_in, with_arrow
 from relfv.report.known import Brief, Found, Known
 from relfv.report.registered import PLAN
-from relfv.report.registered_section import plan_section
+from relfv.report.registered_section import plan_section, told_of_plan
 from relfv.report.sealed_page import page_if_made_from, sealed_from, with_seal
-from relfv.report.sections import MOST_ON_ONE_PAGE, environment, made_from, shown_apart, shown_once
+from relfv.report.sections import MOST_ON_ONE_PAGE, MadeFrom, environment, shown_apart, shown_once
 from relfv.report.table import find_statuses, has_q_ids, statuses_in
 from relfv.report.together import together_of
 from relfv.stages.aggregate import AGGREGATE
@@ -120,8 +120,11 @@ def is_up_to_date(folder: Path, found: Found | None = None) -> bool:
 
 def _told(folder: Path, found: Found) -> dict[Path, Any]:
     """By its ``artifacts`` what the page tells of a q_id depends on this."""
+    runs, plan = runs_in(folder), told_of_plan(folder)
     return {
-        artifacts_dir: made_from(folder, one) if isinstance(one, Brief) else [artifacts_dir.parent.name, str(one)]
+        artifacts_dir: MadeFrom(one.told, run_of(runs, one.q_id, one.model_identity), plan)
+        if isinstance(one, Brief)
+        else [artifacts_dir.parent.name, str(one)]
         for artifacts_dir, one in found.items()
     }
 

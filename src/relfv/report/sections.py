@@ -17,9 +17,8 @@ from markupsafe import Markup
 
 from relfv import __version__
 from relfv.logs import printable
-from relfv.report.content import of_qid, run_of
-from relfv.report.known import Brief, Known
-from relfv.report.registered_section import told_of_plan
+from relfv.report.content import of_qid
+from relfv.report.known import Known
 from relfv.report.sealed_page import page_if_made_from, with_seal
 from relfv.store.files import sha256_bytes, write_atomic
 from relfv.store.folder import QidFolder
@@ -52,11 +51,7 @@ class MadeFrom(NamedTuple):
     run: dict[str, Any]
     """See ``run_of``."""
     plan: str
-
-
-def made_from(folder: Path, brief: Brief) -> MadeFrom:
-    """Of a q_id in a relation's ``folder``."""
-    return MadeFrom(brief.told, run_of(folder, brief.q_id, brief.model_identity), told_of_plan(folder))
+    """See ``told_of_plan``."""
 
 
 def shown(folder: Path, status: QidStatus, qid: QidFolder, at: str = "#") -> dict[str, Any]:

@@ -53,6 +53,7 @@ def run(request: RunRequest) -> int:
     with at_work("checking", "what is completed and intact, by its hashes", unit="q_ids"), unchanged.kept():
         finished = [] if request.force else [q for q in plan.relations if unchanged.holds(q, plan.asked(q))]
         rest = plan.besides(set(finished))
+        rest.require_no_links()  # what is as it was then has none
         unusable = {} if request.force else rest.unusable_statuses()
         if not request.force:
             require_same_experiment(rest, besides=unusable)
