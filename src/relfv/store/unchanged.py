@@ -38,11 +38,13 @@ class Unchanged:
         """A hash of what the file system says of all files of a q_id but logs, and of what was ``asked`` for. To be
         taken before they are read."""
         top = str(self._folder / q_id)
-        logs, below = f"{top}/logs", f"{top}/logs/"
+        logs = f"{top}/logs/"
         stats = []
         for entry in entries_below(top):
             path = entry.path
-            if path != logs and not path.startswith(below):
+            if entry.is_dir(follow_symlinks=False):
+                stats.append((path[len(top) :],))  # what is in it is listed itself
+            elif not path.startswith(logs):
                 stat = entry.stat(follow_symlinks=False)
                 stats.append((path[len(top) :], stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino))
         return sha256_bytes(repr((asked, sorted(stats))).encode())
