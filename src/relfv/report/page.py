@@ -11,7 +11,7 @@ from typing import Any
 from relfv import __version__
 from relfv.errors import InputError, RelfvError
 from relfv.relations import called
-from relfv.report.content import cross_of, link, models_of, run_of, runs_in, with_arrow
+from relfv.report.content import cross_of, link, models_of, runs_in, with_arrow
 from relfv.report.known import Brief, Found, Known
 from relfv.report.registered import PLAN
 from relfv.report.registered_section import plan_section, told_of_plan
@@ -122,9 +122,7 @@ def _told(folder: Path, found: Found) -> dict[Path, Any]:
     """By its ``artifacts`` what the page tells of a q_id depends on this."""
     runs, plan = runs_in(folder), told_of_plan(folder)
     return {
-        artifacts_dir: MadeFrom(one.told, run_of(runs, one.q_id, one.model_identity), plan)
-        if isinstance(one, Brief)
-        else [artifacts_dir.parent.name, str(one)]
+        artifacts_dir: MadeFrom.of(one, runs, plan) if isinstance(one, Brief) else [artifacts_dir.parent.name, str(one)]
         for artifacts_dir, one in found.items()
     }
 

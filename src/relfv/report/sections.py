@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from functools import cache
+from collections.abc import Iterable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,8 +18,9 @@ from markupsafe import Markup
 
 from relfv import __version__
 from relfv.logs import printable
-from relfv.report.content import of_qid
-from relfv.report.known import Known
+from relfv.report.content import Run, of_qid, run_of, runs_in
+from relfv.report.known import Brief, Known
+from relfv.report.registered_section import told_of_plan
 from relfv.report.sealed_page import page_if_made_from, with_seal
 from relfv.store.files import sha256_bytes, write_atomic
 from relfv.store.folder import QidFolder
@@ -53,6 +55,11 @@ class MadeFrom(NamedTuple):
     plan: str
     """See ``told_of_plan``."""
 
+    @staticmethod
+    def of(brief: Brief, runs: Iterable[Run], plan: str) -> MadeFrom:
+        """Of a q_id; ``runs`` and ``plan`` are its folder's."""
+        return MadeFrom(brief.told, run_of(runs, brief.q_id, brief.model_identity), plan)
+
 
 def shown(folder: Path, status: QidStatus, qid: QidFolder, at: str = "#") -> dict[str, Any]:
     """What the page of a relation's ``folder`` shows of a completed q_id: its ``row`` of the table, which leads to
@@ -80,22 +87,37 @@ def shown_once(known: Known, artifacts_dir: Path, origin: MadeFrom) -> dict[str,
 
 def shown_apart(known: Known, artifacts_dir: Path, origin: MadeFrom) -> dict[str, Any]:
     """``row`` and ``why`` of a q_id whose section has a page of its own, which is written where it is not up to date.
-    Raises as ``shown`` does. Hold the lock of ``report/``."""
-    q_id, digest = artifacts_dir.parent.name, sha256_bytes(json.dumps([__version__, *origin]).encode())
-    path = known.folder / "report" / OWN_PAGES / f"{q_id}.html"
+    Raises as ``shown`` does."""
     # One that is written just now is read the next time, once: only then is it known to be whole.
-    state = state_of([str(path)], digest)
-    why, row = known.pages.of(q_id, state, lambda: _kept_in(path, digest, known, artifacts_dir))
+    state = state_of([str(_own_page(known.folder, artifacts_dir))], _digest(origin))
+    make = partial(_kept_in_own_page, known, artifacts_dir, origin)
+    why, row = known.pages.of(artifacts_dir.parent.name, state, make)
     return {"why": why, "row": Markup(row)}
 
 
-def _kept_in(path: Path, origin: str, known: Known, artifacts_dir: Path) -> tuple[str, ...]:
-    page = page_if_made_from(path, origin)
+def write_own_page(folder: Path, artifacts_dir: Path) -> None:
+    """The page of one of very many q_ids, by whoever has just finished it. Raises as ``shown`` does."""
+    known = Known(folder)
+    status, _ = known.opened(artifacts_dir)
+    _kept_in_own_page(known, artifacts_dir, MadeFrom.of(Brief.of(status), runs_in(folder), told_of_plan(folder)))
+
+
+def _own_page(folder: Path, artifacts_dir: Path) -> Path:
+    return folder / "report" / OWN_PAGES / f"{artifacts_dir.parent.name}.html"
+
+
+def _digest(origin: MadeFrom) -> str:
+    return sha256_bytes(json.dumps([__version__, *origin]).encode())
+
+
+def _kept_in_own_page(known: Known, artifacts_dir: Path, origin: MadeFrom) -> tuple[str, ...]:
+    path, q_id, digest = _own_page(known.folder, artifacts_dir), artifacts_dir.parent.name, _digest(origin)
+    page = page_if_made_from(path, digest)
     if page is None:
-        q = shown(known.folder, *known.opened(artifacts_dir), at=f"{OWN_PAGES}/{path.stem}.html#")
-        title = f"{known.folder.resolve().name}, {path.stem}"
+        q = shown(known.folder, *known.opened(artifacts_dir), at=f"{OWN_PAGES}/{q_id}.html#")
+        title = f"{known.folder.resolve().name}, {q_id}"
         page = environment().get_template("own.html.j2").render(title=title, version=__version__, q=q)
-        write_atomic(path, with_seal(page, origin))
+        write_atomic(path, with_seal(page, digest))
     kept = _KEPT.search(page)
     assert kept
     return kept.groups()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +35,16 @@ class Index:
     def __init__(self, folder: Path, name: str) -> None:
         """``name`` is for what is kept, which JSON must hold."""
         self._path = folder / ".locks" / f".{name}.json"
-        self._on_disk: dict[str, Any] = {}
         self._now: dict[str, Any] = {}
+
+    @cached_property
+    def _on_disk(self) -> dict[str, Any]:
         try:
             data = read_bytes(self._path)
             content = orjson.loads(data) if is_as_sealed(data) else {}
-            if content.get("version") == _VERSION:
-                self._on_disk = content["q_ids"]
+            return content["q_ids"] if content.get("version") == _VERSION else {}
         except (OSError, ValueError):
-            pass
+            return {}
 
     def of(self, q_id: str, state: str, make: Callable[[], Any], lasts: Callable[[Any], bool] = lambda _: True) -> Any:
         """What is kept of a q_id in this ``state_of`` the files that it is made from; else what ``make`` gives, kept
