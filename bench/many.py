@@ -16,9 +16,11 @@ import logging
 import os
 import random
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
@@ -28,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from conftest import PLACES, WORDS, llama, make_tokenizer
 from long_run import Sampler
 from relfv.cli import main as relfv
+from relfv.report.table import statuses_in
 from relfv.store.files import entries_below
 from relfv.store.status import read_status
 
@@ -132,6 +135,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=2000, help="how many q_ids (default: %(default)s)")
     parser.add_argument("--run", type=int, default=None, help="how many of them are run, if not all")
     parser.add_argument("--workers", type=int, default=1, help="processes that run them (default: this one)")
+    parser.add_argument("--seconds", type=float, default=None, help="the run is interrupted then; what is done counts")
     parser.add_argument("--work", type=Path, default=None, help="keeps the results")
     args = parser.parse_args()
     run = args.run or args.n
@@ -146,12 +150,20 @@ def main() -> None:
         sampler = Parts(run)
         logging.getLogger("relfv.runs.worker").addHandler(sampler)
         began, wall = time.process_time(), time.monotonic()
-        if code := relfv([*command, *shared, "--q_list", ",".join(f"R{i}" for i in range(run))]):
+        timer = threading.Timer(args.seconds or threading.TIMEOUT_MAX, lambda: os.kill(os.getpid(), signal.SIGINT))
+        timer.start()
+        code = relfv([*command, *shared, "--q_list", ",".join(f"R{i}" for i in range(run))])
+        timer.cancel()
+        if code and not (args.seconds and time.monotonic() - wall > args.seconds):
             raise SystemExit(code)
         took = time.process_time() - began
         print(f"\n{len(sampler.samples)} of {run} q_ids in {time.monotonic() - wall:.0f} s; {took:.0f} CPU s, of which")
         print(f"{took - sum(s.seconds for s in sampler.samples):.0f} before and after them\n", flush=True)
-        copy_others(out / "many", args.n, run)
+        if code:
+            done = [status.q_id for status in statuses_in(out / "many") if status.status == "completed"]
+            command += ["--q_list", ",".join(done)]
+        else:
+            copy_others(out / "many", args.n, run)
         print("| command | CPU s (wall) | again |\n|---|---|---|")
         timed("run, all finished", command)
         timed("status", ["status", str(out)])
