@@ -165,7 +165,7 @@ def main() -> None:
         else:
             copy_others(out / "many", args.n, run)
         print("| command | CPU s (wall) | again |\n|---|---|---|")
-        timed("run, all finished", command)
+        timed("run, all finished", [*command, *shared])
         timed("status", ["status", str(out)])
         timed("report", ["report", str(out / "many")])
         timed("verify of one", ["verify", str(out / "many/R1")], 1)
