@@ -265,7 +265,7 @@ def _row_problem(cells: list[str], width: int, column: dict[str, int]) -> str | 
         word = cells[column[name]]
         if not word:
             return f"the {name} of {q_id} is blank"
-        if any(unicodedata.category(char) in LINE_BREAKS_AND_CONTROLS for char in word):
+        if not word.isprintable() and any(unicodedata.category(c) in LINE_BREAKS_AND_CONTROLS for c in word):
             return f"the {name} of {q_id} contains a line break or control character: {word[:40]!a}; take it out"
     return _name_problem(q_id, cells[column[_NAME]]) if _NAME in column else None
 

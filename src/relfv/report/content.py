@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import re
 import shlex
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from urllib.parse import quote
 
 from relfv.errors import RelfvError
 from relfv.report.drawing import curve, heatmap
+from relfv.report.known import Brief
 from relfv.report.registered_section import plan_of_qid
 from relfv.settings import FLAGS, Settings
 from relfv.stages.ability import in_short
@@ -50,9 +52,9 @@ _LINKED = (
 """Files that the page leads to."""
 
 
-def of_qid(folder: Path, status: QidStatus) -> dict[str, Any]:
-    """A completed q_id. Raises an exception of any kind where its files are of another shape than relfv writes."""
-    qid = QidFolder(status.artifacts_dir, status.q_id)
+def of_qid(folder: Path, status: QidStatus, qid: QidFolder) -> dict[str, Any]:
+    """A completed q_id, and where its files are. Raises an exception of any kind where they are of another shape than
+    relfv writes."""
 
     def if_there(file: File[Any]) -> Any:
         """Folders of earlier versions lack some files."""
@@ -102,7 +104,7 @@ def of_qid(folder: Path, status: QidStatus) -> dict[str, Any]:
         "attribution": if_there(ATTRIBUTION),
         "heatmap": heatmap(qid.read(AIE), status.settings.score_key, heads),
         "curve": curve(layers, reference, controls, steps["best_layer"]),
-        "run": run_of(folder, status),
+        "run": run_of(runs_in(folder), status.q_id, status.fingerprint_fields.get("model_identity")),
         "settings": _settings(status.settings),
         "identity": {
             name: status.fingerprint_fields.get(name) for name in ("model_identity", "rows_sha256", "algorithm_version")
@@ -198,25 +200,32 @@ def _text(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def run_of(folder: Path, status: QidStatus) -> dict[str, Any]:
-    """What the manifest says of the run that made a q_id, as far as it can be read: no times, so that a page made after
-    a killed run is the same page."""
-    path = folder / "run_manifest.json"
-    try:
-        stat = path.stat()
-        identity = status.fingerprint_fields.get("model_identity")
-        for q_ids, made_with, described in _runs_at(path, (stat.st_ino, stat.st_mtime_ns, stat.st_size)):
-            if status.q_id in q_ids and made_with == identity:
-                return described
-    except (OSError, RelfvError, KeyError, TypeError, AttributeError):
-        pass
+Run = tuple[frozenset[str], str, dict[str, Any]]
+"""Its q_ids, the model's identity, and what is shown of it: no times, so that a page made after a killed run is the
+same page."""
+
+
+def run_of(runs: Iterable[Run], q_id: str, identity: str | None) -> dict[str, Any]:
+    """What is shown of the one of ``runs`` that made a q_id with a model of this ``identity``."""
+    for q_ids, made_with, described in runs:
+        if q_id in q_ids and made_with == identity:
+            return described
     return {"shape": "shape not recorded", "device": "a device not recorded", "notes": [], "facts": {}}
 
 
+def runs_in(folder: Path) -> list[Run]:
+    """Those in the manifest, as far as it can be read."""
+    path = folder / "run_manifest.json"
+    try:
+        stat = path.stat()
+        return _runs_at(path, (stat.st_ino, stat.st_mtime_ns, stat.st_size))
+    except (OSError, RelfvError, KeyError, TypeError, AttributeError):
+        return []
+
+
 @lru_cache(maxsize=4)
-def _runs_at(path: Path, _: tuple[int, ...]) -> list[tuple[frozenset[str], str, dict[str, Any]]]:
-    """Of each run in a manifest in this state its q_ids, the model's identity, and what is shown: once, not for every
-    q_id."""
+def _runs_at(path: Path, _: tuple[int, ...]) -> list[Run]:
+    """Those in a manifest in this state: read once, not for every q_id."""
     manifest, found = read_json(path), []
     for one in [manifest, *manifest.get("earlier_runs", [])]:
         if "model" in one:
@@ -239,19 +248,18 @@ def _runs_at(path: Path, _: tuple[int, ...]) -> list[tuple[frozenset[str], str, 
     return found
 
 
-def models_of(folder: Path, statuses: list[QidStatus]) -> list[dict[str, Any]]:
-    """The models of a page, each with its q_ids: in one folder they may differ."""
+def models_of(briefs: Iterable[tuple[Brief, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The models of a page, each with its q_ids: in one folder they may differ. Each comes with its ``run_of``."""
     models: dict[tuple[str, ...], dict[str, Any]] = {}
-    for status in statuses:
-        run, settings = run_of(folder, status), status.settings
-        key = (settings.model, str(status.fingerprint_fields.get("model_identity")), settings.precision)
+    for one, run in briefs:
         model = models.setdefault(
-            key, {**run, "name": settings.model, "precision": settings.precision, "q_ids": [], "departures": {}}
+            (one.model, str(one.model_identity), one.precision),
+            {**run, "name": one.model, "precision": one.precision, "q_ids": [], "departures": {}},
         )
         if run["facts"] and not model["facts"]:  # a q_id that is still to come is in no manifest with a model
             model.update(run)
-        model["q_ids"].append(status.q_id)
-        model["departures"] |= dict.fromkeys(settings.departures())
+        model["q_ids"].append(one.q_id)
+        model["departures"] |= dict.fromkeys(one.departures)
     return list(models.values())
 
 

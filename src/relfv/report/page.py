@@ -4,25 +4,25 @@ where a results folder holds several relations."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from relfv import __version__
 from relfv.errors import InputError, RelfvError
 from relfv.relations import called
-from relfv.report.content import cross_of, link, models_of, with_arrow
+from relfv.report.content import cross_of, link, models_of, runs_in, with_arrow
+from relfv.report.known import Brief, Found, Known
 from relfv.report.registered import PLAN
-from relfv.report.registered_section import plan_section
+from relfv.report.registered_section import plan_section, told_of_plan
 from relfv.report.sealed_page import page_if_made_from, sealed_from, with_seal
-from relfv.report.sections import MOST_ON_ONE_PAGE, environment, shown_apart, shown_once, told
-from relfv.report.table import find_statuses
+from relfv.report.sections import MOST_ON_ONE_PAGE, MadeFrom, environment, shown_apart, shown_once
+from relfv.report.table import find_statuses, has_q_ids, statuses_in
 from relfv.report.together import together_of
 from relfv.stages.aggregate import AGGREGATE
 from relfv.stages.cross import CROSS
 from relfv.store.files import read_bytes, require_no_links, sha256_bytes, sha256_file, write_atomic
 from relfv.store.locks import sole_writer
-from relfv.store.status import QidStatus, read_status
 
 _NO_QID = "no q_id here; expected a relation's results folder, e.g. results_fv/relation_qwise/relationA_ex"
 
@@ -48,20 +48,23 @@ def relations_of(folder: Path) -> list[Path]:
     return list(dict.fromkeys(of_a_qid))
 
 
-def write_report(folder: Path) -> Path:
+def write_report(folder: Path, known: Known | None = None) -> Path:
     """Write ``folder/report/index.html``. A q_id whose files cannot be read is listed as such; it does not stop the
-    page. An index above it is made again, too.
+    page. An index above it is made again, too. ``known`` is what a run keeps of the folder.
 
     Raises InputError if ``folder`` holds no q_id, or its ``report`` is a link to elsewhere.
     """
-    if not _artifacts_dirs(folder):
+    if not has_q_ids(folder):
         raise InputError(f"{folder}: {_NO_QID}")
+    known = known or Known(folder)
 
     def of_relation() -> tuple[str, dict[str, Any]]:
-        found = statuses_in(folder)
-        return _made_from(folder, found), _of_relation(folder, found)
+        found = known.briefs()
+        told = _told(folder, found)
+        return _made_from(folder, told), _of_relation(known, found, told)
 
     path = _write(folder, "page.html.j2", of_relation)
+    known.write()
     above = folder.absolute().parent
     if _has_index(above):
         write_index(above)
@@ -109,57 +112,45 @@ def page_problem(folder: Path) -> str | None:
     return "is not as it was written; 'relfv report' or the next 'relfv run' makes it again"
 
 
-def is_up_to_date(folder: Path, found: Mapping[Path, QidStatus | RelfvError] | None = None) -> bool:
-    """Whether the page is whole, and made from what now lies beside it: the ``statuses_in`` the folder."""
-    origin = _made_from(folder, statuses_in(folder) if found is None else found)
-    return page_if_made_from(page_path(folder), origin) is not None
+def is_up_to_date(folder: Path, found: Found | None = None) -> bool:
+    """Whether the page is whole, and made from what now lies beside it: the q_ids that were ``found`` there."""
+    told = _told(folder, Known(folder).briefs() if found is None else found)
+    return page_if_made_from(page_path(folder), _made_from(folder, told)) is not None
 
 
-def statuses_in(folder: Path) -> dict[Path, QidStatus | RelfvError]:
-    """By their ``artifacts`` the q_ids right in ``folder``, or why one cannot be read."""
-    found: dict[Path, QidStatus | RelfvError] = {}
-    for artifacts_dir in _artifacts_dirs(folder):
-        try:
-            status = read_status(artifacts_dir)
-            assert status is not None
-            found[artifacts_dir] = status
-        except RelfvError as problem:
-            found[artifacts_dir] = problem
-    return found
+def _told(folder: Path, found: Found) -> dict[Path, Any]:
+    """By its ``artifacts`` what the page tells of a q_id depends on this."""
+    runs, plan = runs_in(folder), told_of_plan(folder)
+    return {
+        artifacts_dir: MadeFrom.of(one, runs, plan) if isinstance(one, Brief) else [artifacts_dir.parent.name, str(one)]
+        for artifacts_dir, one in found.items()
+    }
 
 
-def _made_from(folder: Path, found: Mapping[Path, QidStatus | RelfvError]) -> str:
+def _made_from(folder: Path, told: dict[Path, Any]) -> str:
     """A hash of what the page tells of, but for times: a status that was only written again asks for no new page."""
     across = [sha256_file(folder / name) for name in (CROSS, AGGREGATE, PLAN)]
-    of_each = [
-        [artifacts_dir.parent.name, str(status)] if isinstance(status, RelfvError) else told(folder, status)
-        for artifacts_dir, status in found.items()
-    ]
-    return sha256_bytes(json.dumps([__version__, *across, *of_each]).encode())
+    return sha256_bytes(json.dumps([__version__, *across, *told.values()]).encode())
 
 
 # --- what is on it ---------------------------------------------------------------------------------------------------
 
 
-def _artifacts_dirs(folder: Path) -> list[Path]:
-    """Of the q_ids right in ``folder``."""
-    return [path for path in find_statuses(folder) if path.parent.parent == folder]
-
-
-def _of_relation(folder: Path, found: Mapping[Path, QidStatus | RelfvError]) -> dict[str, Any]:
+def _of_relation(known: Known, found: Found, told: dict[Path, Any]) -> dict[str, Any]:
+    folder = known.folder
     completed: list[dict[str, Any]] = []
     others: list[dict[str, str]] = []
-    statuses = [status for status in found.values() if isinstance(status, QidStatus)]
-    apart = sum(status.status == "completed" for status in statuses) > MOST_ON_ONE_PAGE
-    for artifacts_dir, status in found.items():
+    readable = {artifacts_dir: one for artifacts_dir, one in found.items() if isinstance(one, Brief)}
+    apart = sum(one.status == "completed" for one in readable.values()) > MOST_ON_ONE_PAGE
+    for artifacts_dir, one in found.items():
         try:
-            if isinstance(status, RelfvError):
-                raise status
-            if status.status == "completed":
-                completed.append((shown_apart if apart else shown_once)(folder, status))
+            if isinstance(one, RelfvError):
+                raise one
+            if one.status == "completed":
+                completed.append((shown_apart if apart else shown_once)(known, artifacts_dir, told[artifacts_dir]))
             else:
-                named = called(status.q_id, with_arrow(status.name))
-                others.append({"q_id": named, "status": status.status, "reason": status.reason or ""})
+                named = called(one.q_id, with_arrow(one.name))
+                others.append({"q_id": named, "status": one.status, "reason": one.reason or ""})
         except Exception as problem:
             said = str(problem) if isinstance(problem, RelfvError) else f"{type(problem).__name__}: {problem}"
             others.append({"q_id": artifacts_dir.parent.name, "status": "unreadable", "reason": said})
@@ -167,10 +158,10 @@ def _of_relation(folder: Path, found: Mapping[Path, QidStatus | RelfvError]) -> 
     return {
         "title": folder.resolve().name,
         "version": __version__,
-        "models": models_of(folder, statuses),
+        "models": models_of((one, told[artifacts_dir].run) for artifacts_dir, one in readable.items()),
         "counts": _counted(states),
         "is_going_on": bool({"pending", "running"} & set(states)),
-        "plan": plan_section(folder, statuses),
+        "plan": plan_section(folder, statuses_in(folder)) if (folder / PLAN).exists() else None,
         "reasons": {q["why"] for q in completed} - {""},
         "completed": completed,
         "apart": apart,
@@ -189,12 +180,10 @@ def _of_index(folder: Path) -> dict[str, Any]:
     relations = []
     for relation in relations_of(folder):
         states, models = [], {}
-        for status in statuses_in(relation).values():
-            if isinstance(status, RelfvError):
-                states.append("unreadable")
-            else:
-                states.append(status.status)
-                models[status.settings.model] = None
+        for one in Known(relation).briefs().values():
+            states.append(one.status if isinstance(one, Brief) else "unreadable")
+            if isinstance(one, Brief):
+                models[one.model] = None
         page = page_path(relation)
         found = {"name": relation.resolve().name, "models": list(models), "counts": _counted(states)}
         relations.append({**found, "page": link(folder, page) if page.is_file() else ""})

@@ -51,7 +51,9 @@ def plan_section(folder: Path, statuses: Sequence[QidStatus]) -> dict[str, Any] 
         "file": f"../{PLAN}",
         "before": [(named(q_ids), why) for why, q_ids in _by_value(seen_before(plan, by_q_id)).items()],
         "changed": [(named(q_ids), what) for what, q_ids in changed.items()],
-        "aside": named(sorted(path.name for path in folder.iterdir() if was_moved_aside(path) and is_of_a_qid(path))),
+        "aside": named(
+            sorted(path.name for path in folder.iterdir() if was_moved_aside(path.name) and is_of_a_qid(path))
+        ),
         "rule": _rule(plan, found, statuses),
         "exclusions": plan.get("exclusions", {}),
         "not_followed": exclusions_not_followed(folder, plan, by_q_id),

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import json
 import re
-from functools import cache
+from collections.abc import Iterable
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from relfv import __version__
 from relfv.logs import printable
-from relfv.report.content import of_qid, run_of
+from relfv.report.content import Run, of_qid, run_of, runs_in
+from relfv.report.known import Brief, Known
 from relfv.report.registered_section import told_of_plan
 from relfv.report.sealed_page import page_if_made_from, with_seal
 from relfv.store.files import sha256_bytes, write_atomic
+from relfv.store.folder import QidFolder
+from relfv.store.index import state_of
 from relfv.store.status import QidStatus
 
 MOST_ON_ONE_PAGE = 200
@@ -41,18 +45,27 @@ def environment() -> Environment:
     return environment
 
 
-def told(folder: Path, status: QidStatus) -> list[Any]:
+class MadeFrom(NamedTuple):
     """What a page tells of a q_id depends on this, which has no times."""
-    files = [record.files for record in status.stages.values()]
-    where = [status.q_id, status.name, status.status, status.reason, status.q_row_count]
-    return [*where, status.settings.to_json(), files, run_of(folder, status), told_of_plan(folder)]
+
+    told: str
+    """Of its ``Brief``."""
+    run: dict[str, Any]
+    """See ``run_of``."""
+    plan: str
+    """See ``told_of_plan``."""
+
+    @staticmethod
+    def of(brief: Brief, runs: Iterable[Run], plan: str) -> MadeFrom:
+        """Of a q_id; ``runs`` and ``plan`` are its folder's."""
+        return MadeFrom(brief.told, run_of(runs, brief.q_id, brief.model_identity), plan)
 
 
-def shown(folder: Path, status: QidStatus, at: str = "#") -> dict[str, Any]:
+def shown(folder: Path, status: QidStatus, qid: QidFolder, at: str = "#") -> dict[str, Any]:
     """What the page of a relation's ``folder`` shows of a completed q_id: its ``row`` of the table, which leads to
     ``at``, and its ``section``, as they stand there, and ``why`` no share is shown. Raises an exception of any kind
     where its files are of another shape than relfv writes."""
-    content = of_qid(folder, status)
+    content = of_qid(folder, status, qid)
     templates = environment()
     # Each on its own: what a template cannot show must not take the others with it. Both are escaped already.
     return {
@@ -62,32 +75,49 @@ def shown(folder: Path, status: QidStatus, at: str = "#") -> dict[str, Any]:
     }
 
 
-_SHOWN: dict[Path, tuple[list[Any], dict[str, Any]]] = {}
-"""By its status' path what was shown of a q_id, and of which state of its files."""
-
-
-def shown_once(folder: Path, status: QidStatus) -> dict[str, Any]:
+def shown_once(known: Known, artifacts_dir: Path, origin: MadeFrom) -> dict[str, Any]:
     """``shown``, made anew only where a file has changed: a run writes its page again and again."""
-    files = [status.artifacts_dir / name for record in status.stages.values() for name in record.files]
-    stats = [path.stat() if path.exists() else None for path in files]
-    state = [told(folder, status), [stat and (stat.st_mtime_ns, stat.st_size, stat.st_ino) for stat in stats]]
-    path = status.path.absolute()
-    if path not in _SHOWN or _SHOWN[path][0] != state:
-        _SHOWN[path] = state, shown(folder, status)
-    return _SHOWN[path][1]
+    kept = known.sections.get(artifacts_dir)
+    if kept is None or kept[0] != origin or kept[1] != state_of(kept[2]):
+        status, qid = known.opened(artifacts_dir)
+        files = [f"{artifacts_dir}/{name}" for record in status.stages.values() for name in record.files]
+        kept = known.sections[artifacts_dir] = origin, state_of(files), files, shown(known.folder, status, qid)
+    return kept[3]
 
 
-def shown_apart(folder: Path, status: QidStatus) -> dict[str, Any]:
+def shown_apart(known: Known, artifacts_dir: Path, origin: MadeFrom) -> dict[str, Any]:
     """``row`` and ``why`` of a q_id whose section has a page of its own, which is written where it is not up to date.
-    Raises as ``shown`` does. Hold the lock of ``report/``."""
-    path = folder / "report" / OWN_PAGES / f"{status.q_id}.html"
-    origin = sha256_bytes(json.dumps([__version__, told(folder, status)]).encode())
-    page = page_if_made_from(path, origin)
+    Raises as ``shown`` does."""
+    # One that is written just now is read the next time, once: only then is it known to be whole.
+    state = state_of([str(_own_page(known.folder, artifacts_dir))], _digest(origin))
+    make = partial(_kept_in_own_page, known, artifacts_dir, origin)
+    why, row = known.pages.of(artifacts_dir.parent.name, state, make)
+    return {"why": why, "row": Markup(row)}
+
+
+def write_own_page(folder: Path, artifacts_dir: Path) -> None:
+    """The page of one of very many q_ids, by whoever has just finished it. Raises as ``shown`` does."""
+    known = Known(folder)
+    status, _ = known.opened(artifacts_dir)
+    _kept_in_own_page(known, artifacts_dir, MadeFrom.of(Brief.of(status), runs_in(folder), told_of_plan(folder)))
+
+
+def _own_page(folder: Path, artifacts_dir: Path) -> Path:
+    return folder / "report" / OWN_PAGES / f"{artifacts_dir.parent.name}.html"
+
+
+def _digest(origin: MadeFrom) -> str:
+    return sha256_bytes(json.dumps([__version__, *origin]).encode())
+
+
+def _kept_in_own_page(known: Known, artifacts_dir: Path, origin: MadeFrom) -> tuple[str, ...]:
+    path, q_id, digest = _own_page(known.folder, artifacts_dir), artifacts_dir.parent.name, _digest(origin)
+    page = page_if_made_from(path, digest)
     if page is None:
-        q = shown(folder, status, at=f"{OWN_PAGES}/{status.q_id}.html#")
-        title = f"{folder.resolve().name}, {status.q_id}"
+        q = shown(known.folder, *known.opened(artifacts_dir), at=f"{OWN_PAGES}/{q_id}.html#")
+        title = f"{known.folder.resolve().name}, {q_id}"
         page = environment().get_template("own.html.j2").render(title=title, version=__version__, q=q)
-        write_atomic(path, with_seal(page, origin))
+        write_atomic(path, with_seal(page, digest))
     kept = _KEPT.search(page)
     assert kept
-    return {"why": kept[1], "row": Markup(kept[2])}
+    return kept.groups()

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
 from itertools import groupby
@@ -25,7 +25,7 @@ from relfv.stages.step6_summary import STEP6_SUMMARY
 from relfv.stages.summary import SUMMARY
 from relfv.stages.table import steps
 from relfv.store.folder import QidFolder, was_moved_aside
-from relfv.store.index import Index
+from relfv.store.index import Index, state_of
 from relfv.store.locks import held_by
 from relfv.store.status import STATUS_FILE, QidStatus, now, read_status
 
@@ -37,9 +37,37 @@ _NARROWEST, _INDENT = 40, "    "
 
 def find_statuses(root: Path) -> list[Path]:
     """Artifacts folders below ``root`` that have a status: given a results root, a relation's folder or a q_id's."""
-    folders = [Path(found) for found in _with_status(str(root), depth=2) if not was_moved_aside(Path(found))]
-    kept = sorted(folders, key=lambda folder: (folder.parent.name, natural_key(folder.name)))
-    return [folder / "artifacts" for folder in kept]
+    found = []
+    for folder in _with_status(str(root), depth=2):  # as text: of thousands, every Path takes its time
+        above, _, name = folder.rpartition("/")
+        if not was_moved_aside(name):
+            found.append((above.rpartition("/")[2], natural_key(name), folder))
+    return [Path(f"{folder}/artifacts") for *_, folder in sorted(found)]
+
+
+def has_q_ids(folder: Path) -> bool:
+    """Whether a q_id is right in a relation's ``folder``."""
+    places = _with_status(str(folder), depth=1)
+    return any(Path(place) != folder and not was_moved_aside(Path(place).name) for place in places)
+
+
+def artifacts_in(folder: Path) -> list[Path]:
+    """Of the q_ids right in a relation's ``folder``."""
+    return [path for path in find_statuses(folder) if path.parent.parent == folder]
+
+
+def statuses_in(folder: Path, say: Callable[[RelfvError], None] | None = None) -> list[QidStatus]:
+    """Of the q_ids right in a relation's ``folder``; ``say`` is told why one cannot be read."""
+    statuses = []
+    for artifacts_dir in artifacts_in(folder):
+        try:
+            status = read_status(artifacts_dir)
+            assert status is not None
+            statuses.append(status)
+        except RelfvError as problem:
+            if say:
+                say(problem)
+    return statuses
 
 
 def _with_status(folder: str, depth: int) -> Iterator[str]:
@@ -93,14 +121,7 @@ def status_table(root: Path) -> str:
 
 def _of_plan(folder: Path) -> str:
     """What is said of the plan that was registered in a relation's folder."""
-    if not (folder / PLAN).exists():
-        return ""
-    statuses = []
-    for found in find_statuses(folder):
-        with suppress(RelfvError):
-            if status := read_status(found):
-                statuses.append(status)
-    return plan_line(folder, statuses)
+    return plan_line(folder, statuses_in(folder)) if (folder / PLAN).exists() else ""
 
 
 def _widths(rows: Iterable[tuple[str, ...]]) -> list[int]:
@@ -203,7 +224,8 @@ def _row_by(index: Index, folder: Path) -> dict[str, Any]:
     def lasts(row: dict[str, Any]) -> bool:  # what runs tells by its lock how it stands
         return row["status"] not in ("running", "unreadable") and row["q_id"] == q_id.name
 
-    row = index.of(q_id.name, [f"{folder}/{name}" for name in names], lambda: _row(folder), lasts)
+    state = state_of(f"{folder}/{name}" for name in names)
+    row = index.of(q_id.name, state, lambda: _row(folder), lasts)
     return {**row, "relation": q_id.parent.name}
 
 

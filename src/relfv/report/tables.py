@@ -268,6 +268,9 @@ TABLES: dict[str, tuple[_RowsOf, tuple[str, ...]]] = {
 """What a table has a row for, and its columns after ``COMMON``. Not written are those of studies, which few runs have,
 and the last two: they are as large as the artifacts that they come from."""
 WRITTEN = ("summary", "heads", "layers", "controls", "answers")
+READ = (TRIALS, TOP_HEADS, STEP_E_EVAL, AIE, STEP6_SUMMARY, EVAL_TRIALS, EVAL_META, EVAL_SUMMARY, SUMMARY, ANSWERS,
+        CONTROLS_FILE)  # fmt: skip
+"""What the rows of those that are written are made from, besides the status."""
 
 
 def columns_of(table: str) -> tuple[str, ...]:

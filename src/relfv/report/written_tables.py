@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from relfv import __version__
 from relfv.errors import InputError, RelfvError
-from relfv.report.page import relations_of, statuses_in
-from relfv.report.tables import WRITTEN, Row, columns_of, rows_of
+from relfv.report.known import Brief, Found, Known
+from relfv.report.page import relations_of
+from relfv.report.table import statuses_in
+from relfv.report.tables import READ, WRITTEN, Row, columns_of, rows_of
 from relfv.store.files import (
     InPieces,
     require_no_links,
@@ -21,6 +26,7 @@ from relfv.store.files import (
 )
 from relfv.store.folder import QidFolder
 from relfv.store.formats import csv_bytes, csv_cell, read_json, sealed_bytes, unsealed
+from relfv.store.index import state_of
 from relfv.store.locks import sole_writer
 from relfv.store.status import QidStatus
 
@@ -35,38 +41,43 @@ _RECORD = "made_from.json"
 
 def statuses_of(folder: Path) -> list[QidStatus]:
     """Of the q_ids right in a relation's ``folder``; one that cannot be read is said and left out."""
-    found = statuses_in(folder).values()
-    for problem in found:
-        if isinstance(problem, RelfvError):
-            log.warning("%s", problem)
-    return [status for status in found if isinstance(status, QidStatus)]
+    return statuses_in(folder, _say)
+
+
+def _say(problem: RelfvError) -> None:
+    log.warning("%s", problem)
 
 
 def table_of(table: str, statuses: list[QidStatus]) -> list[Row]:
     """All rows of a table. A q_id whose files cannot be read has none, which is said."""
-    return [row for status in statuses for row in _rows_of(table, status)]
+    return [row for status in statuses for row in _rows_of(table, status) or ()]
 
 
-def _rows_of(table: str, status: QidStatus, qid: QidFolder | None = None) -> list[Row]:
+def _rows_of(table: str, status: QidStatus, qid: QidFolder | None = None) -> list[Row] | None:
+    """None where they cannot be made."""
     try:
         return rows_of(table, status, qid)
     except Exception as problem:  # whatever one folder holds, the others get their rows
         log.warning("%s is left out of the table %s: %s", status.q_id, table, problem)
-        return []
+        return None
 
 
-def write_tables(folder: Path) -> Path:
-    """Write every table of a relation's ``folder``. -> the folder they are in."""
-    place = folder / TABLES_FOLDER
+def write_tables(folder: Path, known: Known | None = None) -> Path:
+    """Write every table of a relation's ``folder``. -> the folder they are in. ``known`` is what a run keeps of it."""
+    place, known = folder / TABLES_FOLDER, known or Known(folder)
     require_no_links(place, below=folder)
     # What is written last must also have been read last, or one of two runs would leave out what the other did.
     with sole_writer(place):
-        statuses = statuses_of(folder)
+        found = known.briefs()
+        for problem in found.values():
+            if isinstance(problem, RelfvError):
+                _say(problem)
         names = [f"{table}.csv" for table in WRITTEN]
         with write_in_pieces([place / name for name in (*names, _RECORD)]) as (*files, record):
-            _write_csvs(statuses, dict(zip(WRITTEN, files, strict=True)))
+            _write_csvs(known, found, [place / name for name in names], files)
             digests = {name: file.sha256 for name, file in zip(names, files, strict=True)}
-            record.write(sealed_bytes({"made_from": _made_from(statuses), "files": digests}))
+            record.write(sealed_bytes({"made_from": _made_from(found), "files": digests}))
+    known.write()
     return place
 
 
@@ -102,22 +113,69 @@ def _parquet(frame: DataFrame) -> bytes:
         ) from None
 
 
-def _write_csvs(statuses: list[QidStatus], files: dict[str, InPieces]) -> None:
-    """q_id after q_id: the rows of one are in memory, and each of its files is read once."""
-    for table, file in files.items():
-        file.write(csv_bytes([columns_of(table)]))
-    for status in statuses:
-        qid = QidFolder(status.artifacts_dir, status.q_id)
-        for table, file in files.items():
-            rows = _rows_of(table, status, qid)
-            file.write(csv_bytes([csv_cell(value) for value in row.values()] for row in rows))
+def _write_csvs(known: Known, found: Found, paths: Sequence[Path], files: Sequence[InPieces]) -> None:
+    """q_id after q_id: the rows of one are in memory. They are taken over from the tables at ``paths``, the last ones,
+    where the files that they were made from are as they were."""
+    with ExitStack() as stack:
+        last = [stack.enter_context(path.open("rb")) if path.is_file() else io.BytesIO() for path in paths]
+        ends = [0] * len(files)
+
+        def write(pieces: Sequence[bytes]) -> list[tuple[int, int]]:
+            """-> where in each table they are: start and number of bytes."""
+            starts = [*ends]
+            for i, piece in enumerate(pieces):
+                files[i].write(piece)
+                ends[i] += len(piece)
+            return [(start, len(piece)) for start, piece in zip(starts, pieces, strict=True)]
+
+        write([csv_bytes([columns_of(table)]) for table in WRITTEN])
+        for artifacts_dir, brief in found.items():
+            if isinstance(brief, Brief):
+                q_id, state = artifacts_dir.parent.name, state_of(_read_for(artifacts_dir, brief), brief.told)
+                lines = _as_written(last, known.tables.known(q_id, state)) or _lines(known, artifacts_dir)
+                whole = [one for one in lines if one is not None]
+                places = write([one or b"" for one in lines])
+                if len(whole) == len(lines):  # what is left out is said every time
+                    known.tables.keep(q_id, state, [places, sha256_bytes(b"".join(whole))])
 
 
-def are_up_to_date(folder: Path, statuses: list[QidStatus]) -> bool:
-    """Whether the tables are whole, and made from these ``statuses``, all of the folder."""
+def _read_for(artifacts_dir: Path, brief: Brief) -> Iterator[str]:
+    """The files that a q_id's rows are made from."""
+    for file in READ if brief.status == "completed" else ():
+        for layer in range(brief.n_layers) if file.per_layer else [None]:
+            yield f"{artifacts_dir}/{file.named(brief.q_id, layer)}"
+
+
+def _as_written(last: Sequence[BinaryIO], kept: Any) -> list[bytes] | None:
+    """A q_id's lines of each table from the ``last`` ones; None unless they are there as they were written."""
+    if kept is None:
+        return None
+    pieces = []
+    for file, (start, size) in zip(last, kept[0], strict=True):
+        file.seek(start)
+        pieces.append(file.read(size))
+    return pieces if sha256_bytes(b"".join(pieces)) == kept[1] else None
+
+
+def _lines(known: Known, artifacts_dir: Path) -> list[bytes | None]:
+    """A q_id's lines of each table, made from its files; None for those that cannot be made."""
+    try:
+        status, qid = known.opened(artifacts_dir)
+    except RelfvError as problem:  # it went just now
+        _say(problem)
+        return [None] * len(WRITTEN)
+    tables = (_rows_of(table, status, qid) for table in WRITTEN)
+    return [
+        None if rows is None else csv_bytes([csv_cell(value) for value in row.values()] for row in rows)
+        for rows in tables
+    ]
+
+
+def are_up_to_date(folder: Path, found: Found) -> bool:
+    """Whether the tables are whole, and made from the q_ids that were ``found`` in the folder."""
     try:
         record = unsealed(read_json(folder / TABLES_FOLDER / _RECORD), folder / TABLES_FOLDER / _RECORD)
-        same = record["made_from"] == _made_from(statuses)
+        same = record["made_from"] == _made_from(found)
         return same and all(sha256_file(folder / TABLES_FOLDER / n) == digest for n, digest in record["files"].items())
     except (RelfvError, KeyError, TypeError, AttributeError):
         return False
@@ -140,10 +198,7 @@ def tables_problem(folder: Path) -> tuple[str, str] | None:
     )
 
 
-def _made_from(statuses: list[QidStatus]) -> str:
+def _made_from(found: Found) -> str:
     """A hash of what the tables tell of, but for times."""
-    told: list[Any] = [__version__]
-    for status in statuses:
-        files = [record.files for record in status.stages.values()]
-        told.append([status.q_id, status.status, status.reason, status.q_row_count, status.settings.to_json(), files])
-    return sha256_bytes(json.dumps(told).encode())
+    told = [brief.told for brief in found.values() if isinstance(brief, Brief)]
+    return sha256_bytes(json.dumps([__version__, *told]).encode())

@@ -94,7 +94,9 @@ class _Visit:
         self._look("rows")
         if self.problem is None:
             with self._caught("model"):
-                self._plan = make_plan(self._request)
+                plan = make_plan(self._request)
+                plan.require_no_links()
+                self._plan = plan
         if self._plan is None:
             return
         self._of_plan(self._plan)

@@ -8,16 +8,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from functools import cache
-from itertools import groupby
 from pathlib import Path
 
 from relfv.errors import RelfvError
 from relfv.relations import load_relations, rows_sha256
+from relfv.report.known import Brief, Known
 from relfv.report.table import find_statuses
 from relfv.store.folder import QidFolder
-from relfv.store.index import Index
+from relfv.store.index import Index, state_of
 from relfv.store.locks import lock
-from relfv.store.status import STATUS_FILE, QidStatus, read_status
+from relfv.store.status import QidStatus, read_status
 from relfv.types import Relation
 
 log = logging.getLogger(__name__)
@@ -26,30 +26,30 @@ log = logging.getLogger(__name__)
 def take_names(folder: Path, relations: Mapping[str, Relation]) -> None:
     """Give the q_ids in a relation's ``folder`` the names of the CSV that is at hand."""
     for q_id, relation in relations.items():
-        _rename(folder / q_id / "artifacts", lambda _, relation=relation: relation)
+        _rename(folder / q_id / "artifacts", relation)
 
 
 def take_names_below(root: Path) -> None:
     """Give all q_ids at or below ``root`` the names that the CSVs they were made from have now, where those are still
     there."""
     read = cache(_relations)
-    for relation, of_relation in groupby(find_statuses(root), key=lambda path: path.absolute().parents[1]):
-        index, csv_path = Index(relation, "names"), ""
-        for artifacts_dir in of_relation:
-            csv_path = _named(index, artifacts_dir, csv_path, read)
-        index.write()
+    for folder in dict.fromkeys(path.absolute().parents[1] for path in find_statuses(root)):
+        known, names = Known(folder), Index(folder, "names")
+        for artifacts_dir, brief in known.briefs().items():
+            if isinstance(brief, Brief):
+                state = state_of([brief.csv_path], brief.told)
+                names.of(brief.q_id, state, lambda a=artifacts_dir, b=brief: _has_its_name(a, b, read), bool)
+        known.write()
+        names.write()
 
 
-def _named(index: Index, artifacts_dir: Path, expected: str, read: Callable[[str], dict[str, Relation]]) -> str:
-    """Give a q_id its name, unless that was done and neither its status nor its CSV was written since. -> that CSV, the
-    ``expected`` one where it is made from the same as the q_id before it."""
-
-    def make() -> str:
-        return _rename(artifacts_dir, lambda status: read(status.settings.relation_csv_path).get(status.q_id))
-
-    files = [f"{artifacts_dir}/{STATUS_FILE}", expected]
-    csv_path = index.of(artifacts_dir.absolute().parent.name, files, make, lambda found: found == expected)
-    return csv_path if csv_path == expected else make()
+def _has_its_name(artifacts_dir: Path, brief: Brief, read: Callable[[str], dict[str, Relation]]) -> bool:
+    """Whether a q_id has the name that its CSV has now; one that has not gets it."""
+    relation = read(brief.csv_path).get(brief.q_id)
+    if relation is None or relation.name == brief.name:
+        return True
+    _rename(artifacts_dir, relation)
+    return False
 
 
 def _relations(csv_path: str) -> dict[str, Relation]:
@@ -59,23 +59,19 @@ def _relations(csv_path: str) -> dict[str, Relation]:
         return {}
 
 
-def _rename(artifacts_dir: Path, found: Callable[[QidStatus], Relation | None]) -> str:
-    """Record another name, if ``found`` gives the relation that a q_id was made from and it has one. Whoever is at work
-    in the folder does so itself. -> the CSV that the q_id was made from, empty where it may have to be done again."""
+def _rename(artifacts_dir: Path, relation: Relation) -> None:
+    """Record another name, if a q_id was made from this ``relation`` and it has one. Whoever is at work in the folder
+    does so itself."""
     try:
         status = read_status(artifacts_dir)
-        relation = found(status) if status else None
-        if status is None:
-            return ""
-        if relation is None or not _is_of(relation, status) or relation.name == status.name:
-            return status.settings.relation_csv_path
+        if status is None or not _is_of(relation, status) or relation.name == status.name:
+            return
         with lock(QidFolder(artifacts_dir, status.q_id).lock) as holder:
             if not holder and (status := read_status(artifacts_dir)):
                 status.name = relation.name
                 status.write()
     except RelfvError as problem:  # said where it matters
         log.debug("%s", problem)
-    return ""
 
 
 def _is_of(relation: Relation, status: QidStatus) -> bool:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from relfv import __version__
@@ -189,10 +190,18 @@ class Plan:
     def asked(self, q_id: str) -> str:
         """All that a q_id's results are compared with, as one text: the CSV whole, since studies use other relations,
         and names are taken from it."""
+        return self._asked_of_all + rows_sha256(self.relations[q_id], self.request.settings.corruption)
+
+    @cached_property
+    def _asked_of_all(self) -> str:
         settings = self.request.settings
-        rows = rows_sha256(self.relations[q_id], settings.corruption)
-        fields = fingerprint_fields(settings, rows_sha256=rows, model_identity=self.model_identity)
+        fields = fingerprint_fields(settings, rows_sha256="", model_identity=self.model_identity)
         return json.dumps([__version__, fields, settings.to_json(), self.csv_sha256])
+
+    def require_no_links(self) -> None:
+        """Raise InputError if a link leads out of the folder of one of the q_ids."""
+        for q_id in self.relations:
+            require_no_links(self.folder / q_id, below=self.request.out_root)
 
     def besides(self, q_ids: Collection[str]) -> Plan:
         """The same of the other q_ids."""
@@ -227,7 +236,7 @@ def make_plan(request: RunRequest) -> Plan:
     csv_path, relations = csv_file(request.settings.relation_csv_path), chosen_relations(request)
     folder = request.out_root / relation_name(csv_path)
     require_folder(folder, "--out_root")
-    for ours in (".locks", "report", "tables", "run.log", MANIFEST, PLAN, *relations):
+    for ours in (".locks", "report", "tables", "run.log", MANIFEST, PLAN):
         require_no_links(folder / ours, below=request.out_root)
     written = to_register(request, csv_path, folder) if request.plan else None
     given = request.given

@@ -16,7 +16,8 @@ from relfv.errors import InputError, RelfvError
 from relfv.logs import logging_to, remembering
 from relfv.progress import at_work, counted
 from relfv.relations import named
-from relfv.report.page import is_up_to_date, page_path, statuses_in, write_report
+from relfv.report.known import Known
+from relfv.report.page import is_up_to_date, page_path, write_report
 from relfv.report.written_tables import TABLES_FOLDER, are_up_to_date, write_tables
 from relfv.runs.crew import Crew, on_devices
 from relfv.runs.doctor import rehearse
@@ -32,7 +33,7 @@ from relfv.runs.so_far import SoFar
 from relfv.runs.worker import Worker
 from relfv.store.files import move_aside, require_temporary_folder, temporaries
 from relfv.store.locks import require_locks, sole_writer
-from relfv.store.status import DamagedStatus, QidStatus, now
+from relfv.store.status import DamagedStatus, now
 from relfv.store.unchanged import Unchanged
 
 log = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ def run(request: RunRequest) -> int:
     with at_work("checking", "what is completed and intact, by its hashes", unit="q_ids"), unchanged.kept():
         finished = [] if request.force else [q for q in plan.relations if unchanged.holds(q, plan.asked(q))]
         rest = plan.besides(set(finished))
+        rest.require_no_links()  # what is as it was then has none
         unusable = {} if request.force else rest.unusable_statuses()
         if not request.force:
             require_same_experiment(rest, besides=unusable)
@@ -201,8 +203,7 @@ def _run_todo(
     write_manifest(plan.own(MANIFEST), {**description, "finished_at": now(), "outcomes": outcomes})
     if not plan.request.shard:
         with at_work("report", "writing the tables and the page"):
-            write_tables(plan.folder)
-            write_report(plan.folder)
+            so_far.write_at_last()
     failed = [q_id for q_id, outcome in outcomes.items() if outcome == "failed"]
     if failed:
         said = "%d of %d q_ids failed: %s; the same command tries them again"
@@ -236,9 +237,10 @@ def _finish_earlier_run(plan: Plan, started_at: str) -> None:
     if temporaries(plan.folder, below=False):
         with sole_writer(plan.folder):
             pass
-    found = statuses_in(plan.folder)
-    readable = [status for status in found.values() if isinstance(status, QidStatus)]
-    if not are_up_to_date(plan.folder, readable) or temporaries(plan.folder / TABLES_FOLDER):
-        write_tables(plan.folder)
+    known = Known(plan.folder)
+    found = known.briefs()
+    if not are_up_to_date(plan.folder, found) or temporaries(plan.folder / TABLES_FOLDER):
+        write_tables(plan.folder, known)
     if not is_up_to_date(plan.folder, found) or temporaries(page_path(plan.folder).parent):
-        log.info("report: %s", write_report(plan.folder))
+        log.info("report: %s", write_report(plan.folder, known))
+    known.write()

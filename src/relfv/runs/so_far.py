@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from relfv.errors import RelfvError
+from relfv.report.known import Known
 from relfv.report.page import write_report
 from relfv.report.written_tables import write_tables
 from relfv.runs.qid import in_words
@@ -26,6 +27,7 @@ class SoFar:
     def __init__(self, folder: Path, *, of_all: bool = True) -> None:
         """``of_all`` is False for a shard, which writes none of it."""
         self._folder, self._made = folder, _ABOUT_ALL if of_all else {}
+        self._known = Known(folder)
         self._took = dict.fromkeys(_ABOUT_ALL, 0.0)
         self._written_at = dict.fromkeys(_ABOUT_ALL, 0.0)
 
@@ -33,6 +35,11 @@ class SoFar:
         """All of it, now."""
         for name in self._made:
             self._write(name)
+
+    def write_at_last(self) -> None:
+        """The same, once everything has ended: raises what it cannot write."""
+        for make, _ in self._made.values():
+            make(self._folder, self._known)
 
     def write_what_is_due(self) -> None:
         """After every q_id; of thousands, whose page and tables take long, each in no more than a twentieth of the
@@ -44,7 +51,7 @@ class SoFar:
     def _write(self, name: str) -> None:
         began = time.monotonic()
         try:
-            self._made[name][0](self._folder)
+            self._made[name][0](self._folder, self._known)
         except (RelfvError, OSError) as problem:
             log.warning("the %s not up to date: %s", name, in_words(problem))
         self._written_at[name] = time.monotonic()

@@ -82,7 +82,7 @@ def _subfolders(folder: Path) -> list[Path]:
 def _check_relation(folder: Path) -> list[Checked]:
     """Its q_ids, those that the manifest knows and that are gone, what lies beside them, and the manifest; nothing if
     it is no relation."""
-    q_ids = [path for path in _subfolders(folder) if is_of_a_qid(path) and not was_moved_aside(path)]
+    q_ids = [path for path in _subfolders(folder) if is_of_a_qid(path) and not was_moved_aside(path.name)]
     manifest = folder / MANIFEST
     awaited = any(map(writer_of, q_ids))
     with at_work("verify", f"hashing and reading the files of {folder.name}", unit="q_ids"):

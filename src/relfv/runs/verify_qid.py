@@ -190,7 +190,7 @@ def _inconsistent(folder: QidFolder, status: QidStatus) -> list[Problem]:
     ]
     try:
         findings = [finding for check in checks for finding in check(folder, status)]
-        shown(status.artifacts_dir.parent.parent, status)
+        shown(status.artifacts_dir.parent.parent, status, folder)
     except Exception as problem:
         return [Problem("inconsistent", STATUS_FILE, f"the files' contents do not fit each other ({problem!r})")]
     findings.append(Finding(status.path, "its settings are those of a run in the manifest", _is_of_a_run(status)))

@@ -21,6 +21,7 @@ from relfv.models.memory import share_cards
 from relfv.pace import Pace
 from relfv.progress import at_work, headed
 from relfv.relations import called
+from relfv.report.sections import MOST_ON_ONE_PAGE, write_own_page
 from relfv.runs.figure import add_figures
 from relfv.runs.manifest import model_description
 from relfv.runs.plan import Plan
@@ -101,7 +102,20 @@ class Worker:
             if self.plan.is_done(status):
                 log.info("%s was meanwhile completed by another run", q_id)
                 return status.status
-            return self._run_locked(status)
+            outcome = self._run_locked(status)
+            self._write_own_page(status)
+            return outcome
+
+    def _write_own_page(self, status: QidStatus) -> None:
+        """Of very many q_ids each has one: made here, where several processes are at work, and not by the one that
+        writes what tells of all."""
+        request = self.plan.request
+        alone = request.shard or request.ray or len(self.plan.relations) <= MOST_ON_ONE_PAGE
+        if status.status == "completed" and not alone:
+            try:
+                write_own_page(self.plan.folder, status.artifacts_dir)
+            except Exception as problem:  # the page of all tries it again, and says so
+                log.debug("%s", in_words(problem))
 
     def _run_locked(self, status: QidStatus) -> str:
         plan, asked = self.plan, self.plan.request.settings

@@ -205,15 +205,15 @@ def require_no_links(path: Path, below: Path) -> None:
 
 def entries_below(folder: Path | str) -> Iterator[os.DirEntry[str]]:
     """Everything in a folder and in the folders in it, links not followed; nothing where there is no folder."""
-    try:
-        with os.scandir(folder) as entries:
+    folders = [str(folder)]
+    while folders:
+        here: list[os.DirEntry[str]] = []
+        with suppress(OSError), os.scandir(folders.pop()) as entries:
             here = list(entries)
-    except OSError:
-        return
-    for entry in here:
-        yield entry
-        if entry.is_dir(follow_symlinks=False):
-            yield from entries_below(entry.path)
+        for entry in here:
+            yield entry
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(entry.path)
 
 
 def remove_temporaries(folder: Path, *, below: bool = True) -> None:

@@ -60,9 +60,9 @@ def is_of_a_qid(folder: Path) -> bool:
     return not any(below.name == "artifacts" or (below / "artifacts").is_dir() for below in inside.iterdir())
 
 
-def was_moved_aside(folder: Path) -> bool:
-    """Whether a q_id's ``folder`` was given a dated name by relfv: no q_id has one."""
-    return REPLACED in folder.name
+def was_moved_aside(name: str) -> bool:
+    """Whether a q_id's folder was given this dated name by relfv: no q_id has one."""
+    return REPLACED in name
 
 
 @dataclass(frozen=True)

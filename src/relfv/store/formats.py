@@ -128,7 +128,11 @@ def sealed(content: dict[str, Any]) -> dict[str, Any]:
 
 def sealed_bytes(content: dict[str, Any]) -> bytes:
     """``json_bytes(sealed(content))``, encoded once."""
-    rest = json_bytes(content)
+    return with_seal(json_bytes(content))
+
+
+def with_seal(rest: bytes) -> bytes:
+    """JSON whose last line is its object's closing brace, with its own hash as the last key."""
     return rest.removesuffix(b"\n}\n") + f',\n  "{SEAL}": "{sha256_bytes(rest)}"\n}}\n'.encode()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,55 +17,73 @@ import orjson
 
 from relfv import ALGORITHM_VERSION, __version__
 from relfv.errors import RelfvError
-from relfv.store.files import write_atomic
-from relfv.store.formats import read_json
+from relfv.store.files import read_bytes, sha256_bytes, write_atomic
+from relfv.store.formats import is_as_sealed, with_seal
 
 log = logging.getLogger(__name__)
 
 FEWEST = 100
-"""q_ids. Fewer are read in no time, so there nothing is kept."""
+"""q_ids. Fewer are read in no time, so of them nothing is kept on disk."""
 _VERSION = f"{__version__}, {ALGORITHM_VERSION}"
 """Of what is kept: others say other things of a q_id."""
 
 
 class Index:
-    """Of a relation's ``folder``. It only saves time: without its file, or where that cannot be written, everything is
-    read again."""
+    """Of a relation's ``folder``. It only saves time: without its file, or where that is damaged or cannot be written,
+    everything is read again."""
 
     def __init__(self, folder: Path, name: str) -> None:
         """``name`` is for what is kept, which JSON must hold."""
         self._path = folder / ".locks" / f".{name}.json"
-        self._known: dict[str, Any] = {}
         self._now: dict[str, Any] = {}
-        try:
-            content = read_json(self._path)
-            if content["version"] == _VERSION:
-                self._known = dict(content["q_ids"])
-        except (RelfvError, KeyError, TypeError, ValueError):
-            pass
 
-    def of(self, q_id: str, files: Iterable[str], make: Callable[[], Any], lasts: Callable[[Any], bool]) -> Any:
-        """What is kept of a q_id, if ``files``, which it is made from, are as they were; else what ``make`` gives, kept
-        where it ``lasts`` while they are."""
-        state = [_state(file) for file in files]  # before they are read
-        known = self._known.get(q_id)
-        value = known[1] if known and known[0] == state else make()
+    @cached_property
+    def _on_disk(self) -> dict[str, Any]:
+        try:
+            data = read_bytes(self._path)
+            content = orjson.loads(data) if is_as_sealed(data) else {}
+            return content["q_ids"] if content.get("version") == _VERSION else {}
+        except (OSError, ValueError):
+            return {}
+
+    def of(self, q_id: str, state: str, make: Callable[[], Any], lasts: Callable[[Any], bool] = lambda _: True) -> Any:
+        """What is kept of a q_id in this ``state_of`` the files that it is made from; else what ``make`` gives, kept
+        where it ``lasts`` while they are so."""
+        known = self.known(q_id, state)
+        value = make() if known is None else known
         if lasts(value):
-            self._now[q_id] = [state, value]
+            self.keep(q_id, state, value)
         return value
 
+    def known(self, q_id: str, state: str) -> Any:
+        """What is kept of it in this state; None if nothing is."""
+        found = self._now.get(q_id) or self._on_disk.get(q_id)
+        return found[1] if found and found[0] == state else None
+
+    def keep(self, q_id: str, state: str, value: Any) -> None:
+        """``state`` is to be taken before the files are read."""
+        self._now[q_id] = [state, value]
+
     def write(self) -> None:
-        """Keep what ``of`` was asked for."""
-        if len(self._now) >= FEWEST and self._now != self._known:
-            try:
-                write_atomic(self._path, orjson.dumps({"version": _VERSION, "q_ids": self._now}))
-            except RelfvError as problem:
-                log.debug("%s", problem)
+        """Keep for the next command what this one asked for."""
+        if len(self._now) < FEWEST or self._now == self._on_disk:
+            return
+        try:
+            content = orjson.dumps({"version": _VERSION, "q_ids": self._now})
+            write_atomic(self._path, with_seal(content.removesuffix(b"}") + b"\n}\n"))
+            self._on_disk = dict(self._now)
+        except RelfvError as problem:
+            log.debug("%s", problem)
 
 
-def _state(file: str) -> list[int] | None:
+def state_of(files: Iterable[str], basis: str = "") -> str:
+    """A hash of what the file system says of ``files``, and of what else a value rests on."""
+    return sha256_bytes(repr((basis, *map(_state, files))).encode())
+
+
+def _state(file: str) -> tuple[int, ...] | None:
     try:
         stat = os.stat(file)  # noqa: PTH116
     except OSError:
         return None
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,18 +37,22 @@ class Unchanged:
     def state(self, q_id: str, asked: str) -> str:
         """A hash of what the file system says of all files of a q_id but logs, and of what was ``asked`` for. To be
         taken before they are read."""
-        top = self._folder / q_id
-        logs = str(top / "logs")
+        top = str(self._folder / q_id)
+        logs = f"{top}/logs/"
         stats = []
         for entry in entries_below(top):
-            if entry.path != logs and not entry.path.startswith(logs + os.sep):
+            path = entry.path
+            if entry.is_dir(follow_symlinks=False):
+                stats.append((path[len(top) :],))  # what is in it is listed itself
+            elif not path.startswith(logs):
                 stat = entry.stat(follow_symlinks=False)
-                stats.append((entry.path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino))
-        return sha256_bytes(repr((asked, sorted((path[len(str(top)) :], *rest) for path, *rest in stats))).encode())
+                stats.append((path[len(top) :], stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino))
+        return sha256_bytes(repr((asked, sorted(stats))).encode())
 
     def holds(self, q_id: str, asked: str) -> bool:
         """Whether a q_id was found to have all that is ``asked`` for, and is as it was then."""
-        return q_id in self._known and self._known[q_id] == self.state(q_id, asked)
+        is_known = q_id in self._known and not (self._folder / q_id).is_symlink()
+        return is_known and self._known[q_id] == self.state(q_id, asked)
 
     def note(self, q_id: str, state: str) -> None:
         """It was found so, in this state."""
