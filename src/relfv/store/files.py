@@ -41,8 +41,8 @@ def write_atomic(path: Path, data: bytes, *, read_only: bool = False) -> Path:
 
 
 def write_together(contents: Mapping[Path, bytes], *, read_only: bool = False) -> list[Path]:
-    """``write_atomic`` of several files of one folder: their contents are on disk before the first of their names, which
-    follow in order, with one fsync of the folder for all.
+    """``write_atomic`` of several files of one folder: all contents are on disk before the first of the names, which
+    follow in order, with one fsync of the folder.
 
     Each file still appears whole or not at all, and all of them survive a power cut once this returns; one that comes
     earlier may outlast some of the later ones.
