@@ -251,7 +251,7 @@ class Effects:
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            if name.startswith("_") or "_arrived" not in self.__dict__:
+            if name not in ("base", "edited", "lengths") or "_arrived" not in self.__dict__:
                 raise AttributeError(f"Effects have no {name!r}")
             self.__dict__.update(vars(self.__dict__["_arrived"]()))
             del self.__dict__["_arrived"]

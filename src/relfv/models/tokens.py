@@ -14,7 +14,7 @@ from typing import Any
 from relfv.errors import InputError
 from relfv.types import Target
 
-_KNOWN = 4096
+_KNOWN = 1024
 """Texts whose ids are kept: a q_id's stages read the same prompts several times."""
 
 
