@@ -13,9 +13,9 @@ from relfv.store.files import (
     remove_temporaries,
     sha256_file,
     write_atomic,
-    write_in_pieces,
     write_together,
 )
+from relfv.store.pieces import write_in_pieces
 
 
 def test_a_file_is_replaced_whole_and_leaves_no_temporary(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def write_together(contents: Mapping[Path, bytes], *, read_only: bool = False) -
     Each file still appears whole or not at all, and all of them survive a power cut once this returns; one that comes
     earlier may outlast some of the later ones.
     """
-    with _replacing([*contents], read_only=read_only) as files:
+    with replacing([*contents], read_only=read_only) as files:
         for file, (path, data) in zip(files, contents.items(), strict=True):
             with explained(path):
                 file.write(data)
@@ -113,44 +113,8 @@ def make_folders(folders: Iterable[Path]) -> None:
         _sync_folder(parent)
 
 
-class InPieces:
-    """A file that is being written, piece after piece."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._digest, self._waiting = file, hashlib.sha256(), bytearray()
-
-    def write(self, data: bytes) -> None:
-        """The next piece."""
-        self._digest.update(data)
-        self._waiting += data
-        if len(self._waiting) >= 1 << 20:
-            self.flush()
-
-    def flush(self) -> None:
-        """Small pieces wait for others."""
-        self._file.write(bytes(self._waiting))
-        self._waiting.clear()
-
-    @property
-    def sha256(self) -> str:
-        """Of all that was written, as hexadecimal digits."""
-        return self._digest.hexdigest()
-
-
 @contextmanager
-def write_in_pieces(paths: Sequence[Path]) -> Iterator[list[InPieces]]:
-    """``write_together`` of one file or more that need not fit into memory: they take the names ``paths``, in order,
-    when this ends without an exception."""
-    with _replacing(paths) as files:
-        pieces = [InPieces(file) for file in files]
-        yield pieces
-        with explained(paths[0].parent):
-            for one in pieces:
-                one.flush()
-
-
-@contextmanager
-def _replacing(paths: Sequence[Path], *, read_only: bool = False) -> Iterator[list[BinaryIO]]:
+def replacing(paths: Sequence[Path], *, read_only: bool = False) -> Iterator[list[BinaryIO]]:
     """Put whole new files in the place of old ones, of one folder. A journal takes what was written before the first
     fsync in one go.
 
