@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -37,3 +38,22 @@ def test_prompts_may_have_different_numbers_of_right_tokens_and_token_0_is_one_l
     assert found[:, 0].correct([[0], [5], [4, 0]]).tolist() == [1, 0, 1]
     with pytest.raises(ValueError, match="2 prompts' right tokens for scores of 3 prompts"):
         found.correct([[0], [1]])
+
+
+def test_effects_to_come_are_waited_for_by_who_first_reads_them_and_once() -> None:
+    scores = TokenScores(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int64))
+    waits: list[int] = []
+
+    def arrived() -> Effects:
+        waits.append(1)
+        return Effects(base=scores[:, 0], edited=scores[:, 1:], per_pass=5, lengths=torch.ones(2, 1))
+
+    effects = Effects.to_come(5, arrived)
+    assert effects.per_pass == 5
+    with pytest.raises(AttributeError, match="no 'edit'"):
+        _ = effects.edit  # type: ignore[attr-defined]
+    assert not waits
+    assert replace(effects, edited=scores[:, 2:]).lengths is effects.lengths
+    assert effects.delta("p").shape == (2, 2)
+    assert len(waits) == 1
+    assert Effects(base=scores[:, 0], edited=scores[:, 1:]).lengths is None

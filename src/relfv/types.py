@@ -5,7 +5,7 @@ Axes: ``trial`` T, ``layer`` L, ``head`` H, ``prompt`` N; everything is read at 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -237,8 +237,25 @@ class Effects:
     """shape (N, C)."""
     per_pass: int = 1
     """Prompts that shared a forward pass. Batch shapes change low-order bits: the same bytes need the same number."""
-    lengths: torch.Tensor | None = None
+    lengths: torch.Tensor | None = field(default_factory=lambda: None)  # no default that ``to_come`` would find
     """Of injections: float32 (N, layer), the length of the untouched hidden state after each of their layers."""
+
+    @staticmethod
+    def to_come(per_pass: int, arrived: Callable[[], Effects]) -> Effects:
+        """Effects that a device still computes: who reads one of their tensors first waits for ``arrived``, and until
+        then the host is free."""
+        effects = object.__new__(Effects)
+        effects.__dict__.update(per_pass=per_pass, _arrived=arrived)
+        return effects
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if name not in ("base", "edited", "lengths") or "_arrived" not in self.__dict__:
+                raise AttributeError(f"Effects have no {name!r}")
+            self.__dict__.update(vars(self.__dict__["_arrived"]()))
+            del self.__dict__["_arrived"]
+            return getattr(self, name)
 
     def delta(self, measure: str) -> np.ndarray:
         """float64 (N, C): the measure, one of MEASURES, with each intervention minus without."""

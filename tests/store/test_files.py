@@ -8,13 +8,14 @@ import pytest
 
 from relfv.errors import RunError
 from relfv.store.files import (
+    make_folders,
     read_bytes,
     remove_temporaries,
     sha256_file,
     write_atomic,
-    write_in_pieces,
     write_together,
 )
+from relfv.store.pieces import write_in_pieces
 
 
 def test_a_file_is_replaced_whole_and_leaves_no_temporary(tmp_path: Path) -> None:
@@ -75,9 +76,12 @@ def test_everything_is_synced_before_a_write_returns_and_content_before_its_name
     assert [(name if name == "new" else "file" if ".tmp" in name else "parent", held) for name, held in seen] == [
         ("parent", ["new"]),
         ("file", []),
-        ("file", ["a"]),
+        ("file", []),  # before the first name is there
         ("new", ["a", "b"]),
     ]
+    seen.clear()
+    make_folders(tmp_path / "step6" / name for name in ("a", "b"))
+    assert seen == [(tmp_path.name, ["new", "step6"]), ("step6", ["a", "b"])]
 
 
 def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,26 @@ def test_a_file_is_parsed_again_when_its_bytes_have_changed_whoever_changed_them
     (tmp_path / "plain.json").unlink()
     with pytest.raises(InputError, match="no such file"):
         folder.read(PLAIN)
+
+
+def test_a_file_that_nobody_touched_is_not_hashed_again_once_its_times_can_tell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, seen = QidFolder(tmp_path, "A1"), list[Path]()
+    path, real = folder.path(PLAIN), Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: seen.append(path) or real(path))
+    folder.write(PLAIN, json_bytes([1]), content=[1])
+    for _ in range(2):  # within a tick of the clock a change would not show
+        assert folder.read(PLAIN) == [1]
+    assert len(seen) == 2
+    time.sleep(0.1)
+    for _ in range(2):
+        assert folder.read(PLAIN) == [1]
+    assert len(seen) == 3
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    path.write_bytes(json_bytes([2]))
+    os.utime(path, ns=times)  # who sets a file's time back cannot set back when that was done
+    assert folder.read(PLAIN) == [2]
 
 
 def test_a_file_may_lie_elsewhere(tmp_path: Path) -> None:

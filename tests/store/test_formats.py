@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import re
@@ -39,6 +40,16 @@ def test_json_refuses_what_json_cannot_say(value: float) -> None:
         json_bytes({"a": value})
     with pytest.raises(ValueError):
         jsonl_bytes([{"a": value}])
+
+
+def test_json_is_what_pythons_own_encoder_makes_of_it() -> None:
+    """Another encoder writes the same numbers in other digits: where an exponent begins, and how it is written."""
+    numbers = [sign * 1.2345678901234567 * 10.0**power for power in range(-320, 308) for sign in (1, -1)]
+    numbers += [10.0**power for power in range(-8, 25)] + [-0.0, 2**63, 2**64 - 1, 2**70, True, None, np.float64(1e-5)]
+    words = ["1e5", "a: 1e-5", "1e-5,\n", '"\\\x7f\x1f\u2028', "é😀"]
+    document = {"numbers": numbers, "words": dict.fromkeys(words, words), 7: [], "nothing": {}, "pair": (1e-5, 1)}
+    for some in (document, *document.values(), *numbers):
+        assert json_bytes(some) == (json.dumps(some, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 @pytest.mark.parametrize(("content", "words"), [(None, "no such file"), ("{", "cannot be read as JSON")])

@@ -189,6 +189,10 @@ class Engine(Protocol):
         """
         ...
 
+    def prepare(self, prompts: Prompts) -> None:
+        """Begin what passes over ``prompts`` that are asked for later have in common, if there is something."""
+        ...
+
     def over_likeliest_tokens(self) -> Engine:
         """Itself, or an engine that reads edited passes out over fewer tokens, faster where a CPU has a large
         vocabulary: for many edits that each matter little."""
@@ -199,9 +203,11 @@ class Engine(Protocol):
         ...
 
 
-def sent(numbers: Sequence[Any], device: torch.device) -> torch.Tensor:
-    """Whole numbers as a tensor on ``device``, without waiting for what is queued there."""
-    tensor = torch.tensor(numbers)
+def sent(values: Sequence[Any] | Array, device: torch.device) -> torch.Tensor:
+    """``values`` as a tensor on ``device``, without waiting for what is queued there."""
+    tensor = torch.as_tensor(values)
+    if tensor.device.type != "cpu":
+        return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
@@ -212,13 +218,13 @@ def values_of(replacement: Array | None, heads: Sequence[HeadId], device: torch.
     values = torch.as_tensor(replacement)
     if values.dim() == 3:
         values = values[[head.layer for head in heads], [head.head for head in heads]]
-    return values.to(device)
+    return sent(values, device)
 
 
 def in_parts(vectors: Vectors, device: torch.device) -> list[torch.Tensor]:
     """``vectors`` as parts, on ``device``."""
     parts = [vectors[None, None]] if isinstance(vectors, torch.Tensor | np.ndarray) else vectors
-    return [torch.as_tensor(part).to(device) for part in parts]
+    return [sent(part, device) for part in parts]
 
 
 def of_layer_and_prompts(parts: Sequence[torch.Tensor], layer: int, prompts: slice) -> torch.Tensor:

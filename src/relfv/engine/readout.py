@@ -32,14 +32,20 @@ def scores_of(backbone: Backbone, hidden: torch.Tensor, targets: Sequence[int]) 
 def on_the_way(scores: TokenScores) -> Callable[[], TokenScores]:
     """Send ``scores`` to the CPU: -> a function that gives them once they are there, however much is queued on the
     device after them."""
-    device = scores.logit.device
-    logit, logprob, top = (x.to("cpu", non_blocking=True) for x in (scores.logit, scores.logprob, scores.top_id))
+    there = sent_back(scores.logit, scores.logprob, scores.top_id)
+    return lambda: TokenScores(*there())
+
+
+def sent_back(*tensors: torch.Tensor) -> Callable[[], Sequence[torch.Tensor]]:
+    """The same of tensors of one device."""
+    device = tensors[0].device
+    sent = [tensor.to("cpu", non_blocking=device.type == "cuda") for tensor in tensors]
     there = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
-    def arrived() -> TokenScores:
+    def arrived() -> Sequence[torch.Tensor]:
         if there:
             there.synchronize()
-        return TokenScores(logit=logit, logprob=logprob, top_id=top)
+        return sent
 
     return arrived
 

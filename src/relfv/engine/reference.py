@@ -269,6 +269,9 @@ class ReferenceEngine:
         effects, size = shrinking(per_pass or min(_VERSIONS_A_PASS, len(versions)), run)
         return replace(effects, per_pass=size)
 
+    def prepare(self, prompts: Prompts) -> None:
+        """Nothing: whole passes share nothing."""
+
     def over_likeliest_tokens(self) -> ReferenceEngine:
         """Itself: whole passes cost more than the vocabulary."""
         return self

@@ -18,7 +18,6 @@ copy 0 + vector. The model's own modules do all the work, driven by hooks; what 
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -44,7 +43,7 @@ from relfv.engine.base import (
 from relfv.engine.hooks import editing_inputs, editing_outputs
 from relfv.engine.memory import shrinking
 from relfv.engine.prefix import KeptPrefix
-from relfv.engine.readout import joined, on_the_way, scores_of
+from relfv.engine.readout import joined, on_the_way, scores_of, sent_back
 from relfv.engine.reference import ReferenceEngine
 from relfv.engine.together import editing_together
 from relfv.errors import RunError
@@ -103,7 +102,8 @@ class SharedPrefixEngine:
             per_pass,
             lambda some: _residual_additions(self.backbone, layers, parts, some, lengths[some]),
         )
-        return replace(effects, lengths=lengths.cpu())
+        there = sent_back(lengths)
+        return Effects.to_come(effects.per_pass, lambda: replace(effects, lengths=there()[0]))
 
     def edit_together(self, prompts: Prompts, versions: Sequence[Together], *, per_pass: int | None = None) -> Effects:
         if self.backbone.depends_on_company(prompts.ids):
@@ -111,6 +111,11 @@ class SharedPrefixEngine:
         return self.finer()._in_chunks(
             prompts, len(versions), per_pass, lambda some: _versions(self.backbone, versions, some)
         )
+
+    def prepare(self, prompts: Prompts) -> None:
+        if not self.backbone.depends_on_company(prompts.ids):
+            with self.backbone.running():
+                self.kept.of(self.backbone, prompts.ids)
 
     def over_likeliest_tokens(self) -> SharedPrefixEngine:
         backbone = self.backbone.over_likeliest_tokens()
@@ -132,23 +137,25 @@ class SharedPrefixEngine:
         per_pass: int | None,
         edit: Callable[[slice], AbstractContextManager[None]],
     ) -> Effects:
-        """Run ``per_pass`` prompts at a time, or as many as fit."""
+        """Run ``per_pass`` prompts at a time, or as many as fit. The last passes are not waited for."""
 
-        def attempt(size: int) -> list[TokenScores]:
-            done: list[TokenScores] = []
-            begun: deque[Callable[[], TokenScores]] = deque()
+        def attempt(size: int) -> list[Callable[[], TokenScores]]:
+            begun: list[Callable[[], TokenScores]] = []
             together = self._prompts_a_prefix(prompts.ids, n_edits, size)
             for part in prompt_chunks(len(prompts), size):
-                begun.append(on_the_way(self._pass(prompts, part, together, n_edits, edit(part))))
                 # While one card computes on the end of a pass, the one before it begins the next.
                 if len(begun) > self._passes_at_once():
-                    done.append(begun.popleft()())
-            return [*done, *(arrived() for arrived in begun)]
+                    begun[-1 - self._passes_at_once()]()
+                begun.append(on_the_way(self._pass(prompts, part, together, n_edits, edit(part))))
+            return begun
+
+        def arrived() -> Effects:
+            together = joined([scores() for scores in begun])
+            return Effects(base=together[:, 0], edited=together[:, 1:], per_pass=size)
 
         size = min(len(prompts), per_pass or self._prompts_that_fit(prompts.ids, n_edits))
-        scores, size = shrinking(size, attempt, release=self.kept.forget)
-        together = joined(scores)
-        return Effects(base=together[:, 0], edited=together[:, 1:], per_pass=size)
+        begun, size = shrinking(size, attempt, release=self.kept.forget)
+        return Effects.to_come(size, arrived)
 
     def _pass(
         self,
@@ -224,7 +231,7 @@ def _head_patches(
 
     def patcher(layer: int, numbers: list[int], part: slice) -> Callable[[torch.Tensor], torch.Tensor]:
         place = backbone.device_of(layer)
-        index = torch.tensor(numbers, device=place)
+        index = sent(numbers, place)
         given = None if values is None else values[part].to(place)
 
         def patch(z: torch.Tensor) -> torch.Tensor:

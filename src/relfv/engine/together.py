@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-from relfv.engine.base import Backbone, Together
+from relfv.engine.base import Backbone, Together, sent
 from relfv.engine.hooks import editing_inputs, editing_outputs
 from relfv.models.mlps import mlps_of
 
@@ -47,9 +47,9 @@ def _setting(backbone: Backbone, versions: Sequence[Together], layer: int, promp
         return None
     # Many versions may set different heads to the same values, which are large and are held for all layers: held once.
     place, distinct = backbone.device_of(layer), {id(v.values): v.values for v in versions}
-    which = torch.tensor([[*distinct].index(id(v.values)) for v in versions], device=place)
+    which = sent([[*distinct].index(id(v.values)) for v in versions], place)
     values = _of_layer([*distinct.values()], layer, prompts, torch.zeros(n_heads, head_dim))
-    chosen, values = chosen[..., None].to(place), values.to(place)
+    chosen, values = sent(chosen[..., None], place), sent(values, place)
 
     def edit(z: torch.Tensor) -> torch.Tensor:
         by_head = z.unflatten(-1, (n_heads, head_dim))
@@ -64,10 +64,11 @@ def _setting_mlp(backbone: Backbone, versions: Sequence[Together], layer: int, p
     if all(v.mlps is None for v in versions):
         return None
     alone = torch.full((backbone.arch.resid_dim,), torch.nan)
-    values = _of_layer([v.mlps for v in versions], layer, prompts, alone).to(backbone.device)
-    is_set = ~values.isnan()
-    if not is_set.any():
+    values = _of_layer([v.mlps for v in versions], layer, prompts, alone)
+    if values.isnan().all():
         return None
+    values = sent(values, backbone.device)
+    is_set = ~values.isnan()
 
     def edit(written: torch.Tensor) -> torch.Tensor:
         return torch.cat([written[:, :1], torch.where(is_set, values.to(written.dtype), written[:, 1:])], dim=1)
@@ -82,7 +83,7 @@ def _removing(backbone: Backbone, versions: Sequence[Together], layer: int, prom
     removed = _of_layer([v.removed for v in versions], layer, prompts, torch.zeros(backbone.arch.resid_dim))
     if not removed.any():
         return None
-    removed = removed.to(backbone.device)
+    removed = sent(removed, backbone.device)
 
     def edit(hidden: torch.Tensor) -> torch.Tensor:
         # Products and sums of float32, not a matrix product: on a GPU that would be TF32.
@@ -101,7 +102,8 @@ def _adding(backbone: Backbone, versions: Sequence[Together], layer: int, prompt
     added = _of_layer([*given.values()], layer, prompts, torch.zeros(backbone.arch.resid_dim))
     if not added.any():
         return None
-    added, copies = added.to(backbone.device_of(layer)), torch.tensor([*given], device=backbone.device_of(layer))
+    place = backbone.device_of(layer)
+    added, copies = sent(added, place), sent([*given], place)
 
     def edit(hidden: torch.Tensor) -> torch.Tensor:
         return hidden.index_add(1, copies, added.to(hidden.dtype).expand(len(hidden), -1, -1))

@@ -14,6 +14,9 @@ from typing import Any
 from relfv.errors import InputError
 from relfv.types import Target
 
+_KNOWN = 1024
+"""Texts whose ids are kept: a q_id's stages read the same prompts several times."""
+
 
 class Tokens:
     """A tokenizer, used as relfv needs it."""
@@ -23,6 +26,7 @@ class Tokens:
         self.tokenizer = tokenizer
         self._n_embeddings = n_embeddings
         self._texts: dict[int, str] = {}
+        self._known: dict[tuple[str, bool], list[int]] = {}
         others = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token]
         unknown = None if tokenizer.unk_token in others else tokenizer.unk_token
         self._special = [text for text in tokenizer.all_special_tokens if text.strip() and text != unknown]
@@ -118,6 +122,13 @@ class Tokens:
         return ids[: len(ids) - self._n_suffix] if self._n_suffix else ids
 
     def _ids(self, text: str, *, special: bool) -> list[int]:
+        if (text, special) not in self._known:
+            if len(self._known) >= _KNOWN:
+                self._known.clear()
+            self._known[text, special] = self._made(text, special=special)
+        return list(self._known[text, special])
+
+    def _made(self, text: str, *, special: bool) -> list[int]:
         ids = list(self.tokenizer(text, add_special_tokens=special).input_ids)
         # On a GPU, the look-up of an id that is too large would end the whole process.
         if self._n_embeddings is not None and max(ids, default=0) >= self._n_embeddings:

@@ -17,17 +17,16 @@ from relfv.report.page import relations_of
 from relfv.report.table import statuses_in
 from relfv.report.tables import READ, WRITTEN, Row, columns_of, rows_of
 from relfv.store.files import (
-    InPieces,
     require_no_links,
     sha256_bytes,
     sha256_file,
     write_atomic,
-    write_in_pieces,
 )
 from relfv.store.folder import QidFolder
 from relfv.store.formats import csv_bytes, csv_cell, read_json, sealed_bytes, unsealed
 from relfv.store.index import state_of
 from relfv.store.locks import sole_writer
+from relfv.store.pieces import InPieces, write_in_pieces
 from relfv.store.status import QidStatus
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from relfv.stages.step6 import injections
 from relfv.stages.zeroshot import evaluated_prompts
 from relfv.store.folder import File
 from relfv.store.formats import finite, read_tensors, tensor_bytes
-from relfv.types import FunctionVector, HeadId, MeanActivations
+from relfv.types import Effects, FunctionVector, HeadId, MeanActivations, Prompts
 
 if TYPE_CHECKING:
     import torch
@@ -191,27 +191,42 @@ AT_ONCE = {
 """By name."""
 
 
-def edit_at_once(work: Work, ground: Ground) -> dict[str, Any]:
-    """Make all of them, those of the same read-out in one pass -> their numbers, for controls.json."""
-    prompts, exact = work.once(evaluated_prompts), work.model.engine
-    brief = exact.over_likeliest_tokens()
-    names: dict[str, list[str]] = {}
-    versions: dict[str, list[Together]] = {}
+def versions_at_once(work: Work, ground: Ground) -> dict[str, tuple[list[str], list[Together]]]:
+    """All of them by pass, those of the same read-out in one, with the name of each."""
+    exact, brief = work.model.engine, work.model.engine.over_likeliest_tokens()
+    made: dict[str, tuple[list[str], list[Together]]] = {}
     for name, kind in AT_ONCE.items():
         a_pass = "step6_at_once_draws" if kind.many and brief is not exact else "step6_at_once"
-        made = kind.versions(ground, work.settings.alpha)
-        names.setdefault(a_pass, []).extend([name] * len(made))
-        versions.setdefault(a_pass, []).extend(made)
-    numbers: dict[str, Any] = {}
-    by_prompt: dict[str, Any] = {}
-    for a_pass, some in versions.items():
+        names, versions = made.setdefault(a_pass, ([], []))
+        some = kind.versions(ground, work.settings.alpha)
+        names.extend([name] * len(some))
+        versions.extend(some)
+    return made
+
+
+def edit_at_once(
+    work: Work, versions: Mapping[str, tuple[list[str], list[Together]]]
+) -> list[tuple[list[str], Effects]]:
+    """Each pass's names and effects."""
+    prompts, exact = work.once(evaluated_prompts), work.model.engine
+    done = []
+    for a_pass, (names, some) in versions.items():
         if some:
-            engine = exact if a_pass == "step6_at_once" else brief
+            engine = exact if a_pass == "step6_at_once" else exact.over_likeliest_tokens()
             effects = engine.edit_together(prompts, some, per_pass=work.trials_per_pass.get(a_pass))
             work.trials_per_pass[a_pass] = effects.per_pass
-            numbers |= judge_vectors(effects, prompts, names[a_pass])["per_layer"]["0"]
-            of_prompts = mean_over_draws(effects, names[a_pass])
-            by_prompt |= {name: [finite(p) for p in of_name[:, 0]] for name, of_name in of_prompts.items()}
+            done.append((names, effects))
+    return done
+
+
+def judge_at_once(done: Iterable[tuple[list[str], Effects]], prompts: Prompts) -> dict[str, Any]:
+    """Their numbers, for controls.json."""
+    numbers: dict[str, Any] = {}
+    by_prompt: dict[str, Any] = {}
+    for names, effects in done:
+        numbers |= judge_vectors(effects, prompts, names)["per_layer"]["0"]
+        of_prompts = mean_over_draws(effects, names)
+        by_prompt |= {name: [finite(p) for p in of_name[:, 0]] for name, of_name in of_prompts.items()}
     return {"meaning": {name: AT_ONCE[name].meaning for name in numbers}, "numbers": numbers, "by_prompt": by_prompt}
 
 

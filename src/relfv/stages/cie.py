@@ -15,7 +15,7 @@ import numpy as np
 from relfv.errors import InputError, RunError
 from relfv.settings import MODEL_SETTINGS, Settings, parse_index_list
 from relfv.stages.means import MEANS
-from relfv.stages.noise_floor import NOISE_FLOOR, measure_noise_floor, noise_floor_document
+from relfv.stages.noise_floor import N_TRIALS, NOISE_FLOOR, measure_noise_floor, noise_floor_document
 from relfv.stages.scores import AIE, CIE, aie_bytes, cie_bytes, rank_heads, score_heads
 from relfv.stages.stage import Finding, Stage, Work
 from relfv.stages.trials import TRIALS
@@ -143,6 +143,7 @@ def _sweep(work: Work) -> str:
     prompts = work.once(corrupted_prompts)
     known = work.trials_per_pass.get("stepD_cie")
     effects = head_effects(model, prompts, means, heads_to_sweep(model, settings), trials_per_pass=known)
+    model.engine.prepare(prompts[:N_TRIALS])  # for the noise floor, while a GPU computes the sweep
     scored = score_heads(effects, means, prompts.clusters)
     ranked = rank_heads(scored, settings.score_key)
     deltas = TrialDeltas(effects.heads, {m: effects.effects.delta(m) for m in MEASURES})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from relfv.settings import MODEL_SETTINGS
-from relfv.stages.as_written import FV_AS_WRITTEN, describe, edit_at_once, parts_add_up
+from relfv.stages.as_written import FV_AS_WRITTEN, describe, edit_at_once, judge_at_once, parts_add_up, versions_at_once
 from relfv.stages.cie import METRICS
 from relfv.stages.control_vectors import CONTROLS, Ground, candidate_vectors, compared_layers
 from relfv.stages.function_vector import FV, TOP_HEADS, heads_of
@@ -48,7 +48,10 @@ def _compare(work: Work) -> str:
     model, settings, prompts = work.model, work.settings, work.once(evaluated_prompts)
     ground = ground_of(work, prompts.clusters)
     own = Tried(work.once(injections).effects, range(model.arch.n_layers), ["fv"])
+    # What vectors are made of is projected on the model's device, which would wait for passes that are queued there.
+    described, versions = describe(work, ground), versions_at_once(work, ground)
     found, norms = _try_all(work, ground)
+    at_once = edit_at_once(work, versions)
     tried, names = [own, *found], [name for name in CONTROLS if name in norms]
     document = {
         "q_id": work.q_id,
@@ -65,9 +68,9 @@ def _compare(work: Work) -> str:
             name: settings.alpha * norm for name, norm in {"fv": float(ground.fv.norm()), **norms}.items()
         },
         "notes": list(model.arch.notes),
-        **describe(work, ground),
+        **described,
         **judge_candidates(tried, prompts, ground.clean, ground.trial_queries, measure_of(settings.score_key)),
-        "at_once": edit_at_once(work, ground),
+        "at_once": judge_at_once(at_once, prompts),
     }
     work.write(CONTROLS_FILE, json_bytes(document), content=document)
     n_passes = sum(len(some.names) * len(some.layers) for some in found)
@@ -85,9 +88,9 @@ def _try_all(work: Work, ground: Ground) -> tuple[list[Tried], dict[str, float]]
         kind = "step6_draws" if control.many and brief is not exact else "step6_controls"
         kind = "step6_held_out" if control.at_all_layers else "step6_rivals" if control.rival_of else kind
         passes.setdefault((kind, control.rival_of), []).append(name)
+    made = {a_pass: candidate_vectors(ground, names) for a_pass, names in passes.items()}
     tried, norms = [], {}
-    for (kind, rival_of), names in passes.items():
-        candidates = candidate_vectors(ground, names)
+    for (kind, rival_of), candidates in made.items():
         if not candidates.names:
             continue
         layers = range(n_layers) if kind == "step6_held_out" else few

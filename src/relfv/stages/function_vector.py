@@ -117,7 +117,11 @@ def _build(work: Work) -> str:
     scored = work.read(CIE)
     require_score(scored, settings.score_key, folder.path(CIE))
     top = select_heads(rank_heads(scored, settings.score_key), settings.topk)
-    heads = _judged(work, top)
+    fv = build_function_vector(model.arch, work.read(MEANS), [head.id for head in top])
+    injections = inject_at_every_layer(
+        model, work.once(corrupted_prompts), fv.total, settings.alpha, trials_per_pass=work.trials_per_pass.get("stepE")
+    )
+    heads = _judged(work, top)  # while a GPU computes the injections
     called = [head["distinguishable"] for head in heads if "distinguishable" in head]
     of_calls = evidence_of_list(top, called, len(scored), work.read(TRIALS).clusters) if called else {}
     shared: dict[str, Any] = {
@@ -128,12 +132,8 @@ def _build(work: Work) -> str:
         **of_calls,
         "q_id": work.q_id,
     }
-    fv = build_function_vector(model.arch, work.read(MEANS), [head.id for head in top])
     work.write(TOP_HEADS, json_bytes({"meta": shared, "heads": heads}))
     norm = _write_vector(work, fv, shared)
-    injections = inject_at_every_layer(
-        model, work.once(corrupted_prompts), fv.total, settings.alpha, trials_per_pass=work.trials_per_pass.get("stepE")
-    )
     work.write(STEP_E_EVAL, json_bytes(_quick_check(work, injections)))
     work.trials_per_pass["stepE"] = injections.effects.per_pass
     said = f"{len(top)} heads in {len(fv.by_layer)} layers, |FV| {norm:.2f}"

@@ -15,6 +15,7 @@ from relfv.stages.function_vector import FV
 from relfv.stages.injection import TOKEN_RULE, Injections, inject_at_every_layer, length, summarize
 from relfv.stages.stage import Finding, Stage, Work
 from relfv.stages.zeroshot import ZERO_SHOT_TRIALS, evaluated, evaluated_prompts
+from relfv.store.files import make_folders
 from relfv.store.folder import File, QidFolder
 from relfv.store.formats import json_bytes, jsonl_bytes, read_json, read_jsonl
 from relfv.store.status import QidStatus
@@ -40,6 +41,7 @@ def locate_results(folder: QidFolder, model: str, layer: int, n_eval: int) -> Pa
 def _write(work: Work, layer: int, *, results: Any, summary: Any, rows: Sequence[Any], meta: Any) -> None:
     """The four files of one layer; the results file, which the summary looks for, last."""
     folder = work.folder
+    work.once(_make_folders)
     folder.write_together(
         {
             folder.path(EVAL_SUMMARY, layer): json_bytes(summary),
@@ -48,6 +50,11 @@ def _write(work: Work, layer: int, *, results: Any, summary: Any, rows: Sequence
             locate_results(folder, work.model.name, layer, len(rows)): json_bytes(results),
         }
     )
+
+
+def _make_folders(work: Work) -> None:
+    """Those of all layers, with one wait for the disk."""
+    make_folders(work.folder.path(EVAL_META, layer).parent for layer in work.layers)
 
 
 # --- the stage -----------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import logging
 import os
 import secrets
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -41,20 +41,17 @@ def write_atomic(path: Path, data: bytes, *, read_only: bool = False) -> Path:
 
 
 def write_together(contents: Mapping[Path, bytes], *, read_only: bool = False) -> list[Path]:
-    """``write_atomic`` of several files of one folder, in order, with one fsync of the folder for all their names.
+    """``write_atomic`` of several files of one folder: all contents are on disk before the first of the names, which
+    follow in order, with one fsync of the folder.
 
     Each file still appears whole or not at all, and all of them survive a power cut once this returns; one that comes
     earlier may outlast some of the later ones.
     """
-    (folder,) = {path.parent for path in contents}
-    with explained(folder):
-        make_folder(folder)
-    for path, data in contents.items():
-        with explained(path):
-            _again(lambda path=path, data=data: _replace(path, data, read_only=read_only))
-    with explained(folder):
-        _sync_folder(folder)
-    return list(contents)
+    with replacing([*contents], read_only=read_only) as files:
+        for file, (path, data) in zip(files, contents.items(), strict=True):
+            with explained(path):
+                file.write(data)
+    return [*contents]
 
 
 _REMEDIES = {
@@ -101,76 +98,60 @@ def move_aside(path: Path, folder: Path | None = None) -> Path:
 
 def make_folder(folder: Path) -> None:
     """Create ``folder``; a new folder's own name must survive a power cut too, so its parent is synced."""
-    if folder.is_dir():
-        return
-    make_folder(folder.parent)
-    folder.mkdir(exist_ok=True)
-    _sync_folder(folder.parent)
+    make_folders([folder])
 
 
-class InPieces:
-    """A file that is being written, piece after piece."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._digest, self._waiting = file, hashlib.sha256(), bytearray()
-
-    def write(self, data: bytes) -> None:
-        """The next piece."""
-        self._digest.update(data)
-        self._waiting += data
-        if len(self._waiting) >= 1 << 20:
-            self.flush()
-
-    def flush(self) -> None:
-        """Small pieces wait for others."""
-        self._file.write(bytes(self._waiting))
-        self._waiting.clear()
-
-    @property
-    def sha256(self) -> str:
-        """Of all that was written, as hexadecimal digits."""
-        return self._digest.hexdigest()
+def make_folders(folders: Iterable[Path]) -> None:
+    """The same of several, with one fsync for those of one parent."""
+    new = [folder for folder in folders if not folder.is_dir()]
+    parents = {folder.parent: None for folder in new}
+    for parent in parents:
+        make_folder(parent)
+    for folder in new:
+        folder.mkdir(exist_ok=True)
+    for parent in parents:
+        _sync_folder(parent)
 
 
 @contextmanager
-def write_in_pieces(paths: Sequence[Path]) -> Iterator[list[InPieces]]:
-    """``write_together`` of one file or more that need not fit into memory: they take the names ``paths``, in order,
-    when this ends without an exception."""
-    folder = paths[0].parent
+def replacing(paths: Sequence[Path], *, read_only: bool = False) -> Iterator[list[BinaryIO]]:
+    """Put whole new files in the place of old ones, of one folder. A journal takes what was written before the first
+    fsync in one go.
+
+    A temporary's name is random: processes of two containers or hosts can have the same number.
+    """
+    (folder,) = {path.parent for path in paths}
     with explained(folder):
         make_folder(folder)
-        with ExitStack() as stack:
-            files = [stack.enter_context(_replacing(path, read_only=False)) for path in reversed(paths)]
-            pieces = [InPieces(file) for file in reversed(files)]
-            yield pieces
-            for one in pieces:
-                one.flush()
+    temporaries = {path: folder / f"{_TEMP_PREFIX}{secrets.token_hex(8)}{_TEMP_SUFFIX}" for path in paths}
+    try:
+        with ExitStack() as opened:
+            files: list[BinaryIO] = []
+            for path, temporary in temporaries.items():
+                opened.enter_context(explained(path))  # to close a file writes what a full disk did not take before
+                files.append(opened.enter_context(_new(temporary, read_only=read_only)))
+            yield files
+            for path, file in zip(paths, files, strict=True):
+                with explained(path):
+                    file.flush()
+            for path, file in zip(paths, files, strict=True):
+                with explained(path):
+                    _again(lambda file=file: os.fsync(file.fileno()))
+        for path, temporary in temporaries.items():
+            with explained(path):
+                temporary.replace(path)
+    except BaseException:  # an interrupt, too, must not leave half a file about
+        for temporary in temporaries.values():
+            with suppress(OSError):
+                temporary.unlink()
+        raise
+    with explained(folder):
         _sync_folder(folder)
 
 
-def _replace(path: Path, data: bytes, *, read_only: bool) -> None:
-    with _replacing(path, read_only=read_only) as file:
-        file.write(data)
-
-
-@contextmanager
-def _replacing(path: Path, *, read_only: bool) -> Iterator[BinaryIO]:
-    """Put the whole new file in the place of the old one, its content on disk before its name.
-
-    The temporary's name is random: processes of two containers or hosts can have the same number.
-    """
-    temporary = path.with_name(f"{_TEMP_PREFIX}{secrets.token_hex(8)}{_TEMP_SUFFIX}")
-    try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444 if read_only else 0o666)
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:  # an interrupt, too, must not leave half a file about
-        with suppress(OSError):
-            temporary.unlink()
-        raise
+def _new(path: Path, *, read_only: bool) -> BinaryIO:
+    mode = 0o444 if read_only else 0o666
+    return os.fdopen(_again(lambda: os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)), "wb")
 
 
 def require_folder(folder: Path, flag: str) -> None:

@@ -4,6 +4,7 @@ lock."""
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from relfv.store.locks import lock
 
 T = TypeVar("T")
 _WAIT_S = 60.0
+_SETTLED_NS = 50_000_000
+"""A file that was changed this recently may change again within the same tick of the file system's clock."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,8 @@ class QidFolder:
     """By path the hash and the content of what was read or written last: several stages read the same files."""
     _digests: dict[Path, str] = field(default_factory=dict, repr=False, compare=False)
     """By path the hash of the bytes that were written or read last."""
+    _states: dict[Path, tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)
+    """By path what the file system said of it when that hash was taken; nothing if it had just been written."""
     _located: dict[tuple[File[Any], int | None], Path] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -116,14 +121,23 @@ class QidFolder:
     def read_at(self, path: Path, file: File[T]) -> T:
         """The same of a ``path`` that is ``file``."""
         try:
-            digest = sha256_bytes(read_bytes(path))
+            digest = self._digest(path)
         except OSError:
             return file.read(path)  # which says what is wrong
-        self._digests[path] = digest
         known = self._parsed.get(path)
         if known is None or known[0] != digest:
             known = self._parsed[path] = digest, file.read(path)
         return known[1]
+
+    def _digest(self, path: Path) -> str:
+        """The hash of a file, which is not read again while its size, times and inode are those of the last time."""
+        status = path.stat()
+        state = status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+        if self._states.get(path) != state:
+            is_settled = time.time_ns() - max(state[1:3]) > _SETTLED_NS
+            self._digests[path] = sha256_bytes(read_bytes(path))
+            self._states[path] = state if is_settled else ()
+        return self._digests[path]
 
     def write(self, file: File[T], data: bytes, *, read_only: bool = False, content: T | None = None) -> None:
         """Write ``file`` whole or not at all; ``content`` is what its reader would make of ``data``, where that is at
@@ -140,7 +154,8 @@ class QidFolder:
     def write_together(self, contents: Mapping[Path, bytes], *, read_only: bool = False) -> None:
         """Write several files of one folder, in order, each whole or not at all."""
         write_together(contents, read_only=read_only)
-        self._digests.update((path, sha256_bytes(data)) for path, data in contents.items())
+        for path, data in contents.items():
+            self._digests[path], self._states[path] = sha256_bytes(data), ()
 
     def hashes(self, paths: Iterable[Path]) -> dict[str, str]:
         """Path relative to ``artifacts/`` -> sha256, of the bytes that this process has written or read there, which

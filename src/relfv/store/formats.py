@@ -11,6 +11,7 @@ import io
 import json
 import math
 import pickle
+import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,10 +24,20 @@ import orjson
 from relfv.errors import InputError, RelfvError, RunError
 from relfv.store.files import read_bytes, sha256_bytes
 
+_INDENTED = orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY
+_SMALL_OR_LARGE = re.compile(rb"(\A| )(-?(?:0\.0000\d+|\d[\d.]*e-?\d+))(?=,?\n)")
+
 
 def json_bytes(value: Any) -> bytes:
     """Indented UTF-8 JSON in reading order; NaN and infinities are refused, since JSON has none."""
-    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    try:
+        data = orjson.dumps(value, option=_INDENTED)
+    except TypeError:  # keys that are numbers, numbers of more than 64 bits
+        return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    if b"null" in data:  # may have been NaN
+        json.dumps(value, allow_nan=False)
+    # A line that ends in a digit is a number's. Very small and large ones as Python writes them: 1e-05, not 0.00001.
+    return _SMALL_OR_LARGE.sub(lambda found: found[1] + repr(float(found[2])).encode(), data)
 
 
 def jsonl_bytes(rows: Iterable[Mapping[str, Any]]) -> bytes:
