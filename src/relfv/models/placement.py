@@ -280,6 +280,11 @@ def bytes_of_prompt(arch: Architecture, n_edits: int, length: int = _TOKENS) -> 
     return 4 * (rows * per_row + 3 * rows * arch.n_heads * length)
 
 
+def bytes_waiting(arch: Architecture, n_edits: int) -> int:
+    """What the copies of one prompt take between two blocks."""
+    return 4 * (1 + n_edits) * arch.resid_dim
+
+
 def bytes_of_token(config: Any, arch: Architecture) -> int:
     """At most what keys and values of one token take in all layers."""
     kv_heads = getattr(text_config(config), "num_key_value_heads", None) or arch.n_heads
