@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import islice
+from itertools import groupby
 
 import torch
 
@@ -180,8 +180,8 @@ class SharedPrefixEngine:
         n_edits: int,
         edit: Callable[[slice], AbstractContextManager[None]],
     ) -> list[TokenScores]:
-        """Passes over ``size`` prompts each, those of ``together`` prompts and the pass over their prefixes in step."""
-        n_layers, groups = self.backbone.arch.n_layers, list(slices(len(prompts), together))
+        """Passes over ``size`` prompts each, in step; so is the pass over the prefixes, which are made ``together``."""
+        n_layers, most = self.backbone.arch.n_layers, max(size, self._prompts_in_step(n_edits) // size * size)
 
         def prompts_worth(step: tuple[slice, int]) -> int:
             """Progress: after layer l there are l times as many copies as after the first."""
@@ -189,31 +189,34 @@ class SharedPrefixEngine:
             n, of_all = group.stop - group.start, n_layers * (n_layers + 1)
             return n * (layer + 1) * (layer + 2) // of_all - n * layer * (layer + 1) // of_all
 
-        steps = counted([(group, layer) for group in groups for layer in range(n_layers)], prompts_worth)
+        groups = (slices(prefixes.stop, most, prefixes.start) for prefixes in slices(len(prompts), together))
+        steps = [(group, layer) for some in groups for group in some for layer in range(n_layers)]
         begun = []
-        for group in groups:
-            layers = (layer for _, layer in islice(steps, n_layers))
-            begun += self._in_step(prompts, [*slices(group.stop, size, group.start)], layers, n_edits, edit)
+        for group, some in groupby(counted(steps, prompts_worth), lambda step: step[0]):
+            layers, first = (layer for _, layer in some), group.start // together * together
+            prefixes, parts = slice(first, first + together), [*slices(group.stop, size, group.start)]
+            begun += self._in_step(prompts, prefixes, parts, layers, n_edits, edit)
         return [arrived() for arrived in begun]
 
     def _in_step(
         self,
         prompts: Prompts,
+        together: slice,
         parts: Sequence[slice],
         layers: Iterable[int],
         n_edits: int,
         edit: Callable[[slice], AbstractContextManager[None]],
     ) -> list[Callable[[], TokenScores]]:
-        """A pass over each of ``parts``, which follow one another, and if need be one over their prefixes before them,
+        """A pass over each of ``parts``, and if need be one over the prefixes of the prompts ``together`` before them,
         through each of the ``layers`` in turn. -> their scores, on the way."""
         backbone, streaming = self.backbone, self.backbone.streaming
         assert streaming
-        ids = prompts.ids[parts[0].start : parts[-1].stop]
+        ids = prompts.ids[together]
         with ExitStack() as stack:
             stack.enter_context(backbone.running())
             prefixes = self.kept.found(ids) or Prefill(backbone, ids)
             making = prefixes if isinstance(prefixes, Prefill) else None
-            passes = [self._waiting(prompts, part, parts[0].start, prefixes) for part in parts]
+            passes = [self._waiting(prompts, part, together.start, prefixes) for part in parts]
             for one, part in zip(passes, parts, strict=True):
                 with turn_of(one):
                     stack.enter_context(edit(part))
@@ -273,10 +276,7 @@ class SharedPrefixEngine:
         """Prompts, as whole passes of ``size``, whose prefixes are run at once: of all passes, unless they have more
         tokens than a pass has copies, whose memory they take before it, or more to keep than ``_PREFIXES``."""
         tokens = min(size * (1 + n_edits), _PREFIXES // bytes_of_token(self.backbone.model.config, self.backbone.arch))
-        most = tokens // max(len(prompt) for prompt in prompts)
-        if self.backbone.streaming:
-            most = min(most, self._prompts_in_step(n_edits))
-        return size * max(1, most // size)
+        return size * max(1, tokens // max(len(prompt) for prompt in prompts) // size)
 
     def _prompts_in_step(self, n_edits: int) -> int:
         """Prompts whose copies can wait for their turn while others run: in half of a pass's memory."""
