@@ -304,12 +304,13 @@ def test_a_module_is_brought_to_a_device_and_taken_back() -> None:
     assert linear.weight.data_ptr() == before.data_ptr()
 
 
-def engine_of(model: Any, streams: bool) -> SharedPrefixEngine:
-    """On the CPU; where it streams, all blocks do."""
-    arch, cpu = resolve(model, "auto"), torch.device("cpu")
+def engine_of(model: Any, streams: bool, device: str = "cpu") -> SharedPrefixEngine:
+    """Where it streams, all blocks do."""
+    model.to("cpu" if streams else device)
+    arch, place = resolve(model, "auto"), torch.device(device, 0) if device == "cuda" else torch.device(device)
     where = Placement((), tuple(range(arch.n_layers)), (), 0, 0, 0)
-    stream = streaming.stream(model, arch, where, cpu) if streams else None
-    return SharedPrefixEngine(Backbone(model, arch, cpu, Arithmetic.with_kernels(model, arch, "exact"), stream))
+    stream = streaming.stream(model, arch, where, place) if streams else None
+    return SharedPrefixEngine(Backbone(model, arch, place, Arithmetic.with_kernels(model, arch, "exact"), stream))
 
 
 def in_small_passes(engine: SharedPrefixEngine) -> list[torch.Tensor]:
@@ -332,12 +333,15 @@ def in_small_passes(engine: SharedPrefixEngine) -> list[torch.Tensor]:
     return found
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", IN_STEP)
-def test_passes_in_step_have_the_bits_of_passes_one_by_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = scale_up(ZOO[name].build())
-    expected = in_small_passes(engine_of(model, streams=False))
+def test_passes_in_step_have_the_bits_of_passes_one_by_one(
+    name: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = scale_up(ZOO[name].build()).to(torch.float32 if device == "cpu" else torch.bfloat16)
+    expected = in_small_passes(engine_of(model, streams=False, device=device))
     monkeypatch.setattr(SharedPrefixEngine, "_pass", None)  # one by one is no way out
-    found = in_small_passes(engine_of(model, streams=True))
+    found = in_small_passes(engine_of(model, streams=True, device=device))
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
