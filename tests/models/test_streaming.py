@@ -229,6 +229,7 @@ def test_on_a_small_card_layers_are_in_all_three_places(tmp_path: Path, monkeypa
     resident = opened(folder, "none", "cuda")
     blocks = sum(p.nbytes for block in resident.arch.blocks for p in block.parameters())
     monkeypatch.setattr(placement, "bytes_of_prompt", lambda *_: 1)
+    monkeypatch.setattr(placement, "bytes_waiting", lambda *_: 0)
     monkeypatch.setattr(placement, "_SLACK", 0)
     rest = resident.backbone.weights_on_device - blocks
     monkeypatch.setattr(placement, "card_bytes", lambda *_: rest + int(blocks * 4.3 / 5))
