@@ -14,6 +14,9 @@ layers with all its patched versions beside it as extra tokens *of the same posi
 Copy 0 is the unpatched baseline, computed by the same kernels in the same batch, so that a patch which changes
 nothing measures as rounding alone. Injection is the same pass with another edit: after block l the axis grows by
 copy 0 + vector. The model's own modules do all the work, driven by hooks; what makes this exact is causality alone.
+
+Where weights stream, passes over some prompts each, and the prefill, run in step (in_step.py): the same bits in one
+trip of the weights.
 """
 
 from __future__ import annotations

@@ -5,9 +5,10 @@ in files mapped into memory. Just before the block runs they become a slot's, on
 the weights of the next blocks are copied into meanwhile, on a stream of their own; right after it they are the true
 ones again. So whoever reads a weight at any other time reads the true one, and a slot is never seen in passing.
 
-A head sweep needs each layer's weights once a pass, and computes on them for longer than it takes to copy them. Blocks
-run in one order, again and again, so the slots are filled in that order, and around the end of a pass with the first
-blocks of the next one. An order that was not foreseen costs time and nothing else.
+A head sweep computes on each layer's weights for longer than it takes to copy them. Blocks run in one order, again and
+again, so the slots are filled in that order, and around the end of a pass with the first blocks of the next one. Where
+passes run in step, a block keeps its slot until the last has left it. An order that was not foreseen costs time and
+nothing else.
 
 All of it runs on any device, on a CPU by plain copies, with the same bits as if the weights were there for good.
 """
