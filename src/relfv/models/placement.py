@@ -185,23 +185,15 @@ def streamable(model: nn.Module, arch: Architecture) -> list[dict[str, nn.Parame
 
 
 def plan(
-    name: str,
-    offload: str,
-    sizes: Sizes,
-    *,
-    card: int | None,
-    one_prompt: int,
-    host: int | None,
-    waiting: int = 0,
+    name: str, offload: str, sizes: Sizes, *, card: int | None, one_prompt: int, waiting: int, host: int | None,
     prompts: int = PROMPTS_A_PASS,
-) -> Placement:
+) -> Placement:  # fmt: skip
     """Where the blocks of the model ``name`` go.
 
-    ``card`` bytes are there for weights and passes, ``one_prompt`` of them are taken by a pass over one prompt and
-    ``waiting`` by one whose turn it is not, and ``host`` bytes are free; None: no limit. ``offload`` is ``auto``: on
-    the card if all fits, else as many of the first layers as leave room for passes over ``prompts`` (they compute least
-    in a sweep) while ``N_TRIALS`` wait, then host memory, then files;
-    ``none``, ``cpu`` or ``disk``: all blocks there. Raises InputError if they do not fit.
+    ``card`` bytes are there for weights and passes, of which one prompt takes ``one_prompt`` in its pass and ``waiting``
+    between blocks, and ``host`` bytes are free; None: no limit. ``offload`` is ``auto``: on the card if all fits, else
+    as many of the first layers (they compute least in a sweep) as leave room for passes over ``prompts`` while all of a
+    q_id wait, then host memory, then files; ``none``, ``cpu`` or ``disk``: all there. Raises InputError if not all fit.
     """
     layers, total = range(len(sizes.blocks)), sum(sizes.blocks)
     everything = Placement(tuple(layers), (), (), sizes.rest + total, 0, 0)
