@@ -190,8 +190,8 @@ def plan(
 ) -> Placement:  # fmt: skip
     """Where the blocks of the model ``name`` go.
 
-    ``card`` bytes are there for weights and passes, of which one prompt takes ``one_prompt`` in its pass and ``waiting``
-    between blocks, and ``host`` bytes are free; None: no limit. ``offload`` is ``auto``: on the card if all fits, else
+    ``card`` bytes are there for weights and passes: one prompt takes ``one_prompt`` of them in its pass and ``waiting``
+    between blocks; and ``host`` bytes are free; None: no limit. ``offload`` is ``auto``: on the card if all fits, else
     as many of the first layers (they compute least in a sweep) as leave room for passes over ``prompts`` while all of a
     q_id wait, then host memory, then files; ``none``, ``cpu`` or ``disk``: all there. Raises InputError if not all fit.
     """
