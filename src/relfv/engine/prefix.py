@@ -86,7 +86,11 @@ class Prefill:
         found = {layer: _cached(self._cache, layer) for layer in layers}
         keys, values = ({layer: pair[i] for layer, pair in found.items()} for i in (0, 1))
         places = {of_layer.device for of_layer in keys.values()}
-        return Prefix(keys, values, self.lengths, {place: sent(self._n_tokens, place) for place in places})
+        # Nothing goes to the device here, where it would wait behind weights that stream.
+        here = {self.lengths.device: self.lengths}
+        return Prefix(
+            keys, values, self.lengths, {p: here[p] if p in here else sent(self._n_tokens, p) for p in places}
+        )
 
 
 def _cached(cache: Any, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
