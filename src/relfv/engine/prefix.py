@@ -64,6 +64,7 @@ class Prefill:
         self._backbone = backbone
         self._ids, self._mask, self.lengths = pad_right([prompt[:-1] for prompt in prompts], backbone.device)
         self._n_tokens = [len(prompt) - 1 for prompt in prompts]
+        self._lengths_on: dict[torch.device, torch.Tensor] = {}
         # A DynamicCache made from a config lets sliding-window layers drop keys; this one keeps all of them, and the
         # window is applied in the attention of the last token.
         self._cache = DynamicCache()
@@ -85,12 +86,10 @@ class Prefill:
     def _of(self, layers: Iterable[int]) -> Prefix:
         found = {layer: _cached(self._cache, layer) for layer in layers}
         keys, values = ({layer: pair[i] for layer, pair in found.items()} for i in (0, 1))
-        places = {of_layer.device for of_layer in keys.values()}
-        # Nothing goes to the device here, where it would wait behind weights that stream.
-        here = {self.lengths.device: self.lengths}
-        return Prefix(
-            keys, values, self.lengths, {p: here[p] if p in here else sent(self._n_tokens, p) for p in places}
-        )
+        # Sent once: what goes to a device may wait there behind weights that stream.
+        for place in {of_layer.device for of_layer in keys.values()} - {*self._lengths_on}:
+            self._lengths_on[place] = sent(self._n_tokens, place)
+        return Prefix(keys, values, self.lengths, self._lengths_on)
 
 
 def _cached(cache: Any, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
