@@ -40,7 +40,16 @@ from relfv.engine.shared_prefix import SharedPrefixEngine
 from relfv.models.architecture import resolve
 from relfv.models.memory import available_bytes
 from relfv.models.opening import load_checkpoint
-from relfv.models.placement import N_TRIALS, Placement, bytes_of_prompt, card_bytes, plan, sizes_of
+from relfv.models.placement import (
+    N_TRIALS,
+    PROMPTS_A_PASS,
+    Placement,
+    bytes_of_prompt,
+    bytes_waiting,
+    card_bytes,
+    plan,
+    sizes_of,
+)
 from relfv.models.sources import model_source
 from relfv.models.streaming import Streaming, _Block, stream
 from relfv.types import HeadId, Prompts
@@ -67,7 +76,10 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=None, help="of the large shape, if not all 80")
     parser.add_argument("--all_stream", action="store_true", help="no block of the large shape stays on the card")
     parser.add_argument(
-        "--room", type=int, default=N_TRIALS, help="trials that its passes get room for; with fewer, more layers stay"
+        "--room",
+        type=int,
+        default=PROMPTS_A_PASS,
+        help="trials that its passes get room for; with fewer, more layers stay",
     )
     parser.add_argument("--disk", type=int, default=0, help="layers of a checkpoint of the large shape's widths")
     parser.add_argument("--work", type=Path, default=None, help="where that checkpoint is written")
@@ -115,7 +127,7 @@ def streamed(args: argparse.Namespace, shape: dict[str, int], device: torch.devi
 
 
 def built(
-    shape: dict[str, int], device: torch.device, offload: str, room: int = N_TRIALS
+    shape: dict[str, int], device: torch.device, offload: str, room: int = PROMPTS_A_PASS
 ) -> tuple[Backbone, Placement]:
     """The model of this shape with random weights where ``offload`` puts them."""
     started = time.perf_counter()
@@ -125,9 +137,9 @@ def built(
     model = model.eval().requires_grad_(False)
     arch = resolve(model, "llama3")
     sizes = sizes_of(model, arch, None, converted=False)
-    one = bytes_of_prompt(arch, arch.n_heads * arch.n_layers)
-    card = card_bytes(device, arch)
-    placement = plan(size(shape), offload, sizes, card=card, one_prompt=one, host=None, prompts=room)
+    n_heads, card = arch.n_heads * arch.n_layers, card_bytes(device, arch)
+    one, waiting = bytes_of_prompt(arch, n_heads), bytes_waiting(arch, n_heads)
+    placement = plan(size(shape), offload, sizes, card=card, one_prompt=one, waiting=waiting, host=None, prompts=room)
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     torch.manual_seed(0)
     noise = random_numbers(max(sizes.blocks) // 2 + (1 << 20), device)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from relfv.engine.hooks import editing_inputs, editing_outputs
+from relfv.engine.hooks import called_instead, editing_inputs, editing_outputs, turn_of
 from relfv.errors import RunError
 
 
@@ -32,6 +32,30 @@ def test_hooks_are_gone_afterwards_also_after_an_error() -> None:
     with pytest.raises(ValueError, match="boom"), editing_outputs([(module, lambda x: x * 10)]):
         raise ValueError("boom")
     assert module(torch.ones(1)) == 1
+
+
+def test_an_edit_of_one_pass_does_nothing_in_anothers_turn() -> None:
+    module, one, other = nn.Identity(), object(), object()
+    with turn_of(one):
+        edits = editing_inputs([(module, lambda x: x * 10)])
+        edits.__enter__()
+    with editing_outputs([(module, lambda x: x + 1)]):  # everybody's
+        found = []
+        for whose in (one, other, None):
+            with turn_of(whose):
+                found.append(float(module(torch.ones(1))))
+    edits.__exit__(None, None, None)
+    assert found == [11, 2, 2]
+
+
+def test_a_function_called_instead_of_a_module_is_called_without_its_hooks() -> None:
+    module = nn.Identity()
+    with editing_inputs([(module, lambda x: x * 10)]):
+        with called_instead([(module, lambda x: x + 1)]):
+            assert module(torch.ones(1)) == 2
+            with called_instead([(module, None)]):
+                assert module(torch.ones(1)) == 10
+        assert module(torch.ones(1)) == 10
 
 
 def test_an_edit_that_never_ran_is_an_error() -> None:

@@ -25,7 +25,7 @@ BLOCKS = Sizes(blocks=(2 * GB,) * 80, rest=4 * GB, made=(0,) * 80)
 
 
 def planned(offload: str = "auto", sizes: Sizes = BLOCKS, **room: Any) -> Placement:
-    return plan("m", offload, sizes, **{"card": 70 * GB, "one_prompt": 3 * GB, "host": 300 * GB, **room})
+    return plan("m", offload, sizes, **{"card": 70 * GB, "one_prompt": 3 * GB, "waiting": GB, "host": 300 * GB, **room})
 
 
 def counts(found: Placement) -> tuple[int, int, int]:
@@ -71,8 +71,8 @@ def test_each_of_several_processes_counts_on_its_part_of_the_card(monkeypatch: p
     assert (card_bytes(device, arch), cards_bytes([device], arch)[0]) == alone
 
 
-def test_passes_take_no_more_than_all_trials_need() -> None:
-    assert counts(planned(one_prompt=GB)) == (17, 63, 0)  # 25 GB
+def test_passes_take_no_more_than_a_few_trials_need_while_all_others_wait() -> None:
+    assert counts(planned(waiting=GB // 5)) == (21, 59, 0)  # 4 of 3 GB, and 25 of 0.2
 
 
 def test_what_the_host_cannot_hold_streams_from_files() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,10 @@ from conftest import make_tokenizer, scale_up
 from folders import contents
 from parity import all_heads, prompts_of_different_length
 from relfv.cli import main
+from relfv.engine import hooks
 from relfv.engine.answers import decode_vector, score_answers
-from relfv.engine.base import Together
+from relfv.engine.arithmetic import Arithmetic
+from relfv.engine.base import Backbone, Together
 from relfv.engine.clean import run_clean
 from relfv.engine.reference import ReferenceEngine
 from relfv.engine.shared_prefix import SharedPrefixEngine
@@ -26,8 +29,9 @@ from relfv.models import placement, streaming
 from relfv.models.architecture import resolve
 from relfv.models.placement import Placement
 from relfv.models.streaming import Streaming, brought
+from relfv.progress import at_work
 from relfv.types import HeadId, Prompts
-from zoo import EXPERTS, GPT2_LIKE, GROUPED, IDS, SMALL, UNTIED
+from zoo import EXPERTS, GPT2_LIKE, GROUPED, IDS, SMALL, UNTIED, ZOO
 
 DEEP: dict[str, Any] = {**GROUPED, **IDS, "num_hidden_layers": 5}
 FAMILIES: dict[str, Callable[[], Any]] = {
@@ -44,6 +48,17 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         tf.Qwen3MoeConfig(**DEEP, **EXPERTS, head_dim=20, moe_intermediate_size=32)
     ),
 }
+FITTING = [name for name, animal in ZOO.items() if animal.engine == "shared_prefix"]
+IN_STEP = [
+    *FITTING[::6],  # GPT-OSS, with sinks and experts, is among them
+    "Mixtral: window, experts",
+    "OPT: norms after the blocks, embeddings of another width (350m)",
+    "GPT-J: attends in its own code, partial rotary",
+    "Falcon: ALiBi (rw)",
+    "Bloom: attends in its own code, ALiBi",
+    "Qwen2-VL: the text model inside a multimodal one, rotary of three axes",
+]
+"""Families whose passes run in step: some of all, and those that are unlike the others."""
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
 
@@ -59,6 +74,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
         assert slot
         assert len(self._blocks) > len(self.slots)
         slot.memory.fill_(255)
+        slot.block = None
         if slot.read:
             slot.read = torch.cuda.current_stream().record_event()
 
@@ -213,6 +229,7 @@ def test_on_a_small_card_layers_are_in_all_three_places(tmp_path: Path, monkeypa
     resident = opened(folder, "none", "cuda")
     blocks = sum(p.nbytes for block in resident.arch.blocks for p in block.parameters())
     monkeypatch.setattr(placement, "bytes_of_prompt", lambda *_: 1)
+    monkeypatch.setattr(placement, "bytes_waiting", lambda *_: 0)
     monkeypatch.setattr(placement, "_SLACK", 0)
     rest = resident.backbone.weights_on_device - blocks
     monkeypatch.setattr(placement, "card_bytes", lambda *_: rest + int(blocks * 4.3 / 5))
@@ -286,6 +303,119 @@ def test_a_module_is_brought_to_a_device_and_taken_back() -> None:
     with brought(linear, torch.device("cuda", 0)):
         assert linear(torch.zeros(1, 3, device="cuda")).is_cuda
     assert linear.weight.data_ptr() == before.data_ptr()
+
+
+def engine_of(model: Any, streams: bool, device: str = "cpu") -> SharedPrefixEngine:
+    """Where it streams, all blocks do."""
+    model.to("cpu" if streams else device)
+    arch, place = resolve(model, "auto"), torch.device(device, 0) if device == "cuda" else torch.device(device)
+    where = Placement((), tuple(range(arch.n_layers)), (), 0, 0, 0)
+    stream = streaming.stream(model, arch, where, place) if streams else None
+    return SharedPrefixEngine(Backbone(model, arch, place, Arithmetic.with_kernels(model, arch, "exact"), stream))
+
+
+def in_small_passes(engine: SharedPrefixEngine) -> list[torch.Tensor]:
+    """What each kind of call gives, some prompts a pass."""
+    backbone, arch = engine.backbone, engine.backbone.arch
+    ids, _ = prompts_of_different_length()
+    prompts, few = Prompts(ids, [5, 17, 123]), torch.Generator().manual_seed(0)
+    values = torch.randn(arch.n_layers, arch.n_heads, arch.head_dim, generator=few)
+    vectors = torch.randn(2, arch.resid_dim, generator=few)
+    versions = [Together.setting([[HeadId(0, 1), HeadId(1, 0)]], values[None])]
+    found = []
+    for effects in (
+        engine.sweep_heads(prompts, values, all_heads(backbone), per_pass=1),
+        engine.inject(prompts, vectors, range(arch.n_layers), per_pass=2),
+        engine.finer().sweep_heads(prompts[:2], None, all_heads(backbone), per_pass=1),
+        engine.edit_together(prompts, versions, per_pass=2),
+    ):
+        found += [effects.base.logprob, effects.edited.logprob]
+        found += [] if effects.lengths is None else [effects.lengths]
+    return found
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", IN_STEP)
+def test_passes_in_step_have_the_bits_of_passes_one_by_one(
+    name: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = scale_up(ZOO[name].build()).to(torch.float32 if device == "cpu" else torch.bfloat16)
+    expected = in_small_passes(engine_of(model, streams=False, device=device))
+    monkeypatch.setattr(SharedPrefixEngine, "_pass", None)  # one by one is no way out
+    found = in_small_passes(engine_of(model, streams=True, device=device))
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def sweep(engine: SharedPrefixEngine) -> Any:
+    """Two prompts a pass."""
+    backbone = engine.backbone
+    values = torch.ones(backbone.arch.n_layers, backbone.arch.n_heads, backbone.arch.head_dim)
+    prompts = Prompts([[3, 1, 4, 1, 5], [9, 2, 6], [5, 3, 5, 8], [9, 7, 9]], [5, 17, 123, 2])
+    return engine.sweep_heads(prompts, values, all_heads(backbone), per_pass=2)
+
+
+def test_a_sweep_makes_one_trip_of_the_weights() -> None:
+    engine = engine_of(scale_up(FAMILIES["llama"]()), streams=True)
+    stream, trips = engine.backbone.streaming, []
+    assert stream
+    trip = sum(block.n_bytes for block in stream._blocks)
+    for kept in (False, False, True):  # prefixes that are there or not
+        if not kept:
+            engine.kept.forget()
+        before = stream.bytes_streamed
+        with at_work("sweep", "", unit="prompts") as task:
+            sweep(engine)
+        trips.append((stream.bytes_streamed - before) / trip)
+        assert (task.done, task.total) == (4, 4)
+    assert trips[1:] == [1, 1]
+
+
+def test_a_decoder_that_does_more_than_run_its_blocks_runs_one_pass_after_another() -> None:
+    class Doubled(torch.nn.Module):
+        def forward(self, hidden: torch.Tensor, **_: Any) -> torch.Tensor:
+            return 2 * hidden
+
+    found = []
+    for streams in (False, True):
+        model: Any = scale_up(FAMILIES["llama"]())
+        engine = engine_of(model, streams)
+        model.model.layers.insert(2, Doubled())
+        model.config.num_hidden_layers += 1
+        found.append(sweep(engine).edited.logprob)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("problem", [torch.OutOfMemoryError, ValueError, KeyboardInterrupt])
+def test_a_pass_that_fails_among_others_leaves_nothing_behind(problem: type[BaseException]) -> None:
+    engine = engine_of(scale_up(FAMILIES["llama"]()), streams=True)
+    model = engine.backbone.model
+    expected = sweep(engine).edited.logprob
+    engine.kept.forget()
+    before = left_by(model)
+    calls = itertools.count()
+
+    def fail(*_: Any) -> None:
+        if next(calls) == 2:  # the first is the prefixes' pass
+            raise problem
+
+    handle = engine.backbone.arch.blocks[3].mlp.register_forward_pre_hook(fail)  # type: ignore[union-attr]
+    if problem is torch.OutOfMemoryError:
+        assert sweep(engine).per_pass == 1
+    else:
+        with pytest.raises(problem):
+            sweep(engine)
+    handle.remove()
+    assert left_by(model) == before
+    assert torch.equal(sweep(engine).edited.logprob, expected)
+
+
+def left_by(model: Any) -> list[Any]:
+    """Of each module its hooks and attributes, and where its weights are; and whose turn it is."""
+    found: list[Any] = [hooks._turn, model.config._attn_implementation]
+    for module in model.modules():
+        found += [sorted(vars(module)), [*module._forward_pre_hooks], [*module._forward_hooks]]
+        found += [parameter.data_ptr() for parameter in module.parameters(recurse=False)]
+    return found
 
 
 def test_weights_that_blocks_share_do_not_stream() -> None:

@@ -13,7 +13,7 @@ import torch
 
 from relfv.engine.arithmetic import replaced
 from relfv.engine.base import Array, Backbone, TokenIds
-from relfv.engine.hooks import editing_outputs
+from relfv.engine.hooks import called_instead, editing_outputs
 from relfv.engine.memory import shrinking
 from relfv.engine.passes import last_hidden, pad_right
 from relfv.engine.readout import logprobs
@@ -100,12 +100,13 @@ def decode_vector(backbone: Backbone, bos: list[int], vector: Array) -> list[tup
 @contextmanager
 def _passing_blocks_by(backbone: Backbone) -> Iterator[None]:
     """While open, blocks after the first give what that gave, in whatever form: where the last one's output is replaced
-    anyway, they need not run."""
+    anyway, they need not run. Of the others' hooks, which bring weights, none run either."""
     first, *others = backbone.arch.blocks
     given: list[Any] = []
     handle = first.register_forward_hook(lambda _, __, output: given.append(output))
     try:
-        with replaced([(block, lambda *_, **__: given[-1]) for block in others]):
+        instead: list[tuple[Any, Any]] = [(block, lambda *_, **__: given[-1]) for block in others]
+        with called_instead(instead[:-1]), replaced(instead[-1:]):
             yield
     finally:
         handle.remove()

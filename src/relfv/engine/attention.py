@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,9 +38,9 @@ NAME = "relfv_shared_prefix"
 class Prefix:
     """Keys and values of all tokens but the last of each prompt, as the model itself cached them."""
 
-    keys: tuple[torch.Tensor, ...]
-    """Per layer (N, kv_heads, P, head_dim), P the longest prefix; shorter ones are padded on the right."""
-    values: tuple[torch.Tensor, ...]
+    keys: Mapping[int, torch.Tensor]
+    """By layer (N, kv_heads, P, head_dim), P the longest prefix; shorter ones are padded on the right."""
+    values: Mapping[int, torch.Tensor]
     lengths: torch.Tensor
     """int64 (N,): real prefix tokens, which is also the position of the last token."""
     lengths_on: Mapping[torch.device, torch.Tensor]
@@ -48,8 +48,12 @@ class Prefix:
 
     def __getitem__(self, part: slice) -> Prefix:
         """Of some of the prompts, no less padded."""
-        keys, values = (tuple(layer[part] for layer in layers) for layers in (self.keys, self.values))
+        keys, values = ({i: of[part] for i, of in layers.items()} for layers in (self.keys, self.values))
         return Prefix(keys, values, self.lengths[part], {place: n[part] for place, n in self.lengths_on.items()})
+
+    def of_layer(self, layer: int) -> Prefix:
+        """For its block alone."""
+        return replace(self, keys={layer: self.keys[layer]}, values={layer: self.values[layer]})
 
 
 @dataclass(frozen=True)
@@ -167,7 +171,7 @@ def attending_to(prefix: Prefix, backbone: Backbone) -> Iterator[None]:
         config._attn_implementation = NAME
     _active = _Pass(prefix, backbone.arithmetic)
     try:
-        with attending_by(backbone.arch, shared_prefix_attention, 1 + prefix.keys[0].shape[2]):
+        with attending_by(backbone.arch, shared_prefix_attention, 1 + next(iter(prefix.keys.values())).shape[2]):
             yield
     finally:
         _active = None

@@ -237,5 +237,9 @@ def of_layer_and_prompts(parts: Sequence[torch.Tensor], layer: int, prompts: sli
 
 def prompt_chunks(n_prompts: int, size: int) -> Iterator[slice]:
     """Slices of at most ``size`` prompts, in order; progress counts them."""
-    parts = [slice(start, min(start + size, n_prompts)) for start in range(0, n_prompts, size)]
-    return counted(parts, lambda part: part.stop - part.start)
+    return counted([*slices(n_prompts, size)], lambda part: part.stop - part.start)
+
+
+def slices(stop: int, size: int, start: int = 0) -> Iterator[slice]:
+    """Of at most ``size`` each, in order."""
+    return (slice(begin, min(begin + size, stop)) for begin in range(start, stop, size))

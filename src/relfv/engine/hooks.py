@@ -3,13 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from relfv.engine.arithmetic import replaced
 from relfv.errors import RunError
+
+_turn: object | None = None
+
+
+@contextmanager
+def turn_of(one: object) -> Iterator[None]:
+    """While open, edits that were opened in the turn of another do nothing: passes that run in step (in_step.py) have
+    edits of their own, on the same modules. Those that were opened in nobody's turn are everybody's."""
+    global _turn
+    before, _turn = _turn, one
+    try:
+        yield
+    finally:
+        _turn = before
+
+
+def called_instead(
+    functions: Sequence[tuple[nn.Module, Callable[..., Any] | None]],
+) -> AbstractContextManager[None]:
+    """While open, whoever calls one of these modules calls the function, and none of the module's hooks run; None: it
+    is called itself. The attribute is what ``nn.Module.compile`` sets."""
+    return replaced(functions, "_compiled_call_impl")
 
 
 @contextmanager
@@ -39,9 +62,11 @@ def editing_outputs(
 
 @contextmanager
 def _pre_hook(module: nn.Module, edit: Callable[[torch.Tensor], torch.Tensor | None]) -> Iterator[list[bool]]:
-    fired = [False]
+    fired, whose = [False], _turn
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if whose not in (None, _turn):
+            return None
         fired[0] = True
         # A block may get its hidden states by position or by name, depending on the family.
         if args:
@@ -59,9 +84,11 @@ def _pre_hook(module: nn.Module, edit: Callable[[torch.Tensor], torch.Tensor | N
 
 @contextmanager
 def _post_hook(module: nn.Module, edit: Callable[[torch.Tensor], torch.Tensor | None]) -> Iterator[list[bool]]:
-    fired = [False]
+    fired, whose = [False], _turn
 
     def hook(_: nn.Module, __: Any, output: Any) -> Any:
+        if whose not in (None, _turn):
+            return None
         fired[0] = True
         # Blocks return a bare tensor in some families and versions, a tuple or a list in others.
         if isinstance(output, tuple | list):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import torch
@@ -28,37 +29,79 @@ class KeptPrefix:
 
     def of(self, backbone: Backbone, prompts: TokenIds) -> Prefix:
         """The prefix of ``prompts``, kept or made, with the same bits either way. Call inside ``running``."""
+        found = self.found(prompts)
+        if found is None:
+            making = Prefill(backbone, prompts)
+            making.run()
+            self.keep(prompts, found := making.prefix())
+        return found
+
+    def found(self, prompts: TokenIds) -> Prefix | None:
+        """That of ``prompts`` if it is kept; if not, the one in its place is released, before there are two."""
         wanted, few = tuple(map(tuple, prompts)), len(prompts) <= _FEW
-        if few not in self._last or self._last[few][0] != wanted:
-            self._last.pop(few, None)  # before there are two
-            self._last[few] = wanted, prefill(backbone, prompts)
-        return self._last[few][1]
+        if few in self._last and self._last[few][0] != wanted:
+            del self._last[few]
+        return self._last[few][1] if few in self._last else None
+
+    def keep(self, prompts: TokenIds, prefix: Prefix) -> None:
+        """For the next ones who want it."""
+        self._last[len(prompts) <= _FEW] = tuple(map(tuple, prompts)), prefix
 
     def forget(self) -> None:
         """Release its memory."""
         self._last.clear()
 
 
-def prefill(backbone: Backbone, prompts: TokenIds) -> Prefix:
-    """Run all but the last token of each prompt and keep their keys and values.
+class Prefill:
+    """The pass over all but the last token of each prompt, and the keys and values that it keeps.
 
     Raises RunError for a prompt of fewer than two tokens, which has no prefix, and for a hybrid model.
     """
-    if min(len(prompt) for prompt in prompts) < 2:
-        raise RunError("a prompt has a single token; the shared-prefix engine needs at least two")
-    if len(backbone.arch.out_projs) < backbone.arch.n_layers:
-        raise RunError("some layers have no attention, and what they keep of earlier tokens is not keys and values")
-    ids, mask, lengths = pad_right([prompt[:-1] for prompt in prompts], backbone.device)
-    # A DynamicCache made from a config lets sliding-window layers drop keys; this one keeps all of them, and the
-    # window is applied in the attention of the last token.
-    cache = DynamicCache()
-    n_tokens = [len(prompt) - 1 for prompt in prompts]
-    last = backbone.arch.out_projs[backbone.arch.n_layers - 1]
-    with suppress(_Enough), editing_inputs([(last, _stop)]), leaving_padding_out(ids, n_tokens):
-        backbone.decoder(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
-    keys, values = zip(*(_cached(cache, layer) for layer in range(backbone.arch.n_layers)), strict=True)
-    places = {of_layer.device for of_layer in keys}
-    return Prefix(keys, values, lengths, {place: sent(n_tokens, place) for place in places})
+
+    def __init__(self, backbone: Backbone, prompts: TokenIds) -> None:
+        if min(len(prompt) for prompt in prompts) < 2:
+            raise RunError("a prompt has a single token; the shared-prefix engine needs at least two")
+        if len(backbone.arch.out_projs) < backbone.arch.n_layers:
+            raise RunError("some layers have no attention, and what they keep of earlier tokens is not keys and values")
+        self._backbone = backbone
+        self._ids, self._mask, self.lengths = pad_right([prompt[:-1] for prompt in prompts], backbone.device)
+        self._n_tokens = [len(prompt) - 1 for prompt in prompts]
+        self._lengths_on: dict[torch.device, torch.Tensor] = {}
+        # A DynamicCache made from a config lets sliding-window layers drop keys; this one keeps all of them, and the
+        # window is applied in the attention of the last token.
+        self._cache = DynamicCache()
+
+    def run(self) -> None:
+        """Run it, of the last block no more than gives keys and values."""
+        last = self._backbone.arch.out_projs[self._backbone.arch.n_layers - 1]
+        with suppress(_Enough), editing_inputs([(last, _stop)]), self.without_padding():
+            self.decode()
+
+    def without_padding(self) -> AbstractContextManager[None]:
+        """While open, products may leave out what pads its prompts: around every block of it."""
+        return leaving_padding_out(self._ids, self._n_tokens)
+
+    def decode(self) -> None:
+        """Call the decoder, once."""
+        self._backbone.decoder(
+            input_ids=self._ids, attention_mask=self._mask, past_key_values=self._cache, use_cache=True
+        )
+
+    def prefix(self) -> Prefix:
+        """Of all layers, which have run."""
+        return self._of(range(self._backbone.arch.n_layers))
+
+    def of_layer(self, layer: int) -> Prefix:
+        """For its block alone, which has run."""
+        return self._of([layer])
+
+    def _of(self, layers: Iterable[int]) -> Prefix:
+        found = {layer: _cached(self._cache, layer) for layer in layers}
+        keys, values = ({layer: pair[i] for layer, pair in found.items()} for i in (0, 1))
+        # Sent once: what goes to a device may wait there behind weights that stream.
+        for place in {of_layer.device for of_layer in keys.values()} - {*self._lengths_on}:
+            self._lengths_on[place] = sent(self._n_tokens, place)
+        return Prefix(keys, values, self.lengths, self._lengths_on)
 
 
 class _Enough(Exception):

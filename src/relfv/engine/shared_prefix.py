@@ -14,16 +14,18 @@ layers with all its patched versions beside it as extra tokens *of the same posi
 Copy 0 is the unpatched baseline, computed by the same kernels in the same batch, so that a patch which changes
 nothing measures as rounding alone. Injection is the same pass with another edit: after block l the axis grows by
 copy 0 + vector. The model's own modules do all the work, driven by hooks; what makes this exact is causality alone.
+
+Where weights stream, passes over some prompts each, and the prefill, run in step (in_step.py): the same bits in one
+trip of the weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
-from typing import Any
 
 import torch
 
@@ -35,20 +37,21 @@ from relfv.engine.base import (
     TokenIds,
     Vectors,
     in_parts,
-    of_layer_and_prompts,
     prompt_chunks,
-    sent,
+    slices,
     values_of,
 )
-from relfv.engine.hooks import editing_inputs, editing_outputs
+from relfv.engine.copies import head_patches, last_tokens, residual_additions, run_last_tokens, version_edits
+from relfv.engine.hooks import editing_inputs, turn_of
+from relfv.engine.in_step import NotInStep, Waiting
 from relfv.engine.memory import shrinking
-from relfv.engine.prefix import KeptPrefix
+from relfv.engine.prefix import KeptPrefix, Prefill
 from relfv.engine.readout import joined, on_the_way, scores_of, sent_back
 from relfv.engine.reference import ReferenceEngine
-from relfv.engine.together import editing_together
 from relfv.errors import RunError
 from relfv.models.cards import cards_bytes
-from relfv.models.placement import bytes_of_prompt, bytes_of_token, card_bytes
+from relfv.models.placement import bytes_of_prompt, bytes_of_token, bytes_waiting, card_bytes
+from relfv.progress import counted
 from relfv.types import Effects, HeadId, Prompts, TokenScores
 
 _CPU_BUDGET = 2 << 30
@@ -80,7 +83,7 @@ class SharedPrefixEngine:
         if self.backbone.depends_on_company(prompts.ids):
             return ReferenceEngine(self.backbone).sweep_heads(prompts, replacement, heads)
         values = values_of(replacement, heads, self.backbone.device)
-        patches = _head_patches(self.backbone, heads, values)
+        patches = head_patches(self.backbone, heads, values)
         return self._in_chunks(prompts, len(heads), per_pass, lambda _: editing_inputs(patches))
 
     def inject(
@@ -100,7 +103,7 @@ class SharedPrefixEngine:
             prompts,
             len(layers) * sum(part.shape[-2] for part in parts),
             per_pass,
-            lambda some: _residual_additions(self.backbone, layers, parts, some, lengths[some]),
+            lambda some: residual_additions(self.backbone, layers, parts, some, lengths[some]),
         )
         there = sent_back(lengths)
         return Effects.to_come(effects.per_pass, lambda: replace(effects, lengths=there()[0]))
@@ -109,11 +112,12 @@ class SharedPrefixEngine:
         if self.backbone.depends_on_company(prompts.ids):
             return ReferenceEngine(self.backbone).edit_together(prompts, versions)
         return self.finer()._in_chunks(
-            prompts, len(versions), per_pass, lambda some: _versions(self.backbone, versions, some)
+            prompts, len(versions), per_pass, lambda some: version_edits(self.backbone, versions, some)
         )
 
     def prepare(self, prompts: Prompts) -> None:
-        if not self.backbone.depends_on_company(prompts.ids):
+        # Where weights stream, a pass over prefixes goes in step with those over the last tokens, and no earlier.
+        if not self.backbone.streaming and not self.backbone.depends_on_company(prompts.ids):
             with self.backbone.running():
                 self.kept.of(self.backbone, prompts.ids)
 
@@ -140,8 +144,11 @@ class SharedPrefixEngine:
         """Run ``per_pass`` prompts at a time, or as many as fit. The last passes are not waited for."""
 
         def attempt(size: int) -> list[Callable[[], TokenScores]]:
-            begun: list[Callable[[], TokenScores]] = []
             together = self._prompts_a_prefix(prompts.ids, n_edits, size)
+            if self.backbone.streaming:
+                with suppress(NotInStep):
+                    return self._all_in_step(prompts, size, together, n_edits, edit)
+            begun: list[Callable[[], TokenScores]] = []
             for part in prompt_chunks(len(prompts), size):
                 # While one card computes on the end of a pass, the one before it begins the next.
                 if len(begun) > self._passes_at_once():
@@ -169,14 +176,95 @@ class SharedPrefixEngine:
         on the device; column 0 is the baseline."""
         first = part.start // together * together
         prompts, others = prompts[part], prompts.ids[first : first + together]
-        last = sent([[prompt[-1]] for prompt in prompts.ids], self.backbone.device)
+        last = last_tokens(self.backbone, prompts.ids)
         with self.backbone.running():
             prefix = self.kept.of(self.backbone, others)[part.start - first : part.stop - first]
             with attending_to(prefix, self.backbone), self.backbone.arithmetic.multiplying_copies(1 + n_edits), edits:
-                hidden = _run_last_tokens(self.backbone, last, prefix)
-            if hidden.shape[1] != 1 + n_edits:
-                raise RunError(f"the pass ended with {hidden.shape[1]} copies of the last token, not {1 + n_edits}")
-            return scores_of(self.backbone, hidden, prompts.targets)
+                hidden = run_last_tokens(self.backbone, last, prefix.lengths)
+            return self._scores(hidden, prompts.targets, n_edits)
+
+    def _all_in_step(
+        self,
+        prompts: Prompts,
+        size: int,
+        together: int,
+        n_edits: int,
+        edit: Callable[[slice], AbstractContextManager[None]],
+    ) -> list[Callable[[], TokenScores]]:
+        """Passes over ``size`` prompts each, in step; so is the pass over the prefixes, which are made ``together``.
+        -> the scores of each, on the way."""
+        n_layers, most = self.backbone.arch.n_layers, max(size, self._prompts_in_step(n_edits) // size * size)
+
+        def prompts_worth(step: tuple[slice, int]) -> int:
+            """Progress: after layer l there are l times as many copies as after the first."""
+            group, layer = step
+            n, of_all = group.stop - group.start, n_layers * (n_layers + 1)
+            return n * (layer + 1) * (layer + 2) // of_all - n * layer * (layer + 1) // of_all
+
+        groups = (slices(prefixes.stop, most, prefixes.start) for prefixes in slices(len(prompts), together))
+        steps = [(group, layer) for some in groups for group in some for layer in range(n_layers)]
+        begun = []
+        for group, some in groupby(counted(steps, prompts_worth), lambda step: step[0]):
+            layers, first = (layer for _, layer in some), group.start // together * together
+            prefixes, parts = slice(first, first + together), [*slices(group.stop, size, group.start)]
+            begun += self._in_step(prompts, prefixes, parts, layers, n_edits, edit)
+        return begun
+
+    def _in_step(
+        self,
+        prompts: Prompts,
+        together: slice,
+        parts: Sequence[slice],
+        layers: Iterable[int],
+        n_edits: int,
+        edit: Callable[[slice], AbstractContextManager[None]],
+    ) -> list[Callable[[], TokenScores]]:
+        """A pass over each of ``parts``, and if need be one over the prefixes of the prompts ``together`` before them,
+        through each of the ``layers`` in turn. -> their scores, on the way."""
+        backbone, streaming = self.backbone, self.backbone.streaming
+        assert streaming
+        ids = prompts.ids[together]
+        with ExitStack() as stack:
+            stack.enter_context(backbone.running())
+            prefixes = self.kept.found(ids) or Prefill(backbone, ids)
+            making = prefixes if isinstance(prefixes, Prefill) else None
+            passes = [self._waiting(prompts, part, together.start, prefixes) for part in parts]
+            for one, part in zip(passes, parts, strict=True):
+                with turn_of(one):
+                    stack.enter_context(edit(part))
+            first = making and Waiting(backbone.arch.blocks, making.decode, lambda _: making.without_padding())
+            for layer in layers:
+                with streaming.staying(layer):
+                    if first:
+                        first.run(layer)
+                    with backbone.arithmetic.multiplying_copies():
+                        for one in passes:
+                            one.run(layer)
+            if making:
+                self.kept.keep(ids, making.prefix())
+            scores = []
+            for part in parts:
+                with backbone.arithmetic.multiplying_copies():
+                    hidden = passes.pop(0).end()
+                scores.append(on_the_way(self._scores(hidden, prompts.targets[part], n_edits)))
+                del hidden
+        return scores
+
+    def _waiting(self, prompts: Prompts, part: slice, start: int, prefixes: Prefix | Prefill) -> Waiting:
+        """The pass over ``part`` of the prompts; ``prefixes`` are those from prompt ``start`` on."""
+        backbone, of_these = self.backbone, slice(part.start - start, part.stop - start)
+        last, lengths = last_tokens(backbone, prompts.ids[part]), prefixes.lengths[of_these]
+        return Waiting(
+            backbone.arch.blocks,
+            lambda: run_last_tokens(backbone, last, lengths),
+            lambda layer: attending_to(prefixes.of_layer(layer)[of_these], backbone),
+        )
+
+    def _scores(self, hidden: torch.Tensor, targets: Sequence[int], n_edits: int) -> TokenScores:
+        """Of the copies at a pass's end."""
+        if hidden.shape[1] != 1 + n_edits:
+            raise RunError(f"the pass ended with {hidden.shape[1]} copies of the last token, not {1 + n_edits}")
+        return scores_of(self.backbone, hidden, targets)
 
     def _passes_at_once(self) -> int:
         """Passes that may be under way when another is waited for."""
@@ -185,8 +273,11 @@ class SharedPrefixEngine:
     def _prompts_that_fit(self, prompts: TokenIds, n_edits: int) -> int:
         """Prompts a pass, from the memory above the weights: as far as possible a function of shapes and the device,
         not of what is free now. Batch shapes change low-order bits, and a resumed run must give the same bytes."""
-        longest = max(len(prompt) for prompt in prompts)
-        fitting = max(1, self._budget() // bytes_of_prompt(self.backbone.arch, n_edits, longest))
+        longest, there = max(len(prompt) for prompt in prompts), self._budget()
+        if self.backbone.streaming:
+            in_step = min(len(prompts), self._prompts_in_step(n_edits))
+            there -= in_step * bytes_waiting(self.backbone.arch, n_edits)
+        fitting = max(1, there // bytes_of_prompt(self.backbone.arch, n_edits, longest))
         if self.backbone.cards is None:
             return fitting
         # Enough passes that the cards' waiting at the first one's beginning and the last one's end is little of all.
@@ -199,6 +290,10 @@ class SharedPrefixEngine:
         tokens = min(size * (1 + n_edits), _PREFIXES // bytes_of_token(self.backbone.model.config, self.backbone.arch))
         return size * max(1, tokens // max(len(prompt) for prompt in prompts) // size)
 
+    def _prompts_in_step(self, n_edits: int) -> int:
+        """Prompts whose copies can wait for their turn while others run: in half of a pass's memory."""
+        return self._budget() // 2 // bytes_waiting(self.backbone.arch, n_edits)
+
     def _budget(self) -> int:
         """Bytes for one pass. On CUDA what the card has beside the weights."""
         backbone = self.backbone
@@ -207,91 +302,3 @@ class SharedPrefixEngine:
             return max(1 << 30, there - backbone.weights_on_device)
         card = card_bytes(backbone.device, backbone.arch)
         return _CPU_BUDGET if card is None else max(1 << 30, card - backbone.weights_on_device)
-
-
-def _run_last_tokens(backbone: Backbone, last: torch.Tensor, prefix: Prefix) -> torch.Tensor:
-    """The pass over the last token, ids (N, 1), and its copies: -> (N, 1 + copies, resid_dim), final and normed."""
-    given = {"position_ids": prefix.lengths[:, None]} if backbone.takes_position_ids() else {}
-    if given:  # without a mask transformers looks for packed sequences in positions, and waits for the device
-        given["attention_mask"] = torch.ones_like(last)
-    hidden = backbone.decoder(input_ids=last, use_cache=False, **given)[0]
-    # GPT-2's family folds the grown token axis into the batch at its end; prompt-major order is kept.
-    return hidden.reshape(len(last), -1, hidden.shape[-1])
-
-
-def _head_patches(
-    backbone: Backbone, heads: Sequence[HeadId], values: torch.Tensor | None
-) -> list[tuple[Any, Callable[[torch.Tensor], torch.Tensor | None]]]:
-    """Before block l: one copy of the unpatched token for each of ``heads`` in layer l; then overwrite its slice by
-    that head's row of ``values``, or by the same head's slice of copy 0 if there are none."""
-    arch = backbone.arch
-
-    def grower(count: int) -> Callable[[torch.Tensor], torch.Tensor]:
-        return lambda hidden: _grown(hidden, hidden[:, :1], count)
-
-    def patcher(layer: int, numbers: list[int], part: slice) -> Callable[[torch.Tensor], torch.Tensor]:
-        place = backbone.device_of(layer)
-        index = sent(numbers, place)
-        given = None if values is None else values[part].to(place)
-
-        def patch(z: torch.Tensor) -> torch.Tensor:
-            n, copies, _ = z.shape
-            z = z.contiguous()  # edited in place: attention's output is read by this projection alone
-            by_head = z.view(n, copies, arch.n_heads, arch.head_dim)
-            new = torch.arange(copies - len(index), copies, device=z.device)
-            by_head[:, new, index] = by_head[:, 0, index] if given is None else given.to(z.dtype)
-            return z
-
-        return patch
-
-    edits: list[tuple[Any, Callable[[torch.Tensor], torch.Tensor | None]]] = []
-    start = 0
-    for layer, group in groupby(heads, key=lambda head: head.layer):
-        numbers = [head.head for head in group]
-        part = slice(start, start := start + len(numbers))
-        edits.append((arch.blocks[layer], grower(len(numbers))))
-        edits.append((arch.out_projs[layer], patcher(layer, numbers, part)))
-    return edits
-
-
-def _residual_additions(
-    backbone: Backbone, layers: Sequence[int], parts: Sequence[torch.Tensor], prompts: slice, lengths: torch.Tensor
-) -> AbstractContextManager[None]:
-    """After block l: one copy of the untouched token + vector for each vector of that layer and these prompts.
-    ``lengths`` (prompt, layer) receives that token's own."""
-
-    def adder(i: int) -> Callable[[torch.Tensor], torch.Tensor]:
-        vectors = of_layer_and_prompts(parts, i, prompts).to(backbone.device_of(layers[i]))
-
-        def add(hidden: torch.Tensor) -> torch.Tensor:
-            lengths[:, i] = hidden[:, 0].float().norm(dim=-1)
-            return _grown(hidden, hidden[:, :1] + vectors.to(hidden.dtype), vectors.shape[1])
-
-        return add
-
-    return editing_outputs([(backbone.arch.blocks[layer], adder(i)) for i, layer in enumerate(layers)])
-
-
-@contextmanager
-def _versions(backbone: Backbone, versions: Sequence[Together], prompts: slice) -> Iterator[None]:
-    """Before the first block: a copy of the token for each version; from there on each is edited in all layers."""
-
-    def grow(hidden: torch.Tensor) -> torch.Tensor:
-        return _grown(hidden, hidden[:, :1], len(versions))
-
-    with editing_inputs([(backbone.arch.blocks[0], grow)]), editing_together(backbone, versions, prompts):
-        yield
-
-
-def _grown(hidden: torch.Tensor, more: torch.Tensor, count: int) -> torch.Tensor:
-    """(N, C, d) -> (N, C + count, d), ``more`` (N, 1 or count, d) at the end. Where it lies in a ``Stream``, which has
-    room between prompts, nothing moves. Two assignments: ``torch.cat`` of an expanded tensor runs at a third of the
-    memory's speed."""
-    n, copies, width = hidden.shape
-    if hidden.stride(0) >= (copies + count) * width and hidden.stride()[1:] == (width, 1):
-        out = hidden.as_strided((n, copies + count, width), hidden.stride())
-    else:
-        out = hidden.new_empty(n, copies + count, width)
-        out[:, :copies] = hidden
-    out[:, copies:] = more
-    return out

@@ -28,7 +28,10 @@ SLOTS = 3
 """Blocks on the card at a time among those that stream: one computes, the others' weights are on their way."""
 
 N_TRIALS = 25
-"""Of a q_id by default: passes need no room for more prompts."""
+"""Of a q_id by default."""
+PROMPTS_A_PASS = 4
+"""That passes get room for where blocks stream: a pass over more is hardly quicker, since all share one trip of the
+weights, and stages that compute little are as quick as there are layers that do not stream."""
 _TOKENS = 128
 """Of a prompt, for estimates."""
 _SHARE = 0.9
@@ -100,7 +103,8 @@ def foreseen(
     arch, sizes, one_prompt = found
     # What is made while it is loaded, each process makes for itself.
     host = available_bytes(to_share=not any(sizes.made))
-    return plan(name, offload, sizes, card=card_bytes(device, arch), one_prompt=one_prompt, host=host)
+    waiting = bytes_waiting(arch, arch.n_heads * len(arch.out_projs))
+    return plan(name, offload, sizes, card=card_bytes(device, arch), one_prompt=one_prompt, waiting=waiting, host=host)
 
 
 def measured(
@@ -181,21 +185,15 @@ def streamable(model: nn.Module, arch: Architecture) -> list[dict[str, nn.Parame
 
 
 def plan(
-    name: str,
-    offload: str,
-    sizes: Sizes,
-    *,
-    card: int | None,
-    one_prompt: int,
-    host: int | None,
-    prompts: int = N_TRIALS,
-) -> Placement:
+    name: str, offload: str, sizes: Sizes, *, card: int | None, one_prompt: int, waiting: int, host: int | None,
+    prompts: int = PROMPTS_A_PASS,
+) -> Placement:  # fmt: skip
     """Where the blocks of the model ``name`` go.
 
-    ``card`` bytes are there for weights and passes, ``one_prompt`` of them are taken by a pass over one prompt, and
-    ``host`` bytes are free; None: no limit. ``offload`` is ``auto``: on the card if all fits, else as many of the first
-    layers as leave room for passes over ``prompts`` (they compute least in a sweep), then host memory, then files;
-    ``none``, ``cpu`` or ``disk``: all blocks there. Raises InputError if they do not fit.
+    ``card`` bytes are there for weights and passes: one prompt takes ``one_prompt`` of them in its pass and ``waiting``
+    between blocks; and ``host`` bytes are free; None: no limit. ``offload`` is ``auto``: on the card if all fits, else
+    as many of the first layers (they compute least in a sweep) as leave room for passes over ``prompts`` while all of a
+    q_id wait, then host memory, then files; ``none``, ``cpu`` or ``disk``: all there. Raises InputError if not all fit.
     """
     layers, total = range(len(sizes.blocks)), sum(sizes.blocks)
     everything = Placement(tuple(layers), (), (), sizes.rest + total, 0, 0)
@@ -211,7 +209,7 @@ def plan(
     slots = min(SLOTS, len(sizes.blocks)) * max(sizes.blocks)
     n_resident = 0
     if offload == "auto" and card is not None:
-        n_resident = _n_resident(name, sizes, slots, card, one_prompt, prompts)
+        n_resident = _n_resident(name, sizes, slots, card, one_prompt, prompts * one_prompt + N_TRIALS * waiting)
     streamed = layers[n_resident:]
     usable = None if host is None else int(_SHARE * host)
     in_host = _in_host(name, offload, sizes, streamed, usable)
@@ -226,8 +224,8 @@ def plan(
     )
 
 
-def _n_resident(name: str, sizes: Sizes, slots: int, card: int, one_prompt: int, prompts: int) -> int:
-    """Passes get room for all ``prompts``, but no more than half of what is left, and at least for one."""
+def _n_resident(name: str, sizes: Sizes, slots: int, card: int, one_prompt: int, passes: int) -> int:
+    """``passes`` get the room they want, but no more than half of what is left, and at least for one prompt."""
     left = card - sizes.rest - slots
     if left < one_prompt:
         raise InputError(
@@ -235,7 +233,7 @@ def _n_resident(name: str, sizes: Sizes, slots: int, card: int, one_prompt: int,
             f"{_gb(slots)} and a pass over one prompt {_gb(one_prompt)}, and the card has {_gb(max(card, 0))} for "
             "them; use --precision fast, --quant 4bit or a larger card"
         )
-    left -= max(one_prompt, min(prompts * one_prompt, left // 2))
+    left -= max(one_prompt, min(passes, left // 2))
     n = 0
     while n < len(sizes.blocks) and sizes.blocks[n] <= left:
         left -= sizes.blocks[n]
@@ -281,6 +279,11 @@ def bytes_of_prompt(arch: Architecture, n_edits: int, length: int = _TOKENS) -> 
     rows = 1 + n_edits
     per_row = 3 * arch.intermediate_size + 6 * arch.resid_dim + 3 * arch.n_heads * arch.head_dim
     return 4 * (rows * per_row + 3 * rows * arch.n_heads * length)
+
+
+def bytes_waiting(arch: Architecture, n_edits: int) -> int:
+    """What the copies of one prompt take between two blocks."""
+    return 4 * (1 + n_edits) * arch.resid_dim
 
 
 def bytes_of_token(config: Any, arch: Architecture) -> int:

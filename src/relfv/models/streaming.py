@@ -5,9 +5,10 @@ in files mapped into memory. Just before the block runs they become a slot's, on
 the weights of the next blocks are copied into meanwhile, on a stream of their own; right after it they are the true
 ones again. So whoever reads a weight at any other time reads the true one, and a slot is never seen in passing.
 
-A head sweep needs each layer's weights once a pass, and computes on them for longer than it takes to copy them. Blocks
-run in one order, again and again, so the slots are filled in that order, and around the end of a pass with the first
-blocks of the next one. An order that was not foreseen costs time and nothing else.
+A head sweep computes on each layer's weights for longer than it takes to copy them. Blocks run in one order, again and
+again, so the slots are filled in that order, and around the end of a pass with the first blocks of the next one. Where
+passes run in step, a block keeps its slot until the last has left it. An order that was not foreseen costs time and
+nothing else.
 
 All of it runs on any device, on a CPU by plain copies, with the same bits as if the weights were there for good.
 """
@@ -161,10 +162,11 @@ class Streaming:
             page_lock(stage.memory, device)
         self._copying = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._device = device
+        self._staying: int | None = None
         for index, module in enumerate(modules):
             # The first hooks of each block, so that all others, such as widening, find the slot's weights.
-            module.register_forward_pre_hook(lambda *_, index=index: self._enter(index))
-            module.register_forward_hook(lambda *_, index=index: self._leave(index), always_call=True)
+            module.register_forward_pre_hook(lambda *_, index=index: self._turn(self._enter, index))
+            module.register_forward_hook(lambda *_, index=index: self._turn(self._leave, index), always_call=True)
         if self._copying:  # before the memory is given back, which is after this object
             locked = [block.buffer for block in blocks if block.buffer is not None] + [s.memory for s in self._stages]
             addresses = {buffer.data_ptr() for buffer in locked}
@@ -176,6 +178,26 @@ class Streaming:
     def slot_bytes(self) -> int:
         """Memory that the slots take on the device."""
         return sum(slot.memory.nbytes for slot in self.slots)
+
+    @contextmanager
+    def staying(self, layer: int) -> Iterator[None]:
+        """While open, this layer's weights stay in their slot, if they stream: its block may run several times."""
+        streamed = sorted((*self.placement.host, *self.placement.disk))
+        if layer not in streamed:
+            yield
+            return
+        index = streamed.index(layer)
+        try:
+            self._enter(index)
+            self._staying = index
+            yield
+        finally:
+            self._staying = None
+            self._leave(index)
+
+    def _turn(self, enter_or_leave: Callable[[int], None], index: int) -> None:
+        if index != self._staying:
+            enter_or_leave(index)
 
     def _enter(self, index: int) -> None:
         n = len(self._blocks)

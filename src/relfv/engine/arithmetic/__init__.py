@@ -108,12 +108,13 @@ class Arithmetic:
             yield
 
     @contextmanager
-    def multiplying_copies(self, n_copies: int) -> Iterator[None]:
+    def multiplying_copies(self, n_copies: int | None = None) -> Iterator[None]:
         """While open, what linear layers get are copies, and is multiplied as base and differences where in pieces. In
-        the end there will be ``n_copies``: hidden states that leave a block have room for them (blocks.py)."""
+        the end of the one pass there will be ``n_copies``: hidden states that leave a block have room for them
+        (blocks.py); of passes in step, None, each has its own place."""
         differences = Differences(self.pieces)
         forwards: list[Any] = [(linear, differences.forward(linear)) for linear in self._in_pieces]
-        with replaced([*forwards, *self._fused(differences, Stream(n_copies))]):
+        with replaced([*forwards, *self._fused(differences, Stream(n_copies) if n_copies else None)]):
             yield
 
     def attend(

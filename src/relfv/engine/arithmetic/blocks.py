@@ -47,9 +47,10 @@ class PreNorm:
     norms: tuple[Any, Any]
     mlp: Any
 
-    def forward(self, x: torch.Tensor, *, stream: Stream | None = None, **given: Any) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, *, stream: Stream | None = None, **given: Any) -> torch.Tensor:
         """What the module does, with the sum after attention and the second norm in one kernel. Of copies, the result
         is in their ``stream``."""
+        x = hidden_states
         if self._watched():
             return type(self.module).forward(self.module, x, **given)
         norm = self.norms[1]
@@ -61,7 +62,8 @@ class PreNorm:
     def forward_in_pieces(self, products: Whole, stream: Stream | None) -> Callable[..., torch.Tensor]:
         """The same where all its linear layers multiply in pieces."""
 
-        def forward(x: torch.Tensor, **given: Any) -> torch.Tensor:
+        def forward(hidden_states: torch.Tensor, **given: Any) -> torch.Tensor:
+            x = hidden_states
             if x.dim() != 3 or self._watched():
                 return type(self.module).forward(self.module, x, **given)
             return products.pre_norm(

@@ -27,7 +27,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -69,20 +69,21 @@ def takes_bf16(module: nn.Module, device: torch.device) -> TypeGuard[nn.Linear]:
 
 
 @contextmanager
-def replaced(forwards: Sequence[tuple[nn.Module, Callable[..., torch.Tensor]]]) -> Iterator[None]:
-    """While open, each module's ``forward`` is the given function; hooks on the module stay in force."""
+def replaced(forwards: Sequence[tuple[nn.Module, Callable[..., Any] | None]], name: str = "forward") -> Iterator[None]:
+    """While open, each module's ``forward``, or the attribute ``name``, is the given function; hooks on the module stay
+    in force."""
     # Not by setattr, where every module first looks through its parameters: this is done twice for every pass.
-    before = [(vars(module), vars(module).get("forward")) for module, _ in forwards]
+    before = [(vars(module), vars(module).get(name)) for module, _ in forwards]
     try:
         for module, forward in forwards:
-            vars(module)["forward"] = forward
+            vars(module)[name] = forward
         yield
     finally:
         for attributes, forward in before:
             if forward is None:
-                del attributes["forward"]
+                del attributes[name]
             else:
-                attributes["forward"] = forward
+                attributes[name] = forward
 
 
 class Whole:

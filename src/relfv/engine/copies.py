@@ -1,0 +1,112 @@
+"""The pass over the last token, and how its copies begin and are edited there, as hooks: what the shared-prefix engine
+makes of each call.
+
+Copies are (N, C, width): of the last token of N prompts, copy 0 of each as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from relfv.engine.base import Backbone, Together, TokenIds, of_layer_and_prompts, sent
+from relfv.engine.hooks import editing_inputs, editing_outputs
+from relfv.engine.together import editing_together
+from relfv.types import HeadId
+
+
+def last_tokens(backbone: Backbone, prompts: TokenIds) -> torch.Tensor:
+    """Ids, (N, 1)."""
+    return sent([[prompt[-1]] for prompt in prompts], backbone.device)
+
+
+def run_last_tokens(backbone: Backbone, last: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """The pass over the last token, ids (N, 1), and its copies: -> (N, 1 + copies, resid_dim), final and normed."""
+    given = {"position_ids": positions[:, None]} if backbone.takes_position_ids() else {}
+    if given:  # without a mask transformers looks for packed sequences in positions, and waits for the device
+        given["attention_mask"] = torch.ones_like(last)
+    hidden = backbone.decoder(input_ids=last, use_cache=False, **given)[0]
+    # GPT-2's family folds the grown token axis into the batch at its end; prompt-major order is kept.
+    return hidden.reshape(len(last), -1, hidden.shape[-1])
+
+
+def head_patches(
+    backbone: Backbone, heads: Sequence[HeadId], values: torch.Tensor | None
+) -> list[tuple[Any, Callable[[torch.Tensor], torch.Tensor | None]]]:
+    """For ``editing_inputs``. Before block l: one copy of the unpatched token for each of ``heads`` in layer l; then
+    overwrite its slice by that head's row of ``values``, or by the same head's slice of copy 0 if there are none."""
+    arch = backbone.arch
+
+    def grower(count: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda hidden: _grown(hidden, hidden[:, :1], count)
+
+    def patcher(layer: int, numbers: list[int], part: slice) -> Callable[[torch.Tensor], torch.Tensor]:
+        place = backbone.device_of(layer)
+        index = sent(numbers, place)
+        given = None if values is None else values[part].to(place)
+
+        def patch(z: torch.Tensor) -> torch.Tensor:
+            n, copies, _ = z.shape
+            z = z.contiguous()  # edited in place: attention's output is read by this projection alone
+            by_head = z.view(n, copies, arch.n_heads, arch.head_dim)
+            new = torch.arange(copies - len(index), copies, device=z.device)
+            by_head[:, new, index] = by_head[:, 0, index] if given is None else given.to(z.dtype)
+            return z
+
+        return patch
+
+    edits: list[tuple[Any, Callable[[torch.Tensor], torch.Tensor | None]]] = []
+    start = 0
+    for layer, group in groupby(heads, key=lambda head: head.layer):
+        numbers = [head.head for head in group]
+        part = slice(start, start := start + len(numbers))
+        edits.append((arch.blocks[layer], grower(len(numbers))))
+        edits.append((arch.out_projs[layer], patcher(layer, numbers, part)))
+    return edits
+
+
+def residual_additions(
+    backbone: Backbone, layers: Sequence[int], parts: Sequence[torch.Tensor], prompts: slice, lengths: torch.Tensor
+) -> AbstractContextManager[None]:
+    """After block l: one copy of the untouched token + vector for each vector of that layer and these prompts.
+    ``lengths`` (prompt, layer) receives that token's own."""
+
+    def adder(i: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        vectors = of_layer_and_prompts(parts, i, prompts).to(backbone.device_of(layers[i]))
+
+        def add(hidden: torch.Tensor) -> torch.Tensor:
+            lengths[:, i] = hidden[:, 0].float().norm(dim=-1)
+            return _grown(hidden, hidden[:, :1] + vectors.to(hidden.dtype), vectors.shape[1])
+
+        return add
+
+    return editing_outputs([(backbone.arch.blocks[layer], adder(i)) for i, layer in enumerate(layers)])
+
+
+@contextmanager
+def version_edits(backbone: Backbone, versions: Sequence[Together], prompts: slice) -> Iterator[None]:
+    """Before the first block: a copy of the token for each version; from there on each is edited in all layers."""
+
+    def grow(hidden: torch.Tensor) -> torch.Tensor:
+        return _grown(hidden, hidden[:, :1], len(versions))
+
+    with editing_inputs([(backbone.arch.blocks[0], grow)]), editing_together(backbone, versions, prompts):
+        yield
+
+
+def _grown(hidden: torch.Tensor, more: torch.Tensor, count: int) -> torch.Tensor:
+    """(N, C, d) -> (N, C + count, d), ``more`` (N, 1 or count, d) at the end. Where it lies in a ``Stream``, which has
+    room between prompts, nothing moves. Two assignments: ``torch.cat`` of an expanded tensor runs at a third of the
+    memory's speed."""
+    n, copies, width = hidden.shape
+    if hidden.stride(0) >= (copies + count) * width and hidden.stride()[1:] == (width, 1):
+        out = hidden.as_strided((n, copies + count, width), hidden.stride())
+    else:
+        out = hidden.new_empty(n, copies + count, width)
+        out[:, :copies] = hidden
+    out[:, copies:] = more
+    return out
