@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from relfv.settings import MODEL_SETTINGS
 from relfv.stages.as_written import FV_AS_WRITTEN, describe, edit_at_once, parts_add_up
 from relfv.stages.cie import METRICS
-from relfv.stages.control_vectors import CONTROLS, Ground, candidate_vectors, compared_layers
+from relfv.stages.control_vectors import CONTROLS, N_FIRST_DRAWS, Candidates, Ground, candidate_vectors, compared_layers
 from relfv.stages.function_vector import FV, TOP_HEADS, heads_of
-from relfv.stages.judging import Tried, best_layer, judge_candidates
+from relfv.stages.judging import Tried, best_layer, judge_candidates, n_as_good, p_of_draws
 from relfv.stages.means import clean_run
 from relfv.stages.scores import measure_of, trial_scores
 from relfv.stages.stage import Finding, Stage, Work
@@ -20,6 +21,9 @@ from relfv.stages.zeroshot import ZERO_SHOT_TRIALS, evaluated_prompts
 from relfv.store.folder import File, QidFolder
 from relfv.store.formats import json_bytes, read_json
 from relfv.store.status import QidStatus
+
+if TYPE_CHECKING:
+    from relfv.engine.base import Engine
 
 # --- files ---------------------------------------------------------------------------------------------------------
 
@@ -48,8 +52,8 @@ def _compare(work: Work) -> str:
     model, settings, prompts = work.model, work.settings, work.once(evaluated_prompts)
     ground = ground_of(work, prompts.clusters)
     own = Tried(work.once(injections).effects, range(model.arch.n_layers), ["fv"])
-    found, norms = _try_all(work, ground)
-    tried, names = [own, *found], [name for name in CONTROLS if name in norms]
+    tried, norms = _try_all(work, ground, own)
+    names = [name for name in CONTROLS if name in norms]
     document = {
         "q_id": work.q_id,
         "meaning": {
@@ -70,13 +74,13 @@ def _compare(work: Work) -> str:
         "at_once": edit_at_once(work, ground),
     }
     work.write(CONTROLS_FILE, json_bytes(document), content=document)
-    n_passes = sum(len(some.names) * len(some.layers) for some in found)
-    return f"{sum(len(some.names) for some in found)} vectors, {n_passes} edits of each prompt"
+    n_passes = sum(len(some.names) * len(some.layers) for some in tried[1:])
+    return f"{sum(len(some.names) for some in tried[1:])} vectors, {n_passes} edits of each prompt"
 
 
-def _try_all(work: Work, ground: Ground) -> tuple[list[Tried], dict[str, float]]:
-    """Inject every control where it belongs, those of the same layers and read-out in one pass. -> what came of it, and
-    the vectors' mean lengths by name."""
+def _try_all(work: Work, ground: Ground, own: Tried) -> tuple[list[Tried], dict[str, float]]:
+    """Inject every control where it belongs, those of the same layers and read-out in one pass, and of draws no more
+    than can change what they show. -> ``own`` and what came of each, and the vectors' mean lengths by name."""
     n_layers, exact = work.model.arch.n_layers, work.model.engine
     compared, brief = compared_layers(n_layers), exact.over_likeliest_tokens()
     few = sorted({*compared, work.read(STEP6_SUMMARY)["best_layer"]})
@@ -85,7 +89,7 @@ def _try_all(work: Work, ground: Ground) -> tuple[list[Tried], dict[str, float]]
         kind = "step6_draws" if control.many and brief is not exact else "step6_controls"
         kind = "step6_held_out" if control.at_all_layers else "step6_rivals" if control.rival_of else kind
         passes.setdefault((kind, control.rival_of), []).append(name)
-    tried, norms = [], {}
+    tried, norms = [own], {}
     for (kind, rival_of), names in passes.items():
         candidates = candidate_vectors(ground, names)
         if not candidates.names:
@@ -93,16 +97,28 @@ def _try_all(work: Work, ground: Ground) -> tuple[list[Tried], dict[str, float]]
         layers = range(n_layers) if kind == "step6_held_out" else few
         if rival_of:
             layers = [best_layer(tried, rival_of, compared)]
-        effects = (exact if kind in ("step6_held_out", "step6_controls") else brief).inject(
-            work.once(evaluated_prompts),
-            [work.settings.alpha * part for part in candidates.at(layers)],
-            layers,
-            per_pass=work.trials_per_pass.get(kind),
-        )
-        work.trials_per_pass[kind] = effects.per_pass
-        tried.append(Tried(effects, layers, candidates.names))
+        engine = exact if kind in ("step6_held_out", "step6_controls") else brief
+        some = _inject(work, engine, kind, candidates.draws(slice(N_FIRST_DRAWS)), layers)
+        rest = candidates.draws(slice(N_FIRST_DRAWS, None))
+        at = layers if rival_of else compared
+        p = p_of_draws(tried, rival_of or "fv", at)[:, 0]
+        going = {name for name in {*rest.names} if not n_as_good(p_of_draws([some], name, at), p)}
+        if going:
+            some = some.beside(_inject(work, brief, f"{kind}_more", rest.of_names(going), layers))
+        tried.append(some)
         norms |= candidates.norms()
     return tried, norms
+
+
+def _inject(work: Work, engine: Engine, kind: str, candidates: Candidates, layers: Sequence[int]) -> Tried:
+    effects = engine.inject(
+        work.once(evaluated_prompts),
+        [work.settings.alpha * part for part in candidates.at(layers)],
+        layers,
+        per_pass=work.trials_per_pass.get(kind),
+    )
+    work.trials_per_pass[kind] = effects.per_pass
+    return Tried(effects, layers, candidates.names)
 
 
 def _agrees(folder: QidFolder, _: QidStatus) -> Iterator[Finding]:
