@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +15,16 @@ from relfv.stages.control_vectors import (
     CONTROLS,
     N_DIRECTIONS,
     N_DRAWS_OF_HEADS,
+    N_FIRST_DRAWS,
     Candidates,
     Ground,
     candidate_vectors,
     compared_layers,
 )
 from relfv.stages.function_vector import build_function_vector
+from relfv.stages.judging import Tried, p_of_draws
 from relfv.stages.means import mean_activations
-from relfv.types import HeadId, MeanActivations, Prompts
+from relfv.types import Effects, HeadId, MeanActivations, Prompts, TokenScores
 
 WORDS = ("cat", "cow", "sheep", "goat", "horse", "frog", "bear")
 TEXTS = [f"Q: dog\nA: puppy\n\nQ: {word}\nA:" for word in WORDS]
@@ -175,3 +178,34 @@ def test_a_vector_for_each_layer_goes_with_its_layer(found: Candidates) -> None:
     assert torch.equal(parts["mean_hidden"][0], of_name(found, "mean_hidden")[2])
     assert torch.equal(parts["mean_hidden"][1], of_name(found, "mean_hidden")[0])
     assert torch.equal(parts["random_heads"], of_name(found, "random_heads"))
+
+
+def tried(names: list[str], layers: list[int], p: list[list[float]]) -> Tried:
+    """Two prompts with each vector's ``p`` (layer, vector)."""
+    flat = torch.tensor(p).flatten().expand(2, -1)
+    scores = TokenScores(flat, flat.log(), torch.zeros(flat.shape, dtype=torch.int64))
+    return Tried(Effects(base=scores[:, 0], edited=scores, per_pass=2), layers, names)
+
+
+def test_further_draws_join_the_first_where_both_were_added() -> None:
+    first = tried(["a", "b", "b"], [1, 2, 5], [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6], [0.7, 0.8, 0.9]])
+    parts = first.with_more(tried(["b"], [5, 1], [[0.95], [0.35]]))
+    assert p_of_draws(parts, "b", [1, 5]) == pytest.approx(np.array([[0.2, 0.3, 0.35], [0.8, 0.9, 0.95]]))
+    assert p_of_draws(parts, "a", [5]) == pytest.approx(np.array([[0.7]]))
+    assert p_of_draws(parts, "b", [2]) == pytest.approx(np.array([[0.5, 0.6]]))
+
+
+def test_draws_end_early_only_where_one_did_as_well(finished: Path) -> None:
+    """Of two q_ids with random weights: for either way to go."""
+    seen = set()
+    for path in finished.glob("*/artifacts/step6"):
+        controls, summary = (json.loads((path / name).read_text()) for name in ("controls.json", "../summary.json"))
+        compared = [controls["per_layer"][str(layer)] for layer in controls["compared_layers"]]
+        own = max(row["fv"]["mean_p"] for row in compared)
+        for name in ("random_heads", "random_heads_scaled"):
+            draws = np.array([row[name]["mean_p_of_draws"] for row in compared]).max(0)
+            assert len(draws) == (N_FIRST_DRAWS if (draws[:N_FIRST_DRAWS] >= own).any() else N_DRAWS_OF_HEADS)
+            seen.add(len(draws))
+            if name in summary["against_random"]:
+                assert summary["against_random"][name]["n_draws"] == len(draws)
+    print(seen)

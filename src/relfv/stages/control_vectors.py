@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 N_DRAWS_OF_HEADS = 19
 """Of as many vectors and one more, the function vector is the best by chance in one case of twenty."""
 N_FIRST_DRAWS = 5
-"""After these no more are made of a kind of which one already does as well as the vector: that nothing is shown is then
-known. Whoever stops there is right as often as one who makes all (Besag & Clifford 1991, sequential Monte Carlo
-p-values), and the best of all is called so after all of them, as without stopping."""
+"""After these no more are made of a kind of which one already does as well as the vector: then nothing is shown,
+whatever the others do (Besag & Clifford 1991, sequential Monte Carlo p-values). That none does as well is still said
+after all of them alone. The others are not made where the vector is best, if no claim rests on that layer."""
 N_DIRECTIONS = 5
 _N_COMPARED = 4
 """Layers at which the vector and random draws are compared: a draw costs less than all layers would, and twenty vectors

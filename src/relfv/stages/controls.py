@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING
 from relfv.settings import MODEL_SETTINGS
 from relfv.stages.as_written import FV_AS_WRITTEN, describe, edit_at_once, parts_add_up
 from relfv.stages.cie import METRICS
-from relfv.stages.control_vectors import CONTROLS, N_FIRST_DRAWS, Candidates, Ground, candidate_vectors, compared_layers
+from relfv.stages.control_vectors import (
+    CONTROLS,
+    N_DRAWS_OF_HEADS,
+    N_FIRST_DRAWS,
+    Candidates,
+    Ground,
+    candidate_vectors,
+    compared_layers,
+)
 from relfv.stages.function_vector import FV, TOP_HEADS, heads_of
 from relfv.stages.judging import Tried, best_layer, judge_candidates, n_as_good, p_of_draws
 from relfv.stages.means import clean_run
@@ -89,6 +97,7 @@ def _try_all(work: Work, ground: Ground, own: Tried) -> tuple[list[Tried], dict[
         kind = "step6_draws" if control.many and brief is not exact else "step6_controls"
         kind = "step6_held_out" if control.at_all_layers else "step6_rivals" if control.rival_of else kind
         passes.setdefault((kind, control.rival_of), []).append(name)
+    p_of_fv = p_of_draws([own], "fv", compared)[:, 0]
     tried, norms = [own], {}
     for (kind, rival_of), names in passes.items():
         candidates = candidate_vectors(ground, names)
@@ -98,14 +107,15 @@ def _try_all(work: Work, ground: Ground, own: Tried) -> tuple[list[Tried], dict[
         if rival_of:
             layers = [best_layer(tried, rival_of, compared)]
         engine = exact if kind in ("step6_held_out", "step6_controls") else brief
-        some = _inject(work, engine, kind, candidates.draws(slice(N_FIRST_DRAWS)), layers)
-        rest = candidates.draws(slice(N_FIRST_DRAWS, None))
-        at = layers if rival_of else compared
-        p = p_of_draws(tried, rival_of or "fv", at)[:, 0]
-        going = {name for name in {*rest.names} if not n_as_good(p_of_draws([some], name, at), p)}
+        # What the claim rests on is that none of all draws does as well; of as_written's rivals the mean is told.
+        first = N_DRAWS_OF_HEADS if rival_of else N_FIRST_DRAWS
+        some, rest = (candidates.draws(which) for which in (slice(first), slice(first, None)))
+        begun = _inject(work, engine, kind, some, layers)
+        going = {name for name in {*rest.names} if not n_as_good(p_of_draws([begun], name, compared), p_of_fv)}
         if going:
-            some = some.beside(_inject(work, brief, f"{kind}_more", rest.of_names(going), layers))
-        tried.append(some)
+            tried += begun.with_more(_inject(work, brief, f"{kind}_more", rest.of_names(going), compared))
+        else:
+            tried.append(begun)
         norms |= candidates.norms()
     return tried, norms
 
