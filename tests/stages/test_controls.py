@@ -22,7 +22,7 @@ from relfv.stages.control_vectors import (
     compared_layers,
 )
 from relfv.stages.function_vector import build_function_vector
-from relfv.stages.judging import Tried, p_of_draws
+from relfv.stages.judging import Tried, n_as_good, p_of_draws
 from relfv.stages.means import mean_activations
 from relfv.types import Effects, HeadId, MeanActivations, Prompts, TokenScores
 
@@ -187,25 +187,26 @@ def tried(names: list[str], layers: list[int], p: list[list[float]]) -> Tried:
     return Tried(Effects(base=scores[:, 0], edited=scores, per_pass=2), layers, names)
 
 
-def test_further_draws_join_the_first_where_both_were_added() -> None:
-    first = tried(["a", "b", "b"], [1, 2, 5], [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6], [0.7, 0.8, 0.9]])
-    parts = first.with_more(tried(["b"], [5, 1], [[0.95], [0.35]]))
-    assert p_of_draws(parts, "b", [1, 5]) == pytest.approx(np.array([[0.2, 0.3, 0.35], [0.8, 0.9, 0.95]]))
-    assert p_of_draws(parts, "a", [5]) == pytest.approx(np.array([[0.7]]))
-    assert p_of_draws(parts, "b", [2]) == pytest.approx(np.array([[0.5, 0.6]]))
+def test_further_draws_join_the_first_at_every_layer() -> None:
+    first = tried(["a", "b", "b"], [1, 5], [[0.1, 0.2, 0.3], [0.7, 0.8, 0.9]])
+    both = [first.beside(tried(["b"], [1, 5], [[0.35], [0.95]]))]
+    assert p_of_draws(both, "b", [5, 1]) == pytest.approx(np.array([[0.8, 0.9, 0.95], [0.2, 0.3, 0.35]]))
+    assert p_of_draws(both, "a", [5]) == pytest.approx(np.array([[0.7]]))
+
+
+def test_a_draw_does_as_well_where_it_is_not_known_to_do_worse() -> None:
+    draws = np.array([[0.1, 0.4, 0.2, np.nan], [0.2, 0.1, 0.3, 0.1]])
+    assert n_as_good(draws, np.array([0.1, 0.35])) == 2
+    assert n_as_good(draws, np.array([0.5, 0.1])) == 1
 
 
 def test_draws_end_early_only_where_one_did_as_well(finished: Path) -> None:
-    """Of two q_ids with random weights: for either way to go."""
-    seen = set()
     for path in finished.glob("*/artifacts/step6"):
         controls, summary = (json.loads((path / name).read_text()) for name in ("controls.json", "../summary.json"))
         compared = [controls["per_layer"][str(layer)] for layer in controls["compared_layers"]]
-        own = max(row["fv"]["mean_p"] for row in compared)
+        own = np.array([row["fv"]["mean_p"] for row in compared])
         for name in ("random_heads", "random_heads_scaled"):
-            draws = np.array([row[name]["mean_p_of_draws"] for row in compared]).max(0)
-            assert len(draws) == (N_FIRST_DRAWS if (draws[:N_FIRST_DRAWS] >= own).any() else N_DRAWS_OF_HEADS)
-            seen.add(len(draws))
-            if name in summary["against_random"]:
-                assert summary["against_random"][name]["n_draws"] == len(draws)
-    print(seen)
+            draws = np.array([row[name]["mean_p_of_draws"] for row in compared])
+            ended = n_as_good(draws[:, :N_FIRST_DRAWS], own)
+            assert draws.shape[1] == (N_FIRST_DRAWS if ended else N_DRAWS_OF_HEADS)
+            assert summary["against_random"].get(name, {}).get("n_draws", draws.shape[1]) == draws.shape[1]

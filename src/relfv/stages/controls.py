@@ -113,9 +113,8 @@ def _try_all(work: Work, ground: Ground, own: Tried) -> tuple[list[Tried], dict[
         begun = _inject(work, engine, kind, some, layers)
         going = {name for name in {*rest.names} if not n_as_good(p_of_draws([begun], name, compared), p_of_fv)}
         if going:
-            tried += begun.with_more(_inject(work, brief, f"{kind}_more", rest.of_names(going), compared))
-        else:
-            tried.append(begun)
+            begun = begun.beside(_inject(work, brief, f"{kind}_more", rest.of_names(going), layers))
+        tried.append(begun)
         norms |= candidates.norms()
     return tried, norms
 

@@ -3,10 +3,8 @@ interval."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,24 +27,16 @@ class Tried:
     names: Sequence[str]
     """One for each vector; several draws share one."""
 
-    def at(self, layers: Sequence[int]) -> Tried:
-        """At some of its layers alone."""
-        columns = np.arange(len(self.layers) * len(self.names)).reshape(len(self.layers), -1)
-        edited = self.effects.edited[:, columns[[[*self.layers].index(layer) for layer in layers]].ravel()]
-        return Tried(replace(self.effects, edited=edited), layers, self.names)
-
-    def with_more(self, more: Tried) -> list[Tried]:
-        """Together with further vectors where these were added, and by themselves at the other layers."""
+    def beside(self, more: Tried) -> Tried:
+        """Together with further vectors that were added after the same layers."""
         import torch
 
         def joined(field: str) -> torch.Tensor:
-            parts = (by_layer(getattr(some.effects.edited, field), some.names) for some in (self.at(more.layers), more))
+            parts = (by_layer(getattr(some.effects.edited, field), some.names) for some in (self, more))
             return torch.cat([*parts], dim=2).flatten(1)
 
         edited = TokenScores(joined("logit"), joined("logprob"), joined("top_id"))
-        both = Tried(replace(self.effects, edited=edited), more.layers, [*self.names, *more.names])
-        others = [layer for layer in self.layers if layer not in more.layers]
-        return [both, self.at(others)] if others else [both]
+        return Tried(replace(self.effects, edited=edited), self.layers, [*self.names, *more.names])
 
 
 def n_as_good(draws: np.ndarray, own: np.ndarray) -> int:
@@ -57,7 +47,7 @@ def n_as_good(draws: np.ndarray, own: np.ndarray) -> int:
 
 def p_of_draws(tried: Sequence[Tried], name: str, layers: Sequence[int]) -> np.ndarray:
     """(layer, draw): mean P with each vector of ``name`` after ``layers``."""
-    some = next(some for some in tried if name in some.names and {*layers} <= {*some.layers})
+    some = next(some for some in tried if name in some.names)
     reached = by_layer(some.effects.edited.measure("p"), some.names).mean(0)
     columns = [other == name for other in some.names]
     return reached[[[*some.layers].index(layer) for layer in layers]][:, columns]
@@ -103,11 +93,15 @@ def judge_candidates(
     """
     p_clean, queries_of_clean = clean.scores.measure("p"), np.asarray(clean_queries)
     of_query = {query: p_clean[queries_of_clean == query].mean() for query in set(clean_queries)}
-    by_prompt: dict[str, dict[str, list[float | None]]] = defaultdict(dict)
-    for m, some in product(dict.fromkeys(("p", measure)), tried):
-        for name, of_name in mean_over_draws(some.effects, some.names, m).items():
-            for layer, values in zip(some.layers, of_name.T, strict=True):
-                by_prompt[f"{m}_{name}"][str(layer)] = [finite(value) for value in values]
+    by_prompt = {
+        f"{m}_{name}": {
+            str(layer): [finite(value) for value in values]
+            for layer, values in zip(some.layers, of_name.T, strict=True)
+        }
+        for m in dict.fromkeys(("p", measure))
+        for some in tried
+        for name, of_name in mean_over_draws(some.effects, some.names, m).items()
+    }
     judged = [judge_vectors(some.effects, prompts, some.names, some.layers) for some in tried]
     for more in judged[1:]:
         for layer, numbers in more["per_layer"].items():
