@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from folders import arguments
 from parity import assert_close, assert_same_scores
+from relfv.cli import main
 from relfv.engine.base import of_layer_and_prompts
 from relfv.engine.clean import CleanRun, run_clean
 from relfv.language_model import LanguageModel, open_model
@@ -200,13 +202,16 @@ def test_a_draw_does_as_well_where_it_is_not_known_to_do_worse() -> None:
     assert n_as_good(draws, np.array([0.5, 0.1])) == 1
 
 
-def test_draws_end_early_only_where_one_did_as_well(finished: Path) -> None:
-    for path in finished.glob("*/artifacts/step6"):
-        controls, summary = (json.loads((path / name).read_text()) for name in ("controls.json", "../summary.json"))
-        compared = [controls["per_layer"][str(layer)] for layer in controls["compared_layers"]]
-        own = np.array([row["fv"]["mean_p"] for row in compared])
-        for name in ("random_heads", "random_heads_scaled"):
-            draws = np.array([row[name]["mean_p_of_draws"] for row in compared])
-            ended = n_as_good(draws[:, :N_FIRST_DRAWS], own)
-            assert draws.shape[1] == (N_FIRST_DRAWS if ended else N_DRAWS_OF_HEADS)
-            assert summary["against_random"].get(name, {}).get("n_draws", draws.shape[1]) == draws.shape[1]
+def test_draws_end_early_only_where_one_did_as_well(llama_path: Path, csv_path: Path, tmp_path: Path) -> None:
+    """With this vector against the relation a draw of one kind does, of the first five, and none of the other."""
+    settings = ["--q_list", "A1", "--alpha", "-1", "--topk", "3"]
+    assert main([*arguments(llama_path, csv_path, tmp_path), *settings]) == 0
+    controls = json.loads((tmp_path / "pairs/A1/artifacts/step6/controls.json").read_text())
+    compared = [controls["per_layer"][str(layer)] for layer in controls["compared_layers"]]
+    own = np.array([row["fv"]["mean_p"] for row in compared])
+    n_draws = {}
+    for name in ("random_heads", "random_heads_scaled"):
+        draws = np.array([row[name]["mean_p_of_draws"] for row in compared])
+        n_draws[name] = draws.shape[1]
+        assert (n_as_good(draws[:, :N_FIRST_DRAWS], own) > 0) == (draws.shape[1] == N_FIRST_DRAWS)
+    assert n_draws == {"random_heads": N_FIRST_DRAWS, "random_heads_scaled": N_DRAWS_OF_HEADS}
