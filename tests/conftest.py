@@ -47,6 +47,12 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, so that no process is left with a long one when the others have ended."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """``--write-families`` and ``--write-bad-input`` make their pages in docs/ anew instead of comparing them;
     ``--kills``, ``--faults`` and ``--cuts`` make tests/runs/test_crashes.py thorough."""

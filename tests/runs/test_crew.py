@@ -7,8 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import ROOT
+from crashes import Fork
 from folders import arguments, contents, status
 from relfv.cli import main
 from relfv.runs.crew import on_devices
@@ -28,21 +26,19 @@ TWO = ("--device", "cpu", "--per_card", "2")
 
 
 @pytest.fixture
-def started(csv_path: Path, llama_path: Path, tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
-    """A run by two processes, in a process group of its own."""
+def started(csv_path: Path, llama_path: Path, tmp_path: Path) -> Callable[..., Fork]:
+    """A run by two processes, in a process of its own."""
 
-    def start(*flags: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "relfv", *arguments(llama_path, csv_path, tmp_path, *TWO, *flags)],
-            env={**os.environ, "PYTHONPATH": str(ROOT / "src")}, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+    def start(*flags: str) -> Fork:
+        command = arguments(llama_path, csv_path, tmp_path, *TWO, *flags)
+        return Fork(lambda: main(command), tmp_path / "said")
 
     return start
 
 
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+def wait_for(path: Path, process: Fork) -> None:
     for _ in range(24000):
-        if path.exists() or process.poll() is not None:
+        if path.exists() or process.has_ended():
             return
         time.sleep(0.005)
 
@@ -61,15 +57,15 @@ def is_alive(pid: int) -> bool:
 
 @pytest.mark.slow
 def test_a_killed_process_leaves_its_q_id_to_another_and_every_byte_is_as_in_one_process(
-    started: Callable[..., subprocess.Popen[str]], finished: Path, tmp_path: Path
+    started: Callable[..., Fork], finished: Path, tmp_path: Path
 ) -> None:
     folder, process = tmp_path / "pairs", started()
     wait_for(folder / "A1/artifacts/stepD_mean_acts", process)
     killed = holder(folder, "A1")
     assert killed != process.pid
     os.kill(killed, signal.SIGKILL)
-    said = process.communicate(timeout=180)[1]
-    assert process.returncode == 0, said
+    code, said = process.wait(180), process.said()
+    assert code == 0, said
     assert re.search(r"the process on cpu ended at A1 \(killed by SIGKILL.*\); another takes it", said)
     assert holder(folder, "A1") not in (killed, process.pid)
     for q_id in ("A1", "B2"):
@@ -85,15 +81,13 @@ def test_a_killed_process_leaves_its_q_id_to_another_and_every_byte_is_as_in_one
 
 
 @pytest.mark.slow
-def test_an_interrupt_is_passed_on_and_no_process_is_left(
-    started: Callable[..., subprocess.Popen[str]], tmp_path: Path
-) -> None:
+def test_an_interrupt_is_passed_on_and_no_process_is_left(started: Callable[..., Fork], tmp_path: Path) -> None:
     folder, process = tmp_path / "pairs", started()
     wait_for(folder / "A1/artifacts/trial_metrics.jsonl", process)
     workers = {holder(folder, q_id) for q_id in ("A1", "B2")}
-    process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=120)[1]
-    assert process.returncode == 130, said
+    process.signal(signal.SIGINT)
+    code, said = process.wait(120), process.said()
+    assert code == 130, said
     assert not any(map(is_alive, workers))
     assert status(folder, "A1")["status"] == "pending"
     assert "A1 interrupted; what was finished is on disk" in said
@@ -102,14 +96,12 @@ def test_an_interrupt_is_passed_on_and_no_process_is_left(
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks /proc what lives")
-def test_processes_end_with_the_one_that_started_them(
-    started: Callable[..., subprocess.Popen[str]], tmp_path: Path
-) -> None:
+def test_processes_end_with_the_one_that_started_them(started: Callable[..., Fork], tmp_path: Path) -> None:
     folder, process = tmp_path / "pairs", started()
     wait_for(folder / "A1/artifacts/stepD_mean_acts", process)
     worker = holder(folder, "A1")
-    process.kill()
-    process.communicate(timeout=60)
+    process.signal(signal.SIGKILL)
+    process.wait()
     for _ in range(6000):
         if not is_alive(worker):
             break
@@ -177,13 +169,13 @@ def test_one_device_is_this_process(
 
 
 def test_weights_that_stream_are_in_memory_once_for_all_processes(
-    started: Callable[..., subprocess.Popen[str]], finished: Path, tmp_path: Path
+    started: Callable[..., Fork], finished: Path, tmp_path: Path
 ) -> None:
     """Both have the one file without a name mapped, and it is gone with them."""
     process = started("--offload", "cpu")
     wait_for(tmp_path / "pairs/B2/artifacts/stepD_mean_acts", process)
     held = {q_id: shared_memory(holder(tmp_path / "pairs", q_id)) for q_id in ("A1", "B2")}
-    assert process.wait() == 0, process.stderr and process.stderr.read()
+    assert process.wait(180) == 0, process.said()
     (file,) = {*held["A1"], *held["B2"]}
     assert len(held["A1"][file]) == len(held["B2"][file]) > 1
     assert contents(tmp_path / "pairs/A1/artifacts") == contents(finished / "A1/artifacts")

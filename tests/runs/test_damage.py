@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from conftest import WORDS
+from crashes import lighten
 from folders import contents, status, write_status
 from relfv.cli import main
 
@@ -52,15 +53,17 @@ WAYS = [truncate, flip_a_bit, empty, Path.unlink, put_a_folder_there]
 
 
 @pytest.fixture(scope="module")
-def wide(llama_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
-    """A finished run with a q_id for each file to be damaged. -> (its arguments but --out_root, the relation's
-    folder)"""
+def wide(llama_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[list[str], Path]]:
+    """A finished run with a q_id for each file to be damaged, lightened like all after it. -> (its arguments but
+    --out_root, the relation's folder)"""
     folder = tmp_path_factory.mktemp("wide")
     rows = [f"{q},{a}{i % 7},{b}\n" for i, q in enumerate(Q_IDS) for a, b in WORDS[:4]]
     (folder / "wide.csv").write_text("id,ex_A,ex_B\n" + "".join(rows))
     run = ["run", "--model", str(llama_path), "--relation_csv_path", str(folder / "wide.csv"), *SMALL]
-    assert main([*run, "--out_root", str(folder)]) == 0
-    return run, folder / "wide"
+    with pytest.MonkeyPatch.context() as patch:
+        lighten(patch)
+        assert main([*run, "--out_root", str(folder)]) == 0
+        yield run, folder / "wide"
 
 
 def the_file(relation: Path, i: int) -> Path:

