@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from parity import assert_close
-from relfv.engine.prefix import prefill
+from relfv.engine.prefix import Prefill
 from relfv.language_model import open_model
 
 PROMPTS = [[5, 6, 7, 8, 9], [11, 12, 13]]
@@ -18,7 +18,7 @@ def test_a_prefix_is_what_the_model_caches_without_its_last_blocks_mlp(llama_pat
     arch, ran = model.arch, []
     handles = [block.mlp.register_forward_hook(lambda *_, n=n: ran.append(n)) for n, block in enumerate(arch.blocks)]
     with model.backbone.running():
-        prefix = prefill(model.backbone, PROMPTS)
+        prefix = Prefill(model.backbone, PROMPTS).run()
     for handle in handles:
         handle.remove()
     assert ran == [*range(arch.n_layers - 1)]

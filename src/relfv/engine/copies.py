@@ -42,7 +42,7 @@ def head_patches(
     arch = backbone.arch
 
     def grower(count: int) -> Callable[[torch.Tensor], torch.Tensor]:
-        return lambda hidden: _grown(hidden, hidden[:, :1], count)
+        return lambda hidden: grown(hidden, hidden[:, :1], count)
 
     def patcher(layer: int, numbers: list[int], part: slice) -> Callable[[torch.Tensor], torch.Tensor]:
         place = backbone.device_of(layer)
@@ -80,7 +80,7 @@ def residual_additions(
 
         def add(hidden: torch.Tensor) -> torch.Tensor:
             lengths[:, i] = hidden[:, 0].float().norm(dim=-1)
-            return _grown(hidden, hidden[:, :1] + vectors.to(hidden.dtype), vectors.shape[1])
+            return grown(hidden, hidden[:, :1] + vectors.to(hidden.dtype), vectors.shape[1])
 
         return add
 
@@ -92,13 +92,13 @@ def version_edits(backbone: Backbone, versions: Sequence[Together], prompts: sli
     """Before the first block: a copy of the token for each version; from there on each is edited in all layers."""
 
     def grow(hidden: torch.Tensor) -> torch.Tensor:
-        return _grown(hidden, hidden[:, :1], len(versions))
+        return grown(hidden, hidden[:, :1], len(versions))
 
     with editing_inputs([(backbone.arch.blocks[0], grow)]), editing_together(backbone, versions, prompts):
         yield
 
 
-def _grown(hidden: torch.Tensor, more: torch.Tensor, count: int) -> torch.Tensor:
+def grown(hidden: torch.Tensor, more: torch.Tensor, count: int) -> torch.Tensor:
     """(N, C, d) -> (N, C + count, d), ``more`` (N, 1 or count, d) at the end. Where it lies in a ``Stream``, which has
     room between prompts, nothing moves. Two assignments: ``torch.cat`` of an expanded tensor runs at a third of the
     memory's speed."""

@@ -25,17 +25,18 @@ def pad_right(prompts: TokenIds, device: torch.device) -> tuple[torch.Tensor, to
     return ids, mask, lengths
 
 
-def leaving_padding_out(ids: torch.Tensor, lengths: Sequence[int]) -> AbstractContextManager[None]:
-    """While open, products of passes over ``ids`` (N, P) need not be made for what is beyond each row's length."""
+def padding_of(ids: torch.Tensor, lengths: Sequence[int]) -> Callable[[], AbstractContextManager[None]]:
+    """Contexts: while one is open, products of passes over ``ids`` (N, P) need not be made for what is beyond each
+    row's length."""
     n, width = ids.shape
-    places = [row * width + token for row, length in enumerate(lengths) for token in range(length)]
-    return leaving_out_padding((n, width), sent(places, ids.device))
+    places = sent([row * width + token for row, length in enumerate(lengths) for token in range(length)], ids.device)
+    return lambda: leaving_out_padding((n, width), places)
 
 
 def last_hidden(backbone: Backbone, prompts: TokenIds) -> torch.Tensor:
     """Final normed hidden state at each prompt's last token: (N, resid_dim)."""
     ids, mask, lengths = pad_right(prompts, backbone.device)
-    with leaving_padding_out(ids, [len(prompt) for prompt in prompts]):
+    with padding_of(ids, [len(prompt) for prompt in prompts])():
         hidden = backbone.decoder(input_ids=ids, attention_mask=mask, use_cache=False)[0]
     return hidden[torch.arange(len(prompts), device=hidden.device), (lengths - 1).to(hidden.device)]
 

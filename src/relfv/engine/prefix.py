@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from relfv.engine.attention import Prefix
 from relfv.engine.base import Backbone, TokenIds, sent
 from relfv.engine.hooks import editing_inputs
-from relfv.engine.passes import leaving_padding_out, pad_right
+from relfv.engine.passes import pad_right, padding_of
 from relfv.errors import RunError
 
 _FEW = 4
@@ -31,9 +31,7 @@ class KeptPrefix:
         """The prefix of ``prompts``, kept or made, with the same bits either way. Call inside ``running``."""
         found = self.found(prompts)
         if found is None:
-            making = Prefill(backbone, prompts)
-            making.run()
-            self.keep(prompts, found := making.prefix())
+            self.keep(prompts, found := Prefill(backbone, prompts).run())
         return found
 
     def found(self, prompts: TokenIds) -> Prefix | None:
@@ -66,20 +64,20 @@ class Prefill:
         self._backbone = backbone
         self._ids, self._mask, self.lengths = pad_right([prompt[:-1] for prompt in prompts], backbone.device)
         self._n_tokens = [len(prompt) - 1 for prompt in prompts]
+        # What is sent to a device is sent once: it may wait there behind weights that stream.
+        self.without_padding = padding_of(self._ids, self._n_tokens)
+        """Opened around every block of the pass."""
         self._lengths_on: dict[torch.device, torch.Tensor] = {}
         # A DynamicCache made from a config lets sliding-window layers drop keys; this one keeps all of them, and the
         # window is applied in the attention of the last token.
         self._cache = DynamicCache()
 
-    def run(self) -> None:
+    def run(self) -> Prefix:
         """Run it, of the last block no more than gives keys and values."""
         last = self._backbone.arch.out_projs[self._backbone.arch.n_layers - 1]
         with suppress(_Enough), editing_inputs([(last, _stop)]), self.without_padding():
             self.decode()
-
-    def without_padding(self) -> AbstractContextManager[None]:
-        """While open, products may leave out what pads its prompts: around every block of it."""
-        return leaving_padding_out(self._ids, self._n_tokens)
+        return self.prefix()
 
     def decode(self) -> None:
         """Call the decoder, once."""
@@ -98,7 +96,6 @@ class Prefill:
     def _of(self, layers: Iterable[int]) -> Prefix:
         found = {layer: _cached(self._cache, layer) for layer in layers}
         keys, values = ({layer: pair[i] for layer, pair in found.items()} for i in (0, 1))
-        # Sent once: what goes to a device may wait there behind weights that stream.
         for place in {of_layer.device for of_layer in keys.values()} - {*self._lengths_on}:
             self._lengths_on[place] = sent(self._n_tokens, place)
         return Prefix(keys, values, self.lengths, self._lengths_on)

@@ -11,7 +11,7 @@ from transformers.models.llama import modeling_llama
 
 from relfv.engine.arithmetic.blocks import Stream, as_pre_norm
 from relfv.engine.arithmetic.fusion import as_gated_mlp, as_norm
-from relfv.engine.shared_prefix import _grown
+from relfv.engine.copies import grown
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -74,10 +74,10 @@ def test_a_block_that_hides_something_from_attention_keeps_its_own_code() -> Non
 def test_copies_that_have_room_do_not_move_when_others_come() -> None:
     stream, x = Stream(5), torch.randn(2, 3, 8)
     hidden = stream.like(x).copy_(x)
-    more = _grown(hidden, hidden[:, :1], 2)
+    more = grown(hidden, hidden[:, :1], 2)
     assert more.data_ptr() == hidden.data_ptr()
     assert torch.equal(more, torch.cat([x, x[:, :1], x[:, :1]], dim=1))
     for full in (more, x):  # no room is left, or there never was any
-        larger = _grown(full, full[:, :1], 1)
+        larger = grown(full, full[:, :1], 1)
         assert larger.data_ptr() != full.data_ptr()
         assert torch.equal(larger, torch.cat([full, full[:, :1]], dim=1))
