@@ -44,7 +44,7 @@ class Parts(Sampler):
 
     def __init__(self, n: int) -> None:
         super().__init__()
-        self._size, self._began = max(100, n // 10), 0.0
+        self.size, self._began = max(100, n // 10), 0.0
         print("| q_ids | a second | CPU s a q_id, mean | median | resident MiB | open files | largest worker MiB |")
         print("|---|---|---|---|---|---|---|", flush=True)
 
@@ -54,13 +54,13 @@ class Parts(Sampler):
         super().emit(record)
         if len(self.samples) == 1 > n:
             self._began = time.monotonic()
-        elif len(self.samples) % self._size == 0 and len(self.samples) > n:
+        elif len(self.samples) % self.size == 0 and len(self.samples) > n:
             self.row()
 
     def row(self) -> None:
         """Of what ended since the last one."""
         now, n = time.monotonic(), len(self.samples)
-        part = self.samples[(n - 1) // self._size * self._size :]
+        part = self.samples[(n - 1) // self.size * self.size :]
         seconds = [sample.seconds for sample in part]
         cells = [f"{len(part) / (now - self._began):.2f}", f"{statistics.mean(seconds):.3f}"]
         cells += [f"{statistics.median(seconds):.3f}", f"{part[-1].resident_mib:.0f}", str(part[-1].open_files)]
@@ -151,9 +151,12 @@ def main() -> None:
         logging.getLogger("relfv.runs.worker").addHandler(sampler)
         began, wall = time.process_time(), time.monotonic()
         timer = threading.Timer(args.seconds or threading.TIMEOUT_MAX, lambda: os.kill(os.getpid(), signal.SIGINT))
+        timer.daemon = True
         timer.start()
         code = relfv([*command, *shared, "--q_list", ",".join(f"R{i}" for i in range(run))])
         timer.cancel()
+        if len(sampler.samples) % sampler.size:
+            sampler.row()
         if code and not (args.seconds and time.monotonic() - wall > args.seconds):
             raise SystemExit(code)
         took = time.process_time() - began

@@ -400,13 +400,27 @@ def test_a_pass_that_fails_among_others_leaves_nothing_behind(problem: type[Base
 
     handle = engine.backbone.arch.blocks[3].mlp.register_forward_pre_hook(fail)  # type: ignore[union-attr]
     if problem is torch.OutOfMemoryError:
-        assert sweep(engine).per_pass == 1
+        assert sweep(engine).per_pass == 2
     else:
         with pytest.raises(problem):
             sweep(engine)
     handle.remove()
     assert left_by(model) == before
     assert torch.equal(sweep(engine).edited.logprob, expected)
+
+
+def test_passes_too_many_to_wait_in_memory_run_one_after_another() -> None:
+    engine = engine_of(scale_up(FAMILIES["llama"]()), streams=True)
+    expected = sweep(engine).edited.logprob
+
+    def fail(*_: Any) -> None:
+        if hooks._turn is not None:
+            raise torch.OutOfMemoryError
+
+    engine.backbone.arch.blocks[3].mlp.register_forward_pre_hook(fail)  # type: ignore[union-attr]
+    effects = sweep(engine)
+    assert effects.per_pass == 2
+    assert torch.equal(effects.edited.logprob, expected)
 
 
 def left_by(model: Any) -> list[Any]:

@@ -3,10 +3,12 @@ date."""
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -85,6 +87,31 @@ def change_verdict(folder: Path) -> None:
         path.write_text(json.dumps({**json.loads(path.read_text()), "verdict": "All is well."}))
 
     rewrite(folder / "A1/artifacts", "summary.json", change)
+
+
+def test_an_own_page_that_is_deleted_is_made_again(folder: Path) -> None:
+    write_report(folder)  # once: what it has just written it has not read yet
+    before = written(folder)
+    shutil.rmtree(folder / "report/q_ids")
+    for _ in range(2):
+        write_report(folder)
+        assert written(folder) == before
+
+
+def test_tables_that_cannot_be_read_are_made_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for _ in range(2):
+        write_tables(folder)
+    before, opened = written(folder), Path.open
+
+    def refused(path: Path, *args: Any, **more: Any) -> Any:
+        if path.name == "heads.csv":  # root may read any file
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opened(path, *args, **more)
+
+    monkeypatch.setattr(Path, "open", refused)
+    write_tables(folder)
+    monkeypatch.undo()
+    assert written(folder) == before
 
 
 def test_what_was_changed_or_deleted_is_noticed(folder: Path) -> None:

@@ -14,6 +14,7 @@ from relfv.cli import main
 from relfv.relations import load_relations, rows_sha256
 from relfv.report.page import page_path
 from relfv.report.table import status_table
+from relfv.runs.naming import take_names_below
 
 NAMES = {"A1": "animal -> <its> young", "B2": "place -> where it is", "C3": ""}
 
@@ -90,6 +91,18 @@ def test_a_report_made_again_has_the_names_that_the_csv_has_now(
         assert "counting words" not in page_path(folder).read_text()
     finally:
         csv_path.write_bytes(kept)
+
+
+def test_what_is_asked_of_one_q_id_renames_that_one_alone(finished: Path, csv_path: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "out/pairs"))
+    kept = csv_path.read_bytes()
+    try:
+        with_names(csv_path, tmp_path / "named.csv", NAMES)
+        csv_path.write_bytes((tmp_path / "named.csv").read_bytes())
+        take_names_below(folder / "A1")
+    finally:
+        csv_path.write_bytes(kept)
+    assert [status(folder, q_id)["name"] for q_id in ("A1", "B2")] == [NAMES["A1"], ""]
 
 
 def test_the_log_calls_a_relation_by_its_name(

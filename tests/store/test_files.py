@@ -125,3 +125,22 @@ def test_files_written_in_pieces_appear_together_and_whole_or_not_at_all(tmp_pat
         files[0].write(b"%d" % (1 // 0))
     assert [path.read_bytes() for path in paths] == [b"0\n1\n2\n"] * 2
     assert sorted(path.name for path in paths[0].parent.iterdir()) == ["a.csv", "b.csv"]
+
+
+def test_an_interrupted_rename_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace, interrupts = Path.replace, [InterruptedError()]
+
+    def interrupted(path: Path, target: Path) -> Path:
+        if interrupts:
+            raise interrupts.pop()
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    assert write_atomic(tmp_path / "a", b"new").read_bytes() == b"new"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_folder_that_cannot_be_made_is_one_line_with_a_remedy(tmp_path: Path) -> None:
+    (tmp_path / "step6").write_text("a file")
+    with pytest.raises(RunError, match=r"step6: cannot be written \(.*; a file is in the way"):
+        make_folders([tmp_path / "step6" / "layer_0", tmp_path / "step6" / "layer_1"])

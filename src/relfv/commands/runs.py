@@ -65,7 +65,7 @@ def run_flags(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--per_card", type=whole_number(1, MOST_PER_CARD), default=1, metavar="N", help="processes on a device, each "
-        "with its part of the memory: one computes while others write (default: %(default)s)"
+        "with its part of the memory: one computes while others write"
     )  # fmt: skip
     parser.add_argument(
         "--plan", type=path_flag, metavar="JSON", help="register hypotheses, a layer rule and exclusions before "
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     if args.devices and args.ray:
         raise InputError(f"--ray {args.ray} and --devices {args.devices}: expected one of the two")
     if args.per_card > 1 and args.ray:
-        gpus = f"{1 / args.per_card:.3g}"
+        gpus = f"{10_000 // args.per_card / 10_000:g}"  # rounded down: Ray fits one process less of a larger share
         raise InputError(f"--ray {args.ray} and --per_card {args.per_card}: use --gpus_per_worker {gpus} for that")
     on_ray = OnRay(args.ray, args.gpus_per_worker, args.workers) if args.ray else None
     where = {"ray": on_ray, "devices": devices_from(args.devices), "per_card": args.per_card}

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from relfv.engine.arithmetic import with_room
 from relfv.engine.base import Backbone, Together, TokenIds, of_layer_and_prompts, sent
 from relfv.engine.hooks import editing_inputs, editing_outputs
 from relfv.engine.together import editing_together
@@ -99,13 +100,11 @@ def version_edits(backbone: Backbone, versions: Sequence[Together], prompts: sli
 
 
 def grown(hidden: torch.Tensor, more: torch.Tensor, count: int) -> torch.Tensor:
-    """(N, C, d) -> (N, C + count, d), ``more`` (N, 1 or count, d) at the end. Where it lies in a ``Stream``, which has
-    room between prompts, nothing moves. Two assignments: ``torch.cat`` of an expanded tensor runs at a third of the
-    memory's speed."""
+    """(N, C, d) -> (N, C + count, d), ``more`` (N, 1 or count, d) at the end. Where there is room for them, nothing
+    moves. Two assignments: ``torch.cat`` of an expanded tensor runs at a third of the memory's speed."""
     n, copies, width = hidden.shape
-    if hidden.stride(0) >= (copies + count) * width and hidden.stride()[1:] == (width, 1):
-        out = hidden.as_strided((n, copies + count, width), hidden.stride())
-    else:
+    out = with_room(hidden, count)
+    if out is None:
         out = hidden.new_empty(n, copies + count, width)
         out[:, :copies] = hidden
     out[:, copies:] = more

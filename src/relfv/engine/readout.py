@@ -39,13 +39,13 @@ def on_the_way(scores: TokenScores) -> Callable[[], TokenScores]:
 def sent_back(*tensors: torch.Tensor) -> Callable[[], Sequence[torch.Tensor]]:
     """The same of tensors of one device."""
     device = tensors[0].device
-    sent = [tensor.to("cpu", non_blocking=device.type == "cuda") for tensor in tensors]
+    copies = [tensor.to("cpu", non_blocking=device.type == "cuda") for tensor in tensors]
     there = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
     def arrived() -> Sequence[torch.Tensor]:
         if there:
             there.synchronize()
-        return sent
+        return copies
 
     return arrived
 

@@ -118,7 +118,7 @@ class SharedPrefixEngine:
     def prepare(self, prompts: Prompts) -> None:
         # Where weights stream, a pass over prefixes goes in step with those over the last tokens, and no earlier.
         if not self.backbone.streaming and not self.backbone.depends_on_company(prompts.ids):
-            with self.backbone.running():
+            with suppress(torch.OutOfMemoryError), self.backbone.running():
                 self.kept.of(self.backbone, prompts.ids)
 
     def over_likeliest_tokens(self) -> SharedPrefixEngine:
@@ -146,8 +146,10 @@ class SharedPrefixEngine:
         def attempt(size: int) -> list[Callable[[], TokenScores]]:
             together = self._prompts_a_prefix(prompts.ids, n_edits, size)
             if self.backbone.streaming:
-                with suppress(NotInStep):
+                # What waits may be too much where one pass after another is not.
+                with suppress(NotInStep, torch.OutOfMemoryError):
                     return self._all_in_step(prompts, size, together, n_edits, edit)
+                self.kept.forget()
             begun: list[Callable[[], TokenScores]] = []
             for part in prompt_chunks(len(prompts), size):
                 # While one card computes on the end of a pass, the one before it begins the next.

@@ -67,7 +67,7 @@ def _setting_mlp(backbone: Backbone, versions: Sequence[Together], layer: int, p
     values = _of_layer([v.mlps for v in versions], layer, prompts, alone)
     if values.isnan().all():
         return None
-    values = sent(values, backbone.device)
+    values = sent(values, backbone.device_of(layer))
     is_set = ~values.isnan()
 
     def edit(written: torch.Tensor) -> torch.Tensor:
@@ -83,7 +83,7 @@ def _removing(backbone: Backbone, versions: Sequence[Together], layer: int, prom
     removed = _of_layer([v.removed for v in versions], layer, prompts, torch.zeros(backbone.arch.resid_dim))
     if not removed.any():
         return None
-    removed = sent(removed, backbone.device)
+    removed = sent(removed, backbone.device_of(layer))
 
     def edit(hidden: torch.Tensor) -> torch.Tensor:
         # Products and sums of float32, not a matrix product: on a GPU that would be TF32.

@@ -88,10 +88,11 @@ def shown_once(known: Known, artifacts_dir: Path, origin: MadeFrom) -> dict[str,
 def shown_apart(known: Known, artifacts_dir: Path, origin: MadeFrom) -> dict[str, Any]:
     """``row`` and ``why`` of a q_id whose section has a page of its own, which is written where it is not up to date.
     Raises as ``shown`` does."""
-    # One that is written just now is read the next time, once: only then is it known to be whole.
-    state = state_of([str(_own_page(known.folder, artifacts_dir))], _digest(origin))
+    own = _own_page(known.folder, artifacts_dir)
+    state, was_there = state_of([str(own)], _digest(origin)), own.is_file()
     make = partial(_kept_in_own_page, known, artifacts_dir, origin)
-    why, row = known.pages.of(artifacts_dir.parent.name, state, make)
+    # One that is written just now is read the next time, once: only then is it known to be whole.
+    why, row = known.pages.of(artifacts_dir.parent.name, state, make, lambda _: was_there)
     return {"why": why, "row": Markup(row)}
 
 

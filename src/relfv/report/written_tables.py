@@ -116,7 +116,7 @@ def _write_csvs(known: Known, found: Found, paths: Sequence[Path], files: Sequen
     """q_id after q_id: the rows of one are in memory. They are taken over from the tables at ``paths``, the last ones,
     where the files that they were made from are as they were."""
     with ExitStack() as stack:
-        last = [stack.enter_context(path.open("rb")) if path.is_file() else io.BytesIO() for path in paths]
+        last = [stack.enter_context(_opened(path)) for path in paths]
         ends = [0] * len(files)
 
         def write(pieces: Sequence[bytes]) -> list[tuple[int, int]]:
@@ -138,6 +138,14 @@ def _write_csvs(known: Known, found: Found, paths: Sequence[Path], files: Sequen
                     known.tables.keep(q_id, state, [places, sha256_bytes(b"".join(whole))])
 
 
+def _opened(path: Path) -> BinaryIO:
+    """An earlier table; nothing where it cannot be read, for then its lines are made again."""
+    try:
+        return path.open("rb")
+    except OSError:
+        return io.BytesIO()
+
+
 def _read_for(artifacts_dir: Path, brief: Brief) -> Iterator[str]:
     """The files that a q_id's rows are made from."""
     for file in READ if brief.status == "completed" else ():
@@ -150,9 +158,12 @@ def _as_written(last: Sequence[BinaryIO], kept: Any) -> list[bytes] | None:
     if kept is None:
         return None
     pieces = []
-    for file, (start, size) in zip(last, kept[0], strict=True):
-        file.seek(start)
-        pieces.append(file.read(size))
+    try:
+        for file, (start, size) in zip(last, kept[0], strict=True):
+            file.seek(start)
+            pieces.append(file.read(size))
+    except OSError:
+        return None
     return pieces if sha256_bytes(b"".join(pieces)) == kept[1] else None
 
 

@@ -33,10 +33,11 @@ def take_names_below(root: Path) -> None:
     """Give all q_ids at or below ``root`` the names that the CSVs they were made from have now, where those are still
     there."""
     read = cache(_relations)
-    for folder in dict.fromkeys(path.absolute().parents[1] for path in find_statuses(root)):
+    below = {path.absolute() for path in find_statuses(root)}
+    for folder in dict.fromkeys(path.parents[1] for path in sorted(below)):
         known, names = Known(folder), Index(folder, "names")
         for artifacts_dir, brief in known.briefs().items():
-            if isinstance(brief, Brief):
+            if isinstance(brief, Brief) and artifacts_dir in below:
                 state = state_of([brief.csv_path], brief.told)
                 names.of(brief.q_id, state, lambda a=artifacts_dir, b=brief: _has_its_name(a, b, read), bool)
         known.write()

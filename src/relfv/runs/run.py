@@ -31,7 +31,7 @@ from relfv.runs.rehearsal import outline_for
 from relfv.runs.reuse import require_reusable
 from relfv.runs.so_far import SoFar
 from relfv.runs.worker import Worker
-from relfv.store.files import move_aside, require_temporary_folder, temporaries
+from relfv.store.files import move_aside, remove_temporaries, require_temporary_folder, temporaries
 from relfv.store.locks import require_locks, sole_writer
 from relfv.store.status import DamagedStatus, now
 from relfv.store.unchanged import Unchanged
@@ -53,7 +53,7 @@ def run(request: RunRequest) -> int:
     with at_work("checking", "what is completed and intact, by its hashes", unit="q_ids"), unchanged.kept():
         finished = [] if request.force else [q for q in plan.relations if unchanged.holds(q, plan.asked(q))]
         rest = plan.besides(set(finished))
-        rest.require_no_links()  # what is as it was then has none
+        rest.require_no_links()
         unusable = {} if request.force else rest.unusable_statuses()
         if not request.force:
             require_same_experiment(rest, besides=unusable)
@@ -241,6 +241,10 @@ def _finish_earlier_run(plan: Plan, started_at: str) -> None:
     found = known.briefs()
     if not are_up_to_date(plan.folder, found) or temporaries(plan.folder / TABLES_FOLDER):
         write_tables(plan.folder, known)
-    if not is_up_to_date(plan.folder, found) or temporaries(page_path(plan.folder).parent):
+    pages = page_path(plan.folder).parent
+    if left := temporaries(pages):
+        with sole_writer(pages):
+            remove_temporaries(pages)  # q_ids' own pages, too
+    if left or not is_up_to_date(plan.folder, found):
         log.info("report: %s", write_report(plan.folder, known))
     known.write()

@@ -227,7 +227,7 @@ class Candidates:
     def norms(self) -> dict[str, float]:
         """Name -> mean length of its vectors, over draws, prompts and layers."""
         lengths = [part.double().norm(dim=-1).mean((0, 1)).numpy() for part in self.parts]
-        by_vector = np.concatenate(lengths)
+        by_vector = np.concatenate([np.empty(0), *lengths])
         return {
             name: float(by_vector[[other == name for other in self.names]].mean()) for name in dict.fromkeys(self.names)
         }

@@ -119,7 +119,7 @@ def _try_all(work: Work, ground: Ground, own: Tried) -> tuple[list[Tried], dict[
         if going:
             begun = begun.beside(_inject(work, brief, f"{kind}_more", rest.of_names(going), layers))
         tried.append(begun)
-        norms |= candidates.norms()
+        norms |= candidates.norms() | some.of_names({*rest.names} - going).norms()
     return tried, norms
 
 

@@ -117,9 +117,10 @@ def _build(work: Work) -> str:
     scored = work.read(CIE)
     require_score(scored, settings.score_key, folder.path(CIE))
     top = select_heads(rank_heads(scored, settings.score_key), settings.topk)
+    prompts = work.once(corrupted_prompts)
     fv = build_function_vector(model.arch, work.read(MEANS), [head.id for head in top])
     injections = inject_at_every_layer(
-        model, work.once(corrupted_prompts), fv.total, settings.alpha, trials_per_pass=work.trials_per_pass.get("stepE")
+        model, prompts, fv.total, settings.alpha, trials_per_pass=work.trials_per_pass.get("stepE")
     )
     heads = _judged(work, top)  # while a GPU computes the injections
     called = [head["distinguishable"] for head in heads if "distinguishable" in head]

@@ -63,7 +63,8 @@ def judge_vectors(
     """
     base = effects.base.measure("p")
     correct = by_layer(effects.edited.correct(prompts.right), names)
-    reached = by_layer(effects.edited.measure("p"), names)
+    # Over prompts in one order of sums for all vectors: one that is drawn twice is as good as itself.
+    reached = by_layer(effects.edited.measure("p"), names).mean(0)
     at = [str(layer) for layer in layers or range(correct.shape[1])]
     per_layer: dict[str, dict[str, Any]] = {layer: {} for layer in at}
     for name, of_name in mean_over_draws(effects, names).items():
@@ -72,13 +73,13 @@ def judge_vectors(
         for layer in range(len(at)):
             numbers = per_layer[at[layer]][name] = {
                 "acc": float(correct[:, layer, draws].mean()),
-                "mean_p": finite(of_name[:, layer].mean()),
+                "mean_p": finite(reached[layer, draws].mean()),
                 "mean_delta_p": finite(delta.mean[layer]),
                 "ci_low": finite(delta.low[layer]),
                 "ci_high": finite(delta.high[layer]),
             }
             if len(draws) > 1:
-                numbers["mean_p_of_draws"] = [finite(p) for p in reached[:, layer, draws].mean(0)]
+                numbers["mean_p_of_draws"] = [finite(p) for p in reached[layer, draws]]
     zero_shot = {"acc": float(effects.base.correct(prompts.right).mean()), "mean_p": float(base.mean())}
     return {"ci_level": LEVEL, "zero_shot": zero_shot, "per_layer": per_layer}
 

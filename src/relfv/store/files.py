@@ -108,9 +108,11 @@ def make_folders(folders: Iterable[Path]) -> None:
     for parent in parents:
         make_folder(parent)
     for folder in new:
-        folder.mkdir(exist_ok=True)
+        with explained(folder):
+            folder.mkdir(exist_ok=True)
     for parent in parents:
-        _sync_folder(parent)
+        with explained(parent):
+            _sync_folder(parent)
 
 
 @contextmanager
@@ -121,15 +123,14 @@ def replacing(paths: Sequence[Path], *, read_only: bool = False) -> Iterator[lis
     A temporary's name is random: processes of two containers or hosts can have the same number.
     """
     (folder,) = {path.parent for path in paths}
-    with explained(folder):
-        make_folder(folder)
-    temporaries = {path: folder / f"{_TEMP_PREFIX}{secrets.token_hex(8)}{_TEMP_SUFFIX}" for path in paths}
+    make_folder(folder)
+    temporaries: list[Path] = []
     try:
         with ExitStack() as opened:
             files: list[BinaryIO] = []
-            for path, temporary in temporaries.items():
+            for path in paths:
                 opened.enter_context(explained(path))  # to close a file writes what a full disk did not take before
-                files.append(opened.enter_context(_new(temporary, read_only=read_only)))
+                files.append(opened.enter_context(_again(lambda: _new(folder, temporaries, read_only=read_only))))
             yield files
             for path, file in zip(paths, files, strict=True):
                 with explained(path):
@@ -137,11 +138,11 @@ def replacing(paths: Sequence[Path], *, read_only: bool = False) -> Iterator[lis
             for path, file in zip(paths, files, strict=True):
                 with explained(path):
                     _again(lambda file=file: os.fsync(file.fileno()))
-        for path, temporary in temporaries.items():
+        for path, temporary in zip(paths, temporaries, strict=True):
             with explained(path):
-                temporary.replace(path)
+                _again(lambda path=path, temporary=temporary: temporary.replace(path))
     except BaseException:  # an interrupt, too, must not leave half a file about
-        for temporary in temporaries.values():
+        for temporary in temporaries:
             with suppress(OSError):
                 temporary.unlink()
         raise
@@ -149,9 +150,17 @@ def replacing(paths: Sequence[Path], *, read_only: bool = False) -> Iterator[lis
         _sync_folder(folder)
 
 
-def _new(path: Path, *, read_only: bool) -> BinaryIO:
-    mode = 0o444 if read_only else 0o666
-    return os.fdopen(_again(lambda: os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)), "wb")
+def _new(folder: Path, temporaries: list[Path], *, read_only: bool) -> BinaryIO:
+    """A new file of a new name, the last of ``temporaries``."""
+    path = folder / f"{_TEMP_PREFIX}{secrets.token_hex(8)}{_TEMP_SUFFIX}"
+    temporaries.append(path)
+    try:
+        return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444 if read_only else 0o666), "wb")
+    except BaseException:  # some drives make the file and report an interrupt
+        temporaries.remove(path)
+        with suppress(OSError):
+            path.unlink()
+        raise
 
 
 def require_folder(folder: Path, flag: str) -> None:

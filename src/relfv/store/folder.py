@@ -26,7 +26,8 @@ from relfv.store.locks import lock
 T = TypeVar("T")
 _WAIT_S = 60.0
 _SETTLED_NS = 50_000_000
-"""A file that was changed this recently may change again within the same tick of the file system's clock."""
+"""A file that was changed this recently may change again within the same tick of the file system's clock: of disks of
+today, and of NFS on top of them."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ import orjson
 from relfv.errors import InputError, RelfvError, RunError
 from relfv.store.files import read_bytes, sha256_bytes
 
-_INDENTED = orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY
+_INDENTED = orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE
+_INDENTED |= orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME
 _SMALL_OR_LARGE = re.compile(rb"(\A| )(-?(?:0\.0000\d+|\d[\d.]*e-?\d+))(?=,?\n)")
 
 

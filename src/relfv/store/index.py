@@ -43,7 +43,7 @@ class Index:
             data = read_bytes(self._path)
             content = orjson.loads(data) if is_as_sealed(data) else {}
             return content["q_ids"] if content.get("version") == _VERSION else {}
-        except (OSError, ValueError):
+        except (OSError, ValueError, KeyError, AttributeError):
             return {}
 
     def of(self, q_id: str, state: str, make: Callable[[], Any], lasts: Callable[[Any], bool] = lambda _: True) -> Any:

@@ -14,8 +14,8 @@ from relfv.store.files import explained, replacing
 class InPieces:
     """A file that is being written, piece after piece."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._digest, self._waiting = file, hashlib.sha256(), bytearray()
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self._file, self._path, self._digest, self._waiting = file, path, hashlib.sha256(), bytearray()
 
     def write(self, data: bytes) -> None:
         """The next piece."""
@@ -26,7 +26,8 @@ class InPieces:
 
     def flush(self) -> None:
         """Small pieces wait for others."""
-        self._file.write(bytes(self._waiting))
+        with explained(self._path):
+            self._file.write(bytes(self._waiting))
         self._waiting.clear()
 
     @property
@@ -40,8 +41,7 @@ def write_in_pieces(paths: Sequence[Path]) -> Iterator[list[InPieces]]:
     """``write_together`` of one file or more that need not fit into memory: they take the names ``paths``, in order,
     when this ends without an exception."""
     with replacing(paths) as files:
-        pieces = [InPieces(file) for file in files]
+        pieces = [InPieces(file, path) for file, path in zip(files, paths, strict=True)]
         yield pieces
-        with explained(paths[0].parent):
-            for one in pieces:
-                one.flush()
+        for one in pieces:
+            one.flush()

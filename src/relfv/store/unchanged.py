@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from relfv.errors import RelfvError
@@ -45,8 +45,9 @@ class Unchanged:
             if entry.is_dir(follow_symlinks=False):
                 stats.append((path[len(top) :],))  # what is in it is listed itself
             elif not path.startswith(logs):
-                stat = entry.stat(follow_symlinks=False)
-                stats.append((path[len(top) :], stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino))
+                with suppress(FileNotFoundError):  # another run's temporary, gone since it was listed
+                    stat = entry.stat(follow_symlinks=False)
+                    stats.append((path[len(top) :], stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino))
         return sha256_bytes(repr((asked, sorted(stats))).encode())
 
     def holds(self, q_id: str, asked: str) -> bool:

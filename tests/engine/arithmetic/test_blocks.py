@@ -56,7 +56,11 @@ def test_attention_that_does_more_with_its_input_or_output_keeps_its_own_code() 
             out, weights = super().forward(hidden_states, **given)
             return 2 * out, weights
 
-    for made in (Gating, Scaling):
+    class Norming(modeling_llama.LlamaAttention):
+        def forward(self, hidden_states: torch.Tensor, **given: Any) -> Any:
+            return super().forward(hidden_states / hidden_states.norm(dim=-1, keepdim=True), **given)
+
+    for made in (Gating, Scaling, Norming):
         block = first_block("Llama")
         block.self_attn = made(block.self_attn.config, 0)
         assert not recognised(block)
@@ -77,7 +81,8 @@ def test_copies_that_have_room_do_not_move_when_others_come() -> None:
     more = grown(hidden, hidden[:, :1], 2)
     assert more.data_ptr() == hidden.data_ptr()
     assert torch.equal(more, torch.cat([x, x[:, :1], x[:, :1]], dim=1))
-    for full in (more, x):  # no room is left, or there never was any
+    slice_of_others = torch.randn(2, 9, 8)[:, :3]
+    for full in (more, x, slice_of_others):  # no room is left, or there never was any
         larger = grown(full, full[:, :1], 1)
         assert larger.data_ptr() != full.data_ptr()
         assert torch.equal(larger, torch.cat([full, full[:, :1]], dim=1))

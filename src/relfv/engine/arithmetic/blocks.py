@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -29,6 +30,7 @@ class Stream:
     def __init__(self, n_copies: int) -> None:
         self._n_copies = n_copies
         self._memory: torch.Tensor | None = None
+        _streams.add(self)
 
     def like(self, x: torch.Tensor) -> torch.Tensor:
         """The place of hidden states (N, C, d) such as these."""
@@ -36,6 +38,23 @@ class Stream:
         if there is None or (there.device, there.dtype, len(there)) != (x.device, x.dtype, len(x)):
             self._memory = there = x.new_empty(len(x), self._n_copies, x.shape[2])
         return there[:, : x.shape[1]]
+
+    def holds(self, x: torch.Tensor) -> bool:
+        """Whether these hidden states lie in it."""
+        there = self._memory
+        return there is not None and (there.data_ptr(), there.stride()) == (x.data_ptr(), x.stride())
+
+
+_streams = WeakSet[Stream]()
+"""Of the passes that are open: one, as a rule."""
+
+
+def with_room(x: torch.Tensor, count: int) -> torch.Tensor | None:
+    """Hidden states (N, C, d) and the room for ``count`` more after those of each prompt, if they lie in a stream."""
+    n, copies, width = x.shape
+    if not any(stream.holds(x) for stream in _streams) or x.stride(0) < (copies + count) * width:
+        return None
+    return x.as_strided((n, copies + count, width), x.stride())
 
 
 @dataclass(frozen=True)
@@ -128,10 +147,11 @@ def _is_wired(module: Any) -> bool:
 def _reads_by_linears_alone(attention: Any, out_proj: nn.Module) -> bool:
     """Whether attention looks at its input through linear layers alone, and returns what ``out_proj`` gives as it is:
     with what these say given, the input may be anything."""
-    n_tokens, outcome, read = 3, torch.zeros(1), []
+    n_tokens, outcome, read, given = 3, torch.zeros(1), list[torch.Tensor](), list[torch.Tensor]()
     device = next(attention.parameters()).device
 
-    def project(linear: nn.Linear, _: torch.Tensor) -> torch.Tensor:
+    def project(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        given.append(x)
         return torch.ones(1, n_tokens, linear.out_features, device=device)
 
     def project_out(z: torch.Tensor) -> torch.Tensor:
@@ -146,4 +166,5 @@ def _reads_by_linears_alone(attention: Any, out_proj: nn.Module) -> bool:
         found = type(attention).forward(
             attention, hidden_states=nothing, position_embeddings=(angles, angles), attention_mask=None
         )
-    return found[0] is outcome and len(read) == 1 and bool(read[0].isfinite().all())
+    as_it_is = all(x is nothing for x in given)
+    return as_it_is and found[0] is outcome and len(read) == 1 and bool(read[0].isfinite().all())

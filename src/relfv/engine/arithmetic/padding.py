@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
-_real: tuple[tuple[int, int], torch.Tensor] | None = None
+_real: tuple[tuple[int, int], dict[torch.device, torch.Tensor]] | None = None
+"""The batch's shape, and its real tokens on each device that has asked."""
 
 
 @contextmanager
@@ -15,7 +16,7 @@ def leaving_out_padding(shape: tuple[int, int], places: torch.Tensor) -> Iterato
     """While open, linear layers that multiply in pieces do so for the tokens at ``places`` (R,) of a batch (N, P)
     alone; for the others they give 0."""
     global _real
-    _real = (shape, places) if len(places) < shape[0] * shape[1] else None
+    _real = (shape, {places.device: places}) if len(places) < shape[0] * shape[1] else None
     try:
         yield
     finally:
@@ -24,4 +25,9 @@ def leaving_out_padding(shape: tuple[int, int], places: torch.Tensor) -> Iterato
 
 def places_in(shape: torch.Size, device: torch.device) -> torch.Tensor | None:
     """The rows of inputs (N, P, d) that are real tokens, if not all are."""
-    return _real[1].to(device) if _real and _real[0] == shape[:-1] else None
+    if _real is None or _real[0] != shape[:-1]:
+        return None
+    places = _real[1]
+    if device not in places:
+        places[device] = next(iter(places.values())).to(device)
+    return places[device]
