@@ -81,6 +81,14 @@ def test_a_killed_process_leaves_its_q_id_to_another_and_every_byte_is_as_in_one
 
 
 @pytest.mark.slow
+def test_no_more_processes_start_than_there_are_q_ids(started: Callable[..., Fork]) -> None:
+    process = started("--q_list", "A1", "--extras", "none")
+    assert process.wait(120) == 0, process.said()
+    assert process.said().count("opened ") == 1
+    assert "A1 completed in " in process.said()
+
+
+@pytest.mark.slow
 def test_an_interrupt_is_passed_on_and_no_process_is_left(started: Callable[..., Fork], tmp_path: Path) -> None:
     folder, process = tmp_path / "pairs", started()
     wait_for(folder / "A1/artifacts/trial_metrics.jsonl", process)
