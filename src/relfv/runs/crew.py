@@ -211,8 +211,7 @@ class Crew:
             elif kind == "problem":
                 problems[member] = content
             elif member in waiting:
-                said = f"--devices {member.device}: its process ended while it opened the model ({content})"
-                problems[member] = RunError(said)
+                problems[member] = RunError(f"a process ended while it opened the model ({content})")
             waiting.discard(member)
             if not waiting:
                 break
