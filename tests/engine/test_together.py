@@ -15,6 +15,8 @@ from relfv.engine.passes import capture_mlps
 from relfv.engine.readout import joined
 from relfv.engine.reference import naive_together
 from relfv.engine.shared_prefix import SharedPrefixEngine
+from relfv.engine.together import _adding, _removing, _setting, _setting_mlp
+from relfv.models.cards import Cards
 from relfv.types import Effects, HeadId, Prompts
 from zoo import ZOO, backbone_of
 
@@ -144,3 +146,17 @@ def test_mlps_are_set_as_plain_hooks_set_them(family: str, engine: str) -> None:
     assert_same(gaps(ENGINES[engine](t.backbone).edit_together(Prompts(t.prompts, t.targets), versions), true))
     same = ENGINES[engine](t.backbone).edit_together(Prompts(t.prompts, t.targets), [Together(mlps=own)])
     assert_same_scores(same.edited, t.injection.base[:, None])
+
+
+@pytest.mark.parametrize("kind", [_setting, _setting_mlp, _removing, _adding])
+def test_an_edit_is_where_its_layer_computes(kind: Any) -> None:
+    """Of two cards the second, for which a device stands in on which nothing is computed."""
+    backbone, away = backbone_of(llama), torch.device("meta")
+    arch = backbone.arch
+    backbone = replace(backbone, cards=Cards((torch.device("cpu"), away), (torch.device("cpu"), away, away)))
+    per_layer = torch.ones(1, arch.n_layers, arch.resid_dim)
+    heads = torch.ones(1, arch.n_layers, arch.n_heads, arch.head_dim)
+    version = Together(heads[..., 0] > 0, heads, added=per_layer, removed=per_layer, mlps=per_layer)
+    edit = kind(backbone, [version], 1, slice(0, 1))
+    width = arch.n_heads * arch.head_dim if kind is _setting else arch.resid_dim
+    assert edit(torch.zeros(1, 2, width, device=away)).device == away

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from relfv.stages.control_vectors import (
     compared_layers,
 )
 from relfv.stages.function_vector import build_function_vector
-from relfv.stages.judging import Tried, n_as_good, p_of_draws
+from relfv.stages.judging import Tried, judge_vectors, n_as_good, p_of_draws
 from relfv.stages.means import mean_activations
 from relfv.types import Effects, HeadId, MeanActivations, Prompts, TokenScores
 
@@ -200,6 +201,19 @@ def test_a_draw_does_as_well_where_it_is_not_known_to_do_worse() -> None:
     draws = np.array([[0.1, 0.4, 0.2, np.nan], [0.2, 0.1, 0.3, 0.1]])
     assert n_as_good(draws, np.array([0.1, 0.35])) == 2
     assert n_as_good(draws, np.array([0.5, 0.1])) == 1
+
+
+def test_a_draw_that_is_the_vector_itself_does_as_well_to_the_last_bit() -> None:
+    p = torch.rand(15, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)  # prompt, layer
+    prompts = Prompts([[1, 2]] * 15, [1] * 15, clusters=[*range(15)])
+
+    def judged(names: list[str], columns: list[torch.Tensor]) -> Any:
+        of_all = torch.stack(columns, dim=2).flatten(1)
+        scores = TokenScores(of_all, of_all.log(), torch.zeros(of_all.shape, dtype=torch.int64))
+        return judge_vectors(Effects(base=scores[:, 0], edited=scores, per_pass=15), prompts, names)["per_layer"]
+
+    own, draws = judged(["fv"], [p]), judged(["b", "b", "b"], [p / 2, p, p / 3])
+    assert [row["fv"]["mean_p"] for row in own.values()] == [row["b"]["mean_p_of_draws"][1] for row in draws.values()]
 
 
 def test_draws_end_early_only_where_one_did_as_well(llama_path: Path, csv_path: Path, tmp_path: Path) -> None:
