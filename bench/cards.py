@@ -14,10 +14,7 @@ from __future__ import annotations
 import argparse
 import gc
 import random
-import re
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -26,6 +23,7 @@ from typing import Any
 import torch
 import transformers
 
+from one_card import COLUMNS, row
 from relfv.engine.arithmetic import Arithmetic
 from relfv.engine.base import Backbone
 from relfv.engine.passes import capture_heads
@@ -154,27 +152,11 @@ def whole_runs(shape: dict[str, int], work: Path, n_q_ids: int) -> None:
         model.mkdir()
         csv.write_text("id,ex_A,ex_B\n" + "".join(rows))
         write_checkpoint(model, shape, ONE[0])
-        print(f"\n| {n_q_ids} q_ids of {size(shape)} | whole command, s | from the first q_id's start to the last "
-              "one's end, s | exit code |\n|---|---|---|---|")  # fmt: skip
+        columns = [f"{n_q_ids} q_ids of {size(shape)}", *COLUMNS[2:]]
+        print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|", flush=True)
         for flags in (["--device", "cuda:0"], ["--devices", "cuda:0,cuda:1"]):
-            command = [sys.executable, "-m", "relfv", "run", "--model", str(model), "--relation_csv_path", str(csv)]
-            command += ["--out_root", str(Path(folder, flags[1])), *flags]
-            started = time.perf_counter()
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            whole = time.perf_counter() - started
-            took = [*map(float, re.findall(r"completed in ([\d.]+) s", done.stderr))]
-            opened = [line[11:19] for line in done.stderr.splitlines() if "self-check:" in line]
-            last = [line[11:19] for line in done.stderr.splitlines() if " completed in " in line]
-            span = _seconds(last[-1]) - _seconds(opened[-1]) if opened and last else float("nan")
-            print(f"| {' '.join(flags)} ({len(took)} completed, {statistics.mean(took or [0]):.1f} s each) | "
-                  f"{whole:.1f} | {span} | {done.returncode} |", flush=True)  # fmt: skip
-            if done.returncode:
-                print(done.stderr[-3000:])
-
-
-def _seconds(clock: str) -> int:
-    hours, minutes, seconds = map(int, clock.split(":"))
-    return 3600 * hours + 60 * minutes + seconds
+            given = ["--model", str(model), "--relation_csv_path", str(csv), *flags]
+            print(f"| {' '.join(flags)} | {row(Path(folder, flags[1]), Path(folder, 'cuda:0'), given)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,8 @@ def row(out: Path, first: Path, flags: list[str]) -> str:
     during = [sample for sample in samples if min(times) <= sample[0] <= max(times)]
     busy = f"{statistics.mean(share for _, share, _ in during):.0f}" if during else ""
     peak = f"{max(held for *_, held in during) / 2**30:.1f}" if during else ""
-    differ = [name for name, value in digests(first).items() if digests(out).get(name) != value]
+    found = digests(out)
+    differ = [name for name, value in digests(first).items() if found.get(name) != value]
     same = "yes" if not differ else f"{len(differ)} differ, such as {differ[0]}"
     return (f"{min(times).timestamp() - started:.1f} | {span:.1f} | {len(seconds) / span:.2f} | "
             f"{statistics.mean(seconds):.2f} | {busy} | {peak} | {', '.join(sorted(per_pass))} | {same}")  # fmt: skip
