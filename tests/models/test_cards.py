@@ -12,7 +12,6 @@ from conftest import llama, scale_up
 from folders import arguments, contents
 from parity import all_heads, prompts_of_different_length, replacements
 from relfv.cli import main
-from relfv.engine import prefix
 from relfv.engine.arithmetic import Arithmetic
 from relfv.engine.base import Backbone
 from relfv.engine.selfcheck import choose_engine
@@ -56,15 +55,14 @@ def test_cards_that_are_not_there_or_no_cards_are_refused() -> None:
         choose_devices("cpu+cuda:99", "--devices")
 
 
-@pytest.mark.parametrize(("tied", "n_batch"), [(True, 3), (False, 2)])
-def test_a_spread_model_computes_as_it_did(tied: bool, n_batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_spread_model_computes_as_it_did(tied: bool) -> None:
     """On one device twice: what moves is nothing, what is hooked is all."""
     model, cpu = llama(tie_word_embeddings=tied), torch.device("cpu")
     arch = resolve(model, "llama3")
     alone = Backbone(model, arch, cpu, Arithmetic.with_kernels(model, arch, "exact"))
     values, heads = replacements(alone, PROMPTS), all_heads(alone)
     prompts = Prompts(PROMPTS, [1] * len(PROMPTS))
-    monkeypatch.setattr(prefix, "prompts_a_batch", lambda *_: n_batch)
     one = SharedPrefixEngine(alone).sweep_heads(prompts, values, heads, per_pass=1)
     cards = spread(model, arch, [2, 1], [cpu, cpu])
     both = Backbone(model, arch, cpu, alone.arithmetic, cards=cards)
@@ -74,8 +72,7 @@ def test_a_spread_model_computes_as_it_did(tied: bool, n_batch: int, monkeypatch
 
 @two_cards
 @pytest.mark.parametrize("name", FAMILIES)
-def test_two_cards_give_the_bits_of_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefix, "prompts_a_batch", lambda *_: 2)
+def test_two_cards_give_the_bits_of_one(name: str) -> None:
     first, second = torch.device("cuda", 0), torch.device("cuda", 1)
     found = []
     for counts in (None, None, 1):

@@ -17,7 +17,7 @@ from conftest import make_tokenizer, scale_up
 from folders import contents
 from parity import all_heads, prompts_of_different_length
 from relfv.cli import main
-from relfv.engine import hooks, prefix
+from relfv.engine import hooks
 from relfv.engine.answers import decode_vector, score_answers
 from relfv.engine.arithmetic import Arithmetic
 from relfv.engine.base import Backbone, Together
@@ -335,11 +335,10 @@ def in_small_passes(engine: SharedPrefixEngine) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("name", "n_batch"), [*((name, 9) for name in IN_STEP), (IN_STEP[0], 2), (IN_STEP[-3], 2)])
+@pytest.mark.parametrize("name", IN_STEP)
 def test_passes_in_step_have_the_bits_of_passes_one_by_one(
-    name: str, n_batch: int, device: str, monkeypatch: pytest.MonkeyPatch
+    name: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prefix, "prompts_a_batch", lambda *_: n_batch)
     model = scale_up(ZOO[name].build()).to(torch.float32 if device == "cpu" else torch.bfloat16)
     expected = in_small_passes(engine_of(model, streams=False, device=device))
     monkeypatch.setattr(SharedPrefixEngine, "_pass", None)  # one by one is no way out
@@ -355,9 +354,7 @@ def sweep(engine: SharedPrefixEngine) -> Any:
     return engine.sweep_heads(prompts, values, all_heads(backbone), per_pass=2)
 
 
-@pytest.mark.parametrize("n_batch", [4, 3])
-def test_a_sweep_makes_one_trip_of_the_weights(n_batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefix, "prompts_a_batch", lambda *_: n_batch)
+def test_a_sweep_makes_one_trip_of_the_weights() -> None:
     engine = engine_of(scale_up(FAMILIES["llama"]()), streams=True)
     stream, trips = engine.backbone.streaming, []
     assert stream

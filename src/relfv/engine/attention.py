@@ -16,10 +16,10 @@ module brings it the model's queries, keys and values, and refuses what it does 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,7 +32,6 @@ from relfv.errors import RunError
 from relfv.models.own_attention import attending_by
 
 NAME = "relfv_shared_prefix"
-K = TypeVar("K")
 
 
 @dataclass(frozen=True)
@@ -42,25 +41,19 @@ class Prefix:
     keys: Mapping[int, torch.Tensor]
     """By layer (N, kv_heads, P, head_dim), P the longest prefix; shorter ones are padded on the right."""
     values: Mapping[int, torch.Tensor]
+    lengths: torch.Tensor
+    """int64 (N,): real prefix tokens, which is also the position of the last token."""
     lengths_on: Mapping[torch.device, torch.Tensor]
-    """On each device that has keys, int64 (N,): real prefix tokens."""
+    """The same on each device that has keys."""
 
     def __getitem__(self, part: slice) -> Prefix:
         """Of some of the prompts, no less padded."""
         keys, values = ({i: of[part] for i, of in layers.items()} for layers in (self.keys, self.values))
-        return Prefix(keys, values, {place: n[part] for place, n in self.lengths_on.items()})
+        return Prefix(keys, values, self.lengths[part], {place: n[part] for place, n in self.lengths_on.items()})
 
-
-def joined(prefixes: Sequence[Prefix]) -> Prefix:
-    """Those of all of their prompts, which are padded alike."""
-    if len(prefixes) == 1:
-        return prefixes[0]
-    keys, values = _cat([one.keys for one in prefixes]), _cat([one.values for one in prefixes])
-    return Prefix(keys, values, _cat([one.lengths_on for one in prefixes]))
-
-
-def _cat(parts: Sequence[Mapping[K, torch.Tensor]]) -> dict[K, torch.Tensor]:
-    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    def of_layer(self, layer: int) -> Prefix:
+        """For its block alone."""
+        return replace(self, keys={layer: self.keys[layer]}, values={layer: self.values[layer]})
 
 
 @dataclass(frozen=True)

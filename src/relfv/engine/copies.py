@@ -21,14 +21,13 @@ from relfv.types import HeadId
 
 
 def last_tokens(backbone: Backbone, prompts: TokenIds) -> torch.Tensor:
-    """Ids and positions, (2, N, 1)."""
-    found = [[prompt[-1] for prompt in prompts], [len(prompt) - 1 for prompt in prompts]]
-    return sent(found, backbone.device)[..., None]
+    """Ids, (N, 1)."""
+    return sent([[prompt[-1]] for prompt in prompts], backbone.device)
 
 
 def run_last_tokens(backbone: Backbone, last: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """The pass over the last token, ids (N, 1), and its copies: -> (N, 1 + copies, resid_dim), final and normed."""
-    given = {"position_ids": positions} if backbone.takes_position_ids() else {}
+    given = {"position_ids": positions[:, None]} if backbone.takes_position_ids() else {}
     if given:  # without a mask transformers looks for packed sequences in positions, and waits for the device
         given["attention_mask"] = torch.ones_like(last)
     hidden = backbone.decoder(input_ids=last, use_cache=False, **given)[0]

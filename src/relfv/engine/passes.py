@@ -16,12 +16,9 @@ from relfv.engine.hooks import editing_inputs, editing_outputs
 from relfv.models.mlps import mlps_of
 
 
-def pad_right(
-    prompts: TokenIds, device: torch.device, width: int = 0
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> input_ids (N, P), attention_mask (N, P), lengths (N,), P the longest prompt or ``width``, if that is more. The
-    padding id is never attended to."""
-    width = max(width, *map(len, prompts))
+def pad_right(prompts: TokenIds, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """-> input_ids (N, P), attention_mask (N, P), lengths (N,). The padding id is never attended to."""
+    width = max(len(prompt) for prompt in prompts)
     lengths = sent([len(prompt) for prompt in prompts], device)
     ids = sent([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device)
     mask = (torch.arange(width, device=device)[None] < lengths[:, None]).long()

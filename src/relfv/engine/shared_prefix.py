@@ -29,13 +29,13 @@ from itertools import groupby
 
 import torch
 
-from relfv.engine.attention import attending_to
+from relfv.engine.attention import Prefix, attending_to
 from relfv.engine.base import Array, Backbone, Together, TokenIds, Vectors, in_parts, prompt_chunks, slices, values_of
 from relfv.engine.copies import head_patches, last_tokens, residual_additions, run_last_tokens, version_edits
 from relfv.engine.hooks import editing_inputs, turn_of
 from relfv.engine.in_step import NotInStep, Waiting
 from relfv.engine.memory import shrinking
-from relfv.engine.prefix import KeptPrefix, Prefixes
+from relfv.engine.prefix import KeptPrefix, Prefill
 from relfv.engine.readout import joined, on_the_way, scores_of, sent_back
 from relfv.engine.reference import ReferenceEngine
 from relfv.errors import RunError
@@ -109,7 +109,7 @@ class SharedPrefixEngine:
         # Where weights stream, a pass over prefixes goes in step with those over the last tokens, and no earlier.
         if not self.backbone.streaming and not self.backbone.depends_on_company(prompts.ids):
             with suppress(torch.OutOfMemoryError), self.backbone.running():
-                self.kept.of(self.backbone, prompts.ids).run(slice(0, len(prompts)))
+                self.kept.of(self.backbone, prompts.ids)
 
     def over_likeliest_tokens(self) -> SharedPrefixEngine:
         backbone = self.backbone.over_likeliest_tokens()
@@ -168,11 +168,11 @@ class SharedPrefixEngine:
         on the device; column 0 is the baseline."""
         first = part.start // together * together
         prompts, others = prompts[part], prompts.ids[first : first + together]
-        last, positions = last_tokens(self.backbone, prompts.ids)
+        last = last_tokens(self.backbone, prompts.ids)
         with self.backbone.running():
-            prefix = self.kept.of(self.backbone, others).run(slice(part.start - first, part.stop - first))
+            prefix = self.kept.of(self.backbone, others)[part.start - first : part.stop - first]
             with attending_to(prefix, self.backbone), self.backbone.arithmetic.multiplying_copies(1 + n_edits), edits:
-                hidden = run_last_tokens(self.backbone, last, positions)
+                hidden = run_last_tokens(self.backbone, last, prefix.lengths)
             return self._scores(hidden, prompts.targets, n_edits)
 
     def _all_in_step(
@@ -211,29 +211,29 @@ class SharedPrefixEngine:
         n_edits: int,
         edit: Callable[[slice], AbstractContextManager[None]],
     ) -> list[Callable[[], TokenScores]]:
-        """A pass over each of ``parts``, and before them those over the prefixes of the prompts ``together`` that have
-        not run, through each of the ``layers`` in turn. -> their scores, on the way."""
+        """A pass over each of ``parts``, and if need be one over the prefixes of the prompts ``together`` before them,
+        through each of the ``layers`` in turn. -> their scores, on the way."""
         backbone, streaming = self.backbone, self.backbone.streaming
         assert streaming
         ids = prompts.ids[together]
         with ExitStack() as stack:
             stack.enter_context(backbone.running())
-            prefixes = self.kept.of(backbone, ids)
-            making = [batch for batch in prefixes.batches if not batch.made]
-            first = [Waiting(backbone.arch.blocks, batch.decode, batch.scope) for batch in making]
+            prefixes = self.kept.found(ids) or Prefill(backbone, ids)
+            making = prefixes if isinstance(prefixes, Prefill) else None
             passes = [self._waiting(prompts, part, together.start, prefixes) for part in parts]
             for one, part in zip(passes, parts, strict=True):
                 with turn_of(one):
                     stack.enter_context(edit(part))
+            first = making and Waiting(backbone.arch.blocks, making.decode, lambda _: making.without_padding())
             for layer in layers:
                 with streaming.staying(layer):
-                    for one in first:
-                        one.run(layer)
+                    if first:
+                        first.run(layer)
                     with backbone.arithmetic.multiplying_copies():
                         for one in passes:
                             one.run(layer)
-            for batch in making:
-                batch.made = True
+            if making:
+                self.kept.keep(ids, making.prefix())
             scores = []
             for part in parts:
                 with backbone.arithmetic.multiplying_copies():
@@ -242,14 +242,14 @@ class SharedPrefixEngine:
                 del hidden
         return scores
 
-    def _waiting(self, prompts: Prompts, part: slice, start: int, prefixes: Prefixes) -> Waiting:
+    def _waiting(self, prompts: Prompts, part: slice, start: int, prefixes: Prefix | Prefill) -> Waiting:
         """The pass over ``part`` of the prompts; ``prefixes`` are those from prompt ``start`` on."""
         backbone, of_these = self.backbone, slice(part.start - start, part.stop - start)
-        last, positions = last_tokens(backbone, prompts.ids[part])
+        last, lengths = last_tokens(backbone, prompts.ids[part]), prefixes.lengths[of_these]
         return Waiting(
             backbone.arch.blocks,
-            lambda: run_last_tokens(backbone, last, positions),
-            lambda layer: attending_to(prefixes.of(of_these, layer), backbone),
+            lambda: run_last_tokens(backbone, last, lengths),
+            lambda layer: attending_to(prefixes.of_layer(layer)[of_these], backbone),
         )
 
     def _scores(self, hidden: torch.Tensor, targets: Sequence[int], n_edits: int) -> TokenScores:
@@ -279,6 +279,7 @@ class SharedPrefixEngine:
     def _prompts_a_prefix(self, prompts: TokenIds, n_edits: int, size: int) -> int:
         """Prompts, as whole passes of ``size``, whose prefixes are run at once: of all passes, unless they have more
         tokens than a pass has copies, whose memory they take before it, or more to keep than ``_PREFIXES``."""
+        # Fewer at once, so that a second card begins sooner, gains nothing: later ones keep it waiting as long.
         tokens = min(size * (1 + n_edits), _PREFIXES // bytes_of_token(self.backbone.model.config, self.backbone.arch))
         return size * max(1, tokens // max(len(prompt) for prompt in prompts) // size)
 
