@@ -23,6 +23,12 @@ from relfv.runs.plan import OnRay, RunRequest
 from relfv.settings import Settings
 
 TWO = ("--device", "cpu", "--per_card", "2")
+REFUSING = """
+import torch
+def refusing(why):
+    def refuse(*_, **__): raise RuntimeError(why)
+    return refuse
+"""
 
 
 @pytest.fixture
@@ -116,6 +122,57 @@ def test_processes_end_with_the_one_that_started_them(started: Callable[..., For
         time.sleep(0.01)
     assert not is_alive(worker)
     assert status(folder, "A1")["status"] == "pending"
+
+
+@pytest.fixture
+def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Code for the first process that a run starts, before relfv is there."""
+
+    def become(code: str) -> None:
+        (folder := tmp_path / "faults").mkdir()
+        first = f"import os\ntry: os.mkdir({str(folder / 'one')!r})\nexcept OSError: pass\nelse: import fault\n"
+        (folder / "sitecustomize.py").write_text(first)
+        (folder / "fault.py").write_text(REFUSING + code)
+        monkeypatch.syspath_prepend(folder)
+
+    return become
+
+
+@pytest.mark.slow
+def test_a_card_that_lets_in_one_process_only_has_one(
+    faulty: Callable[[str], None], started: Callable[..., Fork], finished: Path, tmp_path: Path
+) -> None:
+    """As CUDA says it where the compute mode is exclusive, in three lines."""
+    faulty("torch.ones = refusing('CUDA error: CUDA-capable device(s) is/are busy or unavailable\\nCompile with\\n')")
+    process = started("--extras", "none")
+    code, said = process.wait(120), process.said()
+    assert code == 0, said
+    (line,) = [line for line in said.splitlines() if "WARNING" in line]
+    assert "cpu lets no further process in: CUDA calls it busy or unavailable" in line
+    assert line.endswith("or have the mode set to DEFAULT. Its other processes go on; --per_card 1 asks for one")
+    assert len({holder(tmp_path / "pairs", q_id) for q_id in ("A1", "B2")}) == 1
+    assert contents(tmp_path / "pairs/A1/artifacts/stepE") == contents(finished / "A1/artifacts/stepE")
+
+
+@pytest.mark.slow
+def test_a_process_whose_device_refuses_everything_leaves_its_q_id_to_another(
+    faulty: Callable[[str], None], started: Callable[..., Fork], tmp_path: Path
+) -> None:
+    """As CUDA does after an illegal access, until the process ends: nothing else fails in it."""
+    faulty(
+        "import pathlib\nreplace = pathlib.Path.replace\n"
+        "def once(a, b):\n"
+        "    if not str(b).endswith('trial_metrics.jsonl'): return replace(a, b)\n"
+        "    torch.ones = refusing('CUDA error: an illegal memory access was encountered')\n"
+        "    torch.ones()\n"
+        "pathlib.Path.replace = once\n"
+    )
+    process = started("--extras", "none")
+    code, said = process.wait(120), process.said()
+    assert code == 0, said
+    (q_id,) = re.findall(r"ERROR: (\w+) failed: RuntimeError: CUDA error: an illegal memory access", said)
+    assert f"the process on cpu ended at {q_id} (exit code 1: it can use its device no more); another takes it" in said
+    assert [status(tmp_path / "pairs", one)["status"] for one in ("A1", "B2")] == ["completed"] * 2
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from multiprocessing.connection import Connection, Pipe
 from queue import Empty, SimpleQueue
 from typing import IO, Any
 
-from relfv.errors import InputError, RelfvError, RunError
+from relfv.errors import DeviceTaken, InputError, RelfvError, RunError
 from relfv.models.memory import available_bytes
 from relfv.models.shared import new_file
 from relfv.progress import Task, at_work, duration, headed
@@ -215,24 +215,29 @@ class Crew:
             waiting.discard(member)
             if not waiting:
                 break
+        there = {member.device for member in self._members if member.model}
+        for member in [one for one, problem in problems.items() if isinstance(problem, DeviceTaken)]:
+            if member.device in there:  # the same numbers, later
+                log.warning("%s. Its other processes go on; --per_card 1 asks for one", problems.pop(member))
         if problems:
             member, problem = next(iter(problems.items()))
             everywhere = len({*map(str, problems.values())}) == 1 and len(problems) == n
             said = str(problem) if everywhere or str(problem).startswith("--devices") else f"{member.device}: {problem}"
             raise type(problem)(said)
-        return self._members[0].model or {}
+        return next(member.model for member in self._members if member.model)
 
     def _hand_out(self, waiting: deque[str], task: Task) -> None:
         """Give everyone who has nothing to do the next q_id."""
         for member in self._members:
-            if member.q_id is None and waiting:
+            if member.model and member.q_id is None and waiting:
                 member.take(waiting.popleft())
         task.about = ", ".join(f"{m.device}: {m.q_id}" for m in self._members if m.q_id)
 
     def _mourned(self, member: _Member, how: str, q_id: str | None, deaths: Counter[str]) -> str:
         """Say that a process died: -> the outcome of its q_id, empty if another is to try it."""
         if q_id is None:
-            log.warning("the process on %s ended (%s)", member.device, how)
+            if member.model:  # else it has been said why
+                log.warning("the process on %s ended (%s)", member.device, how)
             return ""
         deaths[q_id] += 1
         if deaths[q_id] < _DEATHS and self._members:

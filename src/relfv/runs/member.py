@@ -73,7 +73,11 @@ def main() -> int:
                 return 2
             with at_work("run", "between stages"):
                 while (q_id := parent.next()) is not None:
-                    parent.say("outcome", worker.run(q_id))
+                    outcome = worker.run(q_id)
+                    if outcome == "failed" and not worker.still_computes():  # as all after it would
+                        print("it can use its device no more", file=sys.stderr)
+                        return 1
+                    parent.say("outcome", outcome)
     except (KeyboardInterrupt, Terminated):
         return 143
     return 0
