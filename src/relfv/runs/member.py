@@ -68,6 +68,8 @@ def main() -> int:
     root.setLevel(logging.DEBUG)
     try:
         with as_exceptions():
+            import relfv.language_model  # noqa: F401  # PyTorch, while the other one looks at what is to be opened
+
             worker = _opened(parent.next(), parent)
             if worker is None:
                 return 2

@@ -121,15 +121,19 @@ def _opened(plan: Plan, n_q_ids: int) -> Worker | Crew | RayCrew:
     Raises InputError if it cannot be opened, or has too few heads.
     """
     request = plan.request
-    if request.given is None:
+
+    def check() -> None:  # before its weights are read, which may take minutes
         require_temporary_folder()
         with at_work(f"opening {request.settings.model}", "loading PyTorch and transformers"):
-            found = outline_for(request)  # before its weights are read, which may take minutes
+            found = outline_for(request)
         if found and plan.written:
             plan.written.require_layers(found.arch.n_layers)
-    if request.ray:
-        return RayCrew(plan, request.ray)
-    return Crew(plan, n_q_ids) if len(request.devices) > 1 else Worker.opened(plan)
+
+    if len(request.devices) > 1:
+        return Crew(plan, n_q_ids, check)
+    if request.given is None:
+        check()
+    return RayCrew(plan, request.ray) if request.ray else Worker.opened(plan)
 
 
 def _move_all_aside(plan: Plan) -> None:
