@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from folders import arguments, contents, status
 from relfv.cli import main
 from relfv.runs.crew import on_devices
 from relfv.runs.plan import OnRay, RunRequest
+from relfv.runs.rehearsal import more_on_a_card, outline_for
 from relfv.settings import Settings
 
 DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"
@@ -210,6 +212,33 @@ def test_a_device_has_as_many_processes_as_name_it_times_per_card(tmp_path: Path
     two_pairs = replace(request, devices=("cuda:0+cuda:1", "cuda:2", "cuda:0+cuda:1"))
     assert two_pairs.processes_a_card == 2
     assert replace(request, ray=OnRay("local", gpus_per_worker=0.5)).processes_a_card == 2
+
+
+def test_one_process_on_a_card_with_room_for_more_is_told_so(
+    llama_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there are q_ids enough that it pays, host cores, and in each part of the memory room for all trials."""
+    request = RunRequest(Settings(model=str(llama_path), device="cpu"), None, tmp_path)
+    assert more_on_a_card(request, outline_for(request), 1000) == ""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    request = replace(request, settings=replace(request.settings, device="auto"))
+    for gib, cores, n_q_ids, expected in (
+        (80, 16, 16, 4),
+        (80, 8, 99, 2),
+        (12, 64, 99, 2),
+        (80, 4, 99, 0),
+        (80, 16, 15, 0),
+    ):
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda _, gib=gib: SimpleNamespace(total_memory=gib << 30)
+        )
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: range(cores))
+        said = more_on_a_card(request, outline_for(request), n_q_ids)
+        start = f"cuda:0 has room for {expected} processes, which write the same bytes: --per_card {expected} "
+        assert said.startswith(start) if expected else not said
+    two = replace(request, devices=("cuda:0", "cuda:0"))
+    assert more_on_a_card(two, outline_for(two), 1000) == ""
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

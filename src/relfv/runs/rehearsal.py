@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from typing import TYPE_CHECKING, cast
 
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
     from relfv.language_model import LanguageModel
     from relfv.models.outline import Outline
 
+_MOST, _CORES = 4, 4
+"""Processes on a card that were found to pay, and host cores for each."""
+_WORTH = 16
+"""q_ids that make up for opening the model more often."""
+_PAYS = "was 1.2 times as fast for a model of 8B, 4 times for one of 0.1B, once it is open (docs/several_cards.md)"
 REFUSED, SKIPPED, _DONE = "refuse: ", "skip: ", "completed, nothing to do"
 
 
@@ -55,6 +61,30 @@ def outline_for(request: RunRequest) -> Outline | None:
     if found:
         require_enough_heads(found, settings)
     return found
+
+
+def more_on_a_card(request: RunRequest, found: Outline | None, n_q_ids: int) -> str:
+    """What a user of one process on a card should know where more would pay: each has room for the weights and a pass
+    over all trials, so that every byte is that of one process. Else empty."""
+    alone = not (request.devices or request.ray)
+    if not alone or n_q_ids < _WORTH or found is None or found.placement is None or found.placement.streams:
+        return ""  # without a card nothing is placed
+    from relfv.models.devices import choose_device
+    from relfv.models.placement import bytes_of_prompt, card_bytes
+
+    settings, device = request.settings, choose_device(request.settings.device)
+    one_prompt = bytes_of_prompt(found.arch, len(heads_to_sweep(cast("LanguageModel", found), settings)))
+    needed = found.placement.card_bytes + settings.n_trials_per_q * one_prompt
+    n = min(_MOST, len(os.sched_getaffinity(0)) // _CORES)
+    try:
+        while n > 1:
+            share_cards(n)
+            if (card_bytes(device, found.arch) or 0) >= needed:
+                return f"{device} has room for {n} processes, which write the same bytes: --per_card {n} {_PAYS}"
+            n -= 1
+        return ""
+    finally:
+        share_cards(1)
 
 
 def needs_a_model(said: str) -> bool:

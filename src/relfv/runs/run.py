@@ -27,7 +27,7 @@ from relfv.runs.on_ray import RayCrew
 from relfv.runs.plan import Plan, RunRequest, make_plan, require_same_experiment
 from relfv.runs.qid import its_own_trouble
 from relfv.runs.registered import register
-from relfv.runs.rehearsal import outline_for
+from relfv.runs.rehearsal import more_on_a_card, outline_for
 from relfv.runs.reuse import require_reusable
 from relfv.runs.so_far import SoFar
 from relfv.runs.worker import Worker
@@ -128,6 +128,8 @@ def _opened(plan: Plan, n_q_ids: int) -> Worker | Crew | RayCrew:
             found = outline_for(request)
         if found and plan.written:
             plan.written.require_layers(found.arch.n_layers)
+        if more := more_on_a_card(request, found, n_q_ids):
+            log.info("%s", more)
 
     if len(request.devices) > 1:
         return Crew(plan, n_q_ids, check)
