@@ -3,10 +3,10 @@
     python bench/one_card.py --work /dev/shm                                 # on a GPU of 80 GB: about five minutes
     python bench/one_card.py --shapes demo=1,2 --device cpu --q_list Q1,Q2   # on any machine
 
-Each row is a ``relfv run --per_card N`` of its own, every file written, and is printed when it ends. Time counts from
-the first stage's beginning, when all processes have the model open, to the last stage's end; the pace "later" leaves
-out each process's first q_id, which pays for what a process does but once. The files are compared with those of the
-first row of the shape: the same bytes, where q_ids were begun with as many trials a pass.
+Each row is a ``relfv run --per_card N`` of its own, every file written, and is printed when it ends; stderr has the
+runs' logs. Time counts from the first stage's beginning, when all processes have the model open, to the last stage's
+end; the pace "later" leaves out each process's first q_id, which pays for what a process does but once. The files are
+compared with those of the first row of the shape: the same bytes, where q_ids were begun with as many trials a pass.
 """
 
 from __future__ import annotations
@@ -56,9 +56,8 @@ def row(out: Path, n_processes: int, flags: list[str], first: dict[str, str]) ->
     started = time.time()
     with sampling_the_gpu() as samples:
         command = [sys.executable, "-m", "relfv", "run", "--out_root", str(out), *flags]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, check=False)
     if done.returncode:
-        print(done.stderr[-2000:], file=sys.stderr, flush=True)
         return f"exit code {done.returncode}{' |' * (len(COLUMNS) - 3)}"
     spans, per_pass = [], set[str]()
     for path in out.glob("*/*/artifacts/qid_status.json"):
