@@ -65,8 +65,14 @@ def outline_for(request: RunRequest) -> Outline | None:
 def more_on_a_card(request: RunRequest, found: Outline | None, n_q_ids: int) -> str:
     """What a user of one process on a card should know where more would pay: each has room for the weights and a pass
     over all trials, so that every byte is that of one process. Else empty."""
-    alone = not (request.devices or request.ray)
-    if not alone or n_q_ids < _WORTH or found is None or found.placement is None or found.placement.streams:
+    if (
+        request.devices
+        or request.ray
+        or n_q_ids < _WORTH
+        or found is None
+        or found.placement is None
+        or found.placement.streams
+    ):
         return ""  # without a card nothing is placed
     from relfv.models.devices import choose_device
     from relfv.models.placement import bytes_of_prompt, card_bytes
@@ -74,9 +80,8 @@ def more_on_a_card(request: RunRequest, found: Outline | None, n_q_ids: int) -> 
     settings, device = request.settings, choose_device(request.settings.device)
     one_prompt = bytes_of_prompt(found.arch, len(heads_to_sweep(cast("LanguageModel", found), settings)))
     needed = found.placement.card_bytes + settings.n_trials_per_q * one_prompt
-    n = min(_MOST, len(os.sched_getaffinity(0)) // _CORES)
     try:
-        while n > 1:
+        for n in range(min(_MOST, len(os.sched_getaffinity(0)) // _CORES), 1, -1):
             share_cards(n)
             if (card_bytes(device, found.arch) or 0) >= needed:
                 return (
@@ -84,10 +89,9 @@ def more_on_a_card(request: RunRequest, found: Outline | None, n_q_ids: int) -> 
                     "--per_card 2 is 1.2 times as fast at 8B, --per_card 4 four times with a small one "
                     "(docs/several_cards.md)"
                 )
-            n -= 1
-        return ""
     finally:
         share_cards(1)
+    return ""
 
 
 def needs_a_model(said: str) -> bool:
