@@ -67,7 +67,7 @@ def row(out: Path, n_processes: int, flags: list[str], first: dict[str, str]) ->
                 for key in ("started_at", "finished_at")]  # fmt: skip
         spans.append((min(both[0]), max(both[1])))
     begun, ends = min(start for start, _ in spans), sorted(end for _, end in spans)
-    later = ends[n_processes:] and (ends[-1] - ends[n_processes - 1]).total_seconds()
+    later = (ends[-1] - ends[n_processes - 1]).total_seconds() if ends[n_processes:] else 0.0
     during = [sample for sample in samples if begun <= sample[0] <= ends[-1]]
     found = digests(out)
     first.update({} if first else found)
