@@ -59,7 +59,7 @@ def model_folder(shape: str, work: Path) -> str:
     if shape == "demo":
         return "demo"
     folder = work / shape
-    if not (folder / "config.json").exists():
+    if not (folder / "tokenizer_config.json").exists():  # the last file, after the weights
         family, sizes = SHAPES[shape]
         torch.manual_seed(0)
         sizes = {"dtype": "bfloat16", "initializer_range": 0.03, **sizes}

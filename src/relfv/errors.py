@@ -13,6 +13,10 @@ class InputError(RelfvError):
     exit_code = 2
 
 
+class DeviceTaken(InputError):
+    """A device that is there lets this process in no more, since another has it."""
+
+
 class RunError(RelfvError):
     """The input was accepted and the run failed. What was computed before is on disk."""
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,9 +21,16 @@ from folders import arguments, contents, status
 from relfv.cli import main
 from relfv.runs.crew import on_devices
 from relfv.runs.plan import OnRay, RunRequest
+from relfv.runs.rehearsal import more_on_a_card, outline_for
 from relfv.settings import Settings
 
 TWO = ("--device", "cpu", "--per_card", "2")
+REFUSING = """
+import torch
+def refusing(why):
+    def refuse(*_, **__): raise RuntimeError(why)
+    return refuse
+"""
 
 
 @pytest.fixture
@@ -34,6 +42,16 @@ def started(csv_path: Path, llama_path: Path, tmp_path: Path) -> Callable[..., F
         return Fork(lambda: main(command), tmp_path / "said")
 
     return start
+
+
+@pytest.fixture(scope="module")
+def by_one(finished: Path, llama_path: Path, csv_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process writes on a CPU: a GPU's bits are others."""
+    if not torch.cuda.is_available():
+        return finished
+    out = tmp_path_factory.mktemp("by_one")
+    assert main(arguments(llama_path, csv_path, out, "--device", "cpu")) == 0
+    return out / "pairs"
 
 
 def wait_for(path: Path, process: Fork) -> None:
@@ -57,7 +75,7 @@ def is_alive(pid: int) -> bool:
 
 @pytest.mark.slow
 def test_a_killed_process_leaves_its_q_id_to_another_and_every_byte_is_as_in_one_process(
-    started: Callable[..., Fork], finished: Path, tmp_path: Path
+    started: Callable[..., Fork], by_one: Path, tmp_path: Path
 ) -> None:
     folder, process = tmp_path / "pairs", started()
     wait_for(folder / "A1/artifacts/stepD_mean_acts", process)
@@ -69,7 +87,7 @@ def test_a_killed_process_leaves_its_q_id_to_another_and_every_byte_is_as_in_one
     assert re.search(r"the process on cpu ended at A1 \(killed by SIGKILL.*\); another takes it", said)
     assert holder(folder, "A1") not in (killed, process.pid)
     for q_id in ("A1", "B2"):
-        assert contents(folder / q_id / "artifacts") == contents(finished / q_id / "artifacts")
+        assert contents(folder / q_id / "artifacts") == contents(by_one / q_id / "artifacts")
         assert said.count(f" {q_id} stepD_cie ") == 1
         assert said.count(f" {q_id} completed in ") == 1
     manifest = json.loads((folder / "run_manifest.json").read_text())
@@ -118,6 +136,58 @@ def test_processes_end_with_the_one_that_started_them(started: Callable[..., For
     assert status(folder, "A1")["status"] == "pending"
 
 
+@pytest.fixture
+def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Code for the first process that a run starts, before relfv is there."""
+
+    def become(code: str) -> None:
+        (folder := tmp_path / "faults").mkdir()
+        first = f"import os\ntry: os.mkdir({str(folder / 'one')!r})\nexcept OSError: pass\nelse: import fault\n"
+        (folder / "sitecustomize.py").write_text(first)
+        (folder / "fault.py").write_text(REFUSING + code)
+        monkeypatch.syspath_prepend(folder)
+
+    return become
+
+
+@pytest.mark.slow
+def test_a_card_that_lets_in_one_process_only_has_one(
+    faulty: Callable[[str], None], started: Callable[..., Fork], by_one: Path, tmp_path: Path
+) -> None:
+    """As CUDA says it where the compute mode is exclusive, in three lines."""
+    faulty("torch.ones = refusing('CUDA error: CUDA-capable device(s) is/are busy or unavailable\\nCompile with\\n')")
+    process = started("--extras", "none")
+    code, said = process.wait(120), process.said()
+    assert code == 0, said
+    (line,) = [line for line in said.splitlines() if "WARNING" in line]
+    assert "cpu lets no further process in: CUDA calls it busy or unavailable" in line
+    assert line.endswith("or have the mode set to DEFAULT. Its other processes go on; --per_card 1 asks for one")
+    assert len({holder(tmp_path / "pairs", q_id) for q_id in ("A1", "B2")}) == 1
+    name = "A1/artifacts/trial_metrics.jsonl"
+    assert (tmp_path / "pairs" / name).read_bytes() == (by_one / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_process_whose_device_refuses_everything_leaves_its_q_id_to_another(
+    faulty: Callable[[str], None], started: Callable[..., Fork], tmp_path: Path
+) -> None:
+    """As CUDA does after an illegal access, until the process ends: nothing else fails in it."""
+    faulty(
+        "import pathlib\nreplace = pathlib.Path.replace\n"
+        "def once(a, b):\n"
+        "    if not str(b).endswith('trial_metrics.jsonl'): return replace(a, b)\n"
+        "    torch.ones = refusing('CUDA error: an illegal memory access was encountered')\n"
+        "    torch.ones()\n"
+        "pathlib.Path.replace = once\n"
+    )
+    process = started("--extras", "none")
+    code, said = process.wait(120), process.said()
+    assert code == 0, said
+    (q_id,) = re.findall(r"ERROR: (\w+) failed: RuntimeError: CUDA error: an illegal memory access", said)
+    assert f"the process on cpu ended at {q_id} (exit code 1: it can use its device no more); another takes it" in said
+    assert [status(tmp_path / "pairs", one)["status"] for one in ("A1", "B2")] == ["completed"] * 2
+
+
 @pytest.mark.slow
 def test_a_model_that_cannot_be_opened_is_one_line_and_leaves_everything_as_it_was(
     llama_path: Path, csv_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -151,6 +221,33 @@ def test_a_device_has_as_many_processes_as_name_it_times_per_card(tmp_path: Path
     assert replace(request, ray=OnRay("local", gpus_per_worker=0.5)).processes_a_card == 2
 
 
+def test_one_process_on_a_card_with_room_for_more_is_told_so(
+    llama_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there are q_ids enough that it pays, host cores, and in each part of the memory room for all trials."""
+    request = RunRequest(Settings(model=str(llama_path), device="cpu"), None, tmp_path)
+    assert more_on_a_card(request, outline_for(request), 1000) == ""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    request = replace(request, settings=replace(request.settings, device="auto"))
+    for gib, cores, n_q_ids, expected in (
+        (80, 16, 30, 4),
+        (80, 8, 99, 2),
+        (12, 64, 99, 2),
+        (80, 4, 99, 0),
+        (80, 16, 29, 0),
+    ):
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda _, gib=gib: SimpleNamespace(total_memory=gib << 30)
+        )
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: range(cores))
+        said = more_on_a_card(request, outline_for(request), n_q_ids)
+        start = f"cuda:0 has room for {expected} processes, which write the same bytes: "
+        assert said.startswith(start) if expected else not said
+    two = replace(request, devices=("cuda:0", "cuda:0"))
+    assert more_on_a_card(two, outline_for(two), 1000) == ""
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.slow
 def test_two_processes_on_a_card_write_what_one_does(csv_path: Path, llama_path: Path, tmp_path: Path) -> None:
@@ -177,7 +274,7 @@ def test_one_device_is_this_process(
 
 
 def test_weights_that_stream_are_in_memory_once_for_all_processes(
-    started: Callable[..., Fork], finished: Path, tmp_path: Path
+    started: Callable[..., Fork], by_one: Path, tmp_path: Path
 ) -> None:
     """Both have the one file without a name mapped, and it is gone with them."""
     process = started("--offload", "cpu")
@@ -186,7 +283,7 @@ def test_weights_that_stream_are_in_memory_once_for_all_processes(
     assert process.wait(180) == 0, process.said()
     (file,) = {*held["A1"], *held["B2"]}
     assert len(held["A1"][file]) == len(held["B2"][file]) > 1
-    assert contents(tmp_path / "pairs/A1/artifacts") == contents(finished / "A1/artifacts")
+    assert contents(tmp_path / "pairs/A1/artifacts") == contents(by_one / "A1/artifacts")
 
 
 def shared_memory(pid: int) -> dict[str, list[str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from relfv.errors import InputError
+from relfv.errors import DeviceTaken, InputError
 
 
 def choose_devices(device: str, flag: str = "--device") -> list[torch.device]:
@@ -40,6 +40,35 @@ def choose_device(device: str, flag: str = "--device") -> torch.device:
     if chosen.type not in ("cpu", "mps") or chosen.index:
         raise InputError(f"{flag} {device!r}: expected auto, cpu, cuda, cuda:<n> or mps")
     return chosen
+
+
+def taken(devices: list[torch.device]) -> list[torch.device]:
+    """``devices``, which this process uses from now on: before anything else is blamed for it, raises DeviceTaken for
+    one that lets no further process in."""
+    for device in devices:
+        try:
+            torch.ones(1, device=device)
+        except RuntimeError as problem:
+            if "busy or unavailable" not in str(problem):
+                raise
+            raise DeviceTaken(
+                f"{device} lets no further process in: CUDA calls it busy or unavailable, as where another process has "
+                "it and its compute mode is exclusive (nvidia-smi -q -d COMPUTE). Wait for that process, use another "
+                "device, or have the mode set to DEFAULT"
+            ) from None
+    return devices
+
+
+def still_computes(device: torch.device) -> bool:
+    """Whether this process can go on with it: after some errors of a kernel CUDA refuses everything until the process
+    ends."""
+    try:
+        torch.ones(1, device=device).item()
+    except torch.OutOfMemoryError:
+        return True
+    except RuntimeError:
+        return False
+    return True
 
 
 def cuda_devices() -> list[str]:

@@ -21,7 +21,7 @@ from relfv.errors import InputError
 from relfv.models.adapters import adapter_in, merged, require_peft
 from relfv.models.architecture import Architecture, resolve, text_config
 from relfv.models.cards import Cards, counts_foreseen, spread
-from relfv.models.devices import choose_devices
+from relfv.models.devices import choose_devices, taken
 from relfv.models.formats import as_object, format_of, packing_note, quantization, require_format, unpacking
 from relfv.models.gguf import DTYPE, read_tokenizer
 from relfv.models.kinds import model_class
@@ -70,7 +70,7 @@ def load_checkpoint(
     widened again for every pass. Raises InputError if the model cannot be found or read, the spec does not fit it, or
     the device cannot do what is asked.
     """
-    places = choose_devices(device)
+    places = taken(choose_devices(device))
     place = places[0]
     adapter = adapter_in(model_source(name))
     if adapter:

@@ -19,14 +19,14 @@ import tempfile
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, Pipe
 from queue import Empty, SimpleQueue
 from typing import IO, Any
 
-from relfv.errors import InputError, RelfvError, RunError
+from relfv.errors import DeviceTaken, InputError, RelfvError, RunError
 from relfv.models.memory import available_bytes
 from relfv.models.shared import new_file
 from relfv.progress import Task, at_work, duration, headed
@@ -87,7 +87,8 @@ class _Member:
     since: float = field(default_factory=time.monotonic)
 
     @staticmethod
-    def started(plan: Plan, device: str, start: Start) -> _Member:
+    def started(device: str, shared: int | None) -> _Member:
+        """On its way: it loads PyTorch until it is told what to open."""
         ours, theirs = Pipe()
         errors = tempfile.TemporaryFile()  # noqa: SIM115
         process = subprocess.Popen(
@@ -95,17 +96,20 @@ class _Member:
             stdin=subprocess.DEVNULL,
             stdout=errors,
             stderr=errors,
-            pass_fds=[theirs.fileno(), *([] if start.shared is None else [start.shared])],
+            pass_fds=[theirs.fileno(), *([] if shared is None else [shared])],
             # A terminal's Ctrl-C is for this process, which passes it on, once.
             start_new_session=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.curdir for path in sys.path)},
         )
         theirs.close()
-        member = _Member(device, process, ours, errors)
-        settings = replace(plan.request.settings, device=device)
+        return _Member(device, process, ours, errors)
+
+    def open(self, start: Start) -> None:
+        """Have it open the model, on its device."""
+        request = start.plan.request
+        request = replace(request, settings=replace(request.settings, device=self.device))
         with suppress(OSError):  # it has died, which is heard of like any death
-            ours.send(replace(start, plan=replace(plan, request=replace(plan.request, settings=settings))))
-        return member
+            self.connection.send(replace(start, plan=replace(start.plan, request=request)))
 
     def take(self, q_id: str) -> None:
         """Give it this q_id."""
@@ -140,23 +144,27 @@ class _Member:
 class Crew:
     """The processes; made with the model open in all of them."""
 
-    def __init__(self, plan: Plan, n_q_ids: int) -> None:
-        """As many as the devices of ``plan``, but no more than ``n_q_ids``.
+    def __init__(self, plan: Plan, n_q_ids: int, check: Callable[[], None]) -> None:
+        """As many as the devices of ``plan``, but no more than ``n_q_ids``. ``check`` is called while they start.
 
-        Raises InputError or RunError if the model cannot be opened in one of them; none is left then.
+        Raises what that does, and InputError or RunError if the model cannot be opened in one of them; none is left
+        then.
         """
         self._plan, self._members = plan, list[_Member]()
         self._said = SimpleQueue[tuple[_Member, str, Any]]()
         devices = plan.request.devices[:n_q_ids]
-        free = available_bytes()
-        start = Start(plan, len(devices), None if free is None else free // len(devices), new_file())
+        free, shared = available_bytes(), new_file()
+        start = Start(plan, len(devices), None if free is None else free // len(devices), shared)
         try:
             with at_work(f"opening {plan.request.settings.model}", f"on {', '.join(devices)}"):
                 for device in devices:
-                    self._members.append(member := _Member.started(plan, device, start))
+                    self._members.append(member := _Member.started(device, shared))
                     threading.Thread(target=self._listen, args=[member], daemon=True).start()
-                if start.shared is not None:
-                    os.close(start.shared)
+                if shared is not None:
+                    os.close(shared)
+                check()
+                for member in self._members:
+                    member.open(start)
                 self.description = self._wait_until_open()
         except BaseException:
             self.close()
@@ -215,24 +223,29 @@ class Crew:
             waiting.discard(member)
             if not waiting:
                 break
+        there = {member.device for member in self._members if member.model}
+        for member in [one for one, problem in problems.items() if isinstance(problem, DeviceTaken)]:
+            if member.device in there:  # the same numbers, later
+                log.warning("%s. Its other processes go on; --per_card 1 asks for one", problems.pop(member))
         if problems:
             member, problem = next(iter(problems.items()))
             everywhere = len({*map(str, problems.values())}) == 1 and len(problems) == n
             said = str(problem) if everywhere or str(problem).startswith("--devices") else f"{member.device}: {problem}"
             raise type(problem)(said)
-        return self._members[0].model or {}
+        return next(member.model for member in self._members if member.model)
 
     def _hand_out(self, waiting: deque[str], task: Task) -> None:
         """Give everyone who has nothing to do the next q_id."""
         for member in self._members:
-            if member.q_id is None and waiting:
+            if member.model and member.q_id is None and waiting:
                 member.take(waiting.popleft())
         task.about = ", ".join(f"{m.device}: {m.q_id}" for m in self._members if m.q_id)
 
     def _mourned(self, member: _Member, how: str, q_id: str | None, deaths: Counter[str]) -> str:
         """Say that a process died: -> the outcome of its q_id, empty if another is to try it."""
         if q_id is None:
-            log.warning("the process on %s ended (%s)", member.device, how)
+            if member.model:  # else it has been said why
+                log.warning("the process on %s ended (%s)", member.device, how)
             return ""
         deaths[q_id] += 1
         if deaths[q_id] < _DEATHS and self._members:

@@ -22,7 +22,7 @@ from relfv.progress import duration
 from relfv.runs.checks import Evidence, Level, Line, check_bos, check_relations
 from relfv.runs.plan import Plan, RunRequest, chosen_relations, make_plan
 from relfv.runs.qid import open_for
-from relfv.runs.rehearsal import REFUSED, needs_a_model, outline_for, stages_to_run, what_would_happen
+from relfv.runs.rehearsal import REFUSED, more_on_a_card, needs_a_model, outline_for, stages_to_run, what_would_happen
 from relfv.runs.reuse import require_reusable
 from relfv.stages.zeroshot import evaluated_of
 from relfv.store.files import require_temporary_folder
@@ -106,7 +106,10 @@ class _Visit:
         with self._caught("tokenizer"):
             self._of_tokenizer(self._plan)
         with self._caught("model"):
-            self._of_outline(self._plan, outline_for(self._plan.request))
+            outline = outline_for(self._plan.request)
+            self._of_outline(self._plan, outline)
+            if more := more_on_a_card(self._plan.request, outline, len(todo)):
+                self._say("processes", more)
         with self._caught("temporary files"):
             require_temporary_folder()
         if measuring and not self.failed:

@@ -68,12 +68,18 @@ def main() -> int:
     root.setLevel(logging.DEBUG)
     try:
         with as_exceptions():
+            import relfv.language_model  # noqa: F401  # PyTorch, while the other one looks at what is to be opened
+
             worker = _opened(parent.next(), parent)
             if worker is None:
                 return 2
             with at_work("run", "between stages"):
                 while (q_id := parent.next()) is not None:
-                    parent.say("outcome", worker.run(q_id))
+                    outcome = worker.run(q_id)
+                    if outcome == "failed" and not worker.still_computes():  # as all after it would
+                        print("it can use its device no more", file=sys.stderr)
+                        return 1
+                    parent.say("outcome", outcome)
     except (KeyboardInterrupt, Terminated):
         return 143
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from typing import TYPE_CHECKING, cast
 
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from relfv.language_model import LanguageModel
     from relfv.models.outline import Outline
 
+_MOST, _CORES = 4, 4
+"""Processes on a card that were found to pay, and host cores for each."""
+_WORTH = 30
+"""q_ids that make up for opening the model more often: that takes 10 to 15 s longer, and a q_id 0.4 to 0.5 s less."""
 REFUSED, SKIPPED, _DONE = "refuse: ", "skip: ", "completed, nothing to do"
 
 
@@ -55,6 +60,38 @@ def outline_for(request: RunRequest) -> Outline | None:
     if found:
         require_enough_heads(found, settings)
     return found
+
+
+def more_on_a_card(request: RunRequest, found: Outline | None, n_q_ids: int) -> str:
+    """What a user of one process on a card should know where more would pay: each has room for the weights and a pass
+    over all trials, so that every byte is that of one process. Else empty."""
+    if (
+        request.devices
+        or request.ray
+        or n_q_ids < _WORTH
+        or found is None
+        or found.placement is None
+        or found.placement.streams
+    ):
+        return ""  # without a card nothing is placed
+    from relfv.models.devices import choose_device
+    from relfv.models.placement import bytes_of_prompt, card_bytes
+
+    settings, device = request.settings, choose_device(request.settings.device)
+    one_prompt = bytes_of_prompt(found.arch, len(heads_to_sweep(cast("LanguageModel", found), settings)))
+    needed = found.placement.card_bytes + settings.n_trials_per_q * one_prompt
+    try:
+        for n in range(min(_MOST, len(os.sched_getaffinity(0)) // _CORES), 1, -1):
+            share_cards(n)
+            if (card_bytes(device, found.arch) or 0) >= needed:
+                return (
+                    f"{device} has room for {n} processes, which write the same bytes: once they have the model open, "
+                    "--per_card 2 is 1.2 times as fast at 8B, --per_card 4 four times with a small one "
+                    "(docs/several_cards.md)"
+                )
+    finally:
+        share_cards(1)
+    return ""
 
 
 def needs_a_model(said: str) -> bool:

@@ -27,7 +27,7 @@ from relfv.runs.on_ray import RayCrew
 from relfv.runs.plan import Plan, RunRequest, make_plan, require_same_experiment
 from relfv.runs.qid import its_own_trouble
 from relfv.runs.registered import register
-from relfv.runs.rehearsal import outline_for
+from relfv.runs.rehearsal import more_on_a_card, outline_for
 from relfv.runs.reuse import require_reusable
 from relfv.runs.so_far import SoFar
 from relfv.runs.worker import Worker
@@ -121,15 +121,21 @@ def _opened(plan: Plan, n_q_ids: int) -> Worker | Crew | RayCrew:
     Raises InputError if it cannot be opened, or has too few heads.
     """
     request = plan.request
-    if request.given is None:
+
+    def check() -> None:  # before its weights are read, which may take minutes
         require_temporary_folder()
         with at_work(f"opening {request.settings.model}", "loading PyTorch and transformers"):
-            found = outline_for(request)  # before its weights are read, which may take minutes
+            found = outline_for(request)
         if found and plan.written:
             plan.written.require_layers(found.arch.n_layers)
-    if request.ray:
-        return RayCrew(plan, request.ray)
-    return Crew(plan, n_q_ids) if len(request.devices) > 1 else Worker.opened(plan)
+        if more := more_on_a_card(request, found, n_q_ids):
+            log.info("%s", more)
+
+    if len(request.devices) > 1:
+        return Crew(plan, n_q_ids, check)
+    if request.given is None:
+        check()
+    return RayCrew(plan, request.ray) if request.ray else Worker.opened(plan)
 
 
 def _move_all_aside(plan: Plan) -> None:

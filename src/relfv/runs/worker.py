@@ -49,9 +49,9 @@ class Worker:
     def opened(plan: Plan) -> Worker:
         """With the model of the request. Raises InputError if it cannot be opened, or has too few heads."""
         if (n := plan.request.processes_a_card) > 1:  # this one is among them
-            from relfv.models.devices import choose_devices
+            from relfv.models.devices import choose_devices, taken
 
-            share_cards(n, choose_devices(plan.request.settings.device))
+            share_cards(n, taken(choose_devices(plan.request.settings.device)))
         model = open_for(plan.request.settings, plan.request.given)
         require_enough_heads(model, plan.request.settings)
         # Half a million objects that stay: each look through them takes as long as Step6.
@@ -72,6 +72,12 @@ class Worker:
                 say_outcome(self.plan, q_id, outcome, self.pace.seconds())
                 self.pace.end(lambda i=i: self.plan.n_free(q_ids[i + 1 :]))
                 yield q_id, outcome
+
+    def still_computes(self) -> bool:
+        """Whether its device does, after a failure."""
+        from relfv.models.devices import still_computes
+
+        return still_computes(self.model.backbone.device)
 
     def close(self) -> None:
         """Garbage may be looked for in the model again."""
