@@ -45,9 +45,11 @@ def head_patches(
     def grower(count: int) -> Callable[[torch.Tensor], torch.Tensor]:
         return lambda hidden: grown(hidden, hidden[:, :1], count)
 
-    def patcher(layer: int, numbers: list[int], part: slice) -> Callable[[torch.Tensor], torch.Tensor]:
+    numbers = sent([head.head for head in heads], backbone.device)
+
+    def patcher(layer: int, part: slice) -> Callable[[torch.Tensor], torch.Tensor]:
         place = backbone.device_of(layer)
-        index = sent(numbers, place)
+        index = numbers[part].to(place)
         given = None if values is None else values[part].to(place)
 
         def patch(z: torch.Tensor) -> torch.Tensor:
@@ -63,10 +65,10 @@ def head_patches(
     edits: list[tuple[Any, Callable[[torch.Tensor], torch.Tensor | None]]] = []
     start = 0
     for layer, group in groupby(heads, key=lambda head: head.layer):
-        numbers = [head.head for head in group]
-        part = slice(start, start := start + len(numbers))
-        edits.append((arch.blocks[layer], grower(len(numbers))))
-        edits.append((arch.out_projs[layer], patcher(layer, numbers, part)))
+        count = len([*group])
+        part = slice(start, start := start + count)
+        edits.append((arch.blocks[layer], grower(count)))
+        edits.append((arch.out_projs[layer], patcher(layer, part)))
     return edits
 
 

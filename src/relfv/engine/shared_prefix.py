@@ -234,7 +234,7 @@ class SharedPrefixEngine:
             for one, part in zip(passes, parts, strict=True):
                 with turn_of(one):
                     stack.enter_context(edit(part))
-            first = making and Waiting(backbone.arch.blocks, making.decode, lambda _: making.without_padding())
+            first = making and Waiting(backbone.arch.blocks, making.decode, making.scope)
             for layer in layers:
                 with streaming.staying(layer):
                     if first:
