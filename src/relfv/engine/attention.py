@@ -12,6 +12,9 @@ and an attention sink of logit c (GPT-OSS) shrinks o by sigmoid(logaddexp(lse, s
 matters: under one [prefix | diagonal] mask each copy's own key sits in another column, the summation order differs
 between copies, and patches that change nothing come out as effects. The arithmetic is ``Arithmetic.attend``; this
 module brings it the model's queries, keys and values, and refuses what it does not know.
+
+Where kernels run, whole prompts attend by the same one (``attending_within``): token c is a copy that sees the c tokens
+before it.
 """
 
 from __future__ import annotations
