@@ -141,7 +141,7 @@ def as_pre_norm(
     except Exception:  # as in fusion.py: one that cannot take such inputs, whatever it raises, is something else
         return None
     assert isinstance(out_proj, nn.Linear)
-    by_kernel = sys.modules[type(attention).__module__] in rotaries
+    by_kernel = hasattr(attention, "config") and sys.modules.get(type(attention).__module__) in rotaries
     may_wait = what_may_wait(attention, out_proj) if by_kernel else None
     return PreNorm(module, out_proj, (norms[id(first)], norms[id(second)]), mlps[id(mlp)], may_wait)
 
