@@ -12,7 +12,9 @@ from conftest import scale_up
 from parity import all_heads, naive_base, naive_injections, naive_sweep, prompts_of_different_length, replacements
 from relfv.engine.arithmetic import Arithmetic, Precision, kernels
 from relfv.engine.arithmetic.products import Pieces
+from relfv.engine.attention import Prefix
 from relfv.engine.base import Backbone
+from relfv.engine.prefix import Prefill
 from relfv.engine.selfcheck import choose_engine
 from relfv.engine.shared_prefix import SharedPrefixEngine
 from relfv.models.architecture import resolve
@@ -100,6 +102,23 @@ def test_more_pieces_come_closer() -> None:
     made = [replace(t.backbone.arithmetic, pieces=Pieces(3, 3, n)) for n in (1, 2)]
     one, two = (t.sweep_error(replace(t.backbone, arithmetic=arithmetic)) for arithmetic in made)
     assert two < one / 10
+
+
+@pytest.mark.parametrize("family", [LLAMA, "Mistral: window", "Phi-3, Phi-4: fused qkv, window"])
+def test_a_prefix_by_the_kernel_is_what_the_model_caches(family: str) -> None:
+    backbone = on_gpu(family)
+    found, cached = (made(backbone.in_float32()) for made in (prefix, lambda one: prefix(one.plain())))
+    for layers, expected in ((found.keys, cached.keys), (found.values, cached.values)):
+        for layer, of_layer in layers.items():
+            assert of_layer.untyped_storage().nbytes() == of_layer.nbytes
+            for n, prompt in enumerate(PROMPTS):
+                rows = slice(len(prompt) - 1)
+                torch.testing.assert_close(of_layer[n, :, rows], expected[layer][n, :, rows], rtol=1e-4, atol=1e-4)
+
+
+def prefix(backbone: Backbone) -> Prefix:
+    with backbone.running():
+        return Prefill(backbone, PROMPTS).run()
 
 
 @pytest.mark.parametrize("precision", ["exact", "fast"])

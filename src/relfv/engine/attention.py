@@ -12,13 +12,16 @@ and an attention sink of logit c (GPT-OSS) shrinks o by sigmoid(logaddexp(lse, s
 matters: under one [prefix | diagonal] mask each copy's own key sits in another column, the summation order differs
 between copies, and patches that change nothing come out as effects. The arithmetic is ``Arithmetic.attend``; this
 module brings it the model's queries, keys and values, and refuses what it does not know.
+
+Where kernels run, whole prompts attend by the same one (``attending_within``): token c is a copy that sees the c tokens
+before it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,7 +32,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from relfv.engine.arithmetic import Arithmetic
 from relfv.engine.base import Backbone
 from relfv.errors import RunError
-from relfv.models.own_attention import attending_by
+from relfv.models.own_attention import attending_by, attends_itself
 
 NAME = "relfv_shared_prefix"
 
@@ -58,8 +61,11 @@ class Prefix:
 
 @dataclass(frozen=True)
 class _Pass:
-    prefix: Prefix
     arithmetic: Arithmetic
+    prefix: Prefix | None = None
+    """None: whole prompts, whose tokens attend to those before them."""
+    kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    """Of whole prompts receives keys and values by layer."""
 
 
 _active: _Pass | None = None
@@ -106,13 +112,16 @@ def shared_prefix_attention(
     _require_same_window(attention_mask, sliding_window)
     _require_usual_shapes(query, key, value)
     layer = int(module.layer_idx) if layer is None else layer  # type: ignore[arg-type]
+    prefix = active.prefix
+    if prefix is None:
+        active.kept[layer] = _alone(key), _alone(value)
     out = active.arithmetic.attend(
         query,
         key,
         value,
-        active.prefix.keys[layer],
-        active.prefix.values[layer],
-        active.prefix.lengths_on[query.device],
+        prefix.keys[layer] if prefix else key,
+        prefix.values[layer] if prefix else value,
+        prefix.lengths_on[query.device] if prefix else None,
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         window=sliding_window,
         softcap=softcap,
@@ -120,6 +129,11 @@ def shared_prefix_attention(
         key_bias=key_bias,
     )
     return out, None
+
+
+def _alone(x: torch.Tensor) -> torch.Tensor:
+    """``x``, or a copy of it if it is a part of something larger, which would stay in memory."""
+    return x.clone() if x.untyped_storage().nbytes() > x.nbytes else x
 
 
 def _require_active(kwargs: dict[str, Any]) -> _Pass:
@@ -165,14 +179,35 @@ AttentionMaskInterface.register(NAME, _window_as_mask)
 @contextmanager
 def attending_to(prefix: Prefix, backbone: Backbone) -> Iterator[None]:
     """While open, the model's attention is ``shared_prefix_attention`` over ``prefix``."""
+    width = 1 + next(iter(prefix.keys.values())).shape[2]
+    active = _Pass(backbone.arithmetic, prefix)
+    with attending_by(backbone.arch, shared_prefix_attention, width), _attending(active, backbone):
+        yield
+
+
+def attends_by_kernel(backbone: Backbone) -> bool:
+    """Whether attention of whole prompts may be the kernel's: where there are kernels, and the model has no attention
+    of its own."""
+    return backbone.arithmetic.fusions is not None and not attends_itself(backbone.arch)
+
+
+@contextmanager
+def attending_within(backbone: Backbone, kept: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
+    """While open, passes are over whole prompts, padded on the right. Attention is the kernel's where it may be: it
+    needs no mask, and ``kept`` receives each layer's keys and values."""
+    with _attending(_Pass(backbone.arithmetic, kept=kept), backbone) if attends_by_kernel(backbone) else nullcontext():
+        yield
+
+
+@contextmanager
+def _attending(active: _Pass, backbone: Backbone) -> Iterator[None]:
     global _active
     before = [(config, config._attn_implementation) for config in backbone.configs]
     for config in backbone.configs:
         config._attn_implementation = NAME
-    _active = _Pass(prefix, backbone.arithmetic)
+    _active = active
     try:
-        with attending_by(backbone.arch, shared_prefix_attention, 1 + next(iter(prefix.keys.values())).shape[2]):
-            yield
+        yield
     finally:
         _active = None
         for config, implementation in before:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from relfv.engine.arithmetic import with_room
-from relfv.engine.base import Backbone, Together, TokenIds, of_layer_and_prompts, sent
+from relfv.engine.base import Array, Backbone, Together, TokenIds, of_layer_and_prompts, sent, values_of
 from relfv.engine.hooks import editing_inputs, editing_outputs
 from relfv.engine.together import editing_together
 from relfv.types import HeadId
@@ -35,19 +35,19 @@ def run_last_tokens(backbone: Backbone, last: torch.Tensor, positions: torch.Ten
     return hidden.reshape(len(last), -1, hidden.shape[-1])
 
 
-def head_patches(
-    backbone: Backbone, heads: Sequence[HeadId], values: torch.Tensor | None
-) -> list[tuple[Any, Callable[[torch.Tensor], torch.Tensor | None]]]:
-    """For ``editing_inputs``. Before block l: one copy of the unpatched token for each of ``heads`` in layer l; then
-    overwrite its slice by that head's row of ``values``, or by the same head's slice of copy 0 if there are none."""
-    arch = backbone.arch
+@contextmanager
+def patching_heads(backbone: Backbone, heads: Sequence[HeadId], replacement: Array | None) -> Iterator[None]:
+    """Before block l: one copy of the unpatched token for each of ``heads`` in layer l; then overwrite its slice by its
+    value in ``replacement``, or by the same head's slice of copy 0 if there is none."""
+    arch, values = backbone.arch, values_of(replacement, heads, backbone.device)
+    numbers = sent([head.head for head in heads], backbone.device)
 
     def grower(count: int) -> Callable[[torch.Tensor], torch.Tensor]:
         return lambda hidden: grown(hidden, hidden[:, :1], count)
 
-    def patcher(layer: int, numbers: list[int], part: slice) -> Callable[[torch.Tensor], torch.Tensor]:
+    def patcher(layer: int, part: slice) -> Callable[[torch.Tensor], torch.Tensor]:
         place = backbone.device_of(layer)
-        index = sent(numbers, place)
+        index = numbers[part].to(place)
         given = None if values is None else values[part].to(place)
 
         def patch(z: torch.Tensor) -> torch.Tensor:
@@ -63,11 +63,12 @@ def head_patches(
     edits: list[tuple[Any, Callable[[torch.Tensor], torch.Tensor | None]]] = []
     start = 0
     for layer, group in groupby(heads, key=lambda head: head.layer):
-        numbers = [head.head for head in group]
-        part = slice(start, start := start + len(numbers))
-        edits.append((arch.blocks[layer], grower(len(numbers))))
-        edits.append((arch.out_projs[layer], patcher(layer, numbers, part)))
-    return edits
+        count = len([*group])
+        part = slice(start, start := start + count)
+        edits.append((arch.blocks[layer], grower(count)))
+        edits.append((arch.out_projs[layer], patcher(layer, part)))
+    with editing_inputs(edits):
+        yield
 
 
 def residual_additions(

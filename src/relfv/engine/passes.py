@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from relfv.engine.arithmetic import leaving_out_padding
@@ -18,18 +20,24 @@ from relfv.models.mlps import mlps_of
 
 def pad_right(prompts: TokenIds, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """-> input_ids (N, P), attention_mask (N, P), lengths (N,). The padding id is never attended to."""
-    width = max(len(prompt) for prompt in prompts)
-    lengths = sent([len(prompt) for prompt in prompts], device)
-    ids = sent([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device)
-    mask = (torch.arange(width, device=device)[None] < lengths[:, None]).long()
-    return ids, mask, lengths
+    lengths = [len(prompt) for prompt in prompts]
+    ids = np.zeros((len(prompts), max(lengths)), dtype=np.int64)
+    for row, prompt in zip(ids, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    mask = _real(lengths, ids.shape[1]).astype(np.int64)
+    return sent(ids, device), sent(mask, device), sent(lengths, device)
+
+
+def _real(lengths: Sequence[int], width: int) -> npt.NDArray[np.bool_]:
+    """(N, width): which tokens of a batch are no padding."""
+    return np.arange(width) < np.array(lengths)[:, None]
 
 
 def padding_of(ids: torch.Tensor, lengths: Sequence[int]) -> Callable[[], AbstractContextManager[None]]:
     """Contexts: while one is open, products of passes over ``ids`` (N, P) need not be made for what is beyond each
     row's length."""
     n, width = ids.shape
-    places = sent([row * width + token for row, length in enumerate(lengths) for token in range(length)], ids.device)
+    places = sent(_real(lengths, width).ravel().nonzero()[0], ids.device)
     return lambda: leaving_out_padding((n, width), places)
 
 

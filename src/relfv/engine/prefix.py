@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from transformers import DynamicCache
 
-from relfv.engine.attention import Prefix
+from relfv.engine.attention import Prefix, attending_within, attends_by_kernel
 from relfv.engine.base import Backbone, TokenIds, sent
 from relfv.engine.hooks import editing_inputs
 from relfv.engine.passes import pad_right, padding_of
@@ -65,25 +65,32 @@ class Prefill:
         self._ids, self._mask, self.lengths = pad_right([prompt[:-1] for prompt in prompts], backbone.device)
         self._n_tokens = [len(prompt) - 1 for prompt in prompts]
         # What is sent to a device is sent once: it may wait there behind weights that stream.
-        self.without_padding = padding_of(self._ids, self._n_tokens)
-        """Opened around every block of the pass."""
+        self._without_padding = padding_of(self._ids, self._n_tokens)
         self._lengths_on: dict[torch.device, torch.Tensor] = {}
         # A DynamicCache made from a config lets sliding-window layers drop keys; this one keeps all of them, and the
         # window is applied in the attention of the last token.
         self._cache = DynamicCache()
+        self._given: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        """Where attention is the kernel's: what it was given, by layer, which need not be laid out anew in a cache."""
 
     def run(self) -> Prefix:
         """Run it, of the last block no more than gives keys and values."""
         last = self._backbone.arch.out_projs[self._backbone.arch.n_layers - 1]
-        with suppress(_Enough), editing_inputs([(last, _stop)]), self.without_padding():
+        with suppress(_Enough), editing_inputs([(last, _stop)]), self.scope(0):
             self.decode()
         return self.prefix()
 
+    @contextmanager
+    def scope(self, _: int) -> Iterator[None]:
+        """Open around the block of any layer."""
+        with self._without_padding(), attending_within(self._backbone, self._given):
+            yield
+
     def decode(self) -> None:
         """Call the decoder, once."""
-        self._backbone.decoder(
-            input_ids=self._ids, attention_mask=self._mask, past_key_values=self._cache, use_cache=True
-        )
+        by_kernel = attends_by_kernel(self._backbone)
+        cache = {"use_cache": False} if by_kernel else {"past_key_values": self._cache, "use_cache": True}
+        self._backbone.decoder(input_ids=self._ids, attention_mask=self._mask, **cache)
 
     def prefix(self) -> Prefix:
         """Of all layers, which have run."""
@@ -94,7 +101,7 @@ class Prefill:
         return self._of([layer])
 
     def _of(self, layers: Iterable[int]) -> Prefix:
-        found = {layer: _cached(self._cache, layer) for layer in layers}
+        found = {layer: self._given.get(layer) or _cached(self._cache, layer) for layer in layers}
         keys, values = ({layer: pair[i] for layer, pair in found.items()} for i in (0, 1))
         for place in {of_layer.device for of_layer in keys.values()} - {*self._lengths_on}:
             self._lengths_on[place] = sent(self._n_tokens, place)

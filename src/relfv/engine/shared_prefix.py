@@ -30,9 +30,9 @@ from itertools import groupby
 import torch
 
 from relfv.engine.attention import Prefix, attending_to
-from relfv.engine.base import Array, Backbone, Together, TokenIds, Vectors, in_parts, prompt_chunks, slices, values_of
-from relfv.engine.copies import head_patches, last_tokens, residual_additions, run_last_tokens, version_edits
-from relfv.engine.hooks import editing_inputs, turn_of
+from relfv.engine.base import Array, Backbone, Together, TokenIds, Vectors, in_parts, prompt_chunks, slices
+from relfv.engine.copies import last_tokens, patching_heads, residual_additions, run_last_tokens, version_edits
+from relfv.engine.hooks import turn_of
 from relfv.engine.in_step import NotInStep, Waiting
 from relfv.engine.memory import shrinking
 from relfv.engine.prefix import KeptPrefix, Prefill
@@ -72,9 +72,9 @@ class SharedPrefixEngine:
     ) -> Effects:
         if self.backbone.depends_on_company(prompts.ids):
             return ReferenceEngine(self.backbone).sweep_heads(prompts, replacement, heads)
-        values = values_of(replacement, heads, self.backbone.device)
-        patches = head_patches(self.backbone, heads, values)
-        return self._in_chunks(prompts, len(heads), per_pass, lambda _: editing_inputs(patches))
+        return self._in_chunks(
+            prompts, len(heads), per_pass, lambda _: patching_heads(self.backbone, heads, replacement)
+        )
 
     def inject(
         self,
@@ -224,7 +224,7 @@ class SharedPrefixEngine:
             for one, part in zip(passes, parts, strict=True):
                 with turn_of(one):
                     stack.enter_context(edit(part))
-            first = making and Waiting(backbone.arch.blocks, making.decode, lambda _: making.without_padding())
+            first = making and Waiting(backbone.arch.blocks, making.decode, making.scope)
             for layer in layers:
                 with streaming.staying(layer):
                     if first:

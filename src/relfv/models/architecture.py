@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -79,6 +80,11 @@ class Architecture:
     def device(self) -> torch.device:
         """Where the model computes; streamed blocks have their weights there only while they run (streaming.py)."""
         return next(self.lm_head.parameters()).device
+
+    @cached_property
+    def largest_unit(self) -> int:
+        """Parameters of the largest block, or of the vocabulary projection if that has more."""
+        return max(sum(p.numel() for p in unit.parameters()) for unit in (*self.blocks, self.lm_head))
 
     def final_logits(self, raw: torch.Tensor) -> torch.Tensor:
         """What the family does to ``lm_head``'s output: scale, then soft cap."""

@@ -195,8 +195,7 @@ def _filled(sizes: Sizes, room: Sequence[float], most: float, at_the_end: float)
 def cards_bytes(devices: Sequence[torch.device], arch: Architecture) -> list[int | None]:
     """Bytes that this process has of each device for weights and a pass, beside one widened unit and what PyTorch keeps
     for itself; None for a device that is no GPU."""
-    widened = max(sum(p.numel() for p in unit.parameters()) for unit in (*arch.blocks, arch.lm_head))
     return [
-        int(_ROOM * bytes_of_card(device)) - 4 * widened - (2 << 30) if device.type == "cuda" else None
+        int(_ROOM * bytes_of_card(device)) - 4 * arch.largest_unit - (2 << 30) if device.type == "cuda" else None
         for device in devices
     ]

@@ -25,6 +25,11 @@ Replacement = tuple[str, Callable[..., Any]]
 """Name of a method of the attention module, and the function that replaces it."""
 
 
+def attends_itself(arch: Architecture) -> bool:
+    """Whether the model is of one of these families."""
+    return arch.family in _DRIVERS
+
+
 @contextmanager
 def attending_by(arch: Architecture, attend: Attend, width: int) -> Iterator[None]:
     """While open, the attention modules of these families call ``attend``; models of other families are unchanged.

@@ -270,8 +270,7 @@ def card_bytes(device: torch.device, arch: Architecture) -> int | None:
     for other devices."""
     if device.type != "cuda":
         return None
-    widened = max(sum(p.numel() for p in unit.parameters()) for unit in (*arch.blocks, arch.lm_head))
-    return int(_SHARE * bytes_of_card(device)) - 4 * widened - _SLACK
+    return int(_SHARE * bytes_of_card(device)) - 4 * arch.largest_unit - _SLACK
 
 
 def bytes_of_prompt(arch: Architecture, n_edits: int, length: int = _TOKENS) -> int:

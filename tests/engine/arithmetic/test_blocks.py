@@ -9,7 +9,7 @@ import torch
 import transformers as tf
 from transformers.models.llama import modeling_llama
 
-from relfv.engine.arithmetic.blocks import Stream, as_pre_norm
+from relfv.engine.arithmetic.blocks import Stream, as_pre_norm, what_may_wait
 from relfv.engine.arithmetic.fusion import as_gated_mlp, as_norm
 from relfv.engine.copies import grown
 
@@ -73,6 +73,44 @@ def test_a_block_that_hides_something_from_attention_keeps_its_own_code() -> Non
 
     block = first_block("Llama")
     assert not recognised(Hiding(block.self_attn.config, 0))
+
+
+def waiting(attention: Any) -> set[str] | None:
+    """The linear layers, by name, that ``what_may_wait`` finds."""
+    with torch.inference_mode():
+        found = what_may_wait(attention, attention.o_proj)
+    return None if found is None else {name for name, module in attention.named_modules() if id(module) in found}
+
+
+def test_what_attention_hands_on_as_it_is_may_wait() -> None:
+    assert waiting(first_block("Llama").self_attn) == {"q_proj", "k_proj", "v_proj"}
+    assert waiting(first_block("Qwen3").self_attn) == set()  # queries and keys are normed, and then rotated
+
+
+def test_heads_that_are_not_whole_outputs_do_not_wait() -> None:
+    class First(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x[..., : x.shape[-1] // 2]
+
+    attention = first_block("Llama").self_attn
+    attention.q_proj = torch.nn.Sequential(torch.nn.Linear(32, 128), First())
+    assert waiting(attention) == set()
+
+
+@pytest.mark.parametrize("change", ["rotated queries", "values read twice"])
+def test_heads_that_are_put_to_another_use_do_not_wait(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    attention, own = first_block("Llama").self_attn, modeling_llama.ALL_ATTENTION_FUNCTIONS.get_interface
+
+    def changed(*args: Any) -> Any:
+        def attend(module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any, **given: Any) -> Any:
+            if change == "rotated queries":
+                return own(*args)(module, q / 8, k, v, *rest, **given)
+            return own(*args)(module, q, k, v, *rest, **given)[0] * v.mean(), None
+
+        return attend
+
+    monkeypatch.setattr(modeling_llama.ALL_ATTENTION_FUNCTIONS, "get_interface", changed)
+    assert waiting(attention) is None
 
 
 def test_copies_that_have_room_do_not_move_when_others_come() -> None:

@@ -228,6 +228,48 @@ def test_attention(window: int | None, softcap: float | None, sinks: bool, dtype
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
+DTYPES = [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16]
+UNCAPPED = {"scale": 0.3, "window": None, "softcap": None, "sinks": None}
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_of_whole_prompts(window: int | None, dtype: torch.dtype) -> None:
+    n, heads, kv_heads, tokens, head_dim = 2, 6, 2, 45, 20
+    q, k, v = (
+        random(n, tokens, some, head_dim, seed=seed).to(dtype).transpose(1, 2)
+        for seed, some in enumerate((heads, kv_heads, kv_heads))
+    )
+    found = kernels.attend(q, k, v, k, v, None, **{**UNCAPPED, "window": window})  # type: ignore[arg-type]
+    at = torch.arange(tokens, device=DEVICE)
+    seen = (at <= at[:, None]) & (at > at[:, None] - (window or tokens))
+    k, v = (x.repeat_interleave(heads // kv_heads, 1) for x in (k, v))
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=0.3).transpose(1, 2)
+    tolerance = 2e-5 if dtype == torch.float32 else 0.02
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "based"), [(torch.float32, True), *((dtype, False) for dtype in DTYPES)], ids=str)
+@pytest.mark.parametrize("shared_angles", [False, True])
+def test_attention_that_rotates_and_joins_itself(dtype: torch.dtype, based: bool, shared_angles: bool) -> None:
+    n, heads, kv_heads, copies, prefix, head_dim = 2, 6, 2, 30, 45, 20
+    given = [
+        random(n, copies, some, head_dim, seed=seed).to(dtype).transpose(1, 2)
+        for seed, some in enumerate((heads, kv_heads, kv_heads))
+    ]
+    bases = [random(n, x.shape[1], 1, head_dim, seed=seed).to(dtype) for seed, x in enumerate(given)] if based else None
+    prefixes = [random(n, kv_heads, prefix, head_dim, seed=seed).to(dtype) for seed in (3, 4)]
+    lengths = torch.tensor([45, 33], device=DEVICE)
+    cos, sin = (random(1 if shared_angles else n, 1, head_dim, seed=seed).to(dtype) for seed in (5, 6))
+    q, k, v = given if bases is None else [x + base for x, base in zip(given, bases, strict=True)]
+    expected = kernels.attend(*kernels.rotate(q, k, cos, sin), v, *prefixes, lengths, **UNCAPPED)  # type: ignore[arg-type]
+    if bases:
+        bases[:2] = kernels.rotate(bases[0], bases[1], cos, sin)
+    found = kernels.attend(*given, *prefixes, lengths, **UNCAPPED, angles=(cos, sin), bases=bases)  # type: ignore[arg-type]
+    tolerance = 2e-5 if dtype == torch.float32 else 0.03
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("shared_base", [False, True])
 def test_reading_out(softcap: float | None, shared_base: bool) -> None:

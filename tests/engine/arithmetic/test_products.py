@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from relfv.engine.arithmetic import leaving_out_padding
-from relfv.engine.arithmetic.products import FLOAT32, Differences, Pieces, Whole, replaced, split
+from relfv.engine.arithmetic import leaving_out_padding, replaced
+from relfv.engine.arithmetic.products import FLOAT32, Differences, Pieces, Whole, split
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

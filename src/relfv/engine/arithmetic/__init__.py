@@ -26,13 +26,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from relfv.engine.arithmetic import kernels, logits
+from relfv.engine.arithmetic import kernels, late, logits
 from relfv.engine.arithmetic.attention import attend_plainly
 from relfv.engine.arithmetic.blocks import Stream, with_room
 from relfv.engine.arithmetic.fusion import Fusions, recognise
 from relfv.engine.arithmetic.padding import leaving_out_padding
 from relfv.engine.arithmetic.precision import Mode, Precision, mode_of, whole_widened, widened
-from relfv.engine.arithmetic.products import FLOAT32, Differences, Pieces, Whole, replaced, takes_pieces
+from relfv.engine.arithmetic.products import FLOAT32, Differences, Pieces, Whole, takes_pieces
+from relfv.engine.arithmetic.replacing import replaced
 from relfv.models.architecture import Architecture
 from relfv.models.packed import is_readable, unpacked_product
 
@@ -124,21 +125,22 @@ class Arithmetic:
         value: torch.Tensor,
         k_prefix: torch.Tensor,
         v_prefix: torch.Tensor,
-        lengths: torch.Tensor,
+        lengths: torch.Tensor | None,
         *,
         key_bias: torch.Tensor | None = None,
         **settings: Any,
     ) -> torch.Tensor:
         """Attention of each copy to its prompt's prefix and to itself: query (N, heads, C, head_dim), key and value
         (N, kv_heads, C, head_dim), prefixes (N, kv_heads, P, head_dim), lengths (N,) -> (N, C, heads, head_dim).
+        By kernels also of whole prompts, each token to those before it: prefixes are key and value, lengths None.
 
         ``settings`` are scale, window, softcap and sinks, ``key_bias`` is ALiBi, as in ``attend_plainly``.
         """
-        tensors = (query, key, value, k_prefix, v_prefix, lengths)
-        if key_bias is not None:
-            return attend_plainly(*tensors, key_bias=key_bias.float(), **settings)
-        by_kernel = self.fusions is not None and kernels.usable(query)
-        return (kernels.attend if by_kernel else attend_plainly)(*tensors, **settings)
+        tensors = (query, key, value, k_prefix, v_prefix)
+        if key_bias is None and self.fusions is not None and kernels.usable(query):
+            return kernels.attend(*tensors, lengths, **settings, **late.taken(query, key, value))
+        assert lengths is not None
+        return attend_plainly(*tensors, lengths, key_bias=None if key_bias is None else key_bias.float(), **settings)
 
     def read_out(self, hidden: torch.Tensor, targets: torch.Tensor) -> logits.Scores:
         """For copies (N, C, resid_dim), final and normed: logit and log-probability of ``targets`` (N,), and the most

@@ -8,7 +8,9 @@ out must be what the formula makes of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Container, Set
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -16,11 +18,15 @@ from weakref import WeakSet
 
 import torch
 from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from relfv.engine.arithmetic import kernels
-from relfv.engine.arithmetic.products import Whole, replaced
+from relfv.engine.arithmetic import kernels, late
+from relfv.engine.arithmetic.products import Whole
+from relfv.engine.arithmetic.replacing import replaced
 
 _PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+_STUB = "relfv_stub"
+"""Name of an attention function while a module is looked at."""
 
 
 class Stream:
@@ -65,21 +71,26 @@ class PreNorm:
     out_proj: nn.Linear
     norms: tuple[Any, Any]
     mlp: Any
+    may_wait: Set[int] | None
+    """What ``what_may_wait`` says of its attention."""
 
-    def forward(self, hidden_states: torch.Tensor, *, stream: Stream | None = None, **given: Any) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, *, of_copies: bool = False, stream: Stream | None = None, **given: Any
+    ) -> torch.Tensor:
         """What the module does, with the sum after attention and the second norm in one kernel. Of copies, the result
         is in their ``stream``."""
         x = hidden_states
         if self._watched():
             return type(self.module).forward(self.module, x, **given)
         norm = self.norms[1]
-        attended = self.module.self_attn(hidden_states=self.norms[0].forward(x), **given)[0]
+        attended = self._attend(self.norms[0].forward(x), given, frozenset() if of_copies else None)
         x, normed = kernels.add_norm(x, attended, norm.module.weight, norm.eps, norm.offset)
         written = self.module.mlp(normed)
         return x + written if stream is None else kernels.add(x, written, stream.like(x))
 
     def forward_in_pieces(self, products: Whole, stream: Stream | None) -> Callable[..., torch.Tensor]:
         """The same where all its linear layers multiply in pieces."""
+        joined_late = self.may_wait if products.of_copies else None
 
         def forward(hidden_states: torch.Tensor, **given: Any) -> torch.Tensor:
             x = hidden_states
@@ -87,7 +98,7 @@ class PreNorm:
                 return type(self.module).forward(self.module, x, **given)
             return products.pre_norm(
                 x,
-                lambda x: self.module.self_attn(hidden_states=x, **given),
+                lambda x: self._attend(x, given, joined_late),
                 self.out_proj,
                 [(norm.module.weight, norm.eps, norm.offset) for norm in self.norms],
                 (*self.mlp.linears, self.mlp.activation),
@@ -95,6 +106,12 @@ class PreNorm:
             )
 
         return forward
+
+    def _attend(self, x: torch.Tensor, given: dict[str, Any], joined_late: Set[int] | None) -> torch.Tensor:
+        """What attention adds to ``x``. With ``joined_late`` rotation waits for its kernel, and so does joining what
+        these linear layers give, if they may."""
+        with nullcontext() if joined_late is None or self.may_wait is None else late.waiting(joined_late):
+            return self.module.self_attn(hidden_states=x, **given)[0]
 
     @cached_property
     def linears(self) -> list[nn.Linear]:
@@ -110,8 +127,11 @@ class PreNorm:
         return [module for module in self.module.modules() if module is not self.module]
 
 
-def as_pre_norm(module: Any, out_proj: nn.Module, norms: dict[int, Any], mlps: dict[int, Any]) -> PreNorm | None:
-    """The block as a pre-norm one, if it is one of RMS norms in ``norms`` and a gated MLP in ``mlps``, by module id."""
+def as_pre_norm(
+    module: Any, out_proj: nn.Module, norms: dict[int, Any], mlps: dict[int, Any], rotaries: Container[Any] = ()
+) -> PreNorm | None:
+    """The block as a pre-norm one, if it is one of RMS norms in ``norms`` and a gated MLP in ``mlps``, by module id.
+    ``rotaries`` are the Python modules whose rotary function has a kernel."""
     first, attention, second, mlp = (getattr(module, name, None) for name in _PARTS)
     known = id(first) in norms and id(second) in norms and id(mlp) in mlps
     known = known and not any("forward" in vars(part) for part in (module, attention))  # somebody else's
@@ -121,7 +141,9 @@ def as_pre_norm(module: Any, out_proj: nn.Module, norms: dict[int, Any], mlps: d
     except Exception:  # as in fusion.py: one that cannot take such inputs, whatever it raises, is something else
         return None
     assert isinstance(out_proj, nn.Linear)
-    return PreNorm(module, out_proj, (norms[id(first)], norms[id(second)]), mlps[id(mlp)])
+    by_kernel = hasattr(attention, "config") and sys.modules.get(type(attention).__module__) in rotaries
+    may_wait = what_may_wait(attention, out_proj) if by_kernel else None
+    return PreNorm(module, out_proj, (norms[id(first)], norms[id(second)]), mlps[id(mlp)], may_wait)
 
 
 def _is_wired(module: Any) -> bool:
@@ -168,3 +190,58 @@ def _reads_by_linears_alone(attention: Any, out_proj: nn.Module) -> bool:
         )
     as_it_is = all(x is nothing for x in given)
     return as_it_is and found[0] is outcome and len(read) == 1 and bool(read[0].isfinite().all())
+
+
+def what_may_wait(attention: Any, out_proj: nn.Module) -> frozenset[int] | None:
+    """The linear layers, by id, whose outputs ``attention`` hands on as heads, as they are, to the rotary function of
+    its file or to softmax; none if it does more with one of them, and None if it does more with what is rotated."""
+    n_tokens, seen, read = 3, list[tuple[torch.Tensor, ...]](), list[torch.Tensor]()
+    device = next(attention.parameters()).device
+    given: dict[int, tuple[nn.Linear, torch.Tensor]] = {}
+
+    def project(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        out = torch.full((1, n_tokens, linear.out_features), torch.nan, device=device)
+        given[out.data_ptr()] = linear, out
+        return out
+
+    def rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
+        seen.extend([(q, k), (q.clone(), k.clone())])
+        return seen[1]
+
+    def attend(_: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *__: Any, **___: Any) -> Any:
+        seen.append((q, k, v))
+        return torch.ones(1, n_tokens, q.shape[1], q.shape[3], device=device), None
+
+    def project_out(z: torch.Tensor) -> torch.Tensor:
+        read.append(z)
+        return z
+
+    linears = [m for m in attention.modules() if isinstance(m, nn.Linear) and m is not out_proj]
+    stubs: list[Any] = [*((linear, partial(project, linear)) for linear in linears), (out_proj, project_out)]
+    angles = torch.ones(1, n_tokens, attention.head_dim, device=device)
+    nothing = torch.full((1, n_tokens, linears[0].in_features), torch.nan, device=device)
+    file, implementation = sys.modules[type(attention).__module__], attention.config._attn_implementation
+    ALL_ATTENTION_FUNCTIONS[_STUB] = attend
+    attention.config._attn_implementation = _STUB
+    try:
+        # One that calls its parts in another way, whatever it raises, is something else.
+        with suppress(Exception), replaced(stubs), replaced([(file, rotate)], "apply_rotary_pos_emb"):
+            type(attention).forward(
+                attention, hidden_states=nothing, position_embeddings=(angles, angles), attention_mask=None
+            )
+    finally:
+        attention.config._attn_implementation = implementation
+        del ALL_ATTENTION_FUNCTIONS[_STUB]
+    if len(seen) != 3 or len(read) != 1 or not read[0].isfinite().all():
+        return None
+    before, rotated, attended = seen
+    if any(a is not b for a, b in zip(rotated, attended, strict=False)):
+        return None
+    origins = [_origin(x, given) for x in (*before, attended[2])]
+    return frozenset(id(origin) for origin in origins if origin) if all(origins) else frozenset()
+
+
+def _origin(heads: torch.Tensor, given: dict[int, tuple[nn.Linear, torch.Tensor]]) -> nn.Linear | None:
+    """The linear layer whose whole output these heads (1, heads, tokens, head_dim) are."""
+    linear, out = given.get(heads.data_ptr(), (None, heads))
+    return linear if heads.numel() == out.numel() and heads.transpose(1, 2).is_contiguous() else None

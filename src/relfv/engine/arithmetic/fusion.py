@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from relfv.engine.arithmetic import kernels
+from relfv.engine.arithmetic import kernels, late
 from relfv.engine.arithmetic.blocks import PreNorm, Stream, as_pre_norm
-from relfv.engine.arithmetic.products import Whole, replaced
+from relfv.engine.arithmetic.products import Whole
+from relfv.engine.arithmetic.replacing import replaced
 from relfv.models.architecture import Architecture
 from relfv.models.packed import is_readable, unpacked_product, weight_dtype
 from relfv.models.streaming import brought
@@ -86,8 +87,7 @@ class Fusions:
     def forwards(
         self, products: Whole, in_pieces: Sequence[nn.Linear], stream: Stream | None = None
     ) -> list[tuple[nn.Module, Callable[..., torch.Tensor]]]:
-        """Replacements of the MLPs and blocks whose linear layers are all ``in_pieces``, and of all blocks where there
-        is a ``stream``."""
+        """Replacements of the MLPs and blocks whose linear layers are all ``in_pieces``; of copies, of all blocks."""
         known = {id(linear) for linear in in_pieces}
         blocks = [(block, known.issuperset(map(id, block.linears))) for block in self.blocks]
         return [
@@ -97,7 +97,11 @@ class Fusions:
                 if known.issuperset(map(id, mlp.linears))
             ),
             *((block.module, block.forward_in_pieces(products, stream)) for block, fits in blocks if fits),
-            *((block.module, partial(block.forward, stream=stream)) for block, fits in blocks if stream and not fits),
+            *(
+                (block.module, partial(block.forward, of_copies=True, stream=stream))
+                for block, fits in blocks
+                if products.of_copies and not fits
+            ),
         ]
 
     @contextmanager
@@ -107,8 +111,8 @@ class Fusions:
         with ExitStack() as stack:
             stack.enter_context(replaced([(part.module, part.forward) for part in parts]))
             stack.enter_context(replaced([(module, _FORMULAS[name]) for module, name in self.activations]))
-            for namespace in self.rotaries:
-                stack.enter_context(_rotating_by_kernel(namespace))
+            rotations = [(file, _rotation_by_kernel(file.apply_rotary_pos_emb)) for file in self.rotaries]
+            stack.enter_context(replaced(rotations, "apply_rotary_pos_emb"))
             yield
 
 
@@ -127,8 +131,11 @@ def recognise(model: nn.Module, arch: Architecture) -> Fusions | None:
         activations = [(module, name) for module in candidates if (name := as_activation(module, device))]
         namespaces = {sys.modules.get(type(module).__module__) for module in arch.blocks[0].modules()}
         rotaries = [namespace for namespace in namespaces if rotates_halves(namespace, arch)]
-        known = [{id(part.module): part for part in parts} for parts in (norms, mlps)]
-        found = [as_pre_norm(arch.blocks[layer], out, *known) for layer, out in arch.out_projs.items()]
+        known_norms, known_mlps = ({id(part.module): part for part in parts} for parts in (norms, mlps))
+        found = [
+            as_pre_norm(arch.blocks[layer], out, known_norms, known_mlps, rotaries)
+            for layer, out in arch.out_projs.items()
+        ]
         blocks = [block for block in found if block]
     return Fusions(tuple(norms), tuple(mlps), tuple(activations), tuple(rotaries), tuple(blocks))
 
@@ -198,21 +205,15 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Ten
     return x * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
 
 
-@contextmanager
-def _rotating_by_kernel(namespace: Any) -> Iterator[None]:
+def _rotation_by_kernel(original: Callable[..., Any]) -> Callable[..., Any]:
     """The rotary function is not a module: its name in the family's file is bound to the kernel."""
-    original = namespace.apply_rotary_pos_emb
 
     def rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *more: Any, **named: Any) -> Any:
         if more or named or q.dim() != 4 or cos.dim() != 3 or cos.shape[-1] != q.shape[-1]:
             return original(q, k, cos, sin, *more, **named)
-        return kernels.rotate(q, k, cos, sin)
+        return (q, k) if late.rotates(cos, sin) else kernels.rotate(q, k, cos, sin)
 
-    namespace.apply_rotary_pos_emb = rotate
-    try:
-        yield
-    finally:
-        namespace.apply_rotary_pos_emb = original
+    return rotate
 
 
 def _same(module: Any, formula: Callable[[torch.Tensor], torch.Tensor], inputs: list[torch.Tensor]) -> bool:

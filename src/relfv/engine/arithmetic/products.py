@@ -25,14 +25,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import torch
 from torch import nn
 
-from relfv.engine.arithmetic import kernels
+from relfv.engine.arithmetic import kernels, late
 from relfv.engine.arithmetic.padding import places_in
 from relfv.models.packed import is_readable, weight_dtype, weight_of
 
@@ -68,30 +67,14 @@ def takes_bf16(module: nn.Module, device: torch.device) -> TypeGuard[nn.Linear]:
     return weight_dtype(module) == torch.bfloat16 and device.type == "cuda"
 
 
-@contextmanager
-def replaced(forwards: Sequence[tuple[nn.Module, Callable[..., Any] | None]], name: str = "forward") -> Iterator[None]:
-    """While open, each module's ``forward``, or the attribute ``name``, is the given function; hooks on the module stay
-    in force."""
-    # Not by setattr, where every module first looks through its parameters: this is done twice for every pass.
-    before = [(vars(module), vars(module).get(name)) for module, _ in forwards]
-    try:
-        for module, forward in forwards:
-            vars(module)[name] = forward
-        yield
-    finally:
-        for attributes, forward in before:
-            if forward is None:
-                del attributes[name]
-            else:
-                attributes[name] = forward
-
-
 class Whole:
     """Linear layers on float32 inputs (..., in), each split into ``pieces``.
 
     Rows of pieces are in the order of kernels/pieces.py: here those of the inputs alone, as copies of one prompt
     without a base.
     """
+
+    of_copies = False
 
     def __init__(self, pieces: int, depth: int | None = None) -> None:
         self._difference, self._base, self._depth = pieces, 0, depth
@@ -106,9 +89,12 @@ class Whole:
             if self._apart is not None and self._apart[0] is linear:
                 self._apart = linear, rows
                 return rows
-            return self.join(rows, linear.bias, x.shape)
+            return self._joined(rows, linear, x.shape)
 
         return forward
+
+    def _joined(self, rows: torch.Tensor, linear: nn.Linear, shape: torch.Size) -> torch.Tensor:
+        return self.join(rows, linear.bias, shape)
 
     def _laid(self, shape: torch.Size) -> tuple[int, int]:
         """Prompts and copies of inputs of this shape."""
@@ -210,6 +196,8 @@ class Whole:
 class Differences(Whole):
     """Linear layers on copies (N, C, in), as bases and differences."""
 
+    of_copies = True
+
     def __init__(self, pieces: Pieces) -> None:
         super().__init__(pieces.difference, pieces.depth)
         self._base = pieces.base
@@ -220,6 +208,13 @@ class Differences(Whole):
         copies, whole = super().forward(linear), self._whole.forward(linear)
         # What is not laid out as copies: tokens on their way to experts, say.
         return lambda x: copies(x) if x.dim() == 3 else whole(x)
+
+    def _joined(self, rows: torch.Tensor, linear: nn.Linear, shape: torch.Size) -> torch.Tensor:
+        if self._difference > 1 or not late.waits_for(linear):
+            return super()._joined(rows, linear, shape)
+        differences, pieces = rows.split([shape[:-1].numel(), self._base * shape[0]])
+        base = kernels.join_differences(pieces, linear.bias, 1, shape[0], self._base, 0)
+        return late.apart(differences.view(*shape[:-1], -1), base[0])
 
     def _laid(self, shape: torch.Size) -> tuple[int, int]:
         return shape[0], shape[1]
