@@ -32,8 +32,9 @@ def files_to_read(folder: Path, config: Any, device: torch.device) -> list[Path]
 
     Raises OSError, ValueError or KeyError for an index that is damaged."""
     elsewhere = getattr(config, "transformers_weights", None) or getattr(type(config), "extra_files", ())
-    has_dtype = isinstance(getattr(config, "dtype", None), torch.dtype)  # or transformers looks for one in the files
-    if elsewhere or not has_dtype or (folder / "adapter_config.json").exists():
+    dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)  # by its old name
+    # Without one transformers looks into the files.
+    if elsewhere or not isinstance(dtype, torch.dtype) or (folder / "adapter_config.json").exists():
         return []
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     files = [single] if single.is_file() else []
