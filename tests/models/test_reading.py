@@ -69,7 +69,9 @@ def test_tensors_larger_than_a_piece_arrive_whole_and_in_their_dtypes(tmp_path: 
     read = read_onto(CPU, [tmp_path / "a.safetensors", tmp_path / "b.safetensors"])
     expected = {**load_file(tmp_path / "a.safetensors"), **load_file(tmp_path / "b.safetensors")}
     assert read.keys() == expected.keys()
-    assert all(read[name].dtype == tensor.dtype and torch.equal(read[name], tensor) for name, tensor in expected.items())
+    assert all(
+        read[name].dtype == tensor.dtype and torch.equal(read[name], tensor) for name, tensor in expected.items()
+    )
 
 
 def test_what_is_out_of_the_ordinary_is_left_to_transformers(llama_path: Path, tmp_path: Path) -> None:
@@ -83,7 +85,9 @@ def test_what_is_out_of_the_ordinary_is_left_to_transformers(llama_path: Path, t
 
 
 @pytest.mark.parametrize("damage", ["cut", "header", "missing"])
-def test_damaged_files_end_no_differently_and_leave_no_thread_behind(damage: str, llama_path: Path, tmp_path: Path) -> None:
+def test_damaged_files_end_no_differently_and_leave_no_thread_behind(
+    damage: str, llama_path: Path, tmp_path: Path
+) -> None:
     before = threading.active_count()
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((llama_path / name).read_bytes())
