@@ -76,7 +76,7 @@ def read_onto(device: torch.device, files: list[Path]) -> dict[str, torch.Tensor
         torch.cuda.synchronize(device)  # this memory may have been another's, and streams do not wait for each other
     lane = _Lane(device)
     with ThreadPoolExecutor(_THREADS, "weights") as pool:
-        for _ in zip(pool.map(lane.carry, pieces), counted(pieces, lambda piece: len(piece.target)), strict=True):
+        for _ in zip(pool.map(lane.carry, pieces), counted(pieces, lambda piece: len(piece.target) >> 20), strict=True):
             pass
     return found
 
