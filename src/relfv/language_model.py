@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from relfv.engine.arithmetic import Arithmetic, Precision, first_used
+from relfv.engine.arithmetic import Arithmetic, Precision
 from relfv.engine.base import Backbone, Engine
 from relfv.engine.remembered import Findings, remembered
 from relfv.engine.selfcheck import SelfCheck, choose_engine
 from relfv.models.architecture import Architecture
 from relfv.models.context import Context, context_of
-from relfv.models.devices import choose_devices
 from relfv.models.given import GivenModel
 from relfv.models.opening import Checkpoint, load_checkpoint
 from relfv.models.sources import files_state, model_identity
@@ -94,8 +93,7 @@ def open_model(
     started = time.monotonic()
     # Code that comes with a checkpoint may come from anywhere.
     before = None if findings is None or trust_remote_code else files_state(name, revision)
-    task = at_work(f"opening {name}", "reading tokenizer and weights", unit="MiB")
-    with task, first_used(choose_devices(device)[0]):
+    with at_work(f"opening {name}", "reading tokenizer and weights", unit="MiB"):
         checkpoint = load_checkpoint(
             name,
             spec,

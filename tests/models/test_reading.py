@@ -15,7 +15,7 @@ from conftest import llama
 from relfv.errors import InputError
 from relfv.models.kinds import model_class
 from relfv.models.opening import _loaded, _old_transformers, _read_first, load_checkpoint, quiet_transformers
-from relfv.models.reading import files_to_read, read_onto
+from relfv.models.reading import _Lane, _Piece, files_to_read, read_onto
 from zoo import ZOO
 
 CPU = torch.device("cpu")
@@ -108,8 +108,6 @@ def test_damaged_files_end_no_differently_and_leave_no_thread_behind(
 def test_a_file_that_is_cut_while_it_is_read_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file({f"t{i}": torch.ones(5 << 20) for i in range(3)}, path, {"format": "pt"})
-    from relfv.models.reading import _Lane, _Piece
-
     piece = _Piece(path, path.stat().st_size - 8, torch.empty(16, dtype=torch.uint8))
     with pytest.raises(OSError, match="ends within its tensors"):
-        _Lane(CPU).carry(piece)
+        _Lane().carry(CPU, piece)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,9 +75,10 @@ def read_onto(device: torch.device, files: list[Path]) -> dict[str, torch.Tensor
             pieces += [_Piece(path, at + i * _PIECE, part) for i, part in enumerate(of_bytes.split(_PIECE))]
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # this memory may have been another's, and streams do not wait for each other
-    lane = _Lane(device)
+    lane = _Lane()
     with ThreadPoolExecutor(_THREADS, "weights") as pool:
-        for _ in zip(pool.map(lane.carry, pieces), counted(pieces, lambda piece: len(piece.target) >> 20), strict=True):
+        carried = pool.map(partial(lane.carry, device), pieces)
+        for _ in zip(carried, counted(pieces, lambda piece: len(piece.target) >> 20), strict=True):
             pass
     return found
 
@@ -84,13 +86,16 @@ def read_onto(device: torch.device, files: list[Path]) -> dict[str, torch.Tensor
 class _Lane(threading.local):
     """Of each thread: a page-locked buffer and a stream of its own."""
 
-    def __init__(self, device: torch.device) -> None:
-        cuda = device.type == "cuda"
-        self.buffer = torch.empty(_PIECE, dtype=torch.uint8, pin_memory=cuda)
-        self.stream = torch.cuda.Stream(device) if cuda else None
+    buffer: torch.Tensor | None = None
+    stream: Any = None
 
-    def carry(self, piece: _Piece) -> None:
-        """Bring one piece to its place."""
+    def carry(self, device: torch.device, piece: _Piece) -> None:
+        """Bring one piece to its place on ``device``."""
+        if self.buffer is None:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)  # this thread's, or it would open the first card, too
+                self.stream = torch.cuda.Stream()
+            self.buffer = torch.empty(_PIECE, dtype=torch.uint8, pin_memory=device.type == "cuda")
         part = self.buffer[: len(piece.target)]
         left = part.numpy().data
         with piece.path.open("rb", buffering=0) as file:

@@ -29,7 +29,6 @@ from torch import nn
 from relfv.engine.arithmetic import kernels, logits
 from relfv.engine.arithmetic.attention import attend_plainly
 from relfv.engine.arithmetic.blocks import Stream, with_room
-from relfv.engine.arithmetic.first_use import first_used
 from relfv.engine.arithmetic.fusion import Fusions, recognise
 from relfv.engine.arithmetic.padding import leaving_out_padding
 from relfv.engine.arithmetic.precision import Mode, Precision, mode_of, whole_widened, widened
@@ -37,7 +36,7 @@ from relfv.engine.arithmetic.products import FLOAT32, Differences, Pieces, Whole
 from relfv.models.architecture import Architecture
 from relfv.models.packed import is_readable, unpacked_product
 
-__all__ = ["Arithmetic", "Precision", "first_used", "leaving_out_padding", "replaced", "widened", "with_room"]
+__all__ = ["Arithmetic", "Precision", "leaving_out_padding", "replaced", "widened", "with_room"]
 
 
 @dataclass(frozen=True)
