@@ -1,5 +1,5 @@
 """What is begun before PyTorch is there, since importing it and transformers takes seconds in which disk and card would
-have nothing to do: the system is told which files will be read, and the driver makes the card ready."""
+have nothing to do: weights come from the disk into the system's memory, and the driver makes the card ready."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pathlib import Path
 from relfv.models.memory import available_bytes
 from relfv.models.sources import snapshot, weights_source
 
-_STEP = 64 << 20
-"""Bytes of a file that the system is told of at a time."""
+_STEP = 32 << 20
+"""Bytes that are read in one go, which nothing can end."""
 
 
 @contextmanager
@@ -51,14 +51,13 @@ def _files(name: str, revision: str) -> list[Path]:
 
 
 def _read_ahead(files: list[Path], ended: threading.Event) -> None:
-    """Have the system read ``files`` into its memory, which takes no time where they are there."""
-    with suppress(OSError, AttributeError):  # not every system can be told
+    """Have the system read ``files`` into its memory, without copying them from there."""
+    with suppress(OSError, AttributeError), Path(os.devnull).open("wb") as nowhere:  # not every system can do so
         for path in files:
+            at = 0
             with path.open("rb") as file:
-                for start in range(0, path.stat().st_size, _STEP):
-                    if ended.is_set():
-                        return
-                    os.posix_fadvise(file.fileno(), start, _STEP, os.POSIX_FADV_WILLNEED)
+                while not ended.is_set() and (sent := os.sendfile(nowhere.fileno(), file.fileno(), at, _STEP)):
+                    at += sent
 
 
 def _wake(device: str) -> None:
