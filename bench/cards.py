@@ -154,9 +154,10 @@ def whole_runs(shape: dict[str, int], work: Path, n_q_ids: int) -> None:
         write_checkpoint(model, shape, ONE[0])
         columns = [f"{n_q_ids} q_ids of {size(shape)}", *COLUMNS[2:]]
         print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|", flush=True)
-        for flags in (["--device", "cuda:0"], ["--devices", "cuda:0,cuda:1"]):
+        first: dict[str, str] = {}
+        for n, flags in ((1, ["--device", "cuda:0"]), (2, ["--devices", "cuda:0,cuda:1"])):
             given = ["--model", str(model), "--relation_csv_path", str(csv), *flags]
-            print(f"| {' '.join(flags)} | {row(Path(folder, flags[1]), Path(folder, 'cuda:0'), given)} |", flush=True)
+            print(f"| {' '.join(flags)} | {row(Path(folder, flags[1]), n, given, first)} |", flush=True)
 
 
 if __name__ == "__main__":

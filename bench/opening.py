@@ -13,31 +13,44 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from shapes import NAMES, model_folder
 
 CHILD = """
 import json, sys, time
-started = time.perf_counter()
-import torch, transformers
-libraries = time.perf_counter()
-import relfv.models.opening, relfv.language_model as opened
-from relfv.runs.qid import open_for
+began = time.perf_counter()
+from relfv.runs.qid import loading, open_for
 from relfv.settings import Settings
+settings = Settings(model=sys.argv[1], model_spec="auto", device=sys.argv[2], precision=sys.argv[3])
+with loading(settings, settings.device):
+    import torch, transformers
+    libraries = time.perf_counter()
+    import relfv.models.opening as opening, relfv.language_model as opened
 imported = time.perf_counter()
-checked = []
-def timed(*args):
-    began = time.perf_counter()
-    found = check(*args)
-    checked.append(time.perf_counter() - began)
-    return found
-check, opened.remembered = opened.remembered, timed
-model = open_for(Settings(model=sys.argv[1], model_spec="auto", device=sys.argv[2], precision=sys.argv[3]))
+parts = {}
+def timed(module, name):
+    original = getattr(module, name)
+    def call(*args, **kwargs):
+        started = time.perf_counter()
+        found = original(*args, **kwargs)
+        parts[name] = time.perf_counter() - started
+        return found
+    setattr(module, name, call)
+timed(opening, "_load_weights")
+timed(opened.Arithmetic, "with_kernels")
+timed(opened, "remembered")
+model = open_for(settings)
 ended = time.perf_counter()
-print(json.dumps([libraries - started, imported - libraries, ended - imported, checked[0], ended - started]))
+row = [libraries - began, imported - libraries, *parts.values(), ended - imported - sum(parts.values())]
+print(json.dumps([*row, ended - imported, time.time() - float(sys.argv[4])]))
 print(f"{model.engine.name}: {model.check.said}")
 """
+COLUMNS = (
+    "process", "import torch and transformers, s", "import relfv, s", "weights, s", "kernels, s", "self-check, s",
+    "rest of opening, s", "opening, s", "all, from the start of the process, s", "self-check",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -52,12 +65,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = model_folder(args.shape, args.work or Path(temporary))
         environment = {**os.environ, "RELFV_CACHE": f"{temporary}/cache"}  # empty for the first process
-        print(
-            "| process | import torch and transformers, s | import relfv, s | open, s | of it self-check, s | all, s "
-            f"| self-check |\n{'|---' * 7}|"
-        )
+        print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
         for number in range(1, args.times + 1):
-            command = [sys.executable, "-c", CHILD, folder, args.device, args.precision]
+            command = [sys.executable, "-c", CHILD, folder, args.device, args.precision, str(time.time())]
             child = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
             row, said = child.stdout.splitlines()[-2:]
             print(f"| {number} | {' | '.join(f'{value:.1f}' for value in json.loads(row))} | {said} |", flush=True)

@@ -93,7 +93,7 @@ def open_model(
     started = time.monotonic()
     # Code that comes with a checkpoint may come from anywhere.
     before = None if findings is None or trust_remote_code else files_state(name, revision)
-    with at_work(f"opening {name}", "reading tokenizer and weights"):
+    with at_work(f"opening {name}", "reading tokenizer and weights", unit="MiB"):
         checkpoint = load_checkpoint(
             name,
             spec,
@@ -132,7 +132,7 @@ def _with_engine(
     asked: Mapping[str, Any] = MappingProxyType({}),
 ) -> LanguageModel:
     """``asked``: what the files are and how they were read, which a finding rests on."""
-    arch, tokens = checkpoint.arch, checkpoint.tokens
+    arch, tokens, read_s = checkpoint.arch, checkpoint.tokens, time.monotonic() - started
     arithmetic = Arithmetic.with_kernels(checkpoint.model, arch, precision)
     backbone = Backbone(checkpoint.model, arch, checkpoint.device, arithmetic, checkpoint.streaming, checkpoint.cards)
     prompts = tokens.self_check_prompts(context_of(checkpoint.model.config).limit)
@@ -142,7 +142,7 @@ def _with_engine(
         else:
             engine, check = remembered(backbone, prompts, findings, asked)
     log.info(
-        "opened %s: %s, %d layers x %d heads of %d, residual %d, %s on %s, %s arithmetic, %.1f s",
+        "opened %s: %s, %d layers x %d heads of %d, residual %d, %s on %s, %s arithmetic, %.1f s, weights %.1f s of it",
         name,
         type(checkpoint.model).__name__,
         arch.n_layers,
@@ -153,6 +153,7 @@ def _with_engine(
         backbone.device,
         precision,
         time.monotonic() - started,
+        read_s,
     )
     log.info("self-check: %s engine; %s", engine.name, check.said)
     if not check.knows_writing:

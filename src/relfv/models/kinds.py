@@ -43,6 +43,16 @@ def model_class(source: str, name: str, origin: dict[str, Any]) -> tuple[Any, An
     )
 
 
+def class_within(kind: Any, config: Any) -> Any:
+    """The model's own class, which ``kind`` would choose for a config of just its kind; None for any other config."""
+    from transformers.models.auto import modeling_auto as known
+
+    of_text = kind is known.AutoModelForCausalLM
+    mapping = known.MODEL_FOR_CAUSAL_LM_MAPPING if of_text else known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    found = mapping.get(type(config), None)
+    return found if getattr(found, "config_class", None) is type(config) else None
+
+
 def _require_sane(name: str, config: Any, *, trusted: bool) -> None:
     """Raise InputError for what would be built for minutes before it fails, or would fetch code and run it."""
     inner = [getattr(config, key, None) for key in (getattr(config, "sub_configs", None) or ())]

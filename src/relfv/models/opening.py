@@ -13,6 +13,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,9 +25,10 @@ from relfv.models.cards import Cards, counts_foreseen, spread
 from relfv.models.devices import choose_devices, taken
 from relfv.models.formats import as_object, format_of, packing_note, quantization, require_format, unpacking
 from relfv.models.gguf import DTYPE, read_tokenizer
-from relfv.models.kinds import model_class
+from relfv.models.kinds import class_within, model_class
 from relfv.models.memory import fits_widened
 from relfv.models.placement import foreseen
+from relfv.models.reading import files_to_read, read_onto
 from relfv.models.size import check_size
 from relfv.models.sources import dtype_name, location, model_source, snapshot, unreadable, weights_source
 from relfv.models.streaming import Streaming, stream
@@ -185,8 +187,11 @@ def _load_weights(
             options["quantization_config"] = as_object(unpacked)
     # For tensors that are missing or of another shape transformers draws random ones, with a warning at most.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    is_plain = not unpacked and not format_of(config) and quant == "none" and "gguf_file" not in origin
+    may_read = is_plain and place.type == "cuda" and not origin["trust_remote_code"]
+    read = _read_first(kind, snapshot(source, origin.get("revision")), config, place, options) if may_read else None
     try:
-        model, loading_info = _loaded(kind, source, {**origin, **options})
+        model, loading_info = read or _loaded(kind, source, {**origin, **options})
     except torch.OutOfMemoryError:
         raise InputError(
             f"--model {name!r} does not fit on {place}; use --dtype bf16, --quant 8bit or 4bit, or a larger device"
@@ -198,6 +203,21 @@ def _load_weights(
         # SDPA has no soft cap (Gemma 2); some releases of transformers use SDPA all the same and drop the cap.
         model.set_attn_implementation("eager")
     return model.eval().requires_grad_(False)
+
+
+def _read_first(kind: Any, folder: Path, config: Any, place: torch.device, options: dict[str, Any]) -> Any:
+    """As ``_loaded``, sooner: from weights that are in their place already (reading.py). None where that cannot be, and
+    then ``_loaded`` says why if it cannot, either."""
+    try:
+        own, files = class_within(kind, config), files_to_read(folder, config, place)
+        if own is None or not files:
+            return None
+        loaded = own.from_pretrained(None, config=config, state_dict=read_onto(place, files), **options)
+        torch.cuda.empty_cache()  # transformers has made room for them, where they are not
+        return loaded
+    except Exception as problem:
+        log.debug("weights in transformers' own way: %s", problem, exc_info=True)
+        return None
 
 
 def _loaded(kind: Any, source: str, options: dict[str, Any]) -> Any:

@@ -65,13 +65,20 @@ def _dtype(source: str, config: Mapping[str, Any], text: Mapping[str, Any]) -> s
     return next((name for path in files if (name := _first_dtype(path))), "float32")
 
 
+def header_of(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """What a safetensors file says of each tensor, by name, and where in the file the first of their bytes is.
+
+    Raises OSError, ValueError, AttributeError or RecursionError for a file that is none."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size)) if size <= _LARGEST_HEADER else {}
+    return {name: tensor for name, tensor in header.items() if name != "__metadata__"}, 8 + size
+
+
 def _first_dtype(path: Path) -> str | None:
     """Of a safetensors file's first tensor in one of the dtypes that relfv knows; None if there is none."""
     try:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size)) if size <= _LARGEST_HEADER else {}
-        stored = [tensor.get("dtype") for name, tensor in header.items() if name != "__metadata__"]
+        stored = [tensor.get("dtype") for tensor in header_of(path)[0].values()]
     except (OSError, ValueError, AttributeError, RecursionError):  # a damaged file is named when it is opened
         return None
     return next((_SAFETENSORS_NAMES[name] for name in stored if name in _SAFETENSORS_NAMES), None)

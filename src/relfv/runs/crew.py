@@ -157,11 +157,13 @@ class Crew:
         start = Start(plan, len(devices), None if free is None else free // len(devices), shared)
         try:
             with at_work(f"opening {plan.request.settings.model}", f"on {', '.join(devices)}"):
-                for device in devices:
-                    self._members.append(member := _Member.started(device, shared))
-                    threading.Thread(target=self._listen, args=[member], daemon=True).start()
-                if shared is not None:
-                    os.close(shared)
+                try:
+                    for device in devices:
+                        self._members.append(member := _Member.started(device, shared))
+                        threading.Thread(target=self._listen, args=[member], daemon=True).start()
+                finally:
+                    if shared is not None:
+                        os.close(shared)
                 check()
                 for member in self._members:
                     member.open(start)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from relfv.errors import RelfvError, RunError
+from relfv.models.ahead import under_way
 from relfv.models.context import TooLong
 from relfv.models.given import GivenModel
 from relfv.pace import Pace
@@ -40,10 +41,20 @@ _LAYERS_A_RECORD = 8
 """Layers of one stage whose records are written together; after a kill at most as many are repeated."""
 
 
+@contextmanager
+def loading(settings: Settings, device: str, given: GivenModel | None = None) -> Iterator[None]:
+    """While open, PyTorch and transformers are imported, and ``device`` (under_way) and the model's files get ready.
+
+    Raises InputError for a model that is not there."""
+    begun = nullcontext() if given else under_way(settings.model, settings.revision, device)
+    with at_work(f"opening {settings.model}", "loading PyTorch and transformers"), begun:
+        yield
+
+
 def open_for(settings: Settings, given: GivenModel | None = None) -> LanguageModel:
     """The model that ``settings`` name, or the one that is ``given``."""
     require_temporary_folder()
-    with at_work(f"opening {settings.model}", "loading PyTorch and transformers"):
+    with loading(settings, settings.device, given):
         from relfv.language_model import open_given, open_model
 
     if given:

@@ -25,7 +25,7 @@ from relfv.runs.manifest import MANIFEST, run_description, sound_manifest, write
 from relfv.runs.naming import take_names
 from relfv.runs.on_ray import RayCrew
 from relfv.runs.plan import Plan, RunRequest, make_plan, require_same_experiment
-from relfv.runs.qid import its_own_trouble
+from relfv.runs.qid import its_own_trouble, loading
 from relfv.runs.registered import register
 from relfv.runs.rehearsal import more_on_a_card, outline_for
 from relfv.runs.reuse import require_reusable
@@ -124,7 +124,8 @@ def _opened(plan: Plan, n_q_ids: int) -> Worker | Crew | RayCrew:
 
     def check() -> None:  # before its weights are read, which may take minutes
         require_temporary_folder()
-        with at_work(f"opening {request.settings.model}", "loading PyTorch and transformers"):
+        here = not request.ray and len(request.devices) <= 1
+        with loading(request.settings, request.settings.device if here else ""):
             found = outline_for(request)
         if found and plan.written:
             plan.written.require_layers(found.arch.n_layers)
