@@ -164,14 +164,22 @@ def hub_commit(repo_id: str, revision: str | None = None) -> str:
     Tokenizer and weights are loaded at this commit, so that a later push to the hub does not change a run half-way.
     Raises InputError if its config is not in the cache and cannot be fetched.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
 
     cached = _cached_commit(repo_id, revision)
     if cached is None:
+        what = f"config at revision {revision!r}" if revision else "config"
+        try:  # one request: without a network a download would try five times, for half a minute
+            HfApi().model_info(repo_id, revision=revision, timeout=10)
+        except HfHubHTTPError:  # the hub can be reached, and tells below why the file cannot be had
+            pass
+        except Exception as problem:  # of whichever library makes the request
+            why = f"it is not in the local cache, and the hub cannot be reached ({problem})"
+            raise unreadable(repo_id, what, ConnectionError(why)) from problem
         try:
             hf_hub_download(repo_id, "config.json", revision=revision)
-        except Exception as problem:  # no network, no such repo, no access: many kinds, all mean it cannot be had
-            what = f"config at revision {revision!r}" if revision else "config"
+        except Exception as problem:  # no such repo, no access: many kinds, all mean it cannot be had
             raise unreadable(repo_id, what, problem) from problem
         cached = _cached_commit(repo_id, revision)
     if cached is None:
