@@ -125,8 +125,9 @@ def test_a_prompt_that_begins_like_the_one_before_is_one_of_its_own(
     with torch.no_grad():
         with fv.apply(demo_model):
             alone = demo_model(**second).logits
-        with fv.apply(demo_model), pytest.warns(relfv.UsageWarning):
-            demo_model(**first)
+        with fv.apply(demo_model):
+            with pytest.warns(relfv.UsageWarning):
+                demo_model(**first)
             after_another = demo_model(**second).logits
     assert_close(after_another, alone, largest(alone))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from relfv.errors import InputError, RunError
 from relfv.stages.vector_file import VECTOR_FILE
+from relfv.store.files import write_atomic
 
 if TYPE_CHECKING:
     from relfv.api.vector import FunctionVector
@@ -56,7 +58,7 @@ def write_folder(fv: FunctionVector, folder: Path) -> Path:
     """What a hub repository of ``fv`` holds: the vector's file and the card. -> ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     fv.save(folder / VECTOR_FILE.name)
-    (folder / CARD).write_text(card(fv), encoding="utf-8")
+    write_atomic(folder / CARD, card(fv).encode())
     return folder
 
 
@@ -109,16 +111,17 @@ def write_gguf(fv: FunctionVector, path: Path) -> Path:
             f"{fv.q_id}: its layer is 0, and llama.cpp has control vectors after blocks 1 and later alone; choose "
             "another layer: fv.at(layer=1).to_gguf(...)"
         )
-    writer = gguf.GGUFWriter(str(path), _ARCHITECTURE)
-    writer.add_string(f"{_ARCHITECTURE}.model_hint", fv.metadata["model_type"])
-    writer.add_uint32(f"{_ARCHITECTURE}.layer_count", 1)
-    writer.add_string("relfv.metadata", json.dumps(dict(fv.metadata), ensure_ascii=False))
-    writer.add_tensor(f"direction.{fv.layer}", np.float32(fv.alpha) * fv.vector)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    with tempfile.TemporaryDirectory(prefix="relfv-") as folder:
+        made = Path(folder, path.name)
+        with closing(gguf.GGUFWriter(str(made), _ARCHITECTURE)) as writer:
+            writer.add_string(f"{_ARCHITECTURE}.model_hint", fv.metadata["model_type"])
+            writer.add_uint32(f"{_ARCHITECTURE}.layer_count", 1)
+            writer.add_string("relfv.metadata", json.dumps(dict(fv.metadata), ensure_ascii=False))
+            writer.add_tensor(f"direction.{fv.layer}", np.float32(fv.alpha) * fv.vector)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        return write_atomic(path, made.read_bytes())
 
 
 def as_steering_vector(fv: FunctionVector) -> Any:

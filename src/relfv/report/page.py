@@ -4,6 +4,7 @@ where a results folder holds several relations."""
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from relfv.stages.cross import CROSS
 from relfv.store.files import read_bytes, require_no_links, sha256_bytes, sha256_file, write_atomic
 from relfv.store.locks import sole_writer
 
+log = logging.getLogger(__name__)
 _NO_QID = "no q_id here; expected a relation's results folder, e.g. results_fv/relation_qwise/relationA_ex"
 
 
@@ -151,8 +153,9 @@ def _of_relation(known: Known, found: Found, told: dict[Path, Any]) -> dict[str,
             else:
                 named = called(one.q_id, with_arrow(one.name))
                 others.append({"q_id": named, "status": one.status, "reason": one.reason or ""})
-        except Exception as problem:
+        except Exception as problem:  # whatever one folder holds, the others are shown
             said = str(problem) if isinstance(problem, RelfvError) else f"{type(problem).__name__}: {problem}"
+            log.debug("%s cannot be shown", artifacts_dir.parent, exc_info=True)
             others.append({"q_id": artifacts_dir.parent.name, "status": "unreadable", "reason": said})
     states = ["completed"] * len(completed) + [other["status"] for other in others]
     return {
