@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from relfv.errors import InputError, RunError
+from relfv.errors import InputError, RunError, first_line
 from relfv.stages.vector_file import VECTOR_FILE
 from relfv.store.files import write_atomic
 
@@ -76,7 +76,7 @@ def push(fv: FunctionVector, repo_id: str, **options: Any) -> str:
             api.create_repo(repo_id, exist_ok=True, **options)
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f"relfv {fv.q_id}"))
         except Exception as problem:  # no network, no access, a name that is none: many kinds
-            raise RunError(f"{repo_id}: cannot be written on the hub: {_first_line(problem)}") from problem
+            raise RunError(f"{repo_id}: cannot be written on the hub: {first_line(problem)}") from problem
 
 
 def fetch(repo_id: str, revision: str | None = None) -> Path:
@@ -87,13 +87,9 @@ def fetch(repo_id: str, revision: str | None = None) -> Path:
         return Path(hf_hub_download(repo_id, VECTOR_FILE.name, revision=revision))
     except Exception as problem:  # as in ``push``
         raise InputError(
-            f"{repo_id!r}: no {VECTOR_FILE.name} to be had: {_first_line(problem)}; expected a hub repository that "
+            f"{repo_id!r}: no {VECTOR_FILE.name} to be had: {first_line(problem)}; expected a hub repository that "
             "push_to_hub has written, and a network or a cached copy"
         ) from problem
-
-
-def _first_line(problem: Exception) -> str:
-    return str(problem).strip().split("\n")[0] or type(problem).__name__
 
 
 def write_gguf(fv: FunctionVector, path: Path) -> Path:

@@ -9,7 +9,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from relfv.errors import InputError
+from relfv.errors import InputError, first_line
 from relfv.models.adapters import Adapter, adapter_in
 
 DEMO = "demo"
@@ -234,8 +234,7 @@ def _is_gated(problem: BaseException | None) -> bool:
 
 def unreadable(name: str, what: str, problem: Exception) -> InputError:
     """The error for a model whose ``what`` (config, tokenizer, model) cannot be opened, with the first line of why."""
-    first_line = str(problem).strip().split("\n")[0] or type(problem).__name__
-    if "Weights only load failed" in first_line:  # PyTorch goes on to recommend what must not be done
+    if "Weights only load failed" in first_line(problem):  # PyTorch goes on to recommend what must not be done
         return InputError(
             f"--model {name!r}: its weights are a damaged pickle, or one that holds more than tensors, and no code in "
             "weights is ever run; expected safetensors, or a .bin file of tensors"
@@ -247,6 +246,6 @@ def unreadable(name: str, what: str, problem: Exception) -> InputError:
         )
     offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") and not Path(name).exists() else ""
     return InputError(
-        f"--model {name!r}: cannot open its {what}{offline}: {first_line}; "
+        f"--model {name!r}: cannot open its {what}{offline}: {first_line(problem)}; "
         "expected a Hugging Face model folder, a GGUF file, a model in the local cache or on the hub, or 'demo'"
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from relfv import __version__
-from relfv.errors import InputError, RelfvError
+from relfv.errors import InputError, RelfvError, in_words
 from relfv.relations import called
 from relfv.report.content import cross_of, link, models_of, runs_in, with_arrow
 from relfv.report.known import Brief, Found, Known
@@ -154,9 +154,8 @@ def _of_relation(known: Known, found: Found, told: dict[Path, Any]) -> dict[str,
                 named = called(one.q_id, with_arrow(one.name))
                 others.append({"q_id": named, "status": one.status, "reason": one.reason or ""})
         except Exception as problem:  # whatever one folder holds, the others are shown
-            said = str(problem) if isinstance(problem, RelfvError) else f"{type(problem).__name__}: {problem}"
             log.debug("%s cannot be shown", artifacts_dir.parent, exc_info=True)
-            others.append({"q_id": artifacts_dir.parent.name, "status": "unreadable", "reason": said})
+            others.append({"q_id": artifacts_dir.parent.name, "status": "unreadable", "reason": in_words(problem)})
     states = ["completed"] * len(completed) + [other["status"] for other in others]
     return {
         "title": folder.resolve().name,

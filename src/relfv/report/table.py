@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from relfv.errors import InputError, RelfvError
+from relfv.errors import InputError, RelfvError, in_words
 from relfv.logs import printable
 from relfv.progress import duration
 from relfv.report.registered import PLAN
@@ -242,8 +242,7 @@ def _row(folder: Path) -> dict[str, Any]:
         assert status is not None
         best, seconds = _best(status), _seconds(status)
     except Exception as problem:  # whatever one folder holds, the others get their row
-        said = str(problem) if isinstance(problem, RelfvError) else f"{type(problem).__name__}: {problem}"
-        return {**row, "reason": said}
+        return {**row, "reason": in_words(problem)}
     row |= {
         "q_id": status.q_id, "name": status.name, "model": status.settings.model, "status": status.status,
         "rows": status.q_row_count, "updated_at": status.updated_at, "seconds": seconds,

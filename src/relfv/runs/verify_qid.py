@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from relfv.errors import RelfvError
+from relfv.errors import RelfvError, in_words
 from relfv.logs import printable
 from relfv.report.sections import shown
 from relfv.runs.manifest import MANIFEST, manifest_runs
@@ -71,8 +71,7 @@ def name_of(folder: Path) -> str:
 
 def reason_of(problem: Exception, path: Path) -> str:
     """What is wrong, without the path that stands in front of it."""
-    said = str(problem) if isinstance(problem, RelfvError) else f"{type(problem).__name__}: {problem}"
-    return said.removeprefix(f"{path}: ")
+    return in_words(problem).removeprefix(f"{path}: ")
 
 
 def writer_of(folder: Path) -> str | None:
