@@ -68,7 +68,8 @@ def _setting(default: Any, help_text: str, place: tuple[str, tuple[str, ...]], *
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that the numbers of a q_id depend on, besides its rows. Defaults are the spec's section 2."""
+    """What a run was asked for; the defaults are the spec's section 2. Fields with ``identity`` make the experiment:
+    they and a q_id's rows decide its numbers. The others say where and how it runs."""
 
     model: str = _setting(
         "meta-llama/Llama-3.1-8B", "demo, a local folder, or a hub id", _MODEL, environment="MODEL", identity=False,

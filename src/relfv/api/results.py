@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from relfv.api.vector import FunctionVector
 from relfv.errors import InputError, RunError
 from relfv.relations import named
-from relfv.report.table import find_statuses
 from relfv.report.written_tables import frame_of, statuses_of
 from relfv.stages.vector_file import VECTOR_FILE
 from relfv.store.folder import QidFolder
 from relfv.store.status import QidStatus, read_status
+from relfv.store.statuses import find_statuses
 
 if TYPE_CHECKING:
     from pandas import DataFrame  # type: ignore[import-not-found]

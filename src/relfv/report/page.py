@@ -18,12 +18,12 @@ from relfv.report.registered import PLAN
 from relfv.report.registered_section import plan_section, told_of_plan
 from relfv.report.sealed_page import page_if_made_from, sealed_from, with_seal
 from relfv.report.sections import MOST_ON_ONE_PAGE, MadeFrom, environment, shown_apart, shown_once
-from relfv.report.table import find_statuses, has_q_ids, statuses_in
 from relfv.report.together import together_of
 from relfv.stages.aggregate import AGGREGATE
 from relfv.stages.cross import CROSS
 from relfv.store.files import read_bytes, require_no_links, sha256_bytes, sha256_file, write_atomic
 from relfv.store.locks import sole_writer
+from relfv.store.statuses import find_statuses, has_q_ids, statuses_in
 
 log = logging.getLogger(__name__)
 _NO_QID = "no q_id here; expected a relation's results folder, e.g. results_fv/relation_qwise/relationA_ex"

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from relfv.errors import InputError
 from relfv.logs import show
 from relfv.relations import called, named
-from relfv.report.table import find_statuses
 from relfv.runs.qid import no_model, work_on
 from relfv.settings import FORMATS, Settings
 from relfv.stages import curve, heatmap
@@ -21,6 +20,7 @@ from relfv.stages.stage import Work
 from relfv.stages.step6_summary import STEP6_SUMMARY
 from relfv.store.files import sha256_file, write_atomic
 from relfv.store.status import STATUS_FILE, QidStatus, read_status
+from relfv.store.statuses import find_statuses
 
 if TYPE_CHECKING:
     from relfv.figures.canvas import Canvas
@@ -44,8 +44,9 @@ class FigureRequest:
     topk: int | None = None
     columns: int | None = None
     width: float | None = None
-    """Inches, as ``height``."""
+    """In inches."""
     height: float | None = None
+    """In inches."""
     dpi: int = 300
 
 
