@@ -152,12 +152,12 @@ class Settings:
     )  # fmt: skip
     trust_remote_code: bool = _setting(False, "run code that comes with the checkpoint", _MODEL, identity=False)
     self_check: str = _setting(
-        "auto", "of the engine, when the model is opened: auto (what an earlier one found on the same files, code and "
-        "hardware stands) or always", _MODEL, choices=("auto", "always"), identity=False,
+        "auto", "of the engine, when the model is opened: auto (what one found on the same files, code and hardware "
+        "stands) or always", _MODEL, choices=("auto", "always"), identity=False,
     )  # fmt: skip
     alpha_sweep: tuple[float, ...] = _setting(
-        (), "also add the vector with these factors, e.g. 0.5,1,2 or =-1,1: step6/sweeps.json", ("injection", ("run",)),
-        low=-_MAX_ALPHA, high=_MAX_ALPHA, identity=False,
+        (), "also add the vector with these factors, e.g. 0.5,1,2; below 0: --alpha_sweep=-1,1 (step6/sweeps.json)",
+        ("injection", ("run",)), low=-_MAX_ALPHA, high=_MAX_ALPHA, identity=False,
     )  # fmt: skip
     alpha_sweep_relative: tuple[float, ...] = _setting(
         (), "also add the vector at these shares of the hidden state's mean length, e.g. 0.1,0.5,1: step6/sweeps.json",

@@ -97,9 +97,11 @@ class Qid(_Tables):
         if path.is_file():
             return FunctionVector.read(path)
         (status,) = self._statuses()
+        reason = f" ({status.reason})" if status.reason else ""
+        # A q_id that is skipped has too little in the CSV: to run it again leaves it so.
+        remedy = "" if status.status == "skipped" else ", so run 'relfv run' again"
         raise RunError(
-            f"{self.q_id} has no {VECTOR_FILE.name}: it is {status.status}"
-            f"{f' ({status.reason})' if status.reason else ''}; expected a completed q_id, so run 'relfv run' again"
+            f"{self.q_id} has no {VECTOR_FILE.name}: it is {status.status}{reason}; expected a completed q_id{remedy}"
         )
 
     def _statuses(self) -> list[QidStatus]:
