@@ -154,7 +154,9 @@ def _of_relation(known: Known, found: Found, told: dict[Path, Any]) -> dict[str,
                 named = called(one.q_id, with_arrow(one.name))
                 others.append({"q_id": named, "status": one.status, "reason": one.reason or ""})
         except Exception as problem:  # whatever one folder holds, the others are shown
-            log.debug("%s cannot be shown", artifacts_dir.parent, exc_info=True)
+            if not isinstance(problem, RelfvError):  # whose reason the q_id's own commands tell
+                log.warning("%s cannot be shown on the page: %s", artifacts_dir.parent.name, in_words(problem))
+            log.debug("traceback", exc_info=True)
             others.append({"q_id": artifacts_dir.parent.name, "status": "unreadable", "reason": in_words(problem)})
     states = ["completed"] * len(completed) + [other["status"] for other in others]
     return {
