@@ -30,9 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from conftest import PLACES, WORDS, llama, make_tokenizer
 from long_run import Sampler
 from relfv.cli import main as relfv
-from relfv.report.table import statuses_in
 from relfv.store.files import entries_below
 from relfv.store.status import read_status
+from relfv.store.statuses import statuses_in
 
 SETTINGS = [
     *("--topk", "4", "--n_trials_per_q", "10", "--n_eval", "10", "--n_demos", "5", "--extras", "none"),

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from relfv.store.formats import SEAL, sealed
+from relfv.store.formats import SEAL, sealed_bytes
 
 
 def contents(artifacts: Path) -> dict[str, bytes]:
@@ -21,6 +21,11 @@ def contents(artifacts: Path) -> dict[str, bytes]:
 
 def status(folder: Path, q_id: str) -> dict:  # type: ignore[type-arg]
     return json.loads((folder / q_id / "artifacts/qid_status.json").read_text())
+
+
+def sealed(content: dict) -> dict:  # type: ignore[type-arg]
+    """With the hash of itself that relfv would give it."""
+    return json.loads(sealed_bytes(content))
 
 
 def write_status(folder: Path, q_id: str, document: dict) -> None:  # type: ignore[type-arg]

@@ -52,6 +52,12 @@ def test_relative_links_lead_somewhere(name: str) -> None:
             assert (page.parent / link).exists(), link
 
 
+def test_no_page_waits_for_a_table_to_be_put_in() -> None:
+    """``@SHARES@`` stood in one."""
+    waiting = {name: re.findall(r"@[A-Z_]+@", (ROOT / name).read_text(encoding="utf-8")) for name in PAGES}
+    assert not {name: found for name, found in waiting.items() if found}
+
+
 def test_every_page_is_in_the_navigation_once() -> None:
     nav = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
     assert sorted(f"docs/{name}" for name in re.findall(r"([\w/]+\.md)$", nav, re.MULTILINE)) == PAGES

@@ -26,3 +26,13 @@ class RunError(RelfvError):
 class UsageWarning(UserWarning):
     """A vector is used on a prompt or a model that is not what it was made with, and what comes out may mean
     nothing."""
+
+
+def in_words(problem: Exception) -> str:
+    """What a status, a log or a page says of a failure; of one that relfv does not explain itself its kind, too."""
+    return str(problem) if isinstance(problem, RelfvError) else f"{type(problem).__name__}: {problem}"
+
+
+def first_line(problem: Exception) -> str:
+    """Of an error of another library, whose message may go on for pages; its kind where it says nothing."""
+    return str(problem).strip().split("\n")[0] or type(problem).__name__

@@ -157,5 +157,7 @@ def _with_engine(
     )
     log.info("self-check: %s engine; %s", engine.name, check.said)
     if not check.knows_writing:
-        log.warning("what attention adds to the residual stream of this family is not known: nothing is said of it")
+        log.warning(
+            "no vector as written: what happens to attention's output on its way into the stream is not known here"
+        )
     return LanguageModel(name, spec, engine.backbone, tokens, engine, check, checkpoint.dtype, quant)

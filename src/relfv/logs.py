@@ -125,7 +125,9 @@ def show(text: object) -> None:
 
 def drop_output() -> None:
     """Forget what was shown and could not be written: Python would try again at its end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, sys.stdout.fileno())
+    os.close(nothing)
 
 
 def shortened(text: str) -> str:

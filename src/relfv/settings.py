@@ -68,7 +68,8 @@ def _setting(default: Any, help_text: str, place: tuple[str, tuple[str, ...]], *
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that the numbers of a q_id depend on, besides its rows. Defaults are the spec's section 2."""
+    """What a run was asked for; the defaults are the spec's section 2. Fields with ``identity`` make the experiment:
+    they and a q_id's rows decide its numbers. The others say where and how it runs."""
 
     model: str = _setting(
         "meta-llama/Llama-3.1-8B", "demo, a local folder, or a hub id", _MODEL, environment="MODEL", identity=False,
@@ -151,12 +152,12 @@ class Settings:
     )  # fmt: skip
     trust_remote_code: bool = _setting(False, "run code that comes with the checkpoint", _MODEL, identity=False)
     self_check: str = _setting(
-        "auto", "of the engine, when the model is opened: auto (what an earlier one found on the same files, code and "
-        "hardware stands) or always", _MODEL, choices=("auto", "always"), identity=False,
+        "auto", "of the engine, when the model is opened: auto (what one found on the same files, code and hardware "
+        "stands) or always", _MODEL, choices=("auto", "always"), identity=False,
     )  # fmt: skip
     alpha_sweep: tuple[float, ...] = _setting(
-        (), "also add the vector with these factors, e.g. 0.5,1,2 or =-1,1: step6/sweeps.json", ("injection", ("run",)),
-        low=-_MAX_ALPHA, high=_MAX_ALPHA, identity=False,
+        (), "also add the vector with these factors, e.g. 0.5,1,2; below 0: --alpha_sweep=-1,1 (step6/sweeps.json)",
+        ("injection", ("run",)), low=-_MAX_ALPHA, high=_MAX_ALPHA, identity=False,
     )  # fmt: skip
     alpha_sweep_relative: tuple[float, ...] = _setting(
         (), "also add the vector at these shares of the hidden state's mean length, e.g. 0.1,0.5,1: step6/sweeps.json",

@@ -116,6 +116,22 @@ def test_by_default_only_the_last_token_of_the_prompt_is_changed(
     assert len(seen) == 3
 
 
+def test_a_prompt_that_begins_like_the_one_before_is_one_of_its_own(
+    fv: relfv.FunctionVector, demo_model: Any, demo_tokenizer: Any
+) -> None:
+    """Two calls, the second a token longer: no ``generate()`` without a cache."""
+    first, second = (demo_tokenizer(text, return_tensors="pt") for text in ("Q: two\nA", "Q: two\nA:"))
+    assert second["input_ids"][:, :-1].equal(first["input_ids"])
+    with torch.no_grad():
+        with fv.apply(demo_model):
+            alone = demo_model(**second).logits
+        with fv.apply(demo_model):
+            with pytest.warns(relfv.UsageWarning):
+                demo_model(**first)
+            after_another = demo_model(**second).logits
+    assert_close(after_another, alone, largest(alone))
+
+
 def hooks(model: Any) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 

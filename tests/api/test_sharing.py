@@ -76,6 +76,7 @@ def test_a_control_vector_is_read_by_gguf(fv: relfv.FunctionVector, tmp_path: Pa
     assert fields["controlvector.model_hint"] == "llama"
     with pytest.raises(relfv.InputError, match=r"its layer is 0, .* fv.at\(layer=1\)"):
         fv.at(layer=0).to_gguf(tmp_path / "none.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["fv.gguf"]
 
 
 def test_a_steering_vector_adds_the_same_after_the_same_block(fv: relfv.FunctionVector, llama_path: Path) -> None:

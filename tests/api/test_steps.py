@@ -10,7 +10,7 @@ import torch
 
 import relfv
 from conftest import llama, make_tokenizer
-from parity import rounding
+from parity import assert_close, rounding
 
 PROMPTS = ["Q: dog\nA: cub\n\nQ: cat\nA:", "Q: cow\nA: "]
 CLEAN = ["Q: dog\nA: puppy\n\nQ: cat\nA:", "Q: owl\nA: owlet\n\nQ: cow\nA:"]
@@ -101,6 +101,18 @@ def test_some_heads_leave_the_others_unknown(opened: Any) -> None:
     assert known == [[0, 3], [2, 1]]
 
 
+def test_means_are_of_the_token_that_is_patched_where_an_answer_begins_with_white_space() -> None:
+    """The demo tokenizer makes a token of the space before this answer alone."""
+    opened, prompt, answer = relfv.open_model("demo"), "Q: japan\nA: tokyo\n\nQ: mongolia\nA:", "ulaanbaatar"
+    fed = [*opened.tokens.encode(prompt), *opened.tokens.target(prompt, answer).space_ids]
+    means = relfv.mean_activations(opened, [prompt], [answer])
+    assert_close(torch.from_numpy(means), torch.from_numpy(relfv.mean_activations(opened, [fed])), 10.0)
+    assert np.abs(relfv.mean_activations(opened, [prompt]) - means).max() > 0.01
+    with pytest.warns(relfv.UsageWarning, match="1 of 1 answers begin with white space .* take the means with the ans"):
+        effects = relfv.head_effects(opened, [prompt], [answer], means)
+    assert np.abs(effects.delta("logprob")).max() < rounding(40.0)  # a head's own z in its place
+
+
 def test_the_model_that_was_given_is_left_as_it_was() -> None:
     model = llama().train()
     opened = relfv.open_model(model, make_tokenizer(), precision="exact")
@@ -120,6 +132,22 @@ def test_what_does_not_fit_is_refused_in_one_line(opened: Any) -> None:
         r"heads: \(3, 0\) is no head": lambda: relfv.head_effects(opened, PROMPTS, [1, 2], values, heads=[(3, 0)]),
         "depends on the prompt's text": lambda: relfv.inject(opened, [[1, 2]], ["kitten"], vector),
         "gives no token": lambda: relfv.inject(opened, [[]], [1], vector),
+        "prompts are one text, 'Q: dog": lambda: relfv.mean_activations(opened, CLEAN[0]),
+        "0 prompts and 0 targets": lambda: relfv.mean_activations(opened, []),
+        "token id 999999: expected one that the model knows": lambda: relfv.mean_activations(opened, [[999999]]),
+        "token id -1": lambda: relfv.inject(opened, PROMPTS, [1, -1], vector),
+        "target True": lambda: relfv.inject(opened, PROMPTS, [1, True], vector),
+        "vectors holds NaN": lambda: relfv.inject(opened, PROMPTS, [1, 2], vector * np.nan),
+        "replacement holds NaN": lambda: relfv.head_effects(opened, PROMPTS, [1, 2], values * np.nan),
+        "replacement: .*expected an array": lambda: relfv.head_effects(opened, PROMPTS, [1, 2], [[1, 2], [3]]),
+        r"heads: \(1, 2, 3\) is no head": lambda: relfv.head_effects(
+            opened, PROMPTS, [1, 2], values, heads=[(1, 2, 3)]
+        ),
+        r"layers \[1.5\]": lambda: relfv.inject(opened, PROMPTS, [1, 2], vector, layers=[1.5]),
+        "for every prompt": lambda: relfv.inject(opened, PROMPTS, [1, [2]], vector),
+        "measure 'prob': expected one of": lambda: relfv.inject(opened, PROMPTS, [1, 2], vector).delta("prob"),
+        "positions": lambda: relfv.mean_activations(opened, [[1] * 5000]),
+        "model is None": lambda: relfv.open_model(None),
         "topk=...: is no setting here": lambda: relfv.open_model("demo", topk=2),
     }
     for said, call in refused.items():

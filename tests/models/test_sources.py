@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +31,22 @@ def test_a_dtype_has_a_short_name_and_an_unknown_one_is_refused() -> None:
     assert [dtype_name(name) for name in ("auto", "fp32", "float16")] == ["auto", "float32", "float16"]
     with pytest.raises(InputError, match="--dtype 'float8': expected one of auto, float32"):
         dtype_name("float8")
+
+
+def test_a_hub_that_cannot_be_reached_is_told_at_once(tmp_path: Path) -> None:
+    with socket.socket() as unheard:  # bound, and nobody listens
+        unheard.bind(("127.0.0.1", 0))
+        hub = {
+            "HF_ENDPOINT": f"http://127.0.0.1:{unheard.getsockname()[1]}",
+            "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(tmp_path),
+        }
+        code = "from relfv.models.sources import hub_commit; hub_commit('someone/model')"
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | hub, capture_output=True, text=True, check=False
+        )
+    assert "it is not in the local cache, and the hub cannot be reached" in done.stderr
+    assert "Retry" not in done.stderr
 
 
 def test_identity_follows_the_content_and_not_the_path(llama_path: Path, tmp_path: Path) -> None:

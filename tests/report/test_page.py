@@ -16,10 +16,11 @@ from relfv.errors import InputError
 from relfv.report import page
 from relfv.report.content import command_of
 from relfv.report.page import page_path, write_report
-from relfv.report.table import natural_key, status_table
+from relfv.report.table import status_table
 from relfv.settings import Settings
 from relfv.store.locks import lock
 from relfv.store.status import read_status
+from relfv.store.statuses import natural_key
 
 
 @pytest.fixture

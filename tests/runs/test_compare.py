@@ -115,7 +115,7 @@ def test_of_models_of_other_shapes_only_what_they_do_is_compared(
     row = found["B A1"]
     assert row["p_difference"] is not None
     assert row["held_out_share_b"] is row["n_heads_shared"] is row["cosine"] is None
-    assert "in one of A and B alone: B2" in capsys.readouterr().err
+    assert "in A or B alone, and not compared: B2" in capsys.readouterr().err
 
 
 def test_q_ids_without_a_query_in_common_are_said(

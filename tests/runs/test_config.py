@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from folders import arguments, contents, status
+from folders import arguments, contents, sealed, status
 from relfv.cli import main
-from relfv.store.formats import sealed
 
 
 @pytest.fixture(scope="module")

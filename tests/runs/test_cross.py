@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from conftest import PLACES, WORDS, llama
-from folders import rewrite, status, write_status
+from folders import rewrite, sealed, status, write_status
 from relfv.cli import main
 from relfv.engine.reference import naive_baseline, naive_injection
 from relfv.language_model import open_model
@@ -24,7 +24,7 @@ from relfv.report.page import write_report
 from relfv.stages.function_vector import read_function_vector
 from relfv.stages.zeroshot import read_zero_shot_trials
 from relfv.store.files import sha256_file, write_atomic
-from relfv.store.formats import json_bytes, sealed
+from relfv.store.formats import json_bytes
 from relfv.store.locks import lock
 
 Q_IDS = ["A1", "B2", "D4"]

@@ -74,6 +74,22 @@ def test_an_edited_status_is_damaged_for_its_q_id_alone(
     assert main(arguments(llama_path, csv_path, copied.parent, "--q_list", "B2")) == 0
 
 
+@pytest.mark.parametrize("newer", [{"status_format": 3}, {"fingerprint_fields": {"algorithm_version": 1000}}], ids=str)
+def test_results_of_a_newer_relfv_are_not_taken_for_damaged(
+    copied: Path, newer: dict[str, Any], csv_path: Path, llama_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = {**status(copied, "A1"), **newer, "status": "a state of tomorrow"}
+    write_status(copied, "A1", document)
+    before = contents(copied / "A1")
+    code, said = verified(capsys, copied)
+    assert code == 1
+    assert "A1  unparsable: qid_status.json (is whole, and was written by a newer relfv" in said
+    assert main(arguments(llama_path, csv_path, copied.parent)) == 1
+    assert "update it, or give --out_root another folder" in capsys.readouterr().err
+    assert contents(copied / "A1") == before
+    assert not [path for path in copied.iterdir() if "A1" in path.name and path.name != "A1"]
+
+
 def test_a_status_of_an_earlier_version_is_read_and_verify_says_what_it_cannot_tell(
     copied: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

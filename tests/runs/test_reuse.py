@@ -86,7 +86,7 @@ def test_a_damaged_step_d_is_computed_again(
     (copied / "A1/artifacts/cie_scores.csv").write_text("changed")
     command = arguments(llama_path, csv_path, tmp_path / "out", *OTHER, "--reuse_stepd", str(copied))
     assert main(command) == 0
-    assert "A1: no whole StepD in" in capsys.readouterr().err
+    assert "has no whole StepD of it, which is computed here" in capsys.readouterr().err
     assert contents(tmp_path / "out/pairs/A1/artifacts") == contents(afresh / "A1/artifacts")
 
 

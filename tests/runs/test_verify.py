@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from folders import contents, rewrite, status, write_status
+from folders import contents, rewrite, sealed, status, write_status
 from relfv.cli import main
-from relfv.store.formats import sealed
 
 
 @pytest.fixture

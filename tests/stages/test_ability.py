@@ -14,6 +14,7 @@ from relfv.cli import main
 from relfv.stages.ability import (
     ability_numbers,
     ability_sentence,
+    in_short,
     majority_accuracy,
     majority_share,
     p_by_majority,
@@ -26,7 +27,7 @@ def test_what_the_model_can_do_is_a_matter_of_its_commonest_answer() -> None:
     one = measured("r", np.zeros(64), clean=0.9, majority=0.1)
     assert not why_not(one)
     assert "clean accuracy 0.10 is not above 0.10" in why_not(replace(one, clean_acc=0.1))
-    assert "is not above 1.00" in why_not(replace(one, clean_acc=1.0, majority_acc=1.0))
+    assert "one answer is right in every trial" in why_not(replace(one, clean_acc=1.0, majority_acc=1.0))
     few = replace(one, clean_acc=0.6, majority_acc=0.5, n_queries=10)
     assert p_by_majority(few) == pytest.approx(386 / 1024)  # six or more heads of ten tosses
     assert "over 10 queries is not shown to be above 0.50" in why_not(few)
@@ -83,6 +84,12 @@ def test_a_model_that_is_right_as_often_as_the_commonest_answer_is_rarely_called
     rng = np.random.default_rng(4)
     found = [simulated(rng, lambda _: 0.25) for _ in range(200)]
     assert np.mean([one["can_do"] for one in found]) <= 0.06
+
+
+def test_where_one_answer_is_always_right_nothing_can_be_told() -> None:
+    numbers = {"ability": ability_numbers([1] * 12, range(12), 1.0, "scored_tokens")}
+    assert in_short(numbers["ability"]) == "is not shown to do"
+    assert "one answer is right in every trial" in ability_sentence(numbers)
 
 
 def test_all_of_25_trials_right_is_not_certainty() -> None:

@@ -9,8 +9,9 @@ import torch
 from relfv.engine.reference import naive_baseline, naive_injection, naive_together
 from relfv.language_model import LanguageModel, open_model
 from relfv.stages.function_vector import build_function_vector
-from relfv.stages.left_out_relation import leave_out, over_targets
-from relfv.types import HeadId, MeanActivations, Prompts
+from relfv.stages.judging import Tried
+from relfv.stages.left_out_relation import judge_in_place, judge_left_out, leave_out, over_targets
+from relfv.types import Effects, HeadId, MeanActivations, Prompts, TokenScores
 
 TEXTS = [f"Q: {word}\nA:" for word in ("cat", "cow", "sheep", "owl")]
 TARGETS = [5, 6, 7, 8]
@@ -49,6 +50,22 @@ def test_a_relation_left_out_is_what_plain_hooks_make_of_it(model: LanguageModel
     assert set(found["compared_layers"]) == {
         int(layer) for layer, of in found["vector"]["per_layer"].items() if "random" in of
     }
+
+
+def test_a_draw_that_is_no_number_is_not_known_to_do_worse() -> None:
+    """As in controls.json."""
+
+    def effects(*p: float) -> Effects:
+        both = torch.tensor([p, p])
+        scores = TokenScores(both, both.log(), torch.zeros(both.shape, dtype=torch.int64))
+        return Effects(base=scores[:, 0], edited=scores, per_pass=2)
+
+    prompts = Prompts([[1, 2]] * 2, TARGETS[:2], (0, 1))
+    chosen, draws = effects(0.5, 0.4), effects(0.1, float("nan"), 0.45)
+    in_place = judge_in_place([(chosen, ["own", "others"]), (draws, ["random"] * 3)], prompts)
+    tried = [Tried(chosen, [0], ["own", "others"]), Tried(draws, [0], ["random"] * 3)]
+    vector = judge_left_out(tried, prompts, [0], 0)
+    assert in_place["n_draws_as_good"] == vector["n_draws_as_good"] == 2
 
 
 def test_heads_that_are_all_of_their_layers_have_no_random_rival(model: LanguageModel) -> None:

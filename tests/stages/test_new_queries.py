@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from conftest import WORDS
 from folders import arguments, contents, status
 from relfv.cli import main
 from relfv.relations import load_relations
@@ -28,6 +29,18 @@ def asked(finished: Path, csv_path: Path, llama_path: Path, tmp_path_factory: py
     assert main(arguments(llama_path, csv_path, out, "--q_list", "A1", "--extras", "new_queries")) == 0
     assert main(["verify", str(folder)]) == 0
     return folder
+
+
+def test_where_trials_ask_every_row_the_study_says_so_and_the_page_shows_the_q_id(
+    llama_path: Path, tmp_path: Path
+) -> None:
+    csv = tmp_path / "few.csv"
+    csv.write_text("id,ex_A,ex_B\n" + "".join(f"A1,{a},{b}\n" for a, b in WORDS[:10]), encoding="utf-8")
+    command = arguments(llama_path, csv, tmp_path, "--n_trials_per_q", "60", "--extras", "new_queries")
+    assert main(command) == 0
+    assert json.loads((tmp_path / "few/A1/artifacts" / QUERIES).read_text())["n_queries"] == 0
+    assert "The trials ask every row of the relation" in (tmp_path / "few/report/index.html").read_text()
+    assert main(["verify", str(tmp_path / "few")]) == 0
 
 
 def test_a_finished_q_id_gets_the_study_and_nothing_else_of_it_changes(

@@ -19,7 +19,7 @@ def years() -> Relation:
 
 
 def prompted(relation: Relation, *, distinguishing: bool) -> tuple[AnswerTokens, list[PromptedTrial]]:
-    answers = AnswerTokens(relation, TOKENS, distinguishing=distinguishing)
+    answers = AnswerTokens(relation, TOKENS, "distinguishing" if distinguishing else "first")
     trials = sample_trials(relation, seed=0, n_trials=25, n_demos=9)
     return answers, [answers.prompted(trial) for trial in trials]
 

@@ -17,8 +17,8 @@ the stages that wrote them. A single command may still choose a setting that no 
 
 Written by the tests from the declarations in `src/relfv/stages/` (`pytest tests/stages/test_stages_page.py --write-stages`).
 
-| stage | what it does | reads | writes | settings |
-|---|---|---|---|---|
+| stage | what it does | in | reads | writes | settings |
+|---|---|---|---|---|---|
 """  # noqa: E501
 
 
@@ -32,7 +32,9 @@ def page() -> str:
             or "the CSV"
             for files in (stage.reads, stage.writes)
         )
-        rows.append(f"| {name} | {stage.about} | {reads} | {writes} | {', '.join(stage.settings)} |\n")
+        file = f"{stage.run.__module__.rpartition('.')[2]}.py"
+        where = f"[`{file}`](../src/relfv/stages/{file})"
+        rows.append(f"| {name} | {stage.about} | {where} | {reads} | {writes} | {', '.join(stage.settings)} |\n")
     return HEAD + "".join(rows)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from folders import sealed
 from relfv.errors import InputError, RunError
 from relfv.store.formats import (
     _unzipped,
@@ -25,7 +26,6 @@ from relfv.store.formats import (
     read_json,
     read_jsonl,
     read_tensors,
-    sealed,
     sealed_bytes,
     tensor_bytes,
     unsealed,

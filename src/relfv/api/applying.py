@@ -96,17 +96,20 @@ class _Call:
     mask: Any
     n_past: int
     """Tokens in the cache."""
-    continues_padding: bool
-    """Whether only the last position's logits are asked for, as ``generate()`` does."""
+    asks_for_one: bool | None
+    """Whether only the last position's logits are asked for, as ``generate()`` does; None for a model that cannot be
+    asked so."""
 
     @staticmethod
     def of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
-        given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        signature = inspect.signature(module.forward)
+        given = signature.bind_partial(*args, **kwargs).arguments
         given |= given.pop("kwargs", {})
         past = given.get("past_key_values")
         n_past = 0 if past is None else int(past.get_seq_length()) if hasattr(past, "get_seq_length") else len(past)
-        keep = given.get("logits_to_keep", 0)
-        return _Call(given.get("input_ids"), given.get("attention_mask"), n_past, isinstance(keep, int) and keep == 1)
+        keep, can_be_asked = given.get("logits_to_keep"), "logits_to_keep" in {*given, *signature.parameters}
+        of_one = isinstance(keep, int) and keep == 1 if can_be_asked else None
+        return _Call(given.get("input_ids"), given.get("attention_mask"), n_past, of_one)
 
     def real(self, hidden: torch.Tensor) -> torch.Tensor:
         """bool (N, P): which tokens are no padding."""
@@ -142,9 +145,9 @@ class _Adding:
         """While open, what ``module`` is called with is known, unless another one that was called holds it."""
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not self._depth:
-                self._call = _Call.of(module, args, kwargs)
             self._depth += 1
+            if self._depth == 1:
+                self._call = _Call.of(module, args, kwargs)
 
         def after(*_: Any) -> None:
             self._depth -= 1
@@ -181,18 +184,18 @@ class _Adding:
 
     def _take_prompt(self, call: _Call, real: torch.Tensor) -> None:
         """Where each row's prompt ends. Without a cache ``generate()`` repeats what was written: the same prompt, one
-        token longer each time."""
+        token longer each time. Calls that ask for the logits of all positions are prompts of their own."""
         n_before, width, ids = self._width, real.shape[1], call.ids
         self._width = width
         known = self._prompt
-        if known is not None and ids is not None:
+        if known is not None and ids is not None and call.asks_for_one is not False:
             goes_on = width == n_before + 1 and ids[:, : known.shape[1]].equal(known)
             if goes_on:
                 return
         self._prompt = ids
         at = torch.arange(width, device=real.device)
         self._ends = torch.where(real, at, -1).amax(1, keepdim=True)
-        if call.continues_padding and bool((self._ends < width - 1).any()):
+        if call.asks_for_one and bool((self._ends < width - 1).any()):
             raise InputError(
                 "the batch is padded on the right, and generate() would go on after the padding; pad on the left: "
                 "tokenizer.padding_side = 'left', or take the batch from fv.prompt([...], tokenizer)"

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from relfv.api.vector import FunctionVector
 from relfv.errors import InputError, RunError
 from relfv.relations import named
-from relfv.report.table import find_statuses
 from relfv.report.written_tables import frame_of, statuses_of
 from relfv.stages.vector_file import VECTOR_FILE
 from relfv.store.folder import QidFolder
 from relfv.store.status import QidStatus, read_status
+from relfv.store.statuses import find_statuses
 
 if TYPE_CHECKING:
     from pandas import DataFrame  # type: ignore[import-not-found]
@@ -97,9 +97,11 @@ class Qid(_Tables):
         if path.is_file():
             return FunctionVector.read(path)
         (status,) = self._statuses()
+        reason = f" ({status.reason})" if status.reason else ""
+        # A q_id that is skipped has too little in the CSV: to run it again leaves it so.
+        remedy = "" if status.status == "skipped" else ", so run 'relfv run' again"
         raise RunError(
-            f"{self.q_id} has no {VECTOR_FILE.name}: it is {status.status}"
-            f"{f' ({status.reason})' if status.reason else ''}; expected a completed q_id, so run 'relfv run' again"
+            f"{self.q_id} has no {VECTOR_FILE.name}: it is {status.status}{reason}; expected a completed q_id{remedy}"
         )
 
     def _statuses(self) -> list[QidStatus]:

@@ -25,7 +25,7 @@ def run(
     tokenizer: Any = None,
     *,
     out_root: str | Path | None = DEFAULT_OUT_ROOT,
-    q_list: Sequence[str] | None = None,
+    q_list: str | Sequence[str] | None = None,
     name: str = "relations",
     force: bool = False,
     devices: str | Sequence[str] = (),
@@ -39,11 +39,11 @@ def run(
     ``<out_root>/<name>.csv``. ``model``: ``demo``, a folder, a hub id, or a transformers model with its ``tokenizer``,
     which is used where it is and handed back as it came: in its dtype and mode, without a hook. Results go to
     ``<out_root>/<name of the CSV>``; with ``out_root=None`` to a temporary folder that is removed with the result.
-    ``q_list``: some q_ids alone. ``force``: move earlier results aside. ``devices``: share the q_ids out to a process
-    on each, such as ``["cuda:0", "cuda:1"]`` or ``"all"``, and ``per_card``: to so many on each of them, or on the one
-    ``device`` (neither with a model that is open here). ``plan``: a JSON file of what is to be shown, registered before
-    anything is computed. ``settings``: any flag of ``relfv run``, such as ``topk=10``; ``model_spec`` is ``auto`` by
-    default.
+    ``q_list``: some q_ids alone, as a list or ``"Q1,Q2"``. ``force``: move earlier results aside. ``devices``: share
+    the q_ids out to a process on each, such as ``["cuda:0", "cuda:1"]`` or ``"all"``, and ``per_card``: to so many on
+    each of them, or on the one ``device`` (neither with a model that is open here). ``plan``: a JSON file of what is to
+    be shown, registered before anything is computed. ``settings``: any flag of ``relfv run``, such as ``topk=10``;
+    ``model_spec`` is ``auto`` by default.
 
     A q_id that fails does not stop the others; it is warned of, and ``summary()`` has the reason. Raises InputError
     before anything is computed if it cannot be run so.
@@ -60,7 +60,7 @@ def run(
     csv_path = _csv_path(relations, root, name)
     request = RunRequest(
         replace(chosen, relation_csv_path=str(csv_path)),
-        None if q_list is None else tuple(q_list),
+        None if q_list is None else _q_ids(q_list),
         root,
         force=force,
         devices=devices_from(devices) if isinstance(devices, str) else tuple(devices),
@@ -74,6 +74,10 @@ def run(
     if failed:
         warnings.warn("some q_ids failed; summary() says which and why", UsageWarning, stacklevel=2)
     return result
+
+
+def _q_ids(given: str | Sequence[str]) -> tuple[str, ...]:
+    return tuple(q_id.strip() for q_id in given.split(",")) if isinstance(given, str) else tuple(given)
 
 
 def settings_from(given: dict[str, Any], known: Collection[str], *, model: str) -> Settings:

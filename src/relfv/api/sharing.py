@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import json
 import tempfile
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from relfv.errors import InputError, RunError
+from relfv.errors import InputError, RunError, first_line
 from relfv.stages.vector_file import VECTOR_FILE
+from relfv.store.files import write_atomic
 
 if TYPE_CHECKING:
     from relfv.api.vector import FunctionVector
@@ -56,7 +58,7 @@ def write_folder(fv: FunctionVector, folder: Path) -> Path:
     """What a hub repository of ``fv`` holds: the vector's file and the card. -> ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     fv.save(folder / VECTOR_FILE.name)
-    (folder / CARD).write_text(card(fv), encoding="utf-8")
+    write_atomic(folder / CARD, card(fv).encode())
     return folder
 
 
@@ -74,7 +76,7 @@ def push(fv: FunctionVector, repo_id: str, **options: Any) -> str:
             api.create_repo(repo_id, exist_ok=True, **options)
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f"relfv {fv.q_id}"))
         except Exception as problem:  # no network, no access, a name that is none: many kinds
-            raise RunError(f"{repo_id}: cannot be written on the hub: {_first_line(problem)}") from problem
+            raise RunError(f"{repo_id}: cannot be written on the hub: {first_line(problem)}") from problem
 
 
 def fetch(repo_id: str, revision: str | None = None) -> Path:
@@ -85,13 +87,9 @@ def fetch(repo_id: str, revision: str | None = None) -> Path:
         return Path(hf_hub_download(repo_id, VECTOR_FILE.name, revision=revision))
     except Exception as problem:  # as in ``push``
         raise InputError(
-            f"{repo_id!r}: no {VECTOR_FILE.name} to be had: {_first_line(problem)}; expected a hub repository that "
+            f"{repo_id!r}: no {VECTOR_FILE.name} to be had: {first_line(problem)}; expected a hub repository that "
             "push_to_hub has written, and a network or a cached copy"
         ) from problem
-
-
-def _first_line(problem: Exception) -> str:
-    return str(problem).strip().split("\n")[0] or type(problem).__name__
 
 
 def write_gguf(fv: FunctionVector, path: Path) -> Path:
@@ -109,16 +107,17 @@ def write_gguf(fv: FunctionVector, path: Path) -> Path:
             f"{fv.q_id}: its layer is 0, and llama.cpp has control vectors after blocks 1 and later alone; choose "
             "another layer: fv.at(layer=1).to_gguf(...)"
         )
-    writer = gguf.GGUFWriter(str(path), _ARCHITECTURE)
-    writer.add_string(f"{_ARCHITECTURE}.model_hint", fv.metadata["model_type"])
-    writer.add_uint32(f"{_ARCHITECTURE}.layer_count", 1)
-    writer.add_string("relfv.metadata", json.dumps(dict(fv.metadata), ensure_ascii=False))
-    writer.add_tensor(f"direction.{fv.layer}", np.float32(fv.alpha) * fv.vector)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    with tempfile.TemporaryDirectory(prefix="relfv-") as folder:
+        made = Path(folder, path.name)
+        with closing(gguf.GGUFWriter(str(made), _ARCHITECTURE)) as writer:
+            writer.add_string(f"{_ARCHITECTURE}.model_hint", fv.metadata["model_type"])
+            writer.add_uint32(f"{_ARCHITECTURE}.layer_count", 1)
+            writer.add_string("relfv.metadata", json.dumps(dict(fv.metadata), ensure_ascii=False))
+            writer.add_tensor(f"direction.{fv.layer}", np.float32(fv.alpha) * fv.vector)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        return write_atomic(path, made.read_bytes())
 
 
 def as_steering_vector(fv: FunctionVector) -> Any:

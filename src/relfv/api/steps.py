@@ -6,6 +6,7 @@ all heads, exact, compared with plain hooks when the model is opened.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from relfv.api.running import settings_from
-from relfv.errors import InputError
+from relfv.errors import InputError, UsageWarning
 from relfv.models.given import GivenModel, borrowed
 from relfv.settings import MODEL_SETTINGS
 from relfv.types import MEASURES, Effects, HeadId, Prompts
@@ -40,7 +41,9 @@ class StepEffects:
     """The same with an edit: that shape, then the edits' axes. NaN for heads that were not asked for."""
 
     def delta(self, measure: str = "p") -> np.ndarray:
-        """With each edit minus without, in ``p``, ``logit`` or ``logprob``."""
+        """With each edit minus without, in ``p``, ``logit`` or ``logprob``. Raises InputError for another measure."""
+        if measure not in MEASURES:
+            raise InputError(f"measure {measure!r}: expected one of {', '.join(MEASURES)}")
         base, edited = self.base[measure], self.edited[measure]
         return edited - base.reshape(*base.shape, *[1] * (edited.ndim - base.ndim))
 
@@ -54,6 +57,8 @@ def open_model(model: Any, tokenizer: Any = None, **options: Any) -> LanguageMod
     """
     from relfv.runs.qid import open_for
 
+    if model is None:
+        raise InputError("model is None; expected 'demo', a folder, a hub id, or a transformers model")
     given = None if isinstance(model, str) or hasattr(model, "__fspath__") else GivenModel(model, tokenizer)
     known = {*MODEL_SETTINGS, "device", "trust_remote_code", "self_check"}
     settings = settings_from(options, known, model=given.name if given else str(model))
@@ -63,12 +68,23 @@ def open_model(model: Any, tokenizer: Any = None, **options: Any) -> LanguageMod
         return open_for(given.resolved(settings), given)
 
 
-def mean_activations(model: LanguageModel, prompts: Sequence[Prompt]) -> np.ndarray:
+def mean_activations(
+    model: LanguageModel, prompts: Sequence[Prompt], targets: Sequence[Target] | None = None
+) -> np.ndarray:
     """float32 (layer, head, head_dim): the mean over prompts of each head's slice of the input of the attention output
-    projection, at the last token (Todd et al. 2024, eq. 2)."""
+    projection, at the last token (Todd et al. 2024, eq. 2).
+
+    ``targets``: each prompt's answer. Where one begins with tokens of white space alone (digits, in Llama-3's and
+    sentencepiece tokenizers), these are fed and the last of them is the last token, as in ``head_effects``.
+
+    Raises InputError for prompts and targets that do not fit the model or each other.
+    """
     from relfv.engine.clean import run_clean
 
-    ids = [_ids(model, prompt) for prompt in prompts]
+    _require_as_many(prompts, prompts if targets is None else targets)
+    given = [0] * len(prompts) if targets is None else targets
+    ids = [_fed(model, prompt, target)[0] for prompt, target in zip(prompts, given, strict=True)]
+    model.context.require_room(max(map(len, ids)))
     with borrowed(model.backbone.model):
         clean = run_clean(model.backbone, Prompts(ids, [0] * len(ids)))
     return clean.activations.double().mean(0).float().numpy()
@@ -88,25 +104,27 @@ def head_effects(
     head_dim), the same for all prompts, or (prompt, layer, head, head_dim); ``mean_activations`` gives the former.
     ``heads``: (layer, head) pairs, by default all. -> edits' axes (layer, head).
 
-    Raises InputError for shapes that do not fit the model or each other.
+    Raises InputError for values that do not fit the model or each other. Warns (UsageWarning) where answers begin with
+    tokens of white space alone: these are fed, so means are to be taken with the answers as well.
     """
     arch = model.arch
     shape = (arch.n_layers, arch.n_heads, arch.head_dim)
-    values = np.asarray(replacement, dtype=np.float32)
+    values = _finite("replacement", replacement)
     if values.shape not in (shape, (len(prompts), *shape)):
         raise InputError(
             f"replacement has shape {values.shape}; expected (layer, head, head_dim) {shape}, or one for each of "
             f"{len(prompts)} prompts"
         )
-    chosen = sorted(HeadId(*pair) for pair in heads) if heads is not None else _all_heads(model)
-    if wrong := set(chosen) - set(_all_heads(model)):
-        raise InputError(f"heads: {tuple(vars(min(wrong)).values())} is no head of {model.name}")
+    there: dict[tuple[int, ...], HeadId] = {(head.layer, head.head): head for head in _all_heads(model)}
+    if wrong := [pair for pair in heads or () if tuple(pair) not in there]:
+        raise InputError(f"heads: {wrong[0]!r} is no head of {model.name}; expected (layer, head) pairs")
+    chosen = sorted(there.values() if heads is None else {there[tuple(pair)] for pair in heads})
 
     def sweep(rows: Prompts, of_prompts: slice) -> Effects:
         own = values if values.ndim == 3 else values[of_prompts][0]
         return model.engine.sweep_heads(rows, own, chosen)
 
-    flat = _effects(model, prompts, targets, sweep, one_by_one=values.ndim == 4)
+    flat = _effects(model, prompts, targets, sweep, one_by_one=values.ndim == 4, means=True)
     at = [head.layer for head in chosen], [head.head for head in chosen]
     edited = {}
     for measure, scores in flat.edited.items():
@@ -127,16 +145,16 @@ def inject(
     ``vectors``: (resid_dim,) or (vector, resid_dim), already times alpha. ``layers``: by default all; they ascend in
     the result. -> edits' axes (layer,), or (layer, vector).
 
-    Raises InputError for shapes that do not fit the model or each other.
+    Raises InputError for values that do not fit the model or each other.
     """
-    values, n_layers = np.asarray(vectors, dtype=np.float32), model.arch.n_layers
+    values, n_layers = _finite("vectors", vectors), model.arch.n_layers
     if values.ndim not in (1, 2) or values.shape[-1] != model.arch.resid_dim:
         raise InputError(
             f"vectors have shape {values.shape}; expected (resid_dim,) or (vector, resid_dim), and the residual stream "
             f"of {model.name} has {model.arch.resid_dim} dimensions"
         )
-    chosen = sorted(set(layers)) if layers is not None else list(range(n_layers))
-    if not chosen or not 0 <= chosen[0] <= chosen[-1] < n_layers:
+    chosen = list(range(n_layers)) if layers is None else sorted(set(layers))
+    if not chosen or not all(isinstance(layer, int | np.integer) and 0 <= layer < n_layers for layer in chosen):
         raise InputError(f"layers {chosen}: {model.name} has layers 0 to {n_layers - 1}")
     rows = np.atleast_2d(values)
     flat = _effects(model, prompts, targets, lambda some, _: model.engine.inject(some, rows, chosen))
@@ -156,23 +174,30 @@ def _effects(
     measure: Callable[[Prompts, slice], Effects],
     *,
     one_by_one: bool = False,
+    means: bool = False,
 ) -> StepEffects:
-    """``measure`` of every prompt and target: edits on one axis, the last."""
-    if not len(prompts) or len(prompts) != len(targets):
-        raise InputError(f"{len(prompts)} prompts and {len(targets)} targets; expected as many, and at least one")
+    """``measure`` of every prompt and target: edits on one axis, the last. ``means``: edits are means over prompts."""
+    _require_as_many(prompts, targets)
     several = [[its] if isinstance(its, str | int | np.integer) else list(its) for its in targets]
+    are_alone = {isinstance(its, str | int | np.integer) for its in targets}
     n = len(several[0])
-    if not n or any(len(its) != n for its in several):
+    if not n or any(len(its) != n for its in several) or len(are_alone) > 1:
         raise InputError("targets: expected as many for every prompt")
-    fed = [_fed(model, prompt, target) for prompt, its in zip(prompts, several, strict=True) for target in its]
+    each = [(prompt, target) for prompt, its in zip(prompts, several, strict=True) for target in its]
+    fed = [_fed(model, *one) for one in each]
     model.context.require_room(max(len(ids) for ids, _ in fed) + 1)
+    n_spaced = sum(len(ids) > len(_ids(model, prompt)) for (ids, _), (prompt, _) in zip(fed, each, strict=True))
+    if means and n_spaced:
+        said = f"{n_spaced} of {len(fed)} answers begin with white space alone, which is fed before the token that is"
+        remedy = "take the means with the answers, too: mean_activations(model, prompts, targets)"
+        warnings.warn(f"{said} scored; {remedy}", UsageWarning, stacklevel=3)
     size = 1 if one_by_one else len(prompts)
     found = []
     with borrowed(model.backbone.model):
         for start in range(0, len(prompts), size):
             rows = fed[start * n : (start + size) * n]
             found.append(measure(Prompts([ids for ids, _ in rows], [t for _, t in rows]), slice(start, start + size)))
-    shape = (len(prompts),) if isinstance(targets[0], str | int | np.integer) else (len(prompts), n)
+    shape = (len(prompts),) if are_alone == {True} else (len(prompts), n)
     return StepEffects(
         np.array([target for _, target in fed]).reshape(shape),
         {m: np.concatenate([one.base.measure(m) for one in found]).reshape(shape) for m in MEASURES},
@@ -180,10 +205,29 @@ def _effects(
     )
 
 
+def _require_as_many(prompts: Sequence[Prompt], targets: Sequence[Any]) -> None:
+    for name, given in (("prompts", prompts), ("targets", targets)):
+        if isinstance(given, str):
+            raise InputError(f"{name} are one text, {given[:40]!r}; expected a list of them")
+    if not len(prompts) or len(prompts) != len(targets):
+        raise InputError(f"{len(prompts)} prompts and {len(targets)} targets; expected as many, and at least one")
+
+
+def _finite(name: str, given: Any) -> np.ndarray:
+    try:
+        values = np.asarray(given, dtype=np.float32)
+    except ValueError as problem:
+        raise InputError(f"{name}: {problem}; expected an array of numbers") from None
+    if not np.isfinite(values).all():
+        raise InputError(f"{name} holds NaN or infinities; expected finite numbers")
+    return values
+
+
 def _ids(model: LanguageModel, prompt: Prompt) -> list[int]:
     ids = model.tokens.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
     if not ids:
         raise InputError("a prompt gives no token; expected at least one")
+    model.tokens.require_known(ids)
     return ids
 
 
@@ -191,7 +235,10 @@ def _fed(model: LanguageModel, prompt: Prompt, target: Target) -> tuple[list[int
     """-> (what the model reads, the token that is scored). Where an answer begins with tokens of white space alone,
     they are fed."""
     ids = _ids(model, prompt)
+    if isinstance(target, bool):
+        raise InputError(f"target {target}: expected an answer or the id of a token")
     if not isinstance(target, str):
+        model.tokens.require_known([int(target)])
         return ids, int(target)
     if not isinstance(prompt, str):
         raise InputError(f"target {target!r}: its first token depends on the prompt's text; expected a token id here")

@@ -127,7 +127,10 @@ class FunctionVector:
             said = f"the vector of {self.q_id} was made with {self.model}, and this is another model: {other}"
             warnings.warn(said, UsageWarning, stacklevel=2)
         ids = (json.loads(self.metadata[f"prompt_{end}_with_ids"]) for end in ("begins", "ends"))
-        vector = torch.from_numpy(np.float32(self.alpha if alpha is None else alpha) * self.vector)
+        times = self.alpha if alpha is None else alpha
+        if not np.isfinite(times):
+            raise InputError(f"alpha={times}: expected a finite number")
+        vector = torch.from_numpy(np.float32(times) * self.vector)
         return adding(model, self.layer if layer is None else layer, vector, where, Frame(*ids))
 
     @staticmethod

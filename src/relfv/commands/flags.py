@@ -10,23 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from relfv.errors import InputError
-from relfv.logs import printable, shortened
 from relfv.settings import FLAGS, Flag, Settings, require_within
 
 DEFAULTS = Settings()
 """The spec's."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Errors in one line, exit code 2, no usage dump; no abbreviated flags."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("allow_abbrev", False)
-        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
-        super().__init__(*args, **kwargs)
-
-    def error(self, message: str) -> Any:
-        self.exit(2, printable(shortened(f"{self.prog}: error: {message} (see {self.prog} --help)")) + "\n")
 
 
 def add_setting(group: Any, field: str, flag: Flag, name: str) -> None:

@@ -74,7 +74,7 @@ def _estimates(
         found = torch.zeros(len(prompts), arch.n_layers, arch.n_heads, dtype=torch.float64)
         for layer, gradient in zip(moved, gradients, strict=True):
             by_head = (away[layer].double() * gradient.double()).unflatten(-1, (arch.n_heads, arch.head_dim))
-            found[:, layer] = (by_head.sum(-1) * factor[:, None]).cpu()
+            found[:, layer] = by_head.sum(-1).cpu() * factor[:, None]
         return found
 
     first, sizes = estimate(), torch.zeros(len(prompts), arch.n_layers, arch.n_heads, dtype=torch.float64)
@@ -94,7 +94,7 @@ def _measured(backbone: Backbone, prompts: Prompts, measure: str) -> tuple[torch
     targets = torch.tensor(list(prompts.targets), device=logits.device)[:, None]
     scored = (logits if measure == "logit" else logits.log_softmax(-1)).gather(-1, targets)[:, 0]
     factor = scored.detach().double().exp() if measure == "p" else torch.ones_like(scored, dtype=torch.float64)
-    return scored.sum(), factor
+    return scored.sum(), factor.cpu()
 
 
 @contextmanager
@@ -103,8 +103,8 @@ def _last_tokens_apart(
 ) -> Iterator[tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]]]:
     """While open, forward passes add a zero to z at the last token -> by layer z there (prompt, heads * head_dim), and
     the zero, whose gradient is that of z."""
-    rows = torch.arange(len(prompts), device=backbone.device)
-    last = torch.tensor([len(ids) - 1 for ids in prompts.ids], device=backbone.device)
+    # On the CPU, since each layer may be on a card of its own.
+    rows, last = torch.arange(len(prompts)), torch.tensor([len(ids) - 1 for ids in prompts.ids])
     z: dict[int, torch.Tensor] = {}
     moved: dict[int, torch.Tensor] = {}
 

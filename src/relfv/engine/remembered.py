@@ -71,13 +71,19 @@ def remembered(
     return engine, check
 
 
+def _own_code() -> list[Path]:
+    """The files of relfv that compute: a change of a page or a figure leaves a finding as it is."""
+    source = Path(relfv.__file__).parent
+    return [source / "types.py", *(path for room in ("engine", "models") for path in (source / room).rglob("*.py"))]
+
+
 def basis(backbone: Backbone, prompts: TokenIds) -> dict[str, Any]:
     """What a self-check of ``backbone`` on ``prompts`` rests on, beside the files that the model was read from: code,
     libraries, hardware, and how the model is laid out and computes."""
     model, arithmetic, devices = backbone.model, backbone.arithmetic, backbone.cards and backbone.cards.devices
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     return {
-        "relfv": [relfv.__version__, relfv.ALGORITHM_VERSION, _hash_of(Path(relfv.__file__).parent.rglob("*.py"))],
+        "relfv": [relfv.__version__, relfv.ALGORITHM_VERSION, _hash_of(_own_code())],
         "libraries": [sys.version, torch.__version__, torch.version.git_version, transformers.__version__, _packages()],
         "model_code": _hash_of({Path(inspect.getfile(type(module))) for module in model.modules()}),
         "configs": [[_hash(repr(config)), config._attn_implementation] for config in configs.values()],

@@ -56,7 +56,7 @@ _ROWS = 4096
 
 @dataclass
 class SharedPrefixEngine:
-    """See the module's text."""
+    """Scores every single-token intervention on a prompt in one pass over its last token."""
 
     backbone: Backbone
     kept: KeptPrefix = field(default_factory=KeptPrefix, repr=False)

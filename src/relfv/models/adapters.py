@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from relfv.errors import InputError
+from relfv.errors import InputError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -91,8 +91,7 @@ def merged(model: Any, adapter: Adapter, place: torch.device) -> Any:
             )
         return adapted.merge_and_unload()  # type: ignore[operator]
     except Exception as problem:  # of many kinds: damaged, for another base, nothing to merge
-        first_line = str(problem).strip().split("\n")[0] or type(problem).__name__
         raise InputError(
             f"--model {folder!r}: its {adapter.kind} adapter cannot be merged into {adapter.base!r}: "
-            f"{first_line}; expected an adapter of weights, such as LoRA, made for this base model"
+            f"{first_line(problem)}; expected an adapter of weights, such as LoRA, made for this base model"
         ) from problem

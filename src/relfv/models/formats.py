@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from relfv.errors import InputError
+from relfv.errors import InputError, first_line
 from relfv.models.architecture import text_config
 from relfv.models.packed import is_opaque, is_readable, weight_dtype
 
@@ -69,10 +69,9 @@ def require_format(name: str, config: Any, place: torch.device, quant: str) -> N
         quantizer = AutoHfQuantizer.from_config(unpacking(config) or _stated(config), pre_quantized=True)
         quantizer.validate_environment(device_map={"": str(place)}, weights_only=True)
     except Exception as problem:  # of many kinds: a package, a device or a format that is not there
-        first_line = str(problem).strip().split("\n")[0] or type(problem).__name__
         raise InputError(
             f"--model {name!r}: its weights are packed ({kind}), and what reads them is missing on {place}: "
-            f"{first_line}"
+            f"{first_line(problem)}"
         ) from problem
 
 

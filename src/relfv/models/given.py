@@ -138,8 +138,3 @@ def difference(model: Any, identity: str) -> str | None:
 def _dtype_of(model: Any) -> str:
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     return str(dtype).removeprefix("torch.")
-
-
-def _quant_of(model: Any) -> str:
-    """transformers marks what bitsandbytes packed."""
-    return next((bits for bits in ("8bit", "4bit") if getattr(model, f"is_loaded_in_{bits}", False)), "none")

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     import torch
 
 _PAGE = 2 << 20
-"""Of the large ones; layers begin at multiples of it. The first holds a byte for each layer: whether it is there."""
+"""Bytes of a huge page. Each layer's weights begin on one; the first page has a byte for each layer: whether it is
+there."""
 
 _file: int | None = None
 

@@ -9,7 +9,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from relfv.errors import InputError
+from relfv.errors import InputError, first_line
 from relfv.models.adapters import Adapter, adapter_in
 
 DEMO = "demo"
@@ -164,14 +164,22 @@ def hub_commit(repo_id: str, revision: str | None = None) -> str:
     Tokenizer and weights are loaded at this commit, so that a later push to the hub does not change a run half-way.
     Raises InputError if its config is not in the cache and cannot be fetched.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
 
     cached = _cached_commit(repo_id, revision)
     if cached is None:
+        what = f"config at revision {revision!r}" if revision else "config"
+        try:  # one request: without a network a download would try five times, for half a minute
+            HfApi().model_info(repo_id, revision=revision, timeout=10)
+        except HfHubHTTPError:  # the hub can be reached, and tells below why the file cannot be had
+            pass
+        except Exception as problem:  # of whichever library makes the request
+            why = f"it is not in the local cache, and the hub cannot be reached ({problem})"
+            raise unreadable(repo_id, what, ConnectionError(why)) from problem
         try:
             hf_hub_download(repo_id, "config.json", revision=revision)
-        except Exception as problem:  # no network, no such repo, no access: many kinds, all mean it cannot be had
-            what = f"config at revision {revision!r}" if revision else "config"
+        except Exception as problem:  # no such repo, no access: many kinds, all mean it cannot be had
             raise unreadable(repo_id, what, problem) from problem
         cached = _cached_commit(repo_id, revision)
     if cached is None:
@@ -226,8 +234,7 @@ def _is_gated(problem: BaseException | None) -> bool:
 
 def unreadable(name: str, what: str, problem: Exception) -> InputError:
     """The error for a model whose ``what`` (config, tokenizer, model) cannot be opened, with the first line of why."""
-    first_line = str(problem).strip().split("\n")[0] or type(problem).__name__
-    if "Weights only load failed" in first_line:  # PyTorch goes on to recommend what must not be done
+    if "Weights only load failed" in first_line(problem):  # PyTorch goes on to recommend what must not be done
         return InputError(
             f"--model {name!r}: its weights are a damaged pickle, or one that holds more than tensors, and no code in "
             "weights is ever run; expected safetensors, or a .bin file of tensors"
@@ -239,6 +246,6 @@ def unreadable(name: str, what: str, problem: Exception) -> InputError:
         )
     offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") and not Path(name).exists() else ""
     return InputError(
-        f"--model {name!r}: cannot open its {what}{offline}: {first_line}; "
+        f"--model {name!r}: cannot open its {what}{offline}: {first_line(problem)}; "
         "expected a Hugging Face model folder, a GGUF file, a model in the local cache or on the hub, or 'demo'"
     )

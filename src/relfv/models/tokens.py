@@ -7,7 +7,7 @@ alone (" " and "7"), the space is fed as the end of the prompt, and the token af
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -116,6 +116,13 @@ class Tokens:
         prompts = [self.encode("".join(pairs) + "Q: in\nA:"), self.encode(pairs[0] + "Q: high\nA:")]
         room = min(longest or len(prompts[0]), len(prompts[0]))
         return [prompts[0][:room], prompts[1][: max(1, room - 1)]]
+
+    def require_known(self, ids: Iterable[int]) -> None:
+        """Raise InputError for an id that the model has no embedding of, which on a GPU would end the whole process."""
+        for token in ids:
+            if token < 0 or (self._n_embeddings is not None and token >= self._n_embeddings):
+                known = "at least 0" if self._n_embeddings is None else f"0 to {self._n_embeddings - 1}"
+                raise InputError(f"token id {token}: expected one that the model knows, {known}")
 
     def _encode(self, text: str) -> list[int]:
         ids = self._ids(text, special=True)

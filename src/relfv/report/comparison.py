@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from relfv import __version__
+from relfv.report.sections import environment
 from relfv.stages.comparison import MEANING
 
 _PANELS = (("p", "P with the vector"), ("held_out_share", "held-out share of the gap"))
@@ -24,7 +24,7 @@ def comparison_page(sides: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[s
         if len(set(values)) > 1:
             differing.append((name, values))
     return (
-        _environment()
+        environment()
         .get_template("compare.html.j2")
         .render(
             title="comparison",
@@ -43,7 +43,7 @@ def comparison_svg(rows: Sequence[Mapping[str, Any]], *, standalone: bool) -> st
     n = len(rows)
     panels = [_panel(i, measure, title, rows) for i, (measure, title) in enumerate(_PANELS)]
     return (
-        _environment()
+        environment()
         .get_template("compare.svg.j2")
         .render(
             standalone=standalone,
@@ -81,13 +81,3 @@ def _panel(i: int, measure: str, title: str, rows: Sequence[Mapping[str, Any]]) 
 def _label(row: Mapping[str, Any]) -> str:
     place = f"{row['relation']}/{row['q_id']}" if row["relation"] else row["q_id"]
     return f"{row['b']} - {row['a']}  {place if len(place) <= 14 else place[:6] + '…' + place[-7:]}"
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("relfv.report"), undefined=StrictUndefined, autoescape=True, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters["number"] = lambda value: "–" if value is None else f"{value:.2f}"
-    environment.filters["signed"] = lambda value: "–" if value is None else f"{value:+.2f}"
-    return environment

@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 import orjson
 
 from relfv.errors import RelfvError
-from relfv.report.table import artifacts_in
 from relfv.store.files import sha256_bytes
 from relfv.store.folder import File, QidFolder
 from relfv.store.index import Index, state_of
 from relfv.store.status import STATUS_FILE, QidStatus, read_status
+from relfv.store.statuses import artifacts_in
 
 T = TypeVar("T")
 

@@ -4,12 +4,13 @@ where a results folder holds several relations."""
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from relfv import __version__
-from relfv.errors import InputError, RelfvError
+from relfv.errors import InputError, RelfvError, in_words
 from relfv.relations import called
 from relfv.report.content import cross_of, link, models_of, runs_in, with_arrow
 from relfv.report.known import Brief, Found, Known
@@ -17,13 +18,14 @@ from relfv.report.registered import PLAN
 from relfv.report.registered_section import plan_section, told_of_plan
 from relfv.report.sealed_page import page_if_made_from, sealed_from, with_seal
 from relfv.report.sections import MOST_ON_ONE_PAGE, MadeFrom, environment, shown_apart, shown_once
-from relfv.report.table import find_statuses, has_q_ids, statuses_in
 from relfv.report.together import together_of
 from relfv.stages.aggregate import AGGREGATE
 from relfv.stages.cross import CROSS
 from relfv.store.files import read_bytes, require_no_links, sha256_bytes, sha256_file, write_atomic
 from relfv.store.locks import sole_writer
+from relfv.store.statuses import find_statuses, has_q_ids, statuses_in
 
+log = logging.getLogger(__name__)
 _NO_QID = "no q_id here; expected a relation's results folder, e.g. results_fv/relation_qwise/relationA_ex"
 
 
@@ -151,9 +153,11 @@ def _of_relation(known: Known, found: Found, told: dict[Path, Any]) -> dict[str,
             else:
                 named = called(one.q_id, with_arrow(one.name))
                 others.append({"q_id": named, "status": one.status, "reason": one.reason or ""})
-        except Exception as problem:
-            said = str(problem) if isinstance(problem, RelfvError) else f"{type(problem).__name__}: {problem}"
-            others.append({"q_id": artifacts_dir.parent.name, "status": "unreadable", "reason": said})
+        except Exception as problem:  # whatever one folder holds, the others are shown
+            if not isinstance(problem, RelfvError):  # whose reason the q_id's own commands tell
+                log.warning("%s cannot be shown on the page: %s", artifacts_dir.parent.name, in_words(problem))
+            log.debug("traceback", exc_info=True)
+            others.append({"q_id": artifacts_dir.parent.name, "status": "unreadable", "reason": in_words(problem)})
     states = ["completed"] * len(completed) + [other["status"] for other in others]
     return {
         "title": folder.resolve().name,

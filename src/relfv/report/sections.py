@@ -40,6 +40,8 @@ def environment() -> Environment:
         loader=PackageLoader("relfv.report"), undefined=StrictUndefined, autoescape=True, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
+    environment.filters["number"] = lambda value: "–" if value is None else f"{value:.2f}"
+    environment.filters["signed"] = lambda value: "–" if value is None else f"{value:+.2f}"
     environment.filters["percent"] = lambda share: f"{round(100 * share) + 0}%"
     environment.filters["visible"] = lambda token: printable(token.replace("\n", "⏎").replace(" ", "·"))
     return environment

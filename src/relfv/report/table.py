@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from relfv.errors import InputError, RelfvError
+from relfv.errors import InputError, in_words
 from relfv.logs import printable
 from relfv.progress import duration
 from relfv.report.registered import PLAN
@@ -24,64 +21,16 @@ from relfv.stages.caveats import tells_apart
 from relfv.stages.step6_summary import STEP6_SUMMARY
 from relfv.stages.summary import SUMMARY
 from relfv.stages.table import steps
-from relfv.store.folder import QidFolder, was_moved_aside
+from relfv.store.folder import QidFolder
 from relfv.store.index import Index, state_of
 from relfv.store.locks import held_by
 from relfv.store.status import STATUS_FILE, QidStatus, now, read_status
+from relfv.store.statuses import find_statuses, statuses_in
 
 _HEADER = ("q_id", "status", "rows", "best layer", "score", "accuracy", "age")
 _WHOLE = "* whole answers right: the scored tokens of these q_ids do not tell their answers apart"
 _GONE = "its process is gone; the same command goes on from here"
 _NARROWEST, _INDENT = 40, "    "
-
-
-def find_statuses(root: Path) -> list[Path]:
-    """Artifacts folders below ``root`` that have a status: given a results root, a relation's folder or a q_id's."""
-    found = []
-    for folder in _with_status(str(root), depth=2):  # as text: of thousands, every Path takes its time
-        above, _, name = folder.rpartition("/")
-        if not was_moved_aside(name):
-            found.append((above.rpartition("/")[2], natural_key(name), folder))
-    return [Path(f"{folder}/artifacts") for *_, folder in sorted(found)]
-
-
-def has_q_ids(folder: Path) -> bool:
-    """Whether a q_id is right in a relation's ``folder``."""
-    places = _with_status(str(folder), depth=1)
-    return any(Path(place) != folder and not was_moved_aside(Path(place).name) for place in places)
-
-
-def artifacts_in(folder: Path) -> list[Path]:
-    """Of the q_ids right in a relation's ``folder``."""
-    return [path for path in find_statuses(folder) if path.parent.parent == folder]
-
-
-def statuses_in(folder: Path, say: Callable[[RelfvError], None] | None = None) -> list[QidStatus]:
-    """Of the q_ids right in a relation's ``folder``; ``say`` is told why one cannot be read."""
-    statuses = []
-    for artifacts_dir in artifacts_in(folder):
-        try:
-            status = read_status(artifacts_dir)
-            assert status is not None
-            statuses.append(status)
-        except RelfvError as problem:
-            if say:
-                say(problem)
-    return statuses
-
-
-def _with_status(folder: str, depth: int) -> Iterator[str]:
-    if os.path.exists(f"{folder}/artifacts/{STATUS_FILE}"):  # noqa: PTH110
-        yield folder
-    elif depth:
-        with suppress(OSError), os.scandir(folder) as entries:
-            for below in [entry.path for entry in entries if entry.is_dir()]:
-                yield from _with_status(below, depth - 1)
-
-
-def natural_key(text: str) -> list[tuple[int, int | str]]:
-    """Sorts Q2 before Q10."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", text) if part]
 
 
 def status_json(root: Path) -> str:
@@ -242,8 +191,7 @@ def _row(folder: Path) -> dict[str, Any]:
         assert status is not None
         best, seconds = _best(status), _seconds(status)
     except Exception as problem:  # whatever one folder holds, the others get their row
-        said = str(problem) if isinstance(problem, RelfvError) else f"{type(problem).__name__}: {problem}"
-        return {**row, "reason": said}
+        return {**row, "reason": in_words(problem)}
     row |= {
         "q_id": status.q_id, "name": status.name, "model": status.settings.model, "status": status.status,
         "rows": status.q_row_count, "updated_at": status.updated_at, "seconds": seconds,

@@ -7,9 +7,10 @@ import time
 from pathlib import Path
 
 from relfv.logs import show
-from relfv.report.table import find_statuses, status_table
+from relfv.report.table import status_table
 from relfv.store.folder import QidFolder
 from relfv.store.locks import held_by
+from relfv.store.statuses import find_statuses
 
 _CLEAR = "\x1b[H\x1b[2J\x1b[3J"
 """Homes the cursor and empties a terminal."""

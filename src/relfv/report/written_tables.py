@@ -14,7 +14,6 @@ from relfv import __version__
 from relfv.errors import InputError, RelfvError
 from relfv.report.known import Brief, Found, Known
 from relfv.report.page import relations_of
-from relfv.report.table import statuses_in
 from relfv.report.tables import READ, WRITTEN, Row, columns_of, rows_of
 from relfv.store.files import (
     require_no_links,
@@ -28,6 +27,7 @@ from relfv.store.index import state_of
 from relfv.store.locks import sole_writer
 from relfv.store.pieces import InPieces, write_in_pieces
 from relfv.store.status import QidStatus
+from relfv.store.statuses import statuses_in
 
 if TYPE_CHECKING:
     from pandas import DataFrame  # type: ignore[import-not-found]

@@ -11,7 +11,6 @@ from relfv.errors import InputError, RelfvError
 from relfv.logs import show
 from relfv.relations import named
 from relfv.report.comparison import comparison_page, comparison_svg
-from relfv.report.table import find_statuses
 from relfv.runs.qid import in_words
 from relfv.settings import FLAGS
 from relfv.stages.comparison import Side, over_q_ids, side_of
@@ -19,6 +18,7 @@ from relfv.stages.comparison import compare as compare_sides
 from relfv.store.files import require_folder, write_together
 from relfv.store.formats import csv_bytes, csv_cell
 from relfv.store.status import QidStatus, read_status
+from relfv.store.statuses import find_statuses
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def _against(found: Sequence[Found], other: int, folders: Sequence[Path]) -> lis
         )
     alone = [q_id for of in (found[0], found[other]) for _, q_id in of.keys() - set(shared)]
     if alone:
-        log.info("in one of A and %s alone: %s", _LETTERS[other], named(sorted(alone)))
+        log.info("in A or %s alone, and not compared: %s", _LETTERS[other], named(sorted(alone)))
     if len(rows) > 1:
         rows.append(
             dict.fromkeys(rows[0]) | {"a": "A", "b": _LETTERS[other], "relation": "", "q_id": _ALL} | over_q_ids(rows)

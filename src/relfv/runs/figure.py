@@ -8,19 +8,19 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from relfv.errors import InputError
 from relfv.logs import show
 from relfv.relations import called, named
-from relfv.report.table import find_statuses
-from relfv.runs.qid import work_on
+from relfv.runs.qid import no_model, work_on
 from relfv.settings import FORMATS, Settings
 from relfv.stages import curve, heatmap
 from relfv.stages.stage import Work
 from relfv.stages.step6_summary import STEP6_SUMMARY
 from relfv.store.files import sha256_file, write_atomic
 from relfv.store.status import STATUS_FILE, QidStatus, read_status
+from relfv.store.statuses import find_statuses
 
 if TYPE_CHECKING:
     from relfv.figures.canvas import Canvas
@@ -44,8 +44,9 @@ class FigureRequest:
     topk: int | None = None
     columns: int | None = None
     width: float | None = None
-    """Inches, as ``height``."""
+    """In inches."""
     height: float | None = None
+    """In inches."""
     dpi: int = 300
 
 
@@ -110,7 +111,7 @@ def _chosen(request: FigureRequest) -> list[QidStatus]:
 
 def _work_on(status: QidStatus, request: FigureRequest) -> Work:
     """The q_id with the request's metric and k in the place of its own."""
-    work = work_on(status, _no_model)
+    work = work_on(status, no_model)
     metric = {"score_key": request.metric} if request.kind == "heatmap" and request.metric else {}
     work.settings = replace(work.settings, **metric, **({"topk": request.topk} if request.topk else {}))
     return work
@@ -149,7 +150,3 @@ def _about(works: Sequence[Work]) -> str:
 
     captions = {caption(work.settings) for work in works}
     return captions.pop() if len(captions) == 1 else ""
-
-
-def _no_model() -> Any:
-    raise AssertionError("figures need no model")

@@ -16,7 +16,7 @@ from relfv import ALGORITHM_VERSION, __version__
 from relfv.errors import InputError, RelfvError, RunError
 from relfv.settings import Settings
 from relfv.store.files import move_aside, write_atomic
-from relfv.store.formats import json_bytes, read_json, sealed, unsealed
+from relfv.store.formats import read_json, sealed_bytes, unsealed
 from relfv.store.locks import sole_writer
 
 if TYPE_CHECKING:  # to read a manifest takes no engine
@@ -104,7 +104,7 @@ def write_manifest(path: Path, run: dict[str, Any]) -> Path:
             earlier = [*previous.pop("earlier_runs", []), previous]
         # Two runs at once take turns: each replaces its own earlier description, wherever the other has put it.
         earlier = [other for other in earlier if _identity(other) != _identity(run)]
-        return write_atomic(path, json_bytes(sealed({**run, "earlier_runs": earlier})))
+        return write_atomic(path, sealed_bytes({**run, "earlier_runs": earlier}))
 
 
 def gather_shards(folder: Path) -> bool:

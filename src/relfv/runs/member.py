@@ -13,12 +13,11 @@ from logging.handlers import QueueHandler
 from multiprocessing.connection import Connection
 from typing import Any
 
-from relfv.errors import RelfvError, RunError
+from relfv.errors import RelfvError, RunError, in_words
 from relfv.models.memory import take_at_most
 from relfv.models.shared import share
 from relfv.progress import at_work
 from relfv.runs.crew import Start
-from relfv.runs.qid import in_words
 from relfv.runs.worker import Worker
 from relfv.signals import Terminated, as_exceptions
 

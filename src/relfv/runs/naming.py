@@ -13,11 +13,11 @@ from pathlib import Path
 from relfv.errors import RelfvError
 from relfv.relations import load_relations, rows_sha256
 from relfv.report.known import Brief, Known
-from relfv.report.table import find_statuses
 from relfv.store.folder import QidFolder
 from relfv.store.index import Index, state_of
 from relfv.store.locks import lock
 from relfv.store.status import QidStatus, read_status
+from relfv.store.statuses import find_statuses
 from relfv.types import Relation
 
 log = logging.getLogger(__name__)

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from relfv.errors import RelfvError, RunError
+from relfv.errors import RelfvError, RunError, in_words
 from relfv.models.ahead import under_way
 from relfv.models.context import TooLong
 from relfv.models.given import GivenModel
@@ -28,7 +27,7 @@ from relfv.stages.stage import Stage, Step, Work
 from relfv.stages.table import STAGES, asked_for, is_complete, is_done, not_done, steps
 from relfv.store.files import require_temporary_folder
 from relfv.store.findings import Findings
-from relfv.store.folder import File, QidFolder
+from relfv.store.folder import QidFolder
 from relfv.store.status import QidStatus
 from relfv.types import Relation
 
@@ -74,18 +73,22 @@ def open_for(settings: Settings, given: GivenModel | None = None) -> LanguageMod
     )
 
 
+def no_model() -> LanguageModel:
+    """For work whose stages need none."""
+    raise AssertionError("this stage needs no model")
+
+
 def work_on(
     status: QidStatus,
     opened: Callable[[], LanguageModel],
     *,
     relation: Relation | None = None,
     csv_sha256: str = "",
-    elsewhere: Mapping[File[Any], Path] | None = None,
     pace: Pace | None = None,
 ) -> Work:
     """The work on the q_id of ``status``; ``opened`` is called only when a step needs the model."""
     return Work(
-        QidFolder(status.artifacts_dir, status.q_id, elsewhere or {}),
+        QidFolder(status.artifacts_dir, status.q_id),
         status.settings,
         # The model may have been moved since the q_id was begun; its files keep the name they began with.
         lambda: replace(opened(), name=status.settings.model),
@@ -229,11 +232,6 @@ def its_own_trouble(q_id: str, failed: set[str]) -> Iterator[None]:
     except (RelfvError, OSError) as problem:
         log.error("%s failed: %s", q_id, in_words(problem))
         failed.add(q_id)
-
-
-def in_words(problem: Exception) -> str:
-    """What a status and a log say of a failure; what relfv does not explain itself by its kind."""
-    return str(problem) if isinstance(problem, RelfvError) else f"{type(problem).__name__}: {problem}"
 
 
 def _record(status: QidStatus, state: str, reason: str) -> None:

@@ -53,7 +53,7 @@ def reuse_step_d(plan: Plan, status: QidStatus) -> None:
         return
     source = _status_there(plan, status.q_id)
     if source is None or not all(source.intact(stage.name) for stage in STEP_D):
-        log.info("%s: no whole StepD in %s; it is computed", status.q_id, plan.request.reuse_stepd)
+        log.info("%s: %s has no whole StepD of it, which is computed here", status.q_id, plan.request.reuse_stepd)
         return
     records = {stage.name: source.stages[stage.name] for stage in STEP_D}
     hashes = {name: digest for record in records.values() for name, digest in record.files.items()}

@@ -12,11 +12,11 @@ from relfv.errors import InputError
 from relfv.fingerprints import differences, fingerprint_fields
 from relfv.models.sources import model_identity
 from relfv.models.stored import resolved
-from relfv.report.table import find_statuses
 from relfv.settings import Settings
 from relfv.stages.cross import CROSS_SETTINGS
 from relfv.stages.table import is_complete
 from relfv.store.status import DamagedStatus, QidStatus, read_status
+from relfv.store.statuses import find_statuses
 
 log = logging.getLogger(__name__)
 

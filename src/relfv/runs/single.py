@@ -23,7 +23,7 @@ from relfv.models.context import TooLong
 from relfv.models.sources import model_identity
 from relfv.models.stored import resolved
 from relfv.relations import csv_file, file_sha256, load_relations, require_q_ids, rows_sha256
-from relfv.runs.qid import open_for, require_frozen_trials, run_step, run_steps, work_on
+from relfv.runs.qid import no_model, open_for, require_frozen_trials, run_step, run_steps, work_on
 from relfv.runs.recorded import Overlay, noted, recorded, require_free, require_same, settings_within, settled_aloud
 from relfv.settings import FLAGS, Settings
 from relfv.stages import function_vector, heatmap, step6, zeroshot
@@ -123,7 +123,7 @@ def run_heatmap(in_dir: Path, metric: str, topk: int, out_name: str | None) -> i
             run_step(_loose_work(folder, overlay(status.settings)), heatmap.STAGE.step())
     else:
         with recorded(folder, overlay, [heatmap.STAGE], [AIE]) as status:
-            run_step(work_on(status, _no_model), heatmap.STAGE.step(), status)
+            run_step(work_on(status, no_model), heatmap.STAGE.step(), status)
     show(out)
     return 0
 
@@ -176,7 +176,7 @@ def run_zero_shot(sampled_trials_path: Path, out_path: Path | None) -> int:
             run_step(_loose_work(folder, status.settings), zeroshot.STAGE.step())
     else:
         with recorded(folder, lambda base: base, [zeroshot.STAGE], [TRIALS]) as status:
-            run_step(work_on(status, _no_model), zeroshot.STAGE.step(), status)
+            run_step(work_on(status, no_model), zeroshot.STAGE.step(), status)
     show(out)
     return 0
 
@@ -219,10 +219,6 @@ def run_step6(fv_path: Path, trials_path: Path, edit_layer: int, out_dir: Path, 
 def _loose_work(folder: QidFolder, settings: Settings) -> Work:
     """Work in a folder without a status."""
     return Work(folder, settings, lambda: open_for(settings))
-
-
-def _no_model() -> Any:
-    raise AssertionError("this stage needs no model")
 
 
 def _said_to_be_skipped(status: QidStatus | None) -> bool:

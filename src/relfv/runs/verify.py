@@ -17,7 +17,6 @@ from relfv.errors import InputError, RelfvError
 from relfv.progress import at_work, counted
 from relfv.report.page import page_path, page_problem
 from relfv.report.registered import PLAN, registered_in
-from relfv.report.table import natural_key
 from relfv.report.written_tables import tables_problem
 from relfv.runs.manifest import MANIFEST, manifest_runs
 from relfv.runs.verify_qid import Checked, Problem, check_qid, name_of, reason_of, writer_of
@@ -27,6 +26,7 @@ from relfv.store.files import sha256_file
 from relfv.store.folder import is_of_a_qid, was_moved_aside
 from relfv.store.formats import json_bytes
 from relfv.store.status import fields_of
+from relfv.store.statuses import natural_key
 
 
 @dataclass(frozen=True)

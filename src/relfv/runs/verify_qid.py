@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from relfv.errors import RelfvError
+from relfv.errors import RelfvError, in_words
 from relfv.logs import printable
 from relfv.report.sections import shown
 from relfv.runs.manifest import MANIFEST, manifest_runs
@@ -17,7 +17,7 @@ from relfv.stages.table import STAGES, file_named, steps
 from relfv.store.files import sha256_file
 from relfv.store.folder import QidFolder
 from relfv.store.locks import held_by
-from relfv.store.status import STATUS_FILE, QidStatus, read_status_of_results
+from relfv.store.status import STATUS_FILE, DamagedStatus, QidStatus, read_status_of_results
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,7 @@ def name_of(folder: Path) -> str:
 
 def reason_of(problem: Exception, path: Path) -> str:
     """What is wrong, without the path that stands in front of it."""
-    said = str(problem) if isinstance(problem, RelfvError) else f"{type(problem).__name__}: {problem}"
-    return said.removeprefix(f"{path}: ")
+    return in_words(problem).removeprefix(f"{path}: ")
 
 
 def writer_of(folder: Path) -> str | None:
@@ -100,8 +99,9 @@ def _checked(folder: Path, awaited: bool) -> Checked:
     status_file = artifacts_dir / STATUS_FILE
     try:
         status = read_status_of_results(artifacts_dir)
-    except RelfvError as problem:
-        kind = "damaged" if status_file.exists() else "missing"
+    except RelfvError as problem:  # whatever is no damage is of a newer relfv, or of a disk that does not give it
+        found = "damaged" if isinstance(problem, DamagedStatus) else "unparsable"
+        kind = found if status_file.exists() else "missing"
         return Checked(name, str(folder), "", 0, [Problem(kind, STATUS_FILE, reason_of(problem, status_file))])
     if status is None:
         return Checked(name, str(folder), "", 0, [Problem("missing", STATUS_FILE, "nothing was begun")])

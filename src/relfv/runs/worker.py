@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Worker:
-    """See the module's text."""
+    """An opened model, and how far the plan is."""
 
     plan: Plan
     model: LanguageModel
@@ -94,11 +94,11 @@ class Worker:
         with self.plan.locked(q_id) as holder:
             if holder:
                 also = (
-                    "; for what is asked beyond run the same command again"
+                    "; run the same command again afterwards, for what that run was not asked"
                     if asked_for(self.plan.request.settings)
                     else ""
                 )
-                log.warning("%s is being run by %s, which goes on with it%s", q_id, holder, also)
+                log.warning("%s is left to %s, which is at it%s", q_id, holder, also)
                 return "left to another run"
             # Read under the lock: since the plan was made another run may have come and gone, with other settings.
             status = self.plan.status_with_results(q_id) or self.plan.new_status(q_id)

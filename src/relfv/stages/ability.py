@@ -57,6 +57,10 @@ def p_by_majority(one: Ability) -> float:
 
 def why_not(one: Ability) -> str:
     """Why the relation is not one that the model can do; empty if it is."""
+    if one.majority_acc == 1:
+        return (
+            "one answer is right in every trial, so no accuracy tells a model that does it from one that always says it"
+        )
     if one.clean_acc <= one.majority_acc:
         return (
             f"clean accuracy {one.clean_acc:.2f} is not above {one.majority_acc:.2f}, that of its commonest answer "
@@ -93,7 +97,9 @@ def in_short(able: Mapping[str, Any]) -> str:
     """Of ``ability_numbers`` what the model does of the relation: a verb for "the model ... it"; empty if it can."""
     if able["can_do"]:
         return ""
-    return "is not shown to do" if able["clean_acc"]["value"] > able["majority_acc"] else "cannot do"
+    # Where one answer is always right, no accuracy can tell a model that does it from one that says that word.
+    is_below = able["clean_acc"]["value"] <= able["majority_acc"] < 1
+    return "cannot do" if is_below else "is not shown to do"
 
 
 def ability_sentence(numbers: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ from relfv.stages.zeroshot import ZERO_SHOT_TRIALS
 from relfv.stats import FDR, called_at_once
 from relfv.store.files import sha256_bytes, sha256_file, write_together
 from relfv.store.folder import File, QidFolder
-from relfv.store.formats import SEAL, csv_bytes, finite, json_bytes, read_json, sealed, unsealed
+from relfv.store.formats import SEAL, csv_bytes, finite, read_json, sealed_bytes, unsealed
 from relfv.types import HeadId
 
 MEANING = {
@@ -168,9 +168,9 @@ def target_origin(root: Path, name: str, others: Sequence[HeadId], algorithm_ver
 
 def write_aggregate(root: Path, document: dict[str, Any], beside: Mapping[str, bytes]) -> Path:
     """The files ``beside``, then aggregate.json with their hashes and its own. Call as ``sole_writer``."""
-    content = sealed({**document, "beside": {name: sha256_bytes(data) for name, data in beside.items()}})
+    content = sealed_bytes({**document, "beside": {name: sha256_bytes(data) for name, data in beside.items()}})
     files = {root / name: data for name, data in beside.items()}
-    return write_together({**files, root / AGGREGATE: json_bytes(content)})[-1]
+    return write_together({**files, root / AGGREGATE: content})[-1]
 
 
 def read_aggregate(root: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from relfv.shares import Gap, mean_difference
+from relfv.stages.agreement import cosines
 from relfv.stages.controls import CONTROLS_FILE
 from relfv.stages.function_vector import FV, TOP_HEADS, heads_of
 from relfv.stages.scores import AIE, measure_of
@@ -163,8 +164,7 @@ def _heads(one: Side, other: Side) -> dict[str, Any]:
 def _cosine(one: np.ndarray, other: np.ndarray) -> float | None:
     if one.shape != other.shape:
         return None
-    a, b = one.astype(np.float64), other.astype(np.float64)
-    return finite(float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b))))
+    return finite(cosines(np.stack([one, other]))[0, 1])
 
 
 def _mean(values: np.ndarray) -> float | None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from relfv.errors import RunError
 from relfv.relations import is_q_id
+from relfv.stages.agreement import cosines
 from relfv.stages.function_vector import FV
 from relfv.stages.judging import judge_vectors
 from relfv.stages.step6_summary import STEP6_SUMMARY
@@ -22,7 +23,7 @@ from relfv.stages.zeroshot import ZERO_SHOT_TRIALS
 from relfv.stats import LEVEL, best_column_p_value
 from relfv.store.files import sha256_bytes, sha256_file, write_together
 from relfv.store.folder import QidFolder
-from relfv.store.formats import SEAL, json_bytes, read_json, sealed, unsealed
+from relfv.store.formats import SEAL, finite, read_json, sealed_bytes, unsealed
 from relfv.types import Effects, Prompts
 
 if TYPE_CHECKING:
@@ -109,12 +110,8 @@ def judge_target(effects: Effects, prompts: Prompts, names: Sequence[str], own: 
 def compare_directions(vectors: np.ndarray) -> tuple[list[float], list[list[float | None]]]:
     """``vectors`` (vector, resid_dim) -> their lengths, and the cosine of each with each; None with a vector of
     zeros."""
-    exact = vectors.astype(np.float64)
-    norms = np.linalg.norm(exact, axis=1)
-    products = exact @ exact.T
-    scale = np.outer(norms, norms)
-    cosine = np.divide(products, scale, out=np.full_like(products, np.nan), where=scale > 0)
-    return norms.tolist(), [[None if np.isnan(value) else value for value in row] for row in cosine.tolist()]
+    norms = np.linalg.norm(vectors.astype(np.float64), axis=1)
+    return norms.tolist(), [[finite(value) for value in row] for row in cosines(vectors).tolist()]
 
 
 def overall_verdict(targets: Mapping[str, Mapping[str, Any]], n_vectors: int) -> str:
@@ -194,8 +191,8 @@ def cross_origin(folder: Path, target: str, sources: Sequence[str], fields: Mapp
 
 def write_cross(folder: Path, document: dict[str, Any], figure: bytes) -> Path:
     """cross_fv.png, then cross_fv.json with the picture's hash and its own. Call as ``sole_writer``."""
-    content = sealed({**document, "figure": {CROSS_FIGURE: sha256_bytes(figure)}})
-    return write_together({folder / CROSS_FIGURE: figure, folder / CROSS: json_bytes(content)})[-1]
+    content = sealed_bytes({**document, "figure": {CROSS_FIGURE: sha256_bytes(figure)}})
+    return write_together({folder / CROSS_FIGURE: figure, folder / CROSS: content})[-1]
 
 
 def read_cross(folder: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from relfv.stages.control_vectors import compared_layers, matched_draws
 from relfv.stages.function_vector import build_function_vector
-from relfv.stages.judging import Tried, best_layer, by_layer, judge_vectors, mean_over_draws
+from relfv.stages.judging import Tried, best_layer, judge_vectors, mean_over_draws, n_as_good, p_of_draws
 from relfv.stats import clustered_mean
 from relfv.store.formats import finite
 from relfv.types import Effects, HeadId, MeanActivations, Prompts
@@ -87,8 +87,8 @@ def judge_left_out(tried: Sequence[Tried], prompts: Prompts, compared: Sequence[
     reached = mean_over_draws(tried[0].effects, tried[0].names)
     as_good = 0
     if len(tried) > 1:
-        of_draws = by_layer(tried[1].effects.edited.measure("p"), tried[1].names).mean(0)
-        as_good = int((np.nan_to_num(of_draws).max(0) >= np.nan_to_num(reached["others"]).mean(0)[there]).sum())
+        draws = p_of_draws(tried[1:], "random", compared)
+        as_good = n_as_good(draws, p_of_draws(tried[:1], "others", compared)[:, 0])
     return {
         "own_layer": own_layer,
         "others_layer": best_layer(tried[:1], "others", range(len(per_layer))),
@@ -106,10 +106,10 @@ def judge_in_place(together: Sequence[tuple[Effects, Sequence[str]]], prompts: P
     for effects, names in together:
         numbers |= judge_vectors(effects, prompts, names)["per_layer"]["0"]
     reached = {name: p[:, 0] for name, p in mean_over_draws(*together[0]).items()}
-    draws = [0.0 if p is None else p for p in numbers.get("random", {}).get("mean_p_of_draws", [])]
+    draws = np.array([numbers.get("random", {}).get("mean_p_of_draws", [])], float)
     return {
         "others_minus_own": _difference(reached["others"], reached["own"], prompts),
-        "n_draws_as_good": int(np.sum(np.array(draws) >= np.nan_to_num(reached["others"]).mean())),
+        "n_draws_as_good": n_as_good(draws, reached["others"].mean(0, keepdims=True)),
         **numbers,
     }
 

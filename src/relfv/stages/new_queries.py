@@ -113,7 +113,7 @@ def _ask(work: Work) -> str:
     relation, model, settings = work.relation, work.model, work.settings
     assert relation is not None  # relfv run gives it, and nothing else runs this stage
     asked = {question.query.input for question in work.read(TRIALS).questions}
-    answers = AnswerTokens(relation, model.tokens, distinguishing=settings.target == "distinguishing")
+    answers = AnswerTokens(relation, model.tokens, settings.target)
     snapshot = as_snapshot([answers.prompted(trial) for trial in trials_of_new_queries(relation, settings, asked)])
     n, layer = len(snapshot.questions), work.read(STEP6_SUMMARY)["best_layer"]
     document: dict[str, Any] = {"q_id": work.q_id, "verdict": "", "meaning": MEANING, "layer": layer, "n_queries": n}

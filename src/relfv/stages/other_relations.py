@@ -119,5 +119,5 @@ def measure_others(work: Work) -> OtherRelations:
 def _prompted(work: Work, q_id: str, trials: Sequence[Trial]) -> list[PromptedTrial]:
     assert work.relation is not None
     other = Relation(q_id, work.relation.csv_pairs[q_id], work.relation.csv_answers)
-    answers = AnswerTokens(other, work.model.tokens, distinguishing=work.settings.target == "distinguishing")
+    answers = AnswerTokens(other, work.model.tokens, work.settings.target)
     return [answers.prompted(trial) for trial in trials]

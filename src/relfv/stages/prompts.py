@@ -80,13 +80,12 @@ def prompts_to_read(
 
 
 class AnswerTokens:
-    """Which token tells each answer of a relation: the first (Todd et al. 2024), or the first that no other answer
-    shares."""
+    """Which token tells each answer of a relation: with the target ``first`` the first (Todd et al. 2024), with
+    ``distinguishing`` the first that no other answer shares."""
 
-    def __init__(
-        self, relation: Relation, tokens: Tokens, *, distinguishing: bool = False, shown: PromptFormat = SPEC_FORMAT
-    ) -> None:
-        self._relation, self._tokens, self._distinguishing, self._shown = relation, tokens, distinguishing, shown
+    def __init__(self, relation: Relation, tokens: Tokens, target: str, shown: PromptFormat = SPEC_FORMAT) -> None:
+        self._relation, self._tokens, self._shown = relation, tokens, shown
+        self._distinguishing = target == "distinguishing"
 
     @cached_property
     def _of(self) -> dict[str, Target]:

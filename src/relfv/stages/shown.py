@@ -76,8 +76,7 @@ def shown_in(work: Work, shown: PromptFormat) -> Shown:
     if shown is SPEC_FORMAT:
         few_shot = frozen
     else:
-        distinguishing = settings.target == "distinguishing"
-        answers = AnswerTokens(work.relation, work.model.tokens, distinguishing=distinguishing, shown=shown)
+        answers = AnswerTokens(work.relation, work.model.tokens, settings.target, shown)
         few_shot = show(frozen, read_frozen_trials(work.folder.path(TRIALS)), answers, shown)
     texts = tuple(shown.zero_shot(question.query.input) for question in few_shot.questions)
     zero_shot = evaluated_of(replace(few_shot, prompts=texts, clean_prompts=()), settings)

@@ -117,15 +117,14 @@ class Stage:
     per_layer: bool = False
     """Whether each layer has a step of its own."""
     asked: Callable[[Settings], Any] | None = None
-    """Of a stage that a q_id is complete without: what settings ask of it; something false where they ask for
-    nothing."""
+    """Of a stage that a q_id is complete without: the part of the settings that asks for it, falsy where none does."""
     extra: bool = False
     """Whether it is beyond the spec, and left out with ``--extras none``."""
     made_for: Callable[[QidFolder, Relation, Settings], bool] | None = None
-    """Of a stage that uses the CSV's other relations, too: whether what it has written is of what these are now."""
+    """Of a stage that also reads the CSV's other relations: whether its files were made from their present rows."""
     prompts: Callable[[Settings], int] | None = None
-    """How many prompts' head sweeps it makes, where these are its work. Else work is done for each evaluated prompt
-    where those are read, and for each trial where these are."""
+    """How many prompts it sweeps over all heads. None: its time grows with the evaluated prompts if it reads these, and
+    with the trials if not."""
     share: float = 0.0
     """Of a q_id's time, as a rule: what the time left rests on before a stage has been timed."""
 

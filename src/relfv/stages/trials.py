@@ -163,7 +163,7 @@ def draw(
         n_demos=settings.n_demos,
         corruption=settings.corruption,  # type: ignore[arg-type]
     )
-    answers = AnswerTokens(relation, tokens, distinguishing=settings.target == "distinguishing")
+    answers = AnswerTokens(relation, tokens, settings.target)
     prompted = [answers.prompted(trial) for trial in trials]
     collisions = [
         {"token_id": token, "token": tokens.text(token), "answers": alike} for token, alike in answers.collisions()

@@ -133,13 +133,8 @@ def read_tensors(path: Path) -> Any:
     return _read(path, "tensors", parse)
 
 
-def sealed(content: dict[str, Any]) -> dict[str, Any]:
-    """``content`` with a hash of itself, for a JSON file that no status vouches for."""
-    return {**content, SEAL: sha256_bytes(json_bytes(content))}
-
-
 def sealed_bytes(content: dict[str, Any]) -> bytes:
-    """``json_bytes(sealed(content))``, encoded once."""
+    """``content`` as JSON with a hash of itself as its last key, for a file that no status vouches for."""
     return with_seal(json_bytes(content))
 
 
@@ -160,8 +155,8 @@ def is_as_sealed(data: bytes) -> bool:
 
 
 def unsealed(content: dict[str, Any], path: Path, *, older: bool = False) -> dict[str, Any]:
-    """The inverse of ``sealed`` for what was read from ``path``. Raises RunError if it is not as it was written, or its
-    seal is gone; ``older`` is for what an earlier version wrote without one."""
+    """What was sealed, of what was read from ``path``. Raises RunError if it is not as it was written, or its seal is
+    gone; ``older`` is for what an earlier version wrote without one."""
     rest = {key: value for key, value in content.items() if key != SEAL}
     if SEAL not in content and older:
         return rest

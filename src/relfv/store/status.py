@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 
 import orjson
 
+from relfv import ALGORITHM_VERSION, __version__
 from relfv.errors import RelfvError, RunError
 from relfv.fingerprints import fingerprint
 from relfv.relations import is_q_id
@@ -27,6 +28,7 @@ from relfv.store.formats import SEAL, is_as_sealed, sealed_bytes, unsealed
 State = Literal["pending", "running", "completed", "failed", "skipped"]
 HashOf = Callable[[Path], str | None]
 STATUS_FILE = "qid_status.json"
+_FORMAT = 2  # 1, which did not say so, had no hash of itself
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -90,7 +92,7 @@ class QidStatus:
         """Write atomically, with a hash of itself."""
         departures, self.updated_at = self.settings.departures(), now()
         content = {
-            "status_format": 2,  # 1, which did not say so, had no hash of itself
+            "status_format": _FORMAT,
             "q_id": self.q_id,
             "name": self.name,
             "status": self.status,
@@ -194,11 +196,13 @@ def read_status(artifacts_dir: Path) -> QidStatus | None:
         raise DamagedStatus(path, "is damaged (a folder is in its place)") from None
     except OSError as problem:
         raise RunError(f"{path}: cannot be read ({problem.strerror}); {remedy(problem)}") from None
+    is_of_a_newer = False
     try:
         values = orjson.loads(data)
         is_sealed = SEAL in values
         if not is_as_sealed(data):
             values = unsealed(values, path, older="status_format" not in values)
+        is_of_a_newer = _is_of_a_newer(values)
         if not is_q_id(values["q_id"]):  # file names are made of it
             raise ValueError(f"q_id {values['q_id']!r} is none")
         status = QidStatus(
@@ -222,8 +226,18 @@ def read_status(artifacts_dir: Path) -> QidStatus | None:
         _require_sound(status, values["fingerprint"])
     except (RelfvError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
         why = str(problem).removeprefix(f"{path}: ")
+        if is_of_a_newer:
+            raise RunError(
+                f"{path}: is whole, and was written by a newer relfv than this one ({__version__}: {why}); update it, "
+                "or give --out_root another folder"
+            ) from None
         raise DamagedStatus(path, f"is damaged or not a status file of relfv ({why})") from None
     return status
+
+
+def _is_of_a_newer(values: dict[str, Any]) -> bool:
+    algorithm = values.get("fingerprint_fields", {}).get("algorithm_version", 0)
+    return values.get("status_format", 0) > _FORMAT or algorithm > ALGORITHM_VERSION
 
 
 @lru_cache(maxsize=16)

@@ -1,0 +1,62 @@
+"""Where q_ids are: the statuses below a results root, a relation's folder or a q_id's."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from relfv.errors import RelfvError
+from relfv.store.folder import was_moved_aside
+from relfv.store.status import STATUS_FILE, QidStatus, read_status
+
+
+def find_statuses(root: Path) -> list[Path]:
+    """Artifacts folders below ``root`` that have a status: given a results root, a relation's folder or a q_id's."""
+    found = []
+    for folder in _with_status(str(root), depth=2):  # as text: of thousands, every Path takes its time
+        above, _, name = folder.rpartition("/")
+        if not was_moved_aside(name):
+            found.append((above.rpartition("/")[2], natural_key(name), folder))
+    return [Path(f"{folder}/artifacts") for *_, folder in sorted(found)]
+
+
+def has_q_ids(folder: Path) -> bool:
+    """Whether a q_id is right in a relation's ``folder``."""
+    places = _with_status(str(folder), depth=1)
+    return any(Path(place) != folder and not was_moved_aside(Path(place).name) for place in places)
+
+
+def artifacts_in(folder: Path) -> list[Path]:
+    """Of the q_ids right in a relation's ``folder``."""
+    return [path for path in find_statuses(folder) if path.parent.parent == folder]
+
+
+def statuses_in(folder: Path, say: Callable[[RelfvError], None] | None = None) -> list[QidStatus]:
+    """Of the q_ids right in a relation's ``folder``; ``say`` is told why one cannot be read."""
+    statuses = []
+    for artifacts_dir in artifacts_in(folder):
+        try:
+            status = read_status(artifacts_dir)
+            assert status is not None
+            statuses.append(status)
+        except RelfvError as problem:
+            if say:
+                say(problem)
+    return statuses
+
+
+def _with_status(folder: str, depth: int) -> Iterator[str]:
+    if os.path.exists(f"{folder}/artifacts/{STATUS_FILE}"):  # noqa: PTH110
+        yield folder
+    elif depth:
+        with suppress(OSError), os.scandir(folder) as entries:
+            for below in [entry.path for entry in entries if entry.is_dir()]:
+                yield from _with_status(below, depth - 1)
+
+
+def natural_key(text: str) -> list[tuple[int, int | str]]:
+    """Sorts Q2 before Q10."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", text) if part]
