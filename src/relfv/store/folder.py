@@ -103,7 +103,10 @@ class QidFolder:
         if file in self.elsewhere:
             return self.elsewhere[file]
         path = self.artifacts / file.named(self.q_id, layer)
-        return next(iter(sorted(path.parent.glob(path.name))), path) if "*" in file.name else path
+        if "*" in file.name:
+            return next(iter(sorted(path.parent.glob(path.name))), path)
+        self._located[file, layer] = path
+        return path
 
     def locate(self, file: File[Any], layer: int | None, name: str) -> Path:
         """Say which name the ``*`` of a file stands for. -> its path."""
@@ -161,7 +164,8 @@ class QidFolder:
     def hashes(self, paths: Iterable[Path]) -> dict[str, str]:
         """Path relative to ``artifacts/`` -> sha256, of the bytes that this process has written or read there, which
         need not be read for it once more, or else of the file's."""
-        return {str(path.relative_to(self.artifacts)): self._digests.get(path) or require_hash(path) for path in paths}
+        inside = f"{self.artifacts}/"
+        return {str(path).removeprefix(inside): self._digests.get(path) or require_hash(path) for path in paths}
 
     @contextmanager
     def locked(self) -> Iterator[None]:

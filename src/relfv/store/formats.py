@@ -26,6 +26,7 @@ from relfv.store.files import read_bytes, sha256_bytes
 
 _INDENTED = orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE
 _INDENTED |= orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME
+_on_a_line = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 _SMALL_OR_LARGE = re.compile(rb"(\A| )(-?(?:0\.0000\d+|\d[\d.]*e-?\d+))(?=,?\n)")
 
 
@@ -43,7 +44,7 @@ def json_bytes(value: Any) -> bytes:
 
 def jsonl_bytes(rows: Iterable[Mapping[str, Any]]) -> bytes:
     """One JSON object a line."""
-    return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows).encode()
+    return "".join(_on_a_line(row) + "\n" for row in rows).encode()
 
 
 def csv_bytes(rows: Iterable[Sequence[str]]) -> bytes:
