@@ -71,6 +71,7 @@ def work_on(
     csv_sha256: str = "",
     elsewhere: Mapping[File[Any], Path] | None = None,
     pace: Pace | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> Work:
     """The work on the q_id of ``status``; ``opened`` is called only when a step needs the model."""
     return Work(
@@ -85,6 +86,7 @@ def work_on(
         str(status.fingerprint_fields.get("model_identity", "")),
         status.name,
         pace or Pace(1),
+        meanwhile,
     )
 
 

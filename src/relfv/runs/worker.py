@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -44,6 +44,7 @@ class Worker:
     plan: Plan
     model: LanguageModel
     pace: Pace = field(default_factory=lambda: Pace(1))
+    _put_off: Callable[[], None] | None = field(default=None, repr=False)
 
     @staticmethod
     def opened(plan: Plan) -> Worker:
@@ -72,6 +73,21 @@ class Worker:
                 say_outcome(self.plan, q_id, outcome, self.pace.seconds())
                 self.pace.end(lambda i=i: self.plan.n_free(q_ids[i + 1 :]))
                 yield q_id, outcome
+
+    def in_a_pause(self, do: Callable[[], None]) -> None:
+        """Call ``do``: when a GPU computes the next q_id's sweep and this process would wait for it; on a CPU, where it
+        never waits, now. If no sweep comes, it is not called."""
+        self._put_off = do
+        if self.model.backbone.device.type == "cpu":
+            self._pause()
+
+    def _pause(self) -> None:
+        do, self._put_off = self._put_off, None
+        try:
+            if do:
+                do()
+        except Exception as problem:  # no trouble of this q_id, and done again at the end of all
+            log.warning("%s", in_words(problem))
 
     def close(self) -> None:
         """Garbage may be looked for in the model again."""
@@ -122,7 +138,14 @@ class Worker:
         q_id, status.settings = status.q_id, with_extras_of(status, asked)
         relation = plan.relations[q_id]
         status.name = relation.name
-        work = work_on(status, lambda: self.model, relation=relation, csv_sha256=plan.csv_sha256, pace=self.pace)
+        work = work_on(
+            status,
+            lambda: self.model,
+            relation=relation,
+            csv_sha256=plan.csv_sha256,
+            pace=self.pace,
+            meanwhile=self._pause,
+        )
         complete = False
         with ExitStack() as stack:
             try:

@@ -149,6 +149,7 @@ def _sweep(work: Work) -> str:
     known = work.trials_per_pass.get("stepD_cie")
     effects = head_effects(model, prompts, means, heads_to_sweep(model, settings), trials_per_pass=known)
     model.engine.prepare(prompts[:N_TRIALS])  # for the noise floor, while a GPU computes the sweep
+    work.meanwhile()
     scored = score_heads(effects, means, prompts.clusters)
     ranked = rank_heads(scored, settings.score_key)
     deltas = TrialDeltas(effects.heads, {m: effects.effects.delta(m) for m in MEASURES})
