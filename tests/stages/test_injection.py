@@ -64,3 +64,14 @@ def test_summary_numbers_are_with_minus_without_and_population_deviations() -> N
     assert numbers["mean_delta_p"] == pytest.approx(0.375)
     assert numbers["std_delta_p"] == pytest.approx(0.125)
     assert numbers["mean_p_with"] == pytest.approx(0.75)
+
+
+def test_each_layer_of_a_summary_has_the_bits_that_it_has_alone() -> None:
+    def scores(*shape: int) -> TokenScores:
+        return TokenScores(torch.randn(shape), -torch.rand(shape), torch.randint(3, shape))
+
+    torch.manual_seed(0)
+    base, edited, right = scores(19), scores(19, 4), [[n % 3] for n in range(19)]
+    alone = [summaries(Effects(base, edited[:, n : n + 1]), right)[0] for n in range(4)]
+    assert summaries(Effects(base, edited), right) == alone
+    assert alone[2]["std_delta_logit"] == float((edited.logit[:, 2].double() - base.logit.double()).numpy().std())
