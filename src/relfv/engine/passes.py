@@ -122,7 +122,7 @@ def capture_at_tokens(backbone: Backbone, prompts: TokenIds, places: Sequence[Se
 def last_tokens(backbone: Backbone, prompts: TokenIds) -> Callable[[torch.Tensor], torch.Tensor]:
     """Takes (N, P, width) to float32 (N, width) at each prompt's last token."""
     rows = torch.arange(len(prompts), device=backbone.device)
-    last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=backbone.device)
+    last = sent([len(prompt) - 1 for prompt in prompts], backbone.device)
     return lambda values: values[rows.to(values.device), last.to(values.device)].float()
 
 

@@ -170,8 +170,9 @@ def _rows_of_all(work: Work) -> list[dict[str, Any]]:
     """A row a prompt, with room, in its place, for what differs from layer to layer."""
     trials, tokens, base = work.once(evaluated), work.model.tokens, work.once(injections).effects.base
     before, rows = base.measures(), []
-    for i, (question, prompt) in enumerate(zip(trials.questions, trials.prompts, strict=True)):
-        target, top = question.target.token_id, int(base.top_id[i])
+    asked = zip(trials.questions, trials.prompts, base.top_id.tolist(), strict=True)
+    for i, (question, prompt, top) in enumerate(asked):
+        target = question.target.token_id
         row = {
             "idx": i,
             "q_id": question.q_id,

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -51,8 +52,13 @@ class File(Generic[T]):
 
     def is_named(self, name: str, q_id: str) -> bool:
         """Whether ``name``, relative to ``artifacts/``, is this file of some layer."""
-        pattern = re.escape(self.name).replace(r"\{q_id\}", re.escape(q_id)).replace(r"\{layer\}", r"\d+")
-        return re.fullmatch(pattern.replace(r"\*", "[^/]*"), name) is not None
+        return _pattern(self.name, q_id).fullmatch(name) is not None
+
+
+@lru_cache(maxsize=256)
+def _pattern(name: str, q_id: str) -> re.Pattern[str]:
+    pattern = re.escape(name).replace(r"\{q_id\}", re.escape(q_id)).replace(r"\{layer\}", r"\d+")
+    return re.compile(pattern.replace(r"\*", "[^/]*"))
 
 
 def is_of_a_qid(folder: Path) -> bool:
