@@ -3,12 +3,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from transformers import DynamicCache
+from transformers import AttentionMaskInterface, DynamicCache
 
 from parity import assert_close
+from relfv.engine.answers import score_answers
+from relfv.engine.clean import run_clean
 from relfv.engine.prefix import Prefill
 from relfv.language_model import open_model
+from relfv.types import Prompts
 
 PROMPTS = [[5, 6, 7, 8, 9], [11, 12, 13]]
 
@@ -33,3 +37,24 @@ def test_a_prefix_is_what_the_model_caches_without_its_last_blocks_mlp(llama_pat
 
 def _of(cache: Any, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
     return cache.layers[layer].keys, cache.layers[layer].values
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, [PROMPTS[0], PROMPTS[0][::-1]]], ids=["padded", "of one length"])
+def test_no_pass_begins_by_asking_the_device_whether_there_is_padding(
+    llama_path: Path, monkeypatch: pytest.MonkeyPatch, prompts: list[list[int]]
+) -> None:
+    model, asked = open_model(str(llama_path)), list[torch.Tensor]()
+    before = AttentionMaskInterface()["sdpa"]
+
+    def truth(tensor: torch.Tensor) -> bool:
+        asked.append(tensor)
+        return bool(tensor.item())
+
+    with monkeypatch.context() as patched, model.backbone.running():
+        patched.setattr(torch.Tensor, "__bool__", truth)
+        Prefill(model.backbone, prompts).run()
+        run_clean(model.backbone, Prompts(prompts, [5, 6]))
+        score_answers(model.backbone, prompts, [[5, 6], [7]])
+    assert model.backbone.model.config._attn_implementation == "sdpa"
+    assert asked == []
+    assert AttentionMaskInterface()["sdpa"] is before

@@ -10,9 +10,11 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from crashes import Fork
 from folders import arguments, contents, status, write_status
@@ -412,6 +414,35 @@ def test_garbage_is_not_looked_for_in_the_model_while_a_worker_has_it(
     frozen = gc.get_freeze_count()
     worker.close()
     assert frozen > 100_000 > gc.get_freeze_count()
+
+
+def test_what_waits_for_a_pause_is_done_at_once_on_a_cpu_and_while_a_gpu_computes_the_next_sweep(
+    llama_path: Path, csv_path: Path, tmp_path: Path
+) -> None:
+    from relfv.runs.plan import RunRequest, make_plan
+    from relfv.runs.qid import open_for
+    from relfv.runs.worker import Worker
+    from relfv.settings import Settings
+
+    settings = Settings(model=str(llama_path), relation_csv_path=str(csv_path), seed=1, device="cpu")
+    model, seen = open_for(settings), list[set[str]]()
+    worker = Worker(make_plan(RunRequest(settings, ("A1",), tmp_path)), model)
+    artifacts = worker.plan.folder / "A1/artifacts"
+
+    def look() -> None:
+        seen.append({path.name for path in artifacts.rglob("*")})
+        raise ValueError("no trouble of the q_id's")
+
+    worker.in_a_pause(look)
+    assert seen == [set()]
+    worker.model = replace(model, backbone=replace(model.backbone, device=torch.device("meta")))
+    worker.in_a_pause(look)
+    assert len(seen) == 1
+    worker.model = model
+    assert worker.run("A1") == "completed"
+    assert len(seen) == 2
+    assert "qid_A1_clean_mean.pt" in seen[1]
+    assert "trial_metrics.jsonl" not in seen[1]
 
 
 def test_a_damaged_manifest_is_put_aside_and_does_not_stop_a_run(

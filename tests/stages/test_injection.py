@@ -9,7 +9,7 @@ import torch
 from parity import assert_same_scores
 from relfv.errors import InputError
 from relfv.language_model import LanguageModel, open_model
-from relfv.stages.injection import inject_at_every_layer, require_layer, summarize
+from relfv.stages.injection import inject_at_every_layer, require_layer, summaries
 from relfv.types import Effects, Prompts, TokenScores
 
 
@@ -57,10 +57,21 @@ def test_a_vector_of_another_model_is_bad_input(model: LanguageModel, prompts: P
 def test_summary_numbers_are_with_minus_without_and_population_deviations() -> None:
     base = TokenScores(torch.tensor([1.0, 2.0]), torch.tensor([0.25, 0.5]).log(), torch.tensor([7, 3]))
     edited = TokenScores(torch.tensor([[2.0], [5.0]]), torch.tensor([[0.5], [1.0]]).log(), torch.tensor([[7], [8]]))
-    numbers = summarize(Effects(base, edited), [[7], [8]])
+    (numbers,) = summaries(Effects(base, edited), [[7], [8]])
     assert (numbers["acc_base"], numbers["acc_with"], numbers["delta_acc"]) == (0.5, 1.0, 0.5)
     assert numbers["mean_delta_logit"] == 2.0
     assert numbers["std_delta_logit"] == 1.0
     assert numbers["mean_delta_p"] == pytest.approx(0.375)
     assert numbers["std_delta_p"] == pytest.approx(0.125)
     assert numbers["mean_p_with"] == pytest.approx(0.75)
+
+
+def test_each_layer_of_a_summary_has_the_bits_that_it_has_alone() -> None:
+    def scores(*shape: int) -> TokenScores:
+        return TokenScores(torch.randn(shape), -torch.rand(shape), torch.randint(3, shape))
+
+    torch.manual_seed(0)
+    base, edited, right = scores(19), scores(19, 4), [[n % 3] for n in range(19)]
+    alone = [summaries(Effects(base, edited[:, n : n + 1]), right)[0] for n in range(4)]
+    assert summaries(Effects(base, edited), right) == alone
+    assert alone[2]["std_delta_logit"] == float((edited.logit[:, 2].double() - base.logit.double()).numpy().std())

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from relfv.engine.arithmetic import replaced
-from relfv.engine.base import Array, Backbone, TokenIds
+from relfv.engine.base import Array, Backbone, TokenIds, sent, slices
 from relfv.engine.hooks import called_instead, editing_outputs
 from relfv.engine.memory import shrinking
-from relfv.engine.passes import last_hidden, pad_right
+from relfv.engine.passes import last_hidden, masks_without_waiting, pad_right
 from relfv.engine.readout import logprobs
 
 N_TOP = 5
@@ -123,20 +123,21 @@ def _score(
     starts = [len(prompt) - 1 for prompt in prompts]
     hidden = _hidden(backbone, whole, starts, injection)
     # One row for each token of each answer: the hidden state that it is predicted from.
-    rows = torch.cat([hidden[n, starts[n] : starts[n] + len(answer)] for n, answer in enumerate(answers)])
-    tokens = torch.tensor([token for answer in answers for token in answer], device=rows.device)
+    at = [(n, starts[n] + i) for n, answer in enumerate(answers) for i in range(len(answer))]
+    of_prompts, places = (sent(numbers, hidden.device) for numbers in zip(*at, strict=True))
+    rows, tokens = hidden[of_prompts, places], sent([t for answer in answers for t in answer], hidden.device)
     ends = list(itertools.accumulate(len(answer) for answer in answers))
     begins = [0, *ends[:-1]]
-    is_first = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
-    is_first[begins] = True
     parts = []
-    chunks = zip(*(values.split(_TOKENS_A_CHUNK) for values in (rows, tokens, is_first)), strict=True)
-    for some, wanted, first in chunks:
-        of_all = logprobs(backbone, some)
-        its_own = of_all.gather(1, wanted[:, None])
+    for some in slices(len(rows), _TOKENS_A_CHUNK):
+        of_all = logprobs(backbone, rows[some])
+        its_own = of_all.gather(1, tokens[some, None])
         # Ranks and the best of first tokens alone: of all they would cost as much as the logits.
-        rank = 1 + (of_all[first] > its_own[first]).sum(1)
-        best = of_all[first].topk(N_TOP)
+        firsts = torch.tensor([n - some.start for n in begins if some.start <= n < some.stop], dtype=torch.int64)
+        firsts = sent(firsts, hidden.device)
+        of_firsts = of_all[firsts]
+        rank = 1 + (of_firsts > its_own[firsts]).sum(1)
+        best = of_firsts.topk(N_TOP)
         parts.append((its_own[:, 0], of_all.argmax(-1), rank, best.indices, best.values.exp()))
     logprob, likeliest, rank, top_ids, top_p = (torch.cat(part).tolist() for part in zip(*parts, strict=True))
     per_answer = [likeliest[begin:end] for begin, end in zip(begins, ends, strict=True)]
@@ -178,7 +179,8 @@ def _written(
         texts = [[*prompts[n], *written[n]] for n in going]
         starts = [len(prompts[n]) - 1 for n in going]
         hidden = _hidden(backbone, texts, starts, injection and injection.of(going))
-        last = hidden[torch.arange(len(going)), [len(text) - 1 for text in texts]]
+        rows, ends = (sent(numbers, hidden.device) for numbers in (range(len(going)), [len(t) - 1 for t in texts]))
+        last = hidden[rows, ends]
         for n, token in zip(going, logprobs(backbone, last).argmax(-1).tolist(), strict=True):
             written[n].append(token)
     return written
@@ -187,7 +189,8 @@ def _written(
 def _hidden(backbone: Backbone, texts: TokenIds, starts: Sequence[int], injection: Injection | None) -> torch.Tensor:
     """Final normed hidden states (N, P, resid_dim), the vector added at every token from ``starts[n]`` on."""
     ids, mask, _ = pad_right(texts, backbone.device)
-    with _adding(backbone, starts, injection):
+    is_padded = len({*map(len, texts)}) > 1
+    with _adding(backbone, starts, injection), masks_without_waiting(is_padded=is_padded):
         return backbone.decoder(input_ids=ids, attention_mask=mask, use_cache=False)[0]
 
 
@@ -195,8 +198,8 @@ def _adding(backbone: Backbone, starts: Sequence[int], injection: Injection | No
     if injection is None:
         return nullcontext()
     place = backbone.device_of(injection.layer)
-    vectors = torch.as_tensor(injection.vector).to(place).reshape(-1, 1, injection.vector.shape[-1])
-    begin = torch.tensor(list(starts), device=place)
+    vectors = sent(injection.vector, place).reshape(-1, 1, injection.vector.shape[-1])
+    begin = sent(starts, place)
 
     def add(hidden: torch.Tensor) -> torch.Tensor:
         on = torch.arange(hidden.shape[1], device=hidden.device)[None] >= begin[:, None]

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from transformers import AttentionMaskInterface
 
 from relfv.engine.arithmetic import leaving_out_padding
 from relfv.engine.base import Backbone, TokenIds, sent
@@ -35,10 +37,36 @@ def _real(lengths: Sequence[int], width: int) -> npt.NDArray[np.bool_]:
 
 def padding_of(ids: torch.Tensor, lengths: Sequence[int]) -> Callable[[], AbstractContextManager[None]]:
     """Contexts: while one is open, products of passes over ``ids`` (N, P) need not be made for what is beyond each
-    row's length."""
+    row's length, and nobody asks the device whether there is such."""
     n, width = ids.shape
     places = sent(_real(lengths, width).ravel().nonzero()[0], ids.device)
-    return lambda: leaving_out_padding((n, width), places)
+
+    @contextmanager
+    def known() -> Iterator[None]:
+        with leaving_out_padding((n, width), places), masks_without_waiting(is_padded=min(lengths) < width):
+            yield
+
+    return known
+
+
+@contextmanager
+def masks_without_waiting(*, is_padded: bool) -> Iterator[None]:
+    """While open, passes are over batches with padding, or without. Where attention is SDPA transformers looks into the
+    mask for that, and so waits for all that is queued on the device."""
+    registered = AttentionMaskInterface()["sdpa"]
+
+    def mask(
+        *args: Any, attention_mask: torch.Tensor | None = None, allow_is_causal_skip: bool = True, **given: Any
+    ) -> torch.Tensor | None:
+        attention_mask = attention_mask if is_padded else None
+        may_skip = allow_is_causal_skip and not is_padded
+        return registered(*args, attention_mask=attention_mask, allow_is_causal_skip=may_skip, **given)
+
+    AttentionMaskInterface.register("sdpa", mask)
+    try:
+        yield
+    finally:
+        AttentionMaskInterface.register("sdpa", registered)
 
 
 def last_hidden(backbone: Backbone, prompts: TokenIds) -> torch.Tensor:
@@ -102,7 +130,7 @@ def capture_at_tokens(backbone: Backbone, prompts: TokenIds, places: Sequence[Se
 def last_tokens(backbone: Backbone, prompts: TokenIds) -> Callable[[torch.Tensor], torch.Tensor]:
     """Takes (N, P, width) to float32 (N, width) at each prompt's last token."""
     rows = torch.arange(len(prompts), device=backbone.device)
-    last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=backbone.device)
+    last = sent([len(prompt) - 1 for prompt in prompts], backbone.device)
     return lambda values: values[rows.to(values.device), last.to(values.device)].float()
 
 

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.artist import Artist
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.path import Path as Outline
-from matplotlib.transforms import Affine2D
+from matplotlib.transforms import Affine2D, Bbox
 
 SCREEN_DPI = 110.0
 Points = Sequence[tuple[float, float]]
@@ -31,6 +31,9 @@ _RC: dict[Any, Any] = {
     "svg.hashsalt": "relfv",
     "text.hinting": "none",  # a fifth of the time
 }
+_kept: dict[Any, Any] = {}
+"""Pictures of pages with nothing on them but words that stand on other pages, too, by what and where those are."""
+_MOST_KEPT = 8
 
 
 class Canvas:
@@ -40,6 +43,8 @@ class Canvas:
         """Points; ``title`` and ``about`` go into the file's metadata."""
         self.width, self.height, self.title, self.about = width, height, title, about
         self._strokes: list[Callable[[Any, float], None]] = []
+        self._lasting: dict[Callable[[Any, float], None], Any] = {}
+        """Of the strokes those of other pages, too, with what they depend on."""
 
     def rectangle(self, x: float, y: float, wide: float, high: float, **style: Any) -> None:
         """A box, with ``face`` and ``edge`` colours as they are given; see ``line`` for the rest."""
@@ -104,10 +109,11 @@ class Canvas:
 
     def words(
         self, x: float, y: float, text: str, size: float = 8.0, *, align: float = 0.0, up: bool = False,
-        colour: str = "black",
+        colour: str = "black", lasting: bool = False,
     ) -> None:  # fmt: skip
         """``text`` on a baseline through (x, y); ``align`` 0 begins there, 0.5 is centred, 1 ends there; ``up`` turns
-        it to read upwards."""
+        it to read upwards. ``lasting`` is for what touches nothing else and is the same on page after page: PNGs have
+        it drawn once, since words are half of what a picture takes."""
         font, text, before = _font(size), _drawable(text), align * text_width(text, size)
 
         def stroke(renderer: Any, scale: float) -> None:
@@ -120,12 +126,29 @@ class Canvas:
             pen.restore()
 
         self._strokes.append(stroke)
+        if lasting:
+            self._lasting[stroke] = x, y, text, size, align, up, colour
 
     def stroke(self, renderer: Any) -> None:
         """Draw it all."""
         scale = renderer.points_to_pixels(1.0)
+        drawn = self._begin(renderer, scale) if isinstance(renderer, RendererAgg) else {}
         for stroke in self._strokes:
-            stroke(renderer, scale)
+            if stroke not in drawn:
+                stroke(renderer, scale)
+
+    def _begin(self, renderer: RendererAgg, scale: float) -> Mapping[Callable[[Any, float], None], Any]:
+        """Begin with a picture of the lasting words. -> these."""
+        page = renderer.width, renderer.height, scale, *self._lasting.values()
+        if page in _kept:
+            renderer.restore_region(_kept[page])
+        else:
+            for stroke in self._lasting:
+                stroke(renderer, scale)
+            if len(_kept) >= _MOST_KEPT:
+                _kept.clear()
+            _kept[page] = renderer.copy_from_bbox(Bbox.from_bounds(0, 0, renderer.width, renderer.height))
+        return self._lasting
 
     def to_bytes(self, kind: str = "png", *, dpi: float = SCREEN_DPI) -> bytes:
         """The page as ``png``, ``svg`` or ``pdf``; ``dpi`` is that of PNGs, and of cells in the other two."""
@@ -172,6 +195,7 @@ def _glyphs() -> Mapping[int, int]:
     return get_font(findfont(_font(10.0))).get_charmap()
 
 
+@lru_cache(maxsize=4096)
 def _drawable(text: str) -> str:
     """With a mark for what Matplotlib's own font lacks, or would take for the end of a line."""
     return "".join(char if ord(char) in _glyphs() and char.isprintable() else _NO_GLYPH for char in text)
@@ -185,6 +209,7 @@ def _advance(char: str) -> float:
     return font.load_char(ord(char)).linearHoriAdvance / 65536 / 10.0
 
 
+@lru_cache(maxsize=4096)
 def text_width(text: str, size: float) -> float:
     """Points, without kerning: to let Matplotlib lay a text out only to learn its width costs as much as drawing it."""
     return size * sum(map(_advance, _drawable(text)))

@@ -85,6 +85,7 @@ def work_on(
     relation: Relation | None = None,
     csv_sha256: str = "",
     pace: Pace | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> Work:
     """The work on the q_id of ``status``; ``opened`` is called only when a step needs the model."""
     return Work(
@@ -99,6 +100,7 @@ def work_on(
         str(status.fingerprint_fields.get("model_identity", "")),
         status.name,
         pace or Pace(1),
+        meanwhile,
     )
 
 

@@ -205,7 +205,11 @@ def _run_todo(
             outcomes[q_id] = outcome
             if outcome == "completed":
                 unchanged.note(q_id, unchanged.state(q_id, plan.asked(q_id)))
-            if len(outcomes) < len(todo):  # after the last the manifest comes first
+            if len(outcomes) == len(todo):  # after the last the manifest comes first
+                continue
+            if isinstance(workers, Worker):
+                workers.in_a_pause(so_far.write_what_is_due)
+            else:
                 so_far.write_what_is_due()
     write_manifest(plan.own(MANIFEST), {**description, "finished_at": now(), "outcomes": outcomes})
     if not plan.request.shard:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from relfv.errors import RelfvError
+from relfv.errors import RelfvError, in_words
 from relfv.logs import logging_to
 from relfv.models.context import TooLong
 from relfv.models.memory import share_cards
@@ -25,7 +25,7 @@ from relfv.report.sections import MOST_ON_ONE_PAGE, write_own_page
 from relfv.runs.figure import add_figures
 from relfv.runs.manifest import model_description
 from relfv.runs.plan import Plan
-from relfv.runs.qid import add_requests, in_words, its_own_trouble, open_for, run_qid, settling, with_extras_of, work_on
+from relfv.runs.qid import add_requests, its_own_trouble, open_for, run_qid, settling, with_extras_of, work_on
 from relfv.runs.rehearsal import require_enough_heads
 from relfv.runs.reuse import reuse_step_d
 from relfv.stages.table import asked_for, shares
@@ -44,6 +44,7 @@ class Worker:
     plan: Plan
     model: LanguageModel
     pace: Pace = field(default_factory=lambda: Pace(1))
+    _put_off: Callable[[], None] | None = field(default=None, repr=False)
 
     @staticmethod
     def opened(plan: Plan) -> Worker:
@@ -78,6 +79,21 @@ class Worker:
         from relfv.models.devices import still_computes
 
         return still_computes(self.model.backbone.device)
+
+    def in_a_pause(self, do: Callable[[], None]) -> None:
+        """Call ``do``: when a GPU computes the next q_id's sweep and this process would wait for it; on a CPU, where it
+        never waits, now. If no sweep comes, it is not called."""
+        self._put_off = do
+        if self.model.backbone.device.type == "cpu":
+            self._pause()
+
+    def _pause(self) -> None:
+        do, self._put_off = self._put_off, None
+        try:
+            if do:
+                do()
+        except Exception as problem:  # no trouble of this q_id, and done again at the end of all
+            log.warning("%s", in_words(problem))
 
     def close(self) -> None:
         """Garbage may be looked for in the model again."""
@@ -128,7 +144,14 @@ class Worker:
         q_id, status.settings = status.q_id, with_extras_of(status, asked)
         relation = plan.relations[q_id]
         status.name = relation.name
-        work = work_on(status, lambda: self.model, relation=relation, csv_sha256=plan.csv_sha256, pace=self.pace)
+        work = work_on(
+            status,
+            lambda: self.model,
+            relation=relation,
+            csv_sha256=plan.csv_sha256,
+            pace=self.pace,
+            meanwhile=self._pause,
+        )
         complete = False
         with ExitStack() as stack:
             try:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,7 @@ from relfv.errors import InputError, RunError
 from relfv.settings import MODEL_SETTINGS, Settings, parse_index_list
 from relfv.stages.means import MEANS
 from relfv.stages.noise_floor import N_TRIALS, NOISE_FLOOR, measure_noise_floor, noise_floor_document
-from relfv.stages.scores import AIE, CIE, aie_bytes, cie_bytes, rank_heads, score_heads
+from relfv.stages.scores import AIE, CIE, aie_bytes, cells_of, cie_bytes, rank_heads, score_heads
 from relfv.stages.stage import Finding, Stage, Work
 from relfv.stages.trials import TRIALS
 from relfv.store.folder import File, QidFolder
@@ -109,16 +108,22 @@ def _metrics_bytes(q_id: str, effects: HeadEffects, target_ids: Sequence[int]) -
     heads = [f'"layer": {head.layer}, "head": {head.head}' for head in effects.heads]
     parts = []
     for trial_idx, target in enumerate(target_ids):
-        row = [f'{{"q_id": {json.dumps(q_id)}, "trial_idx": {trial_idx}, %s, "target_id": {target}']
-        columns: list[list[str]] = []
+        of_row = [f'{{"q_id": {json.dumps(q_id)}, "trial_idx": {trial_idx}, ', heads, f', "target_id": {target}']
         for m in MEASURES:
             before, after = base[m][trial_idx], patched[m][trial_idx]
             require_finite(after, f"{METRICS.name}, trial {trial_idx}, {m}")
-            row.append(f'"{m}_base": {digits(before[None])[0]}, "{m}_patch": %s, "delta_{m}": %s')
-            columns += [digits(after), digits(after - before)]
-        trial = (", ".join(row) + "}\n") * len(heads)
-        parts.append(trial % tuple(chain.from_iterable(zip(heads, *columns, strict=True))))
+            of_row += [f', "{m}_base": {digits(before[None])[0]}, "{m}_patch": ', digits(after)]
+            of_row += [f', "delta_{m}": ', digits(after - before)]
+        parts.append(_rows([*of_row, "}\n"], len(heads)))
     return "".join(parts).encode()
+
+
+def _rows(parts: Sequence[str | list[str]], n: int) -> str:
+    """``n`` rows, put together from texts that all share and columns of their own."""
+    cells = [""] * (n * len(parts))
+    for i, part in enumerate(parts):
+        cells[i :: len(parts)] = [part] * n if isinstance(part, str) else part
+    return "".join(cells)
 
 
 def require_finite(values: np.ndarray, where: str) -> None:
@@ -144,12 +149,14 @@ def _sweep(work: Work) -> str:
     known = work.trials_per_pass.get("stepD_cie")
     effects = head_effects(model, prompts, means, heads_to_sweep(model, settings), trials_per_pass=known)
     model.engine.prepare(prompts[:N_TRIALS])  # for the noise floor, while a GPU computes the sweep
+    work.meanwhile()
     scored = score_heads(effects, means, prompts.clusters)
     ranked = rank_heads(scored, settings.score_key)
     deltas = TrialDeltas(effects.heads, {m: effects.effects.delta(m) for m in MEASURES})
     work.write(METRICS, _metrics_bytes(work.q_id, effects, prompts.targets), content=deltas)
-    work.write(CIE, cie_bytes(work.q_id, scored), content=scored)
-    work.write(AIE, aie_bytes(ranked), content=[replace(head, n_trials=0) for head in ranked])  # the file has none
+    cells, without_number = cells_of(scored), [replace(head, n_trials=0) for head in ranked]
+    work.write(CIE, cie_bytes(work.q_id, scored, cells), content=scored)
+    work.write(AIE, aie_bytes(ranked, cells), content=without_number)
     floor = measure_noise_floor(model, prompts, means, effects, ranked)
     per_pass = effects.effects.per_pass
     facts = model.facts()

@@ -14,7 +14,7 @@ from relfv.settings import MODEL_SETTINGS
 from relfv.stages.cie import METRICS, corrupted_prompts
 from relfv.stages.head_evidence import evidence_of_head, evidence_of_list, head_entry
 from relfv.stages.head_stability import HEAD_STABILITY, head_stability, stability_document
-from relfv.stages.injection import TOKEN_RULE, Injections, inject_at_every_layer, length, summarize
+from relfv.stages.injection import TOKEN_RULE, Injections, inject_at_every_layer, length, summaries
 from relfv.stages.leave_query_out import with_error_of_means
 from relfv.stages.means import MEANS, clean_run
 from relfv.stages.noise_floor import NOISE_FLOOR
@@ -205,8 +205,8 @@ def _quick_check(work: Work, injections: Injections) -> dict[str, Any]:
     """The vector added at each layer to the frozen corrupted prompts, and the untouched prompts for reference."""
     model, right = work.model, work.once(corrupted_prompts).right
     per_layer = {}
-    for layer in range(model.arch.n_layers):
-        numbers = summarize(injections.at_layer(layer), right)
+    for layer, numbers in enumerate(summaries(injections.effects, right)):
+        injections.require_sound(layer)
         kept = {name: numbers[name] for name in ("mean_delta_logit", "mean_delta_p", "acc_with")}
         per_layer[str(layer)] = {**kept, "n": len(right)}
     overall = {

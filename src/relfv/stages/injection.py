@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -32,29 +33,38 @@ class Injections:
     """Whether the vector is large enough that some logit must change: float32 rightly swallows a vector a millionth of
     the residual stream's size."""
 
-    @property
+    @cached_property
     def hidden(self) -> np.ndarray:
         """float64 (layer,): mean over prompts of the length of the untouched hidden state after each layer."""
         assert self.effects.lengths is not None
         return self.effects.lengths.double().mean(0).numpy()
 
     def at_layer(self, layer: int) -> Effects:
-        """Effects with fields (prompt,) without and (prompt, 1) with the vector at ``layer``.
+        """Effects with fields (prompt,) without and (prompt, 1) with the vector at ``layer``. Raises as
+        ``require_sound``."""
+        self.require_sound(layer)
+        return replace(self.effects, edited=self.effects.edited[:, layer : layer + 1])
 
-        Raises RunError for infinite or NaN logits, and if a vector that is not small changed nothing.
-        """
-        effects = replace(self.effects, edited=self.effects.edited[:, layer : layer + 1])
-        if not effects.edited.logit.isfinite().all():
+    def require_sound(self, layer: int) -> None:
+        """Raise RunError for infinite or NaN logits at ``layer``, and if a vector that is not small changed nothing."""
+        if not self._finite[layer]:
             raise RunError(
                 f"adding the vector at layer {layer} gives NaN or infinite logits; expected finite numbers, so use a "
                 "smaller --alpha (fp16 overflows in some models: --dtype bf16, or --precision exact)"
             )
-        if self.noticeable and effects.edited.logit[:, 0].equal(effects.base.logit):
+        if self.noticeable and self._unmoved[layer]:
             raise RunError(
                 f"injecting at layer {layer} changed no logit of any prompt although the vector is not small: "
                 "the edit did not reach the model"
             )
-        return effects
+
+    @cached_property
+    def _finite(self) -> list[bool]:
+        return self.effects.edited.logit.isfinite().all(0).tolist()
+
+    @cached_property
+    def _unmoved(self) -> list[bool]:
+        return (self.effects.edited.logit == self.effects.base.logit[:, None]).all(0).tolist()
 
 
 def inject_at_every_layer(
@@ -86,24 +96,33 @@ def require_layer(model: LanguageModel, edit_layer: int) -> None:
         raise InputError(f"--edit_layer {edit_layer}: {model.name} has layers 0 to {n_layers - 1}")
 
 
-def summarize(effects: Effects, right: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Accuracy (the most probable token is among those that are ``right``) and measures, without and with the vector,
-    over prompts.
+def summaries(effects: Effects, right: Sequence[Sequence[int]]) -> list[dict[str, float]]:
+    """For each column of ``effects.edited``, such as a layer: accuracy (the most probable token is among those that are
+    ``right``) and measures, without and with the vector, over prompts.
 
-    ``effects.edited`` has one column. ``delta_*`` is with minus without; standard deviations are of the population.
+    ``delta_*`` is with minus without; standard deviations are of the population.
     """
-    base, edited = effects.base, effects.edited[:, 0]
-    correct_base, correct_with = base.correct(right), edited.correct(right)
-    numbers = {
-        "acc_base": float(correct_base.mean()),
-        "acc_with": float(correct_with.mean()),
-        "delta_acc": float((correct_with - correct_base).mean()),
+    base, edited = effects.base, effects.edited
+    correct_base, correct_with = base.correct(right), _by_column(edited.correct(right))
+    columns = {
+        "acc_base": correct_base.mean(),
+        "acc_with": correct_with.mean(1),
+        "delta_acc": (correct_with - correct_base).mean(1),
     }
     for m in MEASURES:
-        without, with_it = base.measure(m), edited.measure(m)
-        delta = with_it - without
-        numbers[f"mean_{m}_base"] = float(without.mean())
-        numbers[f"mean_{m}_with"] = float(with_it.mean())
-        numbers[f"mean_delta_{m}"] = float(delta.mean())
-        numbers[f"std_delta_{m}"] = float(delta.std())
-    return numbers
+        without, with_it = base.measure(m), _by_column(edited.measure(m))
+        with np.errstate(invalid="ignore"):  # a layer of infinite logits is refused in its turn
+            delta = with_it - without
+        columns |= {
+            f"mean_{m}_base": without.mean(),
+            f"mean_{m}_with": with_it.mean(1),
+            f"mean_delta_{m}": delta.mean(1),
+            f"std_delta_{m}": delta.std(1),
+        }
+    rows = zip(*(np.broadcast_to(values, len(correct_with)).tolist() for values in columns.values()), strict=True)
+    return [dict(zip(columns, row, strict=True)) for row in rows]
+
+
+def _by_column(values: np.ndarray) -> np.ndarray:
+    """(prompt, column) -> (column, prompt), laid out so that each column is summed as if it were alone."""
+    return np.ascontiguousarray(values.T)

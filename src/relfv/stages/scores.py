@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -123,25 +123,20 @@ AIE = File("aie_scores.csv", read_scores)
 """Over the q_ids of the run, here one, best first."""
 
 
-def cie_bytes(q_id: str, scored: Sequence[ScoredHead]) -> bytes:
+def cells_of(scored: Sequence[ScoredHead]) -> dict[HeadId, list[str]]:
+    """By head its numbers as both tables have them, in the order of COLUMNS."""
+    flat = digits(np.array([[head.scores[name] for name in COLUMNS] for head in scored]).ravel())
+    starts = range(0, len(flat), len(COLUMNS))
+    return {head.id: flat[start : start + len(COLUMNS)] for head, start in zip(scored, starts, strict=True)}
+
+
+def cie_bytes(q_id: str, scored: Sequence[ScoredHead], cells: Mapping[HeadId, list[str]]) -> bytes:
     """cie_scores.csv: a row a head, in layer, head order."""
-    rows = (
-        [q_id, str(head.id.layer), str(head.id.head), str(head.n_trials), *numbers]
-        for head, numbers in zip(scored, _numbers(scored), strict=True)
-    )
+    rows = ([q_id, str(head.id.layer), str(head.id.head), str(head.n_trials), *cells[head.id]] for head in scored)
     return csv_bytes([["q_id", "layer", "head", "n_trials", *COLUMNS], *rows])
 
 
-def aie_bytes(ranked: Sequence[ScoredHead]) -> bytes:
+def aie_bytes(ranked: Sequence[ScoredHead], cells: Mapping[HeadId, list[str]]) -> bytes:
     """aie_scores.csv: the same heads, in the order of ``ranked``."""
-    rows = (
-        [str(head.id.layer), str(head.id.head), "1", *numbers]
-        for head, numbers in zip(ranked, _numbers(ranked), strict=True)
-    )
+    rows = ([str(head.id.layer), str(head.id.head), "1", *cells[head.id]] for head in ranked)
     return csv_bytes([["layer", "head", "n_qid", *COLUMNS], *rows])
-
-
-def _numbers(scored: Sequence[ScoredHead]) -> Iterator[list[str]]:
-    """A row a head, in the order of COLUMNS."""
-    flat = digits(np.array([[head.scores[name] for name in COLUMNS] for head in scored]).ravel())
-    return (flat[start : start + len(COLUMNS)] for start in range(0, len(flat), len(COLUMNS)))

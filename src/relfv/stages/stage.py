@@ -46,6 +46,8 @@ class Work:
     """The relation in words, where there are some."""
     pace: Pace = field(default_factory=lambda: Pace(1))
     """Is told which stage runs."""
+    meanwhile: Callable[[], None] = lambda: None
+    """Called once by a stage while a GPU computes for long and the host would wait: what others left for then."""
     _made: dict[Callable[..., Any], Any] = field(default_factory=dict, repr=False)
 
     @property

@@ -8,11 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from relfv.settings import MODEL_SETTINGS
 from relfv.stages.function_vector import FV
-from relfv.stages.injection import TOKEN_RULE, Injections, inject_at_every_layer, length, summarize
+from relfv.stages.injection import TOKEN_RULE, Injections, inject_at_every_layer, length, summaries
 from relfv.stages.stage import Finding, Stage, Work
 from relfv.stages.zeroshot import ZERO_SHOT_TRIALS, evaluated, evaluated_prompts
 from relfv.store.files import make_folders
@@ -20,6 +20,9 @@ from relfv.store.folder import File, QidFolder
 from relfv.store.formats import json_bytes, jsonl_bytes, read_json, read_jsonl
 from relfv.store.status import QidStatus
 from relfv.types import MEASURES, Effects
+
+if TYPE_CHECKING:
+    import numpy as np
 
 PREFIX = "step6_layer_"
 """Of the stage's name at each layer."""
@@ -68,9 +71,9 @@ def injections(work: Work) -> Injections:
 
 
 def _inject(work: Work, layer: int) -> str:
-    effects, prompts = work.once(injections).at_layer(layer), work.once(evaluated_prompts)
-    numbers = summarize(effects, prompts.right)
-    rows = _rows(work, effects)
+    work.once(injections).require_sound(layer)
+    numbers = work.once(_summaries)[layer]
+    rows = _rows(work, layer)
     summary = {
         "n_eval": len(rows),
         "requested_n_eval": work.settings.n_eval,
@@ -82,7 +85,7 @@ def _inject(work: Work, layer: int) -> str:
         "config": meta,
         "fv": {"shape": list(fv.shape), "norm": meta["fv_norm"]},
         "summary": summary,
-        "per_qid": _per_qid(work, effects, numbers),
+        "per_qid": _per_qid(work, layer, numbers),
         "metadata": {
             "trials": [question.trial_id for question in work.once(evaluated).questions],
             "fv_global_path": work.folder.path(FV).name,
@@ -91,36 +94,48 @@ def _inject(work: Work, layer: int) -> str:
         "results": rows,
     }
     _write(work, layer, results=results, summary=summary, rows=rows, meta=meta)
-    work.trials_per_pass["step6"] = effects.per_pass
+    work.trials_per_pass["step6"] = work.once(injections).effects.per_pass
     return f"layer {layer}: P {numbers['mean_p_base']:.3f} -> {numbers['mean_p_with']:.3f}"
 
 
-def _per_qid(work: Work, effects: Effects, of_all: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _summaries(work: Work) -> list[dict[str, float]]:
+    """Of each layer."""
+    return summaries(work.once(injections).effects, work.once(evaluated_prompts).right)
+
+
+def _per_qid(work: Work, layer: int, of_all: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The summary of each q_id's prompts: of one q_id here, ``of_all``; of more in snapshots of other tools."""
     right, q_ids = work.once(evaluated_prompts).right, [q.q_id for q in work.once(evaluated).questions]
     if len(set(q_ids)) == 1:
         return {q_ids[0]: {"n_eval": len(q_ids), **of_all}}
-    parts = {}
+    parts, effects = {}, work.once(injections).at_layer(layer)
     for q_id in dict.fromkeys(q_ids):
         rows = [i for i, other in enumerate(q_ids) if other == q_id]
         part = Effects(base=effects.base[rows], edited=effects.edited[rows])
-        parts[q_id] = {"n_eval": len(rows), **summarize(part, [right[i] for i in rows])}
+        parts[q_id] = {"n_eval": len(rows), **summaries(part, [right[i] for i in rows])[0]}
     return parts
 
 
 def _meta(work: Work, layer: int) -> dict[str, Any]:
-    settings, facts, norm = work.settings, work.model.facts(), length(work.read(FV))
-    hidden = float(work.once(injections).hidden[layer])
+    meta = work.once(_meta_of_all)
+    norm, hidden = meta["fv_norm"], float(work.once(injections).hidden[layer])
+    share = abs(work.settings.alpha) * norm / hidden if hidden else None
+    return meta | {"edit_layer": layer, "mean_norm_hidden": hidden, "share_of_hidden": share}
+
+
+def _meta_of_all(work: Work) -> dict[str, Any]:
+    """With room, in its place, for what differs from layer to layer."""
+    settings, facts = work.settings, work.model.facts()
     return {
         "model": facts["model"],
         "model_spec": facts["model_spec"],
-        "edit_layer": layer,
+        "edit_layer": None,
         "alpha": settings.alpha,
         "seed": settings.seed,
         "token_position_rule": TOKEN_RULE,
-        "fv_norm": norm,
-        "mean_norm_hidden": hidden,
-        "share_of_hidden": abs(settings.alpha) * norm / hidden if hidden else None,
+        "fv_norm": length(work.read(FV)),
+        "mean_norm_hidden": None,
+        "share_of_hidden": None,
         **{name: facts[name] for name in ("dtype", "quant", "precision", "engine", "device")},
         "n_eval": len(work.once(evaluated).questions),
         "requested_n_eval": settings.n_eval,
@@ -128,13 +143,36 @@ def _meta(work: Work, layer: int) -> dict[str, Any]:
     }
 
 
-def _rows(work: Work, effects: Effects) -> list[dict[str, Any]]:
-    trials, tokens = work.once(evaluated), work.model.tokens
-    base, edited = effects.base, effects.edited[:, 0]
-    before, after = base.measures(), edited.measures()
+def _rows(work: Work, layer: int) -> list[dict[str, Any]]:
+    tokens, tops = work.model.tokens, work.once(injections).effects.edited.top_id[:, layer].tolist()
+    after = {m: values[:, layer].tolist() for m, values in work.once(_edited).items()}
     rows = []
-    for i, (question, prompt) in enumerate(zip(trials.questions, trials.prompts, strict=True)):
-        target, top_base, top_with = question.target.token_id, int(base.top_id[i]), int(edited.top_id[i])
+    for i, (question, row, top) in enumerate(
+        zip(work.once(evaluated).questions, work.once(_rows_of_all), tops, strict=True)
+    ):
+        its = {
+            "pred_id_with": top,
+            "pred_token_with": tokens.text(top),
+            "accuracy_with": int(top in question.right_ids),
+        }
+        for m, values in after.items():
+            its |= {f"{m}_with": values[i], f"delta_{m}": values[i] - row[f"{m}_base"]}
+        rows.append(row | its)
+    return rows
+
+
+def _edited(work: Work) -> dict[str, np.ndarray]:
+    """Measures with the vector, (prompt, layer)."""
+    return work.once(injections).effects.edited.measures()
+
+
+def _rows_of_all(work: Work) -> list[dict[str, Any]]:
+    """A row a prompt, with room, in its place, for what differs from layer to layer."""
+    trials, tokens, base = work.once(evaluated), work.model.tokens, work.once(injections).effects.base
+    before, rows = base.measures(), []
+    asked = zip(trials.questions, trials.prompts, base.top_id.tolist(), strict=True)
+    for i, (question, prompt, top) in enumerate(asked):
+        target = question.target.token_id
         row = {
             "idx": i,
             "q_id": question.q_id,
@@ -143,16 +181,15 @@ def _rows(work: Work, effects: Effects) -> list[dict[str, Any]]:
             "answer": question.answer,
             "target_id": target,
             "target_token": tokens.text(target),
-            "pred_id_base": top_base,
-            "pred_id_with": top_with,
-            "pred_token_base": tokens.text(top_base),
-            "pred_token_with": tokens.text(top_with),
-            "accuracy_base": int(top_base in question.right_ids),
-            "accuracy_with": int(top_with in question.right_ids),
+            "pred_id_base": top,
+            "pred_id_with": None,
+            "pred_token_base": tokens.text(top),
+            "pred_token_with": None,
+            "accuracy_base": int(top in question.right_ids),
+            "accuracy_with": None,
         }
         for m in sorted(MEASURES):
-            row |= {f"{m}_base": float(before[m][i]), f"{m}_with": float(after[m][i])}
-            row[f"delta_{m}"] = row[f"{m}_with"] - row[f"{m}_base"]
+            row |= {f"{m}_base": float(before[m][i]), f"{m}_with": None, f"delta_{m}": None}
         rows.append(row)
     return rows
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -51,8 +52,13 @@ class File(Generic[T]):
 
     def is_named(self, name: str, q_id: str) -> bool:
         """Whether ``name``, relative to ``artifacts/``, is this file of some layer."""
-        pattern = re.escape(self.name).replace(r"\{q_id\}", re.escape(q_id)).replace(r"\{layer\}", r"\d+")
-        return re.fullmatch(pattern.replace(r"\*", "[^/]*"), name) is not None
+        return _pattern(self.name, q_id).fullmatch(name) is not None
+
+
+@lru_cache(maxsize=256)
+def _pattern(name: str, q_id: str) -> re.Pattern[str]:
+    pattern = re.escape(name).replace(r"\{q_id\}", re.escape(q_id)).replace(r"\{layer\}", r"\d+")
+    return re.compile(pattern.replace(r"\*", "[^/]*"))
 
 
 def is_of_a_qid(folder: Path) -> bool:
@@ -103,7 +109,10 @@ class QidFolder:
         if file in self.elsewhere:
             return self.elsewhere[file]
         path = self.artifacts / file.named(self.q_id, layer)
-        return next(iter(sorted(path.parent.glob(path.name))), path) if "*" in file.name else path
+        if "*" in file.name:
+            return next(iter(sorted(path.parent.glob(path.name))), path)
+        self._located[file, layer] = path
+        return path
 
     def locate(self, file: File[Any], layer: int | None, name: str) -> Path:
         """Say which name the ``*`` of a file stands for. -> its path."""
@@ -161,7 +170,8 @@ class QidFolder:
     def hashes(self, paths: Iterable[Path]) -> dict[str, str]:
         """Path relative to ``artifacts/`` -> sha256, of the bytes that this process has written or read there, which
         need not be read for it once more, or else of the file's."""
-        return {str(path.relative_to(self.artifacts)): self._digests.get(path) or require_hash(path) for path in paths}
+        inside = f"{self.artifacts}/"
+        return {str(path).removeprefix(inside): self._digests.get(path) or require_hash(path) for path in paths}
 
     @contextmanager
     def locked(self) -> Iterator[None]:

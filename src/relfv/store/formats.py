@@ -26,7 +26,8 @@ from relfv.store.files import read_bytes, sha256_bytes
 
 _INDENTED = orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE
 _INDENTED |= orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME
-_SMALL_OR_LARGE = re.compile(rb"(\A| )(-?(?:0\.0000\d+|\d[\d.]*e-?\d+))(?=,?\n)")
+_on_a_line = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+_SMALL_OR_LARGE = re.compile(rb" (-?(?:0\.0000\d+|\d[\d.]*e-?\d+))(?=,?\n)")
 
 
 def json_bytes(value: Any) -> bytes:
@@ -38,12 +39,12 @@ def json_bytes(value: Any) -> bytes:
     if b"null" in data:  # may have been NaN
         json.dumps(value, allow_nan=False)
     # A line that ends in a digit is a number's. Very small and large ones as Python writes them: 1e-05, not 0.00001.
-    return _SMALL_OR_LARGE.sub(lambda found: found[1] + repr(float(found[2])).encode(), data)
+    return _SMALL_OR_LARGE.sub(lambda found: f" {float(found[1])!r}".encode(), b" " + data)[1:]
 
 
 def jsonl_bytes(rows: Iterable[Mapping[str, Any]]) -> bytes:
     """One JSON object a line."""
-    return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows).encode()
+    return "".join(_on_a_line(row) + "\n" for row in rows).encode()
 
 
 def csv_bytes(rows: Iterable[Sequence[str]]) -> bytes:
