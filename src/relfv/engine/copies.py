@@ -39,7 +39,8 @@ def head_patches(
     backbone: Backbone, heads: Sequence[HeadId], values: torch.Tensor | None
 ) -> list[tuple[Any, Callable[[torch.Tensor], torch.Tensor | None]]]:
     """For ``editing_inputs``. Before block l: one copy of the unpatched token for each of ``heads`` in layer l; then
-    overwrite its slice by that head's row of ``values``, or by the same head's slice of copy 0 if there are none."""
+    overwrite its slice by that head's row of ``values``, (head, head_dim) or a row for each prompt, or by the same
+    head's slice of copy 0 if there are none."""
     arch = backbone.arch
 
     def grower(count: int) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -48,7 +49,7 @@ def head_patches(
     def patcher(layer: int, numbers: list[int], part: slice) -> Callable[[torch.Tensor], torch.Tensor]:
         place = backbone.device_of(layer)
         index = sent(numbers, place)
-        given = None if values is None else values[part].to(place)
+        given = None if values is None else values[..., part, :].to(place)
 
         def patch(z: torch.Tensor) -> torch.Tensor:
             n, copies, _ = z.shape
