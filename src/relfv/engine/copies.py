@@ -16,7 +16,7 @@ import torch
 from relfv.engine.arithmetic import with_room
 from relfv.engine.base import Backbone, Together, TokenIds, of_layer_and_prompts, sent
 from relfv.engine.hooks import editing_inputs, editing_outputs
-from relfv.engine.together import editing_together
+from relfv.engine.together import editing_together, first_edited
 from relfv.types import HeadId
 
 
@@ -91,12 +91,14 @@ def residual_additions(
 
 @contextmanager
 def version_edits(backbone: Backbone, versions: Sequence[Together], prompts: slice) -> Iterator[None]:
-    """Before the first block: a copy of the token for each version; from there on each is edited in all layers."""
+    """Before the first block that a version is edited in: a copy of the token for each; from there on each is edited in
+    all layers."""
 
     def grow(hidden: torch.Tensor) -> torch.Tensor:
         return grown(hidden, hidden[:, :1], len(versions))
 
-    with editing_inputs([(backbone.arch.blocks[0], grow)]), editing_together(backbone, versions, prompts):
+    first = backbone.arch.blocks[first_edited(versions)]
+    with editing_inputs([(first, grow)]), editing_together(backbone, versions, prompts):
         yield
 
 

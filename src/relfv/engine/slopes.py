@@ -11,6 +11,7 @@ from relfv.engine.attention import Prefix, attending_to
 from relfv.engine.base import Array, Backbone, Engine, sent, values_of
 from relfv.engine.copies import head_patches, last_tokens, run_last_tokens
 from relfv.engine.hooks import editing_inputs
+from relfv.engine.memory import shrinking
 from relfv.engine.shared_prefix import SharedPrefixEngine
 from relfv.types import HeadId, Prompts
 
@@ -19,30 +20,28 @@ _PROMPTS_A_PASS = 8
 
 
 def patch_slopes(
-    engine: Engine, prompts: Prompts, replacement: Array, heads: Sequence[HeadId]
-) -> torch.Tensor | None:
+    engine: Engine, prompts: Prompts, replacement: Array, heads: Sequence[HeadId], *, per_pass: int | None = None
+) -> tuple[torch.Tensor, int] | None:
     """float64 (prompt, head, head_dim): the gradient of the target's probability by z of each of ``heads``, sorted, at
-    its ``replacement``, as ``Engine.sweep_heads`` takes both.
+    its ``replacement``, all as ``Engine.sweep_heads`` takes them; and the prompts that shared a pass.
 
     None where it would not be cheaper than the patches themselves: off the CPU, where a few more copies cost nothing,
     and where a backward pass needs weights that are not there as it reads them.
     """
-    backbone = engine.over_likeliest_tokens().backbone
+    backbone, values = engine.over_likeliest_tokens().backbone, values_of(replacement, heads, engine.backbone.device)
     if not isinstance(engine, SharedPrefixEngine) or backbone.streaming or backbone.depends_on_company(prompts.ids):
         return None
-    if not backbone.arithmetic.gradients_are_cheap:
+    if values is None or not backbone.arithmetic.gradients_are_cheap:
         return None
     with backbone.running():
         prefix = engine.kept.of(backbone, prompts.ids)
-    values = values_of(replacement, heads, backbone.device)
-    assert values is not None
+
+    def attempt(size: int) -> torch.Tensor:
+        parts = backbone.passes(prompts.ids, size)
+        return torch.cat([_slopes(backbone, prompts[p], _differentiable(prefix[p]), values, heads) for p in parts])
+
     with backbone.arithmetic.with_gradients():
-        return torch.cat(
-            [
-                _slopes(backbone, prompts[part], _differentiable(prefix[part]), values, heads)
-                for part in backbone.passes(prompts.ids, _PROMPTS_A_PASS)
-            ]
-        )
+        return shrinking(per_pass or _PROMPTS_A_PASS, attempt)
 
 
 def _slopes(

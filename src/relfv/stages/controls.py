@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from relfv.settings import MODEL_SETTINGS
+from relfv.shares import Gap
 from relfv.stages.as_written import FV_AS_WRITTEN, describe, edit_at_once, judge_at_once, parts_add_up, versions_at_once
 from relfv.stages.cie import METRICS
 from relfv.stages.control_vectors import (
@@ -18,7 +19,7 @@ from relfv.stages.control_vectors import (
     compared_layers,
 )
 from relfv.stages.function_vector import FV, TOP_HEADS, heads_of
-from relfv.stages.judging import Tried, best_layer, judge_candidates, n_as_good, p_of_draws
+from relfv.stages.judging import Tried, best_layer, claims, judge_candidates, n_as_good, p_clean_of, p_of_draws
 from relfv.stages.means import clean_run
 from relfv.stages.scores import measure_of, trial_scores
 from relfv.stages.stage import Finding, Stage, Work
@@ -116,11 +117,20 @@ def _try_all(work: Work, ground: Ground, own: Tried) -> tuple[list[Tried], dict[
         some, rest = (candidates.draws(which) for which in (slice(first), slice(first, None)))
         begun = _inject(work, engine, kind, some, layers)
         going = {name for name in {*rest.names} if not n_as_good(p_of_draws([begun], name, compared), p_of_fv)}
+        going = going if going and _is_claimed(work, ground, own) else set()
         if going:
             begun = begun.beside(_inject(work, brief, f"{kind}_more", rest.of_names(going), layers))
         tried.append(begun)
         norms |= candidates.norms() | some.of_names({*rest.names} - going).norms()
     return tried, norms
+
+
+def _is_claimed(work: Work, ground: Ground, own: Tried) -> bool:
+    """Whether the verdict will claim anything of the vector."""
+    prompts, zero = work.once(evaluated_prompts), own.effects.base.measure("p")
+    gap = Gap(zero, p_clean_of(prompts, ground.clean, ground.trial_queries), prompts.clusters)
+    share = gap.share(own.effects.edited.measure("p") - zero[:, None], work.read(STEP6_SUMMARY)["best_layer"])
+    return claims(share and vars(share))
 
 
 def _inject(work: Work, engine: Engine, kind: str, candidates: Candidates, layers: Sequence[int]) -> Tried:

@@ -67,11 +67,11 @@ def _moved(
 
     from relfv.engine.slopes import patch_slopes
 
-    slopes = patch_slopes(engine, prompts, values[:, -1].float(), heads)
-    if slopes is not None:
-        return torch.einsum("thd,hgd->thg", slopes, values[:, :-1] - values[:, -1:]).numpy(), 1
-    n_values = values.shape[1]
-    arch = engine.backbone.arch
+    found = patch_slopes(engine, prompts, values[:, -1].float(), heads, per_pass=trials_per_pass)
+    if found:
+        slopes, trials_per_pass = found
+        return torch.einsum("thd,hgd->thg", slopes, values[:, :-1] - values[:, -1:]).numpy(), trials_per_pass
+    n_values, arch = values.shape[1], engine.backbone.arch
     at_once = max(1, arch.n_layers * arch.n_heads // n_values)  # copies of a sweep of all heads
     brief, moved = engine.over_likeliest_tokens(), []
     for start in range(0, len(heads), at_once):

@@ -39,10 +39,6 @@ from relfv.models.packed import is_readable, unpacked_product
 __all__ = ["Arithmetic", "Precision", "leaving_out_padding", "replaced", "widened", "with_room"]
 
 
-_WIDENED_AT_ONCE = 2 << 30
-"""Bytes of float32 weights beside those that are stored, where nobody asked for gradients."""
-
-
 @dataclass(frozen=True)
 class Arithmetic:
     """How one model computes; plain, unless made by ``with_kernels``."""
@@ -113,8 +109,8 @@ class Arithmetic:
 
     @property
     def gradients_are_cheap(self) -> bool:
-        """Whether a CPU may differentiate on the way: no weights are packed, and widening all of them takes little."""
-        return self.arch.device.type == "cpu" and not self._packed and self._mode.bytes_widened <= _WIDENED_AT_ONCE
+        """Whether a CPU has all weights in float32, as a backward pass reads them."""
+        return self.arch.device.type == "cpu" and not self._packed and not self._mode.widened
 
     @contextmanager
     def multiplying_copies(self, n_copies: int | None = None) -> Iterator[None]:

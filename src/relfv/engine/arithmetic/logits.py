@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -18,8 +19,10 @@ _CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 2 << 30}
 _TILE_ROWS, _TILE_TOKENS = 512, 2048
 """Of a CPU's tiles: 4 MiB of logits, which its cache still holds when they are read again."""
 
-N_LIKELIEST = 8192
-"""Tokens that ``over_likeliest`` reads: of a vocabulary of 262,144 a 32nd."""
+N_LIKELIEST = 4096
+"""Tokens that ``over_likeliest`` reads: of a vocabulary of 262,144 a 64th."""
+N_OTHERS = 2048
+"""Further tokens that stand for all others."""
 
 Scores = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Logit and log-probability of the target, and the most probable token."""
@@ -99,23 +102,30 @@ def _score_in_tiles(arch: Architecture, rows: torch.Tensor, targets: torch.Tenso
 
 
 def _score_over_likeliest(arch: Architecture, hidden: torch.Tensor, targets: torch.Tensor) -> Iterator[Scores]:
-    """Of each prompt's copies (N, C, resid_dim), over its target and the ``N_LIKELIEST`` tokens that are likeliest
-    without an edit. The sum over the others is taken to be what it is there.
+    """Of each prompt's copies (N, C, resid_dim), over its target, the ``N_LIKELIEST`` tokens that are likeliest without
+    an edit, and ``N_OTHERS`` of the others, as many of each as its share of their probability: the mean of what an edit
+    multiplies these by is an estimate of what it multiplies the sum over all others by.
 
-    A token that only an edit makes likely is not seen, and would take from the target: so P is read too high, if
-    anything, where an edit does something else than what the prompt or the target has to do with.
+    One token that only an edit makes likely is hardly among them, and would take from the target: P is then read too
+    high, where an edit does something else than what the prompt or the target has to do with.
     """
     head: Any = arch.lm_head
     base = torch.cat([logits for _, logits in _tiles(arch, hidden[:, 0])], dim=1)
     wanted = base.scatter(1, targets[:, None], torch.inf)  # the target comes first, whatever its logit
     likeliest = wanted.topk(1 + N_LIKELIEST, dim=1).indices
-    others = base.scatter_(1, likeliest, -torch.inf).logsumexp(dim=1)
-    for copies, tokens, rest in zip(hidden, likeliest, others, strict=True):
+    rest = base.scatter_(1, likeliest, -torch.inf).logsumexp(dim=1)
+    for copies, first, others, sum_of_others in zip(hidden, likeliest, base, rest, strict=True):
+        upto = (others - sum_of_others).exp_().cumsum(0, dtype=torch.float64)
+        places = (torch.arange(N_OTHERS, dtype=torch.float64) + 0.5) / N_OTHERS * upto[-1]
+        drawn = torch.searchsorted(upto, places).clamp_(max=len(upto) - 1)  # past the end where a logit is NaN
+        tokens = torch.cat([first, drawn])
         bias = None if head.bias is None else head.bias[tokens].float()
         weight = head.weight.index_select(0, tokens).float()  # a quarter of the time that [tokens] takes
         logits = arch.final_logits(nn.functional.linear(copies.float(), weight, bias))
-        total = torch.logaddexp(logits.logsumexp(dim=1), rest)
-        yield logits[:, 0], logits[:, 0] - total, tokens[logits.argmax(dim=1)]
+        times = (logits[:, len(first) :] - others[drawn]).logsumexp(dim=1) - math.log(N_OTHERS)
+        logits = logits[:, : len(first)]
+        total = torch.logaddexp(logits.logsumexp(dim=1), sum_of_others + times)
+        yield logits[:, 0], logits[:, 0] - total, first[logits.argmax(dim=1)]
 
 
 def _raw_logits(

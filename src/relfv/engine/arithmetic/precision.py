@@ -35,11 +35,6 @@ class Mode:
     """float32 products on CUDA: TF32 or not."""
     one_thread: bool
 
-    @property
-    def bytes_widened(self) -> int:
-        """What all of them take in float32."""
-        return 4 * sum(tensor.numel() for _, tensors in self.widened for tensor in tensors)
-
     @contextmanager
     def in_force(self) -> Iterator[None]:
         """While open, modules are widened and PyTorch is set as the fields say; afterwards all is as before."""
