@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -23,6 +22,9 @@ N_LIKELIEST = 4096
 """Tokens that ``over_likeliest`` reads: of a vocabulary of 262,144 a 64th."""
 N_OTHERS = 2048
 """Further tokens that stand for all others."""
+_FLATTENED = 0.7
+"""The power of their probabilities by which these are chosen. With 1 hardly any is one that an edit makes likely, and P
+comes out too high; with less, what is likely already is known less well. Measured: docs/statistics.md."""
 
 Scores = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Logit and log-probability of the target, and the most probable token."""
@@ -103,8 +105,8 @@ def _score_in_tiles(arch: Architecture, rows: torch.Tensor, targets: torch.Tenso
 
 def _score_over_likeliest(arch: Architecture, hidden: torch.Tensor, targets: torch.Tensor) -> Iterator[Scores]:
     """Of each prompt's copies (N, C, resid_dim), over its target, the ``N_LIKELIEST`` tokens that are likeliest without
-    an edit, and ``N_OTHERS`` of the others, as many of each as its share of their probability: the mean of what an edit
-    multiplies these by is an estimate of what it multiplies the sum over all others by.
+    an edit, and ``N_OTHERS`` of the others, which tell what an edit multiplies the sum over all of those by: importance
+    sampling, at even steps of the cumulated chances and so without random numbers.
 
     One token that only an edit makes likely is hardly among them, and would take from the target: P is then read too
     high, where an edit does something else than what the prompt or the target has to do with.
@@ -114,18 +116,19 @@ def _score_over_likeliest(arch: Architecture, hidden: torch.Tensor, targets: tor
     wanted = base.scatter(1, targets[:, None], torch.inf)  # the target comes first, whatever its logit
     likeliest = wanted.topk(1 + N_LIKELIEST, dim=1).indices
     rest = base.scatter_(1, likeliest, -torch.inf).logsumexp(dim=1)
-    for copies, first, others, sum_of_others in zip(hidden, likeliest, base, rest, strict=True):
-        upto = (others - sum_of_others).exp_().cumsum(0, dtype=torch.float64)
+    for copies, first, unedited, sum_of_rest in zip(hidden, likeliest, base, rest, strict=True):
+        chances = (_FLATTENED * unedited).log_softmax(dim=0)
+        upto = chances.exp().cumsum(0, dtype=torch.float64)
         places = (torch.arange(N_OTHERS, dtype=torch.float64) + 0.5) / N_OTHERS * upto[-1]
-        drawn = torch.searchsorted(upto, places).clamp_(max=len(upto) - 1)  # past the end where a logit is NaN
-        tokens = torch.cat([first, drawn])
+        others = torch.searchsorted(upto, places).clamp_(max=len(upto) - 1)  # past the end where a logit is NaN
+        tokens = torch.cat([first, others])
         bias = None if head.bias is None else head.bias[tokens].float()
         weight = head.weight.index_select(0, tokens).float()  # a quarter of the time that [tokens] takes
         logits = arch.final_logits(nn.functional.linear(copies.float(), weight, bias))
-        times = (logits[:, len(first) :] - others[drawn]).logsumexp(dim=1) - math.log(N_OTHERS)
-        logits = logits[:, : len(first)]
-        total = torch.logaddexp(logits.logsumexp(dim=1), sum_of_others + times)
-        yield logits[:, 0], logits[:, 0] - total, first[logits.argmax(dim=1)]
+        of_first, of_others = logits.tensor_split([len(first)], dim=1)
+        times = (of_others - chances[others]).logsumexp(1) - (unedited[others] - chances[others]).logsumexp(0)
+        total = torch.logaddexp(of_first.logsumexp(dim=1), sum_of_rest + times)
+        yield of_first[:, 0], of_first[:, 0] - total, first[of_first.argmax(dim=1)]
 
 
 def _raw_logits(
