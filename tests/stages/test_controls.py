@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import ROOT
 from folders import arguments
 from parity import assert_close, assert_same_scores
 from relfv.cli import main
@@ -25,7 +26,7 @@ from relfv.stages.control_vectors import (
     compared_layers,
 )
 from relfv.stages.function_vector import build_function_vector
-from relfv.stages.judging import Tried, judge_vectors, n_as_good, p_of_draws
+from relfv.stages.judging import Tried, claims, judge_vectors, n_as_good, p_of_draws
 from relfv.stages.means import mean_activations
 from relfv.types import Effects, HeadId, MeanActivations, Prompts, TokenScores
 
@@ -221,13 +222,12 @@ def test_draws_end_early_where_one_did_as_well_or_nothing_is_claimed(
     claimed: bool, llama_path: Path, csv_path: Path, tmp_path: Path
 ) -> None:
     if claimed:
-        csv, q_id = ROOT / "datasets/relation/relationA_ex.csv", "Q2"
-        run = relfv.run(csv, "demo", q_list=[q_id], out_root=tmp_path, n_trials_per_q=12)
-        artifacts = run.folder(q_id)
+        csv = ROOT / "datasets/relation/relationA_ex.csv"
+        settings, q_id, llama_path = ["--q_list", "Q2", "--n_trials_per_q", "12"], "relationA_ex/Q2", Path("demo")
     else:
-        settings = ["--q_list", "A1", "--alpha", "-1", "--topk", "3"]
-        assert main([*arguments(llama_path, csv_path, tmp_path), *settings]) == 0
-        artifacts = tmp_path / "pairs/A1/artifacts"
+        csv, settings, q_id = csv_path, ["--q_list", "A1", "--alpha", "-1", "--topk", "3"], "pairs/A1"
+    assert main([*arguments(llama_path, csv, tmp_path), *settings]) == 0
+    artifacts = tmp_path / q_id / "artifacts"
     controls, summary = (json.loads((artifacts / name).read_text()) for name in ("step6/controls.json", "summary.json"))
     compared = [controls["per_layer"][str(layer)] for layer in controls["compared_layers"]]
     own = np.array([row["fv"]["mean_p"] for row in compared])

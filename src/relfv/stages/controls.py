@@ -128,8 +128,8 @@ def _try_all(work: Work, ground: Ground, own: Tried) -> tuple[list[Tried], dict[
 
 
 def _is_claimed(work: Work, ground: Ground, own: Tried) -> bool:
-    """Whether the verdict will claim anything of the vector. If not, nothing more can be taken back, and what is held out
-    of nothing need not be known to the last digit."""
+    """Whether the verdict will claim anything of the vector. If not, there is nothing to take back, and what is held
+    out of nothing need not be known to the last digit."""
     prompts, zero = work.once(evaluated_prompts), own.effects.base.measure("p")
     gap = Gap(zero, p_clean_of(prompts, ground.clean, ground.trial_queries), prompts.clusters)
     share = gap.share(own.effects.edited.measure("p") - zero[:, None], work.read(STEP6_SUMMARY)["best_layer"])
