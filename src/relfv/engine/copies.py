@@ -16,7 +16,7 @@ import torch
 from relfv.engine.arithmetic import with_room
 from relfv.engine.base import Array, Backbone, Together, TokenIds, of_layer_and_prompts, sent, values_of
 from relfv.engine.hooks import editing_inputs, editing_outputs
-from relfv.engine.together import editing_together
+from relfv.engine.together import editing_together, first_edited
 from relfv.types import HeadId
 
 
@@ -37,10 +37,17 @@ def run_last_tokens(backbone: Backbone, last: torch.Tensor, positions: torch.Ten
 
 @contextmanager
 def patching_heads(backbone: Backbone, heads: Sequence[HeadId], replacement: Array | None) -> Iterator[None]:
-    """Before block l: one copy of the unpatched token for each of ``heads`` in layer l; then overwrite its slice by its
-    value in ``replacement``, or by the same head's slice of copy 0 if there is none."""
-    arch, values = backbone.arch, values_of(replacement, heads, backbone.device)
-    numbers = sent([head.head for head in heads], backbone.device)
+    """``setting_heads`` to each head's value in ``replacement``, as ``Engine.sweep_heads`` takes it."""
+    with setting_heads(backbone, heads, values_of(replacement, heads, backbone.device)):
+        yield
+
+
+@contextmanager
+def setting_heads(backbone: Backbone, heads: Sequence[HeadId], values: torch.Tensor | None) -> Iterator[None]:
+    """Before block l: one copy of the unpatched token for each of ``heads`` in layer l; then overwrite its slice by that
+    head's row of ``values``, (head, head_dim) or (prompt, head, head_dim), or by the same head's slice of copy 0 if
+    there are none."""
+    arch, numbers = backbone.arch, sent([head.head for head in heads], backbone.device)
 
     def grower(count: int) -> Callable[[torch.Tensor], torch.Tensor]:
         return lambda hidden: grown(hidden, hidden[:, :1], count)
@@ -48,7 +55,7 @@ def patching_heads(backbone: Backbone, heads: Sequence[HeadId], replacement: Arr
     def patcher(layer: int, part: slice) -> Callable[[torch.Tensor], torch.Tensor]:
         place = backbone.device_of(layer)
         index = numbers[part].to(place)
-        given = None if values is None else values[part].to(place)
+        given = None if values is None else values[..., part, :].to(place)
 
         def patch(z: torch.Tensor) -> torch.Tensor:
             n, copies, _ = z.shape
@@ -91,12 +98,14 @@ def residual_additions(
 
 @contextmanager
 def version_edits(backbone: Backbone, versions: Sequence[Together], prompts: slice) -> Iterator[None]:
-    """Before the first block: a copy of the token for each version; from there on each is edited in all layers."""
+    """Before the first block that a version is edited in: a copy of the token for each; from there on each is edited in
+    all layers."""
 
     def grow(hidden: torch.Tensor) -> torch.Tensor:
         return grown(hidden, hidden[:, :1], len(versions))
 
-    with editing_inputs([(backbone.arch.blocks[0], grow)]), editing_together(backbone, versions, prompts):
+    first = backbone.arch.blocks[first_edited(versions)]
+    with editing_inputs([(first, grow)]), editing_together(backbone, versions, prompts):
         yield
 
 

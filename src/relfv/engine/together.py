@@ -39,6 +39,13 @@ def editing_together(
         yield
 
 
+def first_edited(versions: Sequence[Together]) -> int:
+    """The first layer in which one of them is edited; 0 if none is."""
+    edits = [e for v in versions for e in (v.chosen, v.added, v.removed, None if v.mlps is None else ~v.mlps.isnan())]
+    of_layers = [edit.flatten(2).any(-1).any(0).nonzero() for edit in edits if edit is not None]
+    return min((int(layers[0]) for layers in of_layers if len(layers)), default=0)
+
+
 def _setting(backbone: Backbone, versions: Sequence[Together], layer: int, prompts: slice) -> Edit | None:
     """z of the chosen heads := their values, at the input of the layer's output projection."""
     n_heads, head_dim = backbone.arch.n_heads, backbone.arch.head_dim

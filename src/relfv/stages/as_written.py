@@ -109,7 +109,7 @@ class AtOnce:
     meaning: str
     versions: Callable[[Ground, float], list[Together]]
     """Given alpha; none where there is none, several where they are draws."""
-    many: bool = False
+    brief: bool = False
     """As of a ``Control``."""
 
 
@@ -177,7 +177,7 @@ AT_ONCE = {
     ),
     "heads_in_place_held_out": AtOnce("the same" + _LEFT_OUT, _in_place_held_out),
     "random_heads_in_place": AtOnce(
-        "the same with heads drawn like random_heads; mean over draws", _random_in_place, many=True
+        "the same with heads drawn like random_heads; mean over draws", _random_in_place, brief=True
     ),
     "as_written_by_layer": AtOnce(
         "alpha times what each layer's selected heads really write, added after their own layer, all in one pass",
@@ -185,7 +185,7 @@ AT_ONCE = {
     ),
     "as_written_by_layer_held_out": AtOnce("the same" + _LEFT_OUT, _by_layer_held_out),
     "random_heads_as_written_by_layer": AtOnce(
-        "the same with heads drawn like random_heads; mean over draws", _random_by_layer, many=True
+        "the same with heads drawn like random_heads; mean over draws", _random_by_layer, brief=True
     ),
 }
 """By name."""
@@ -193,10 +193,10 @@ AT_ONCE = {
 
 def versions_at_once(work: Work, ground: Ground) -> dict[str, tuple[list[str], list[Together]]]:
     """All of them by pass, those of the same read-out in one, with the name of each."""
-    exact, brief = work.model.engine, work.model.engine.over_likeliest_tokens()
+    exact, in_brief = work.model.engine, work.model.engine.over_likeliest_tokens()
     made: dict[str, tuple[list[str], list[Together]]] = {}
     for name, kind in AT_ONCE.items():
-        a_pass = "step6_at_once_draws" if kind.many and brief is not exact else "step6_at_once"
+        a_pass = "step6_at_once_draws" if kind.brief and in_brief is not exact else "step6_at_once"
         names, versions = made.setdefault(a_pass, ([], []))
         some = kind.versions(ground, work.settings.alpha)
         names.extend([name] * len(some))

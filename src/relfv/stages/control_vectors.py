@@ -29,8 +29,8 @@ N_DRAWS_OF_HEADS = 19
 """Of as many vectors and one more, the function vector is the best by chance in one case of twenty."""
 N_FIRST_DRAWS = 5
 """After these no more are made of a kind of which one already does as well as the vector: then nothing is shown,
-whatever the others do (Besag & Clifford 1991, sequential Monte Carlo p-values). That none does as well is still said
-after all of them alone."""
+whatever the others do (Besag & Clifford 1991, sequential Monte Carlo p-values); nor where the vector's own share of the
+gap claims nothing that they could take back. That none does as well is still said after all of them alone."""
 N_DIRECTIONS = 5
 _N_COMPARED = 4
 """Layers at which the vector and random draws are compared: a draw costs less than all layers would, and twenty vectors
@@ -117,8 +117,9 @@ class Control:
     at_all_layers: bool = False
     """Whether it is added after every layer, because one is chosen for it; else after ``compared_layers`` and the
     vector's best."""
-    many: bool = False
-    """Whether it is many draws, each of little weight: read out over the likeliest tokens where that is cheaper."""
+    brief: bool = False
+    """Whether a number is of little weight, as each of many draws is: read out over fewer tokens where that is
+    cheaper."""
     rival_of: str = ""
     """Another control, if it is added only where that one does best of the ``compared_layers``."""
 
@@ -159,21 +160,21 @@ CONTROLS = {
         _random_heads,
         "random heads of the same layers",
         rival=True,
-        many=True,
+        brief=True,
     ),
     "random_heads_scaled": Control(
         "the same vectors, stretched to the function vector's length; mean over draws",
         _random_heads_scaled,
         "the same stretched to its length",
         rival=True,
-        many=True,
+        brief=True,
     ),
     "random_direction": Control(
         "the function vector's length in a random direction; mean over draws",
         _random_direction,
         "random directions of its length",
         rival=True,
-        many=True,
+        brief=True,
     ),
     "held_out": Control(
         "for each prompt the vector with its own query's trials left out: mean activations and ranking of heads from "
@@ -187,6 +188,7 @@ CONTROLS = {
         "of everything else (the layer average of Todd et al. 2024)",
         lambda ground: ground.clean.hidden[:, None, None],
         "the mean hidden state",
+        brief=True,
     ),
     "as_written": Control(
         "the vector of what the selected heads really add to the residual stream, where the family norms or scales it "
@@ -197,7 +199,7 @@ CONTROLS = {
     "random_heads_as_written": Control(
         "the vector as written of heads drawn like random_heads; mean over draws",
         random_heads_as_written,
-        many=True,
+        brief=True,
         rival_of="as_written",
     ),
 }

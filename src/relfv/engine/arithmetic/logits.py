@@ -18,8 +18,13 @@ _CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 2 << 30}
 _TILE_ROWS, _TILE_TOKENS = 512, 2048
 """Of a CPU's tiles: 4 MiB of logits, which its cache still holds when they are read again."""
 
-N_LIKELIEST = 8192
-"""Tokens that ``over_likeliest`` reads: of a vocabulary of 262,144 a 32nd."""
+N_LIKELIEST = 4096
+"""Tokens that ``over_likeliest`` reads: of a vocabulary of 262,144 a 64th."""
+N_OTHERS = 2048
+"""Further tokens that stand for all others."""
+_FLATTENED = 0.7
+"""The power of their probabilities by which these are chosen. With 1 hardly any is one that an edit makes likely, and P
+comes out too high; with less, what is likely already is known less well. Measured: docs/statistics.md."""
 
 Scores = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Logit and log-probability of the target, and the most probable token."""
@@ -99,23 +104,31 @@ def _score_in_tiles(arch: Architecture, rows: torch.Tensor, targets: torch.Tenso
 
 
 def _score_over_likeliest(arch: Architecture, hidden: torch.Tensor, targets: torch.Tensor) -> Iterator[Scores]:
-    """Of each prompt's copies (N, C, resid_dim), over its target and the ``N_LIKELIEST`` tokens that are likeliest
-    without an edit. The sum over the others is taken to be what it is there.
+    """Of each prompt's copies (N, C, resid_dim), over its target, the ``N_LIKELIEST`` tokens that are likeliest without
+    an edit, and ``N_OTHERS`` of the others, which tell what an edit multiplies the sum over all of those by: importance
+    sampling, at even steps of the cumulated chances and so without random numbers.
 
-    A token that only an edit makes likely is not seen, and would take from the target: so P is read too high, if
-    anything, where an edit does something else than what the prompt or the target has to do with.
+    One token that only an edit makes likely is hardly among them, and would take from the target: P is then read too
+    high, where an edit does something else than what the prompt or the target has to do with.
     """
     head: Any = arch.lm_head
     base = torch.cat([logits for _, logits in _tiles(arch, hidden[:, 0])], dim=1)
     wanted = base.scatter(1, targets[:, None], torch.inf)  # the target comes first, whatever its logit
     likeliest = wanted.topk(1 + N_LIKELIEST, dim=1).indices
-    others = base.scatter_(1, likeliest, -torch.inf).logsumexp(dim=1)
-    for copies, tokens, rest in zip(hidden, likeliest, others, strict=True):
+    rest = base.scatter_(1, likeliest, -torch.inf).logsumexp(dim=1)
+    for copies, first, unedited, sum_of_rest in zip(hidden, likeliest, base, rest, strict=True):
+        chances = (_FLATTENED * unedited).log_softmax(dim=0)
+        upto = chances.exp().cumsum(0, dtype=torch.float64)
+        places = (torch.arange(N_OTHERS, dtype=torch.float64) + 0.5) / N_OTHERS * upto[-1]
+        others = torch.searchsorted(upto, places).clamp_(max=len(upto) - 1)  # past the end where a logit is NaN
+        tokens = torch.cat([first, others])
         bias = None if head.bias is None else head.bias[tokens].float()
         weight = head.weight.index_select(0, tokens).float()  # a quarter of the time that [tokens] takes
         logits = arch.final_logits(nn.functional.linear(copies.float(), weight, bias))
-        total = torch.logaddexp(logits.logsumexp(dim=1), rest)
-        yield logits[:, 0], logits[:, 0] - total, tokens[logits.argmax(dim=1)]
+        of_first, of_others = logits.tensor_split([len(first)], dim=1)
+        times = (of_others - chances[others]).logsumexp(1) - (unedited[others] - chances[others]).logsumexp(0)
+        total = torch.logaddexp(of_first.logsumexp(dim=1), sum_of_rest + times)
+        yield of_first[:, 0], of_first[:, 0] - total, first[of_first.argmax(dim=1)]
 
 
 def _raw_logits(
