@@ -98,7 +98,7 @@ def test_two_cards_give_the_bits_of_one(name: str) -> None:
 @two_cards
 def test_a_whole_run_over_two_cards_has_the_files_of_one(llama_path: Path, csv_path: Path, tmp_path: Path) -> None:
     for device in ("cuda:0", "cuda:0+cuda:1"):
-        flags = ("--device", device, "--q_list", "A1")
+        flags = ("--device", device, "--q_list", "A1", "--extras", "ablation,mlp,positions,attribution")
         assert main(arguments(llama_path, csv_path, tmp_path / device, *flags)) == 0
     one, two = (contents(tmp_path / device / "pairs/A1/artifacts") for device in ("cuda:0", "cuda:0+cuda:1"))
     assert one.keys() == two.keys()

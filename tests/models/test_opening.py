@@ -163,3 +163,13 @@ def test_constants_rounded_to_the_weights_dtype_are_noted(save_model: Callable[.
     assert not any("rounds to" in note for note in notes["float32"])
     (note,) = [note for note in notes["bfloat16"] if "rounds to" in note]
     assert "this family scales its embeddings by 6.9282, which its weights' torch.bfloat16 rounds to 6.9375" in note
+
+
+def test_opening_leaves_the_users_progress_bars_as_they_were(llama_path: Path) -> None:
+    from transformers.utils import logging as hf_logging
+
+    for enabled in (True, False):
+        (hf_logging.enable_progress_bar if enabled else hf_logging.disable_progress_bar)()
+        open_model(str(llama_path))
+        assert hf_logging.is_progress_bar_enabled() is enabled
+    hf_logging.enable_progress_bar()

@@ -202,13 +202,13 @@ def attending_within(backbone: Backbone, kept: dict[int, tuple[torch.Tensor, tor
 @contextmanager
 def _attending(active: _Pass, backbone: Backbone) -> Iterator[None]:
     global _active
-    before = [(config, config._attn_implementation) for config in backbone.configs]
+    outer, before = _active, [(config, config._attn_implementation) for config in backbone.configs]
     for config in backbone.configs:
         config._attn_implementation = NAME
     _active = active
     try:
         yield
     finally:
-        _active = None
+        _active = outer
         for config, implementation in before:
             config._attn_implementation = implementation

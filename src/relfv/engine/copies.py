@@ -44,9 +44,9 @@ def patching_heads(backbone: Backbone, heads: Sequence[HeadId], replacement: Arr
 
 @contextmanager
 def setting_heads(backbone: Backbone, heads: Sequence[HeadId], values: torch.Tensor | None) -> Iterator[None]:
-    """Before block l: one copy of the unpatched token for each of ``heads`` in layer l; then overwrite its slice by that
-    head's row of ``values``, (head, head_dim) or (prompt, head, head_dim), or by the same head's slice of copy 0 if
-    there are none."""
+    """Before block l: one copy of the unpatched token for each of ``heads`` in layer l; then overwrite its slice by
+    that head's row of ``values``, (head, head_dim) or (prompt, head, head_dim), or by the same head's slice of copy 0
+    if there are none."""
     arch, numbers = backbone.arch, sent([head.head for head in heads], backbone.device)
 
     def grower(count: int) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -143,13 +143,15 @@ def quiet_transformers() -> Iterator[None]:
     """
     from transformers.utils import logging as hf_logging
 
+    before, showed_bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
-    before = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()
     try:
         yield
     finally:
         hf_logging.set_verbosity(before)
+        if showed_bars:
+            hf_logging.enable_progress_bar()
 
 
 def _load_tokenizer(source: str, name: str, origin: dict[str, Any]) -> Any:

@@ -16,11 +16,12 @@ def leaving_out_padding(shape: tuple[int, int], places: torch.Tensor) -> Iterato
     """While open, linear layers that multiply in pieces do so for the tokens at ``places`` (R,) of a batch (N, P)
     alone; for the others they give 0."""
     global _real
+    outer = _real
     _real = (shape, {places.device: places}) if len(places) < shape[0] * shape[1] else None
     try:
         yield
     finally:
-        _real = None
+        _real = outer
 
 
 def places_in(shape: torch.Size, device: torch.device) -> torch.Tensor | None:
