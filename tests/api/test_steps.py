@@ -96,7 +96,7 @@ def test_vectors_after_every_layer(opened: Any) -> None:
 
 def test_some_heads_leave_the_others_unknown(opened: Any) -> None:
     values = relfv.mean_activations(opened, CLEAN)
-    effects = relfv.head_effects(opened, PROMPTS, ["kitten", "calf"], values, heads=[(2, 1), (0, 3)])
+    effects = relfv.head_effects(opened, PROMPTS, ["kitten", "calf"], values, heads=np.array([(2, 1), (0, 3)]))
     known = np.argwhere(~np.isnan(effects.delta()[0])).tolist()
     assert known == [[0, 3], [2, 1]]
 
@@ -108,7 +108,9 @@ def test_means_are_of_the_token_that_is_patched_where_an_answer_begins_with_whit
     means = relfv.mean_activations(opened, [prompt], [answer])
     assert_close(torch.from_numpy(means), torch.from_numpy(relfv.mean_activations(opened, [fed])), 10.0)
     assert np.abs(relfv.mean_activations(opened, [prompt]) - means).max() > 0.01
-    with pytest.warns(relfv.UsageWarning, match="1 of 1 answers begin with white space .* take the means with the ans"):
+    with pytest.warns(
+        relfv.UsageWarning, match="1 of 1 answers begin with white space .* means fit if they were taken"
+    ):
         effects = relfv.head_effects(opened, [prompt], [answer], means)
     assert np.abs(effects.delta("logprob")).max() < rounding(40.0)  # a head's own z in its place
 
@@ -132,7 +134,7 @@ def test_what_does_not_fit_is_refused_in_one_line(opened: Any) -> None:
         r"heads: \(3, 0\) is no head": lambda: relfv.head_effects(opened, PROMPTS, [1, 2], values, heads=[(3, 0)]),
         "depends on the prompt's text": lambda: relfv.inject(opened, [[1, 2]], ["kitten"], vector),
         "gives no token": lambda: relfv.inject(opened, [[]], [1], vector),
-        "prompts are one text, 'Q: dog": lambda: relfv.mean_activations(opened, CLEAN[0]),
+        "prompts are 'Q: dog": lambda: relfv.mean_activations(opened, CLEAN[0]),
         "0 prompts and 0 targets": lambda: relfv.mean_activations(opened, []),
         "token id 999999: expected one that the model knows": lambda: relfv.mean_activations(opened, [[999999]]),
         "token id -1": lambda: relfv.inject(opened, PROMPTS, [1, -1], vector),
@@ -147,6 +149,13 @@ def test_what_does_not_fit_is_refused_in_one_line(opened: Any) -> None:
         "for every prompt": lambda: relfv.inject(opened, PROMPTS, [1, [2]], vector),
         "measure 'prob': expected one of": lambda: relfv.inject(opened, PROMPTS, [1, 2], vector).delta("prob"),
         "positions": lambda: relfv.mean_activations(opened, [[1] * 5000]),
+        r"heads: \(3,\) is no head": lambda: relfv.head_effects(opened, CLEAN, [1, 2], values, heads=[3]),
+        r"layers \['a', 1\]": lambda: relfv.inject(opened, PROMPTS, [1, 2], vector, layers=["a", 1]),
+        "target 3.7": lambda: relfv.inject(opened, PROMPTS, [1, 3.7], vector),
+        "targets are 'None'": lambda: relfv.inject(opened, PROMPTS, None, vector),
+        r"target \['a', 'b'\]: expected an answer": lambda: relfv.mean_activations(
+            opened, PROMPTS, [["a", "b"], ["c", "d"]]
+        ),
         "model is None": lambda: relfv.open_model(None),
         "topk=...: is no setting here": lambda: relfv.open_model("demo", topk=2),
     }

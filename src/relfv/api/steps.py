@@ -116,9 +116,10 @@ def head_effects(
             f"{len(prompts)} prompts"
         )
     there: dict[tuple[int, ...], HeadId] = {(head.layer, head.head): head for head in _all_heads(model)}
-    if wrong := [pair for pair in heads or () if tuple(pair) not in there]:
-        raise InputError(f"heads: {wrong[0]!r} is no head of {model.name}; expected (layer, head) pairs")
-    chosen = sorted(there.values() if heads is None else {there[tuple(pair)] for pair in heads})
+    pairs = list(there) if heads is None else [tuple(np.ravel(pair).tolist()) for pair in heads]
+    if wrong := [pair for pair in pairs if pair not in there]:
+        raise InputError(f"heads: {wrong[0]} is no head of {model.name}; expected (layer, head) pairs")
+    chosen = sorted({there[pair] for pair in pairs})
 
     def sweep(rows: Prompts, of_prompts: slice) -> Effects:
         own = values if values.ndim == 3 else values[of_prompts][0]
@@ -153,9 +154,10 @@ def inject(
             f"vectors have shape {values.shape}; expected (resid_dim,) or (vector, resid_dim), and the residual stream "
             f"of {model.name} has {model.arch.resid_dim} dimensions"
         )
-    chosen = list(range(n_layers)) if layers is None else sorted(set(layers))
-    if not chosen or not all(isinstance(layer, int | np.integer) and 0 <= layer < n_layers for layer in chosen):
-        raise InputError(f"layers {chosen}: {model.name} has layers 0 to {n_layers - 1}")
+    asked = list(range(n_layers)) if layers is None else np.ravel(np.asarray(layers)).tolist()
+    if not asked or not all(isinstance(layer, int) and 0 <= layer < n_layers for layer in asked):
+        raise InputError(f"layers {layers}: {model.name} has layers 0 to {n_layers - 1}")
+    chosen = sorted(set(asked))
     rows = np.atleast_2d(values)
     flat = _effects(model, prompts, targets, lambda some, _: model.engine.inject(some, rows, chosen))
     axes = (len(chosen), len(rows))[: values.ndim]
@@ -178,8 +180,10 @@ def _effects(
 ) -> StepEffects:
     """``measure`` of every prompt and target: edits on one axis, the last. ``means``: edits are means over prompts."""
     _require_as_many(prompts, targets)
-    several = [[its] if isinstance(its, str | int | np.integer) else list(its) for its in targets]
-    are_alone = {isinstance(its, str | int | np.integer) for its in targets}
+    several = [
+        list(its) if isinstance(its, Sequence | np.ndarray) and not isinstance(its, str) else [its] for its in targets
+    ]
+    are_alone = {isinstance(its, str) or not isinstance(its, Sequence | np.ndarray) for its in targets}
     n = len(several[0])
     if not n or any(len(its) != n for its in several) or len(are_alone) > 1:
         raise InputError("targets: expected as many for every prompt")
@@ -189,7 +193,7 @@ def _effects(
     n_spaced = sum(len(ids) > len(_ids(model, prompt)) for (ids, _), (prompt, _) in zip(fed, each, strict=True))
     if means and n_spaced:
         said = f"{n_spaced} of {len(fed)} answers begin with white space alone, which is fed before the token that is"
-        remedy = "take the means with the answers, too: mean_activations(model, prompts, targets)"
+        remedy = "means fit if they were taken with the answers, too, as mean_activations(model, prompts, targets) does"
         warnings.warn(f"{said} scored; {remedy}", UsageWarning, stacklevel=3)
     size = 1 if one_by_one else len(prompts)
     found = []
@@ -207,16 +211,16 @@ def _effects(
 
 def _require_as_many(prompts: Sequence[Prompt], targets: Sequence[Any]) -> None:
     for name, given in (("prompts", prompts), ("targets", targets)):
-        if isinstance(given, str):
-            raise InputError(f"{name} are one text, {given[:40]!r}; expected a list of them")
+        if isinstance(given, str) or not hasattr(given, "__len__"):
+            raise InputError(f"{name} are {str(given)[:40]!r}; expected a list of them")
     if not len(prompts) or len(prompts) != len(targets):
         raise InputError(f"{len(prompts)} prompts and {len(targets)} targets; expected as many, and at least one")
 
 
 def _finite(name: str, given: Any) -> np.ndarray:
     try:
-        values = np.asarray(given, dtype=np.float32)
-    except ValueError as problem:
+        values = np.asarray(given.detach().float().cpu() if hasattr(given, "detach") else given, dtype=np.float32)
+    except (TypeError, ValueError) as problem:
         raise InputError(f"{name}: {problem}; expected an array of numbers") from None
     if not np.isfinite(values).all():
         raise InputError(f"{name} holds NaN or infinities; expected finite numbers")
@@ -235,8 +239,8 @@ def _fed(model: LanguageModel, prompt: Prompt, target: Target) -> tuple[list[int
     """-> (what the model reads, the token that is scored). Where an answer begins with tokens of white space alone,
     they are fed."""
     ids = _ids(model, prompt)
-    if isinstance(target, bool):
-        raise InputError(f"target {target}: expected an answer or the id of a token")
+    if isinstance(target, bool) or not isinstance(target, str | int | np.integer):
+        raise InputError(f"target {target!r}: expected an answer or the id of a token")
     if not isinstance(target, str):
         model.tokens.require_known([int(target)])
         return ids, int(target)

@@ -37,17 +37,10 @@ def run_last_tokens(backbone: Backbone, last: torch.Tensor, positions: torch.Ten
 
 @contextmanager
 def patching_heads(backbone: Backbone, heads: Sequence[HeadId], replacement: Array | None) -> Iterator[None]:
-    """``setting_heads`` to each head's value in ``replacement``, as ``Engine.sweep_heads`` takes it."""
-    with setting_heads(backbone, heads, values_of(replacement, heads, backbone.device)):
-        yield
-
-
-@contextmanager
-def setting_heads(backbone: Backbone, heads: Sequence[HeadId], values: torch.Tensor | None) -> Iterator[None]:
-    """Before block l: one copy of the unpatched token for each of ``heads`` in layer l; then overwrite its slice by
-    that head's row of ``values``, (head, head_dim) or (prompt, head, head_dim), or by the same head's slice of copy 0
-    if there are none."""
-    arch, numbers = backbone.arch, sent([head.head for head in heads], backbone.device)
+    """Before block l: one copy of the unpatched token for each of ``heads`` in layer l; then overwrite its slice by its
+    value in ``replacement``, or by the same head's slice of copy 0 if there is none."""
+    arch, values = backbone.arch, values_of(replacement, heads, backbone.device)
+    numbers = sent([head.head for head in heads], backbone.device)
 
     def grower(count: int) -> Callable[[torch.Tensor], torch.Tensor]:
         return lambda hidden: grown(hidden, hidden[:, :1], count)
@@ -55,7 +48,7 @@ def setting_heads(backbone: Backbone, heads: Sequence[HeadId], values: torch.Ten
     def patcher(layer: int, part: slice) -> Callable[[torch.Tensor], torch.Tensor]:
         place = backbone.device_of(layer)
         index = numbers[part].to(place)
-        given = None if values is None else values[..., part, :].to(place)
+        given = None if values is None else values[part].to(place)
 
         def patch(z: torch.Tensor) -> torch.Tensor:
             n, copies, _ = z.shape

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -49,24 +50,33 @@ def padding_of(ids: torch.Tensor, lengths: Sequence[int]) -> Callable[[], Abstra
     return known
 
 
+_is_padded: ContextVar[bool | None] = ContextVar("_is_padded", default=None)
+"""Whether passes of this thread are over batches with padding; None where that is not known."""
+_mask_of_sdpa = AttentionMaskInterface()["sdpa"]
+
+
+def _mask_without_waiting(
+    *args: Any, attention_mask: torch.Tensor | None = None, allow_is_causal_skip: bool = True, **given: Any
+) -> torch.Tensor | None:
+    is_padded = _is_padded.get()
+    if is_padded is not None:
+        attention_mask = attention_mask if is_padded else None
+        allow_is_causal_skip = allow_is_causal_skip and not is_padded
+    return _mask_of_sdpa(*args, attention_mask=attention_mask, allow_is_causal_skip=allow_is_causal_skip, **given)
+
+
+AttentionMaskInterface.register("sdpa", _mask_without_waiting)
+
+
 @contextmanager
 def masks_without_waiting(*, is_padded: bool) -> Iterator[None]:
-    """While open, passes are over batches with padding, or without. Where attention is SDPA transformers looks into the
-    mask for that, and so waits for all that is queued on the device."""
-    registered = AttentionMaskInterface()["sdpa"]
-
-    def mask(
-        *args: Any, attention_mask: torch.Tensor | None = None, allow_is_causal_skip: bool = True, **given: Any
-    ) -> torch.Tensor | None:
-        attention_mask = attention_mask if is_padded else None
-        may_skip = allow_is_causal_skip and not is_padded
-        return registered(*args, attention_mask=attention_mask, allow_is_causal_skip=may_skip, **given)
-
-    AttentionMaskInterface.register("sdpa", mask)
+    """While open, passes of this thread are over batches with padding, or without. Where attention is SDPA transformers
+    looks into the mask for that, and so waits for all that is queued on the device."""
+    token = _is_padded.set(is_padded)
     try:
         yield
     finally:
-        AttentionMaskInterface.register("sdpa", registered)
+        _is_padded.reset(token)
 
 
 def last_hidden(backbone: Backbone, prompts: TokenIds) -> torch.Tensor:

@@ -47,7 +47,10 @@ def _files(name: str, revision: str) -> list[Path]:
     """The files of weights; none where there is no room to keep them all in memory."""
     place, room = snapshot(*weights_source(name, revision)), available_bytes()
     files = sorted(place.glob("*.safetensors")) if place.is_dir() else [place]
-    return files if sum(file.stat().st_size for file in files) < (room or 0) else []
+    try:
+        return files if sum(file.stat().st_size for file in files) < (room or 0) else []
+    except OSError:  # such as a link that leads nowhere
+        return []
 
 
 def _read_ahead(files: list[Path], ended: threading.Event) -> None:

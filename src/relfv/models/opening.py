@@ -9,6 +9,7 @@ run unless the user says ``--trust_remote_code``.
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -211,7 +212,8 @@ def _read_first(kind: Any, folder: Path, config: Any, place: torch.device, optio
     """As ``_loaded``, sooner: from weights that are in their place already (reading.py). None where that cannot be, and
     then ``_loaded`` says why if it cannot, either."""
     try:
-        own, files = class_within(kind, config), files_to_read(folder, config, place)
+        wanted = options.get("dtype", options.get("torch_dtype"))
+        own, files = class_within(kind, config), files_to_read(folder, config, place, wanted)
         if own is None or not files:
             return None
         loaded = own.from_pretrained(None, config=config, state_dict=read_onto(place, files), **options)
@@ -219,7 +221,9 @@ def _read_first(kind: Any, folder: Path, config: Any, place: torch.device, optio
         return loaded
     except Exception as problem:
         log.debug("weights in transformers' own way: %s", problem, exc_info=True)
-        return None
+    gc.collect()  # errors of transformers hold what was read in circles
+    torch.cuda.empty_cache()
+    return None
 
 
 def _loaded(kind: Any, source: str, options: dict[str, Any]) -> Any:

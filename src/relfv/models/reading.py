@@ -27,9 +27,10 @@ _THREADS = 8
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
-def files_to_read(folder: Path, config: Any, device: torch.device) -> list[Path]:
+def files_to_read(folder: Path, config: Any, device: torch.device, wanted: Any = "auto") -> list[Path]:
     """The safetensors files that transformers would read of a model with this config; none where ``device`` has no room
-    for all of them twice, as joining tensors takes, or where transformers may look elsewhere.
+    for all of them twice, as joining tensors takes, the second time in the ``wanted`` dtype, or where transformers may
+    look elsewhere.
 
     Raises OSError, ValueError or KeyError for an index that is damaged."""
     elsewhere = getattr(config, "transformers_weights", None) or getattr(type(config), "extra_files", ())
@@ -42,7 +43,8 @@ def files_to_read(folder: Path, config: Any, device: torch.device) -> list[Path]
     if not files and index.is_file():
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         files = [folder / name for name in sorted({*names})]
-    return files if 2 * sum(file.stat().st_size for file in files) < _room(device) else []
+    times = 1 + max(1, getattr(wanted, "itemsize", 0) / dtype.itemsize)
+    return files if times * sum(file.stat().st_size for file in files) < _room(device) else []
 
 
 def _room(device: torch.device) -> int:

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from relfv.errors import InputError, RelfvError
+from relfv.errors import InputError, RelfvError, in_words
 from relfv.logs import show
 from relfv.relations import named
 from relfv.report.comparison import comparison_page, comparison_svg
-from relfv.runs.qid import in_words
 from relfv.settings import FLAGS
 from relfv.stages.comparison import Side, over_q_ids, side_of
 from relfv.stages.comparison import compare as compare_sides

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from relfv import __version__
-from relfv.errors import InputError, RelfvError, RunError
+from relfv.errors import InputError, RelfvError, RunError, in_words
 from relfv.progress import at_work
 from relfv.runs.plan import OnRay, Plan
-from relfv.runs.qid import in_words, its_own_trouble
+from relfv.runs.qid import its_own_trouble
 from relfv.runs.ray_worker import RayWorker
 from relfv.runs.worker import say_outcome
 

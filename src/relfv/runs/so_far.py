@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from relfv.errors import RelfvError
+from relfv.errors import RelfvError, in_words
 from relfv.report.known import Known
 from relfv.report.page import write_report
 from relfv.report.written_tables import write_tables
-from relfv.runs.qid import in_words
 
 log = logging.getLogger(__name__)
 

@@ -82,7 +82,8 @@ class Worker:
 
     def in_a_pause(self, do: Callable[[], None]) -> None:
         """Call ``do``: when a GPU computes the next q_id's sweep and this process would wait for it; on a CPU, where it
-        never waits, now. If no sweep comes, it is not called."""
+        never waits, now; if no sweep comes, when this is called for the next q_id."""
+        self._pause()  # what the last q_id had no sweep for
         self._put_off = do
         if self.model.backbone.device.type == "cpu":
             self._pause()
@@ -93,7 +94,7 @@ class Worker:
             if do:
                 do()
         except Exception as problem:  # no trouble of this q_id, and done again at the end of all
-            log.warning("%s", in_words(problem))
+            log.warning("page and tables are not written yet: %s", in_words(problem))
 
     def close(self) -> None:
         """Garbage may be looked for in the model again."""

@@ -86,7 +86,7 @@ CONTROLS = record(
             {"meaning": by_name(TEXT), "numbers": by_name(_JUDGED), "by_prompt": by_name(_BY_PROMPT)},
         ),
     },
-    {"compared_layers": array(INDEX)},
+    {"compared_layers": array(INDEX), "read_in_brief": array(TEXT)},
 )
 
 _TOKENS = array(record({"token_id": INDEX, "token": TEXT, "p": NUMBER}))

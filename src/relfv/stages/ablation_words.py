@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from relfv.stages.caveats import tells_apart
-from relfv.stages.judging import NOTHING
+from relfv.stages.verdict import NOTHING
 from relfv.stats import LEVEL
 
 Numbers = Mapping[str, Any]

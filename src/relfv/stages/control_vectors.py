@@ -29,8 +29,8 @@ N_DRAWS_OF_HEADS = 19
 """Of as many vectors and one more, the function vector is the best by chance in one case of twenty."""
 N_FIRST_DRAWS = 5
 """After these no more are made of a kind of which one already does as well as the vector: then nothing is shown,
-whatever the others do (Besag & Clifford 1991, sequential Monte Carlo p-values); nor where the vector's own share of the
-gap claims nothing that they could take back. That none does as well is still said after all of them alone."""
+whatever the others do (Besag & Clifford 1991, sequential Monte Carlo p-values). That none does as well is still said
+after all of them alone."""
 N_DIRECTIONS = 5
 _N_COMPARED = 4
 """Layers at which the vector and random draws are compared: a draw costs less than all layers would, and twenty vectors

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from relfv.settings import MODEL_SETTINGS
-from relfv.shares import Gap
-from relfv.stages.as_written import FV_AS_WRITTEN, describe, edit_at_once, judge_at_once, parts_add_up, versions_at_once
+from relfv.stages.as_written import (
+    AT_ONCE,
+    FV_AS_WRITTEN,
+    describe,
+    edit_at_once,
+    judge_at_once,
+    parts_add_up,
+    versions_at_once,
+)
 from relfv.stages.cie import METRICS
 from relfv.stages.control_vectors import (
     CONTROLS,
@@ -19,7 +26,7 @@ from relfv.stages.control_vectors import (
     compared_layers,
 )
 from relfv.stages.function_vector import FV, TOP_HEADS, heads_of
-from relfv.stages.judging import Tried, best_layer, claims, judge_candidates, n_as_good, p_clean_of, p_of_draws
+from relfv.stages.judging import Tried, best_layer, judge_candidates, n_as_good, p_of_draws
 from relfv.stages.means import clean_run
 from relfv.stages.scores import measure_of, trial_scores
 from relfv.stages.stage import Finding, Stage, Work
@@ -77,6 +84,7 @@ def _compare(work: Work) -> str:
         "n_queries": len(set(prompts.clusters)),
         "precision": model.precision,
         "compared_layers": compared_layers(model.arch.n_layers),
+        "read_in_brief": _read_in_brief(model.engine, [*names, *AT_ONCE]),
         "mean_norm_added": {
             name: settings.alpha * norm for name, norm in {"fv": float(ground.fv.norm()), **norms}.items()
         },
@@ -88,6 +96,13 @@ def _compare(work: Work) -> str:
     work.write(CONTROLS_FILE, json_bytes(document), content=document)
     n_passes = sum(len(some.names) * len(some.layers) for some in tried[1:])
     return f"{sum(len(some.names) for some in tried[1:])} vectors, {n_passes} edits of each prompt"
+
+
+def _read_in_brief(engine: Engine, names: Iterable[str]) -> list[str]:
+    """Those of controls that are read out over fewer tokens than there are."""
+    if engine.over_likeliest_tokens() is engine:
+        return []
+    return [name for name in names if (CONTROLS.get(name) or AT_ONCE[name]).brief]
 
 
 def _try_all(work: Work, ground: Ground, own: Tried) -> tuple[list[Tried], dict[str, float]]:
@@ -104,36 +119,24 @@ def _try_all(work: Work, ground: Ground, own: Tried) -> tuple[list[Tried], dict[
     made = {a_pass: candidate_vectors(ground, names) for a_pass, names in passes.items()}
     p_of_fv = p_of_draws([own], "fv", compared)[:, 0]
     tried, norms = [own], {}
-    on_cpu = exact.backbone.device.type == "cpu"
-    claimed = not on_cpu or _is_claimed(work, ground, own)
     for (kind, rival_of), candidates in made.items():
         if not candidates.names:
             continue
         layers = range(n_layers) if kind == "step6_held_out" else few
         if rival_of:
             layers = [best_layer(tried, rival_of, compared)]
-        engine = exact if kind == "step6_controls" or (kind == "step6_held_out" and claimed) else brief
+        engine = exact if kind in ("step6_held_out", "step6_controls") else brief
         # What the claim rests on is that none of all draws does as well; of as_written's rivals the mean is told. On a
         # GPU the others cost less than a pass of their own.
-        first = N_DRAWS_OF_HEADS if rival_of or not on_cpu else N_FIRST_DRAWS
+        first = N_DRAWS_OF_HEADS if rival_of or exact.backbone.device.type != "cpu" else N_FIRST_DRAWS
         some, rest = (candidates.draws(which) for which in (slice(first), slice(first, None)))
         begun = _inject(work, engine, kind, some, layers)
-        going = {*rest.names} if claimed else set()
-        going = {name for name in going if not n_as_good(p_of_draws([begun], name, compared), p_of_fv)}
+        going = {name for name in {*rest.names} if not n_as_good(p_of_draws([begun], name, compared), p_of_fv)}
         if going:
             begun = begun.beside(_inject(work, brief, f"{kind}_more", rest.of_names(going), layers))
         tried.append(begun)
         norms |= candidates.norms() | some.of_names({*rest.names} - going).norms()
     return tried, norms
-
-
-def _is_claimed(work: Work, ground: Ground, own: Tried) -> bool:
-    """Whether the verdict will claim anything of the vector. If not, there is nothing to take back, and what is held
-    out of nothing need not be known to the last digit."""
-    prompts, zero = work.once(evaluated_prompts), own.effects.base.measure("p")
-    gap = Gap(zero, p_clean_of(prompts, ground.clean, ground.trial_queries), prompts.clusters)
-    share = gap.share(own.effects.edited.measure("p") - zero[:, None], work.read(STEP6_SUMMARY)["best_layer"])
-    return claims(share and vars(share))
 
 
 def _inject(work: Work, engine: Engine, kind: str, candidates: Candidates, layers: Sequence[int]) -> Tried:

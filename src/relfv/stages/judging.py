@@ -3,7 +3,7 @@ interval."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +15,6 @@ from relfv.types import Effects, Prompts, TokenScores
 
 if TYPE_CHECKING:
     from relfv.engine.clean import CleanRun
-
-
-NOTHING = 0.05
-"""Of the gap: a vector whose mean share is surely smaller does nothing."""
-
-
-def claims(share: Mapping[str, Any] | None) -> bool:
-    """Whether a ``Share`` of the gap is one that the verdict would have to take back if random vectors did as well."""
-    return bool(share) and share["low"] > 0 and share["high_of_mean"] >= NOTHING
 
 
 @dataclass(frozen=True)
@@ -98,8 +89,11 @@ def judge_candidates(
 ) -> dict[str, Any]:
     """The numbers of controls.json. The first of ``tried`` has every layer, and the untouched prompts' scores.
 
-    ``measure`` is what layers are compared by: prompt by prompt it is kept beside P.
+    ``clean`` are the clean prompts' scores with their queries, the reference of each prompt's own query. ``measure`` is
+    what layers are compared by: prompt by prompt it is kept beside P.
     """
+    p_clean, queries_of_clean = clean.scores.measure("p"), np.asarray(clean_queries)
+    of_query = {query: p_clean[queries_of_clean == query].mean() for query in set(clean_queries)}
     by_prompt = {
         f"{m}_{name}": {
             str(layer): [finite(value) for value in values]
@@ -118,16 +112,10 @@ def judge_candidates(
         "by_prompt": {
             "query_source_index": list(prompts.clusters),
             "p_zero_shot": tried[0].effects.base.measure("p").tolist(),
-            "p_clean": p_clean_of(prompts, clean, clean_queries).tolist(),
+            "p_clean": [float(of_query[query]) for query in prompts.clusters],
             **by_prompt,
         },
     }
-
-
-def p_clean_of(prompts: Prompts, clean: CleanRun, clean_queries: Sequence[int]) -> np.ndarray:
-    """(prompt,): mean P of the clean prompts of each prompt's own query."""
-    p_clean, queries_of_clean = clean.scores.measure("p"), np.asarray(clean_queries)
-    return np.array([p_clean[queries_of_clean == query].mean() for query in prompts.clusters])
 
 
 def best_layer(tried: Sequence[Tried], name: str, layers: Sequence[int]) -> int:

@@ -14,7 +14,6 @@ from relfv.types import HeadId, Prompts
 if TYPE_CHECKING:
     import torch
 
-    from relfv.engine.base import Engine
     from relfv.language_model import LanguageModel
 
 _N_GROUPS = 8
@@ -38,8 +37,8 @@ def with_error_of_means(
     ``_N_GROUPS`` groups (the delete-a-group jackknife): another patch of each head for each group, ``activations``
     (trial, layer, head, head_dim) being the clean ones. With one query nothing is known of the error.
 
-    What is measured is how far such a patch is from the one with the mean over all trials: a small difference, in which
-    what a read-out over the likeliest tokens leaves out cancels.
+    What is measured is how far such a patch is from the one with the mean over all trials, made beside it: a small
+    difference, in which what a read-out over the likeliest tokens leaves out cancels.
     """
     import torch
 
@@ -52,37 +51,17 @@ def with_error_of_means(
     means_of = torch.from_numpy(np.vstack([shares, np.full((1, len(prompts)), 1 / len(prompts))]))
     without = shares @ delta_p
     order = sorted(range(len(heads)), key=lambda i: heads[i])
-    values = torch.stack([means_of @ activations[:, heads[i].layer, heads[i].head].double() for i in order])
-    moved, per_pass = _moved(model.engine, prompts, values, [heads[i] for i in order], trials_per_pass)
-    without[:, order] += np.einsum("gt,thg->gh", shares, moved)
-    return mean_with_left_out(delta_p.mean(0), without, groups), per_pass
-
-
-def _moved(
-    engine: Engine, prompts: Prompts, values: torch.Tensor, heads: Sequence[HeadId], trials_per_pass: int | None
-) -> tuple[np.ndarray, int]:
-    """How much another patch changes P: (trial, head, group), of each of ``values`` (head, group + 1, head_dim) against
-    the last. By the patches themselves, made beside it, or where it is cheaper to first order (the infinitesimal
-    jackknife's way, Jaeckel 1972): means over all trials but an eighth differ little."""
-    import torch
-
-    from relfv.engine.slopes import patch_slopes
-
-    found = patch_slopes(engine, prompts, values[:, -1].float(), heads, per_pass=trials_per_pass)
-    if found:
-        slopes, trials_per_pass = found
-        return torch.einsum("thd,hgd->thg", slopes, values[:, :-1] - values[:, -1:]).numpy(), trials_per_pass
-    n_values, arch = values.shape[1], engine.backbone.arch
-    at_once = max(1, arch.n_layers * arch.n_heads // n_values)  # copies of a sweep of all heads
-    brief, moved = engine.over_likeliest_tokens(), []
-    for start in range(0, len(heads), at_once):
-        some = slice(start, start + at_once)
-        columns = [head for head in heads[some] for _ in range(n_values)]
-        effects = brief.sweep_heads(prompts, values[some].flatten(0, 1).float(), columns, per_pass=trials_per_pass)
-        trials_per_pass = effects.per_pass
-        p = effects.edited.measure("p").reshape(len(prompts), -1, n_values)
-        moved.append(p[..., :-1] - p[..., -1:])
-    return np.concatenate(moved, axis=1), trials_per_pass or 1
+    at_once = max(1, model.arch.n_layers * model.arch.n_heads // len(means_of))  # copies of a sweep of all heads
+    engine, per_pass = model.engine.over_likeliest_tokens(), trials_per_pass
+    for start in range(0, len(order), at_once):
+        some = order[start : start + at_once]
+        columns = [heads[i] for i in some for _ in means_of]
+        values = torch.cat([means_of @ activations[:, heads[i].layer, heads[i].head].double() for i in some]).float()
+        effects = engine.sweep_heads(prompts, values, columns, per_pass=per_pass)
+        per_pass = effects.per_pass
+        p = effects.edited.measure("p").reshape(len(prompts), len(some), len(means_of))
+        without[:, some] += np.einsum("gt,thg->gh", shares, p[..., :-1] - p[..., -1:])
+    return mean_with_left_out(delta_p.mean(0), without, groups), per_pass or 1
 
 
 def _groups(queries: Sequence[int]) -> list[int]:

@@ -83,7 +83,9 @@ class AnswerTokens:
     """Which token tells each answer of a relation: with the target ``first`` the first (Todd et al. 2024), with
     ``distinguishing`` the first that no other answer shares."""
 
-    def __init__(self, relation: Relation, tokens: Tokens, target: str, shown: PromptFormat = SPEC_FORMAT) -> None:
+    def __init__(
+        self, relation: Relation, tokens: Tokens, target: str = "first", shown: PromptFormat = SPEC_FORMAT
+    ) -> None:
         self._relation, self._tokens, self._shown = relation, tokens, shown
         self._distinguishing = target == "distinguishing"
 

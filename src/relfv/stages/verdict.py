@@ -14,10 +14,11 @@ from relfv.stages.answered_right import stratum_sentence
 from relfv.stages.carrier import carrier_sentences
 from relfv.stages.caveats import leading_sentence, tells_apart, trial_sentences
 from relfv.stages.control_vectors import CONTROLS
-from relfv.stages.judging import NOTHING, claims
 from relfv.stats import LEVEL
 
 HELD_OUT = "held_out, layer_chosen_by_others"
+NOTHING = 0.05
+"""Of the gap: a vector whose mean share is surely smaller does nothing."""
 
 Numbers = Mapping[str, Any]
 
@@ -100,7 +101,7 @@ def _controls(numbers: Numbers) -> str:
 
 def _against_random(numbers: Numbers) -> str:
     share, against = numbers["share_of_gap"]["fv"], numbers["against_random"].values()
-    if not claims(share) or not against:
+    if not share or share["low"] <= 0 or _does_nothing(numbers) or not against:
         return ""  # nothing is claimed that could be taken back
     if any(rival["n_draws_as_good"] for rival in against):
         reason = "A random draw does as well at the layer that is best for it"

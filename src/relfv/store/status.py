@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 
 import orjson
 
-from relfv import ALGORITHM_VERSION, __version__
+from relfv import __version__
 from relfv.errors import RelfvError, RunError
 from relfv.fingerprints import fingerprint
 from relfv.relations import is_q_id
@@ -182,6 +182,16 @@ class DamagedStatus(RunError):
         )
 
 
+class NewerStatus(RunError):
+    """What is in a folder is whole, and a newer relfv wrote it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(
+            f"{path}: is whole, and was written by a newer relfv than this one, {__version__}; update it, or give "
+            "--out_root another folder"
+        )
+
+
 def read_status(artifacts_dir: Path) -> QidStatus | None:
     """The status in ``artifacts_dir``, or None if there is none.
 
@@ -196,13 +206,13 @@ def read_status(artifacts_dir: Path) -> QidStatus | None:
         raise DamagedStatus(path, "is damaged (a folder is in its place)") from None
     except OSError as problem:
         raise RunError(f"{path}: cannot be read ({problem.strerror}); {remedy(problem)}") from None
-    is_of_a_newer = False
     try:
         values = orjson.loads(data)
         is_sealed = SEAL in values
         if not is_as_sealed(data):
             values = unsealed(values, path, older="status_format" not in values)
-        is_of_a_newer = _is_of_a_newer(values)
+        if values.get("status_format", 0) > _FORMAT:
+            raise NewerStatus(path)
         if not is_q_id(values["q_id"]):  # file names are made of it
             raise ValueError(f"q_id {values['q_id']!r} is none")
         status = QidStatus(
@@ -224,20 +234,12 @@ def read_status(artifacts_dir: Path) -> QidStatus | None:
             name=values.get("name", ""),
         )
         _require_sound(status, values["fingerprint"])
+    except NewerStatus:
+        raise
     except (RelfvError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
         why = str(problem).removeprefix(f"{path}: ")
-        if is_of_a_newer:
-            raise RunError(
-                f"{path}: is whole, and was written by a newer relfv than this one ({__version__}: {why}); update it, "
-                "or give --out_root another folder"
-            ) from None
         raise DamagedStatus(path, f"is damaged or not a status file of relfv ({why})") from None
     return status
-
-
-def _is_of_a_newer(values: dict[str, Any]) -> bool:
-    algorithm = values.get("fingerprint_fields", {}).get("algorithm_version", 0)
-    return values.get("status_format", 0) > _FORMAT or algorithm > ALGORITHM_VERSION
 
 
 @lru_cache(maxsize=16)

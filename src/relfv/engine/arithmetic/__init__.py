@@ -108,11 +108,6 @@ class Arithmetic:
         with torch.inference_mode(False), torch.enable_grad(), whole_widened(self.model, self._mode):
             yield
 
-    @property
-    def gradients_are_cheap(self) -> bool:
-        """Whether a CPU has all weights in float32, as a backward pass reads them."""
-        return self.arch.device.type == "cpu" and not self._packed and not self._mode.widened
-
     @contextmanager
     def multiplying_copies(self, n_copies: int | None = None) -> Iterator[None]:
         """While open, what linear layers get are copies, and is multiplied as base and differences where in pieces. In

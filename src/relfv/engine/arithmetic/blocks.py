@@ -224,8 +224,10 @@ def what_may_wait(attention: Any, out_proj: nn.Module) -> frozenset[int] | None:
     ALL_ATTENTION_FUNCTIONS[_STUB] = attend
     attention.config._attn_implementation = _STUB
     try:
-        # One that calls its parts in another way, whatever it raises, is something else.
-        with suppress(Exception), replaced(stubs), replaced([(file, rotate)], "apply_rotary_pos_emb"):
+        # One that calls its parts in another way, whatever it raises, is something else. What is changed in place is
+        # counted outside of inference mode alone.
+        own = replaced([(file, rotate)], "apply_rotary_pos_emb")
+        with torch.inference_mode(False), suppress(Exception), replaced(stubs), own:
             type(attention).forward(
                 attention, hidden_states=nothing, position_embeddings=(angles, angles), attention_mask=None
             )
@@ -242,6 +244,7 @@ def what_may_wait(attention: Any, out_proj: nn.Module) -> frozenset[int] | None:
 
 
 def _origin(heads: torch.Tensor, given: dict[int, tuple[nn.Linear, torch.Tensor]]) -> nn.Linear | None:
-    """The linear layer whose whole output these heads (1, heads, tokens, head_dim) are."""
+    """The linear layer whose whole output, unchanged, these heads (1, heads, tokens, head_dim) are."""
     linear, out = given.get(heads.data_ptr(), (None, heads))
-    return linear if heads.numel() == out.numel() and heads.transpose(1, 2).is_contiguous() else None
+    is_whole = heads.numel() == out.numel() and heads.transpose(1, 2).is_contiguous()
+    return linear if is_whole and not out._version else None

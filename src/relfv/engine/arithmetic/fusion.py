@@ -132,8 +132,11 @@ def recognise(model: nn.Module, arch: Architecture) -> Fusions | None:
         namespaces = {sys.modules.get(type(module).__module__) for module in arch.blocks[0].modules()}
         rotaries = [namespace for namespace in namespaces if rotates_halves(namespace, arch)]
         known_norms, known_mlps = ({id(part.module): part for part in parts} for parts in (norms, mlps))
+        # Where a part of a head is rotated, the family's own function does it, and nothing may wait for it.
+        widths = {2 * len(of) for name, of in model.named_buffers() if name.endswith("inv_freq")}
+        whole = rotaries if widths <= {arch.head_dim} else []
         found = [
-            as_pre_norm(arch.blocks[layer], out, known_norms, known_mlps, rotaries)
+            as_pre_norm(arch.blocks[layer], out, known_norms, known_mlps, whole)
             for layer, out in arch.out_projs.items()
         ]
         blocks = [block for block in found if block]

@@ -66,10 +66,12 @@ def rotates(cos: torch.Tensor, sin: torch.Tensor) -> bool:
 
 def taken(*heads: torch.Tensor) -> dict[str, Any]:
     """What attention's kernel has to do with query, key and value (N, heads, C, head_dim) first."""
-    if _now is None or _now.angles is None:
+    if _now is None:
         return {}
+    assert _now.angles or not _now.bases, "differences alone would pass for heads"
     if not _now.bases:
-        return {"angles": _now.angles}
-    bases = [_now.bases.pop(x.data_ptr()).view(*x.shape[:2], 1, -1) for x in heads]
+        return {"angles": _now.angles} if _now.angles else {}
+    bases = [_now.bases[x.data_ptr()].view(*x.shape[:2], 1, -1) for x in heads]
+    assert _now.angles
     bases[:2] = kernels.rotate(bases[0], bases[1], *_now.angles)
     return {"angles": _now.angles, "bases": bases}

@@ -108,8 +108,8 @@ def _score_over_likeliest(arch: Architecture, hidden: torch.Tensor, targets: tor
     an edit, and ``N_OTHERS`` of the others, which tell what an edit multiplies the sum over all of those by: importance
     sampling, at even steps of the cumulated chances and so without random numbers.
 
-    One token that only an edit makes likely is hardly among them, and would take from the target: P is then read too
-    high, where an edit does something else than what the prompt or the target has to do with.
+    A token that only an edit makes likely is either not among them, and P is read too high, or stands there for others
+    as well, and P is read too low (docs/statistics.md has the sizes).
     """
     head: Any = arch.lm_head
     base = torch.cat([logits for _, logits in _tiles(arch, hidden[:, 0])], dim=1)
