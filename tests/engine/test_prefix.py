@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import AttentionMaskInterface, DynamicCache
 from parity import assert_close
 from relfv.engine.answers import score_answers
 from relfv.engine.clean import run_clean
+from relfv.engine.passes import masks_without_waiting
 from relfv.engine.prefix import Prefill
 from relfv.language_model import open_model
 from relfv.types import Prompts
@@ -58,3 +60,18 @@ def test_no_pass_begins_by_asking_the_device_whether_there_is_padding(
     assert model.backbone.model.config._attn_implementation == "sdpa"
     assert asked == []
     assert AttentionMaskInterface()["sdpa"] is before
+
+
+def test_models_that_run_beside_in_another_thread_see_their_own_padding(llama_path: Path) -> None:
+    model: Any = open_model(str(llama_path)).backbone.model
+    ids, mask = torch.tensor([[1, 1, 5, 6], [4, 5, 6, 7]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+
+    def logits() -> torch.Tensor:
+        with torch.no_grad():
+            return model(input_ids=ids, attention_mask=mask).logits[0, -1]
+
+    alone = logits()
+    with masks_without_waiting(is_padded=False), ThreadPoolExecutor(1) as other:
+        assert torch.equal(other.submit(logits).result(), alone)
+        assert not torch.equal(logits(), alone)
+    assert torch.equal(logits(), alone)

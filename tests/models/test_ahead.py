@@ -56,3 +56,10 @@ def test_a_model_that_is_not_there_is_named_before_anything_is_imported() -> Non
 def test_it_needs_neither_torch_nor_transformers() -> None:
     done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_link_that_leads_nowhere_is_left_to_who_opens_the_model(llama_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((llama_path / "config.json").read_bytes())
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "gone")
+    with under_way(str(tmp_path), "", "cpu"):
+        pass

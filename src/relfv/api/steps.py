@@ -180,12 +180,10 @@ def _effects(
 ) -> StepEffects:
     """``measure`` of every prompt and target: edits on one axis, the last. ``means``: edits are means over prompts."""
     _require_as_many(prompts, targets)
-    several = [
-        list(its) if isinstance(its, Sequence | np.ndarray) and not isinstance(its, str) else [its] for its in targets
-    ]
-    are_alone = {isinstance(its, str) or not isinstance(its, Sequence | np.ndarray) for its in targets}
+    alone = [isinstance(its, str) or not isinstance(its, Sequence | np.ndarray) for its in targets]
+    several: list[Any] = [[its] if is_one else list(its) for its, is_one in zip(list[Any](targets), alone, strict=True)]
     n = len(several[0])
-    if not n or any(len(its) != n for its in several) or len(are_alone) > 1:
+    if not n or any(len(its) != n for its in several) or len({*alone}) > 1:
         raise InputError("targets: expected as many for every prompt")
     each = [(prompt, target) for prompt, its in zip(prompts, several, strict=True) for target in its]
     fed = [_fed(model, *one) for one in each]
@@ -201,7 +199,7 @@ def _effects(
         for start in range(0, len(prompts), size):
             rows = fed[start * n : (start + size) * n]
             found.append(measure(Prompts([ids for ids, _ in rows], [t for _, t in rows]), slice(start, start + size)))
-    shape = (len(prompts),) if are_alone == {True} else (len(prompts), n)
+    shape = (len(prompts),) if alone[0] else (len(prompts), n)
     return StepEffects(
         np.array([target for _, target in fed]).reshape(shape),
         {m: np.concatenate([one.base.measure(m) for one in found]).reshape(shape) for m in MEASURES},

@@ -42,8 +42,8 @@ def editing_together(
 def first_edited(versions: Sequence[Together]) -> int:
     """The first layer in which one of them is edited; 0 if none is."""
     edits = [e for v in versions for e in (v.chosen, v.added, v.removed, None if v.mlps is None else ~v.mlps.isnan())]
-    of_layers = [edit.flatten(2).any(-1).any(0).nonzero() for edit in edits if edit is not None]
-    return min((int(layers[0]) for layers in of_layers if len(layers)), default=0)
+    of_layers = [edit.flatten(2).any(-1).any(0).tolist() for edit in edits if edit is not None]
+    return next((layer for layer, are_edited in enumerate(zip(*of_layers, strict=True)) if any(are_edited)), 0)
 
 
 def _setting(backbone: Backbone, versions: Sequence[Together], layer: int, prompts: slice) -> Edit | None:

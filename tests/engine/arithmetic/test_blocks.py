@@ -8,7 +8,9 @@ import pytest
 import torch
 import transformers as tf
 from transformers.models.llama import modeling_llama
+from transformers.models.olmo import modeling_olmo
 
+from relfv.engine.arithmetic import late
 from relfv.engine.arithmetic.blocks import Stream, as_pre_norm, what_may_wait
 from relfv.engine.arithmetic.fusion import as_gated_mlp, as_norm
 from relfv.engine.copies import grown
@@ -124,3 +126,19 @@ def test_copies_that_have_room_do_not_move_when_others_come() -> None:
         larger = grown(full, full[:, :1], 1)
         assert larger.data_ptr() != full.data_ptr()
         assert torch.equal(larger, torch.cat([full, full[:, :1]], dim=1))
+
+
+def test_heads_that_are_changed_in_place_do_not_wait() -> None:
+    """OLMo clips what its projections give."""
+    sizes = {name: value for name, value in SIZES.items() if name != "head_dim"}
+    attention: Any = modeling_olmo.OlmoAttention(tf.OlmoConfig(**sizes, clip_qkv=8.0), 0).eval()
+    attention.config._attn_implementation = "sdpa"
+    with torch.inference_mode():
+        assert what_may_wait(attention, attention.o_proj) == frozenset()
+
+
+def test_differences_whose_bases_nobody_rotated_never_pass_for_heads() -> None:
+    with late.waiting({1}):
+        differences = late.apart(torch.zeros(1, 2, 8), torch.ones(1, 8))
+        with pytest.raises(AssertionError, match="differences alone"):
+            late.taken(differences, differences, differences)
