@@ -64,7 +64,8 @@ def test_no_pass_begins_by_asking_the_device_whether_there_is_padding(
 
 def test_models_that_run_beside_in_another_thread_see_their_own_padding(llama_path: Path) -> None:
     model: Any = open_model(str(llama_path)).backbone.model
-    ids, mask = torch.tensor([[1, 1, 5, 6], [4, 5, 6, 7]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    tokens, real = [[1, 1, 5, 6], [4, 5, 6, 7]], [[0, 0, 1, 1], [1, 1, 1, 1]]
+    ids, mask = (torch.tensor(rows, device=model.device) for rows in (tokens, real))
 
     def logits() -> torch.Tensor:
         with torch.no_grad():
