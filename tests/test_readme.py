@@ -26,7 +26,8 @@ def test_there_are_commands_to_check() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "CONTRIBUTING.md", "docs/artifacts.md", "docs/demo_model.md", "bench/RESULTS.md"]
+    "name",
+    ["README.md", "CONTRIBUTING.md", "docs/artifacts.md", "docs/demo_model.md", "bench/RESULTS.md", "bench/HISTORY.md"],
 )
 def test_relative_links_lead_somewhere(name: str) -> None:
     page = ROOT / name
