@@ -14,7 +14,7 @@ class InputError(RelfvError):
 
 
 class DeviceTaken(InputError):
-    """A device that is there lets this process in no more, since another has it."""
+    """A device exists but lets this process in no more, since another process has it."""
 
 
 class RunError(RelfvError):
@@ -29,10 +29,12 @@ class UsageWarning(UserWarning):
 
 
 def in_words(problem: Exception) -> str:
-    """What a status, a log or a page says of a failure; of one that relfv does not explain itself its kind, too."""
+    """Describe a failure as a status, a log or a page states it; an error that is not relfv's own gets its class name,
+    too."""
     return str(problem) if isinstance(problem, RelfvError) else f"{type(problem).__name__}: {problem}"
 
 
 def first_line(problem: Exception) -> str:
-    """Of an error of another library, whose message may go on for pages; its kind where it says nothing."""
+    """The first line of the message of another library's error, which may go on for pages; its class name where the
+    message is empty."""
     return str(problem).strip().split("\n")[0] or type(problem).__name__

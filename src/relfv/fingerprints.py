@@ -1,4 +1,5 @@
-"""What makes two results one experiment: settings, rows, model, algorithm version; and in what two of them differ."""
+"""Fingerprints of experiments: the settings, rows, model and algorithm version that two results must share, and how two
+of them differ."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from relfv.settings import DEFAULTS, IDENTITY, Settings
 
 
 def fingerprint_fields(settings: Settings, *, rows_sha256: str, model_identity: str) -> dict[str, Any]:
-    """What two runs must share to continue each other, by name: settings, rows, model, algorithm version."""
+    """Values that two runs must share to continue each other, by name: settings, rows, model, algorithm version."""
     return {
         **{name: getattr(settings, name) for name in IDENTITY},
         "rows_sha256": rows_sha256,
@@ -22,14 +23,14 @@ def fingerprint_fields(settings: Settings, *, rows_sha256: str, model_identity: 
 
 
 def fingerprint(values: Mapping[str, Any]) -> str:
-    """sha256 of the fields."""
+    """sha256 of the fingerprint's fields."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def differences(
     there: Mapping[str, Any], here: Mapping[str, Any], q_id: str, *, models: tuple[str, str] = ("", "")
 ) -> list[str]:
-    """In what two experiments' fingerprint fields differ, in words; another model, one of ``models`` there and here,
+    """List, in words, how two experiments' fingerprint fields differ; another model, one of ``models`` there and here,
     first. A setting that one side lacks, because an earlier version of relfv wrote it, has its default there."""
     in_words = {
         "rows_sha256": f"the rows of {q_id} in the CSV have changed",
@@ -37,6 +38,6 @@ def differences(
         if models[0] == models[1]
         else f"model was {models[0]}, now {models[1]}",
     }
-    names = sorted({**there, **here}, key=lambda name: name != "model_identity")  # the rest in its order
+    names = sorted({**there, **here}, key=lambda name: name != "model_identity")  # the rest in alphabetical order
     values = {name: tuple(side.get(name, DEFAULTS.get(name)) for side in (there, here)) for name in names}
     return [in_words.get(name, f"{name} was {was}, now {now}") for name, (was, now) in values.items() if was != now]

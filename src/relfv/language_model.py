@@ -29,9 +29,9 @@ class LanguageModel:
     """An opened model with everything stages need of it."""
 
     name: str
-    """As the user gave it; what artifacts call ``model``."""
+    """Name of the model as the user gave it; ``model`` in artifacts."""
     spec: str
-    """As the user gave it; what artifacts call ``model_spec``."""
+    """Family as the user gave it; ``model_spec`` in artifacts."""
     backbone: Backbone
     tokens: Tokens
     engine: Engine
@@ -42,21 +42,21 @@ class LanguageModel:
 
     @property
     def arch(self) -> Architecture:
-        """Blocks, projections and dimensions."""
+        """The model's blocks, projections and dimensions."""
         return self.backbone.arch
 
     @property
     def context(self) -> Context:
-        """How long a prompt it takes."""
+        """Length of the prompts that the model takes."""
         return context_of(self.backbone.model.config)
 
     @property
     def precision(self) -> str:
-        """``exact`` or ``fast``."""
+        """Precision of the arithmetic: ``exact`` or ``fast``."""
         return self.backbone.arithmetic.precision
 
     def facts(self) -> dict[str, str | bool | list[str]]:
-        """What records say of an opened model: ``model``, ``model_spec``, ``engine``, ``precision``, ``dtype``,
+        """Facts on an opened model for records: ``model``, ``model_spec``, ``engine``, ``precision``, ``dtype``,
         ``quant``, ``device`` (its type: ``cpu``, ``cuda``), ``products`` (what linear layers multiply in) and
         ``kernels`` (whether fused kernels run), ``notes`` (what a reader should know of this model), in this order."""
         return {
@@ -117,7 +117,7 @@ def open_model(
 def open_given(
     given: GivenModel, spec: str = "auto", *, quant: str = "none", precision: Precision = "exact"
 ) -> LanguageModel:
-    """The same of a model that is open already, where it is and in its dtype; call within ``borrowed``."""
+    """Choose the engine for a model that is open already, where it is and in its dtype; call within ``borrowed``."""
     return _with_engine(given.name, spec, given.checkpoint(spec), quant, precision, time.monotonic())
 
 
@@ -131,7 +131,8 @@ def _with_engine(
     findings: Findings | None = None,
     asked: Mapping[str, Any] = MappingProxyType({}),
 ) -> LanguageModel:
-    """``asked``: what the files are and how they were read, which a finding rests on."""
+    """Choose the engine for ``checkpoint``, or take the choice from ``findings``; ``asked`` says what the files are and
+    how they were read, which a finding rests on."""
     arch, tokens, read_s = checkpoint.arch, checkpoint.tokens, time.monotonic() - started
     arithmetic = Arithmetic.with_kernels(checkpoint.model, arch, precision)
     backbone = Backbone(checkpoint.model, arch, checkpoint.device, arithmetic, checkpoint.streaming, checkpoint.cards)

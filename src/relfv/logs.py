@@ -1,4 +1,5 @@
-"""Log lines: short on the terminal, complete in files, always with how far the run is and how long it will take."""
+"""Log lines: short on the terminal, complete in files, always with how much of the run is done and how long the rest
+will take."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ _DAY_AND_TIME = "%Y-%m-%d %H:%M:%S"
 
 
 def set_up_logging(*, debug: bool) -> None:
-    """Lines of relfv go to stderr, one each, clean in a terminal and in a file alike; in a file with their day."""
+    """Send relfv's log lines to stderr, one each, clean in a terminal and in a file alike; in a file with their day."""
     terminal = on_a_terminal()
     handler = _AboveBar(sys.stderr) if terminal else logging.StreamHandler(sys.stderr)
     handler.setLevel(logging.DEBUG if debug else logging.INFO)
@@ -32,7 +33,7 @@ def set_up_logging(*, debug: bool) -> None:
 
 @contextmanager
 def remembering() -> Iterator[list[logging.LogRecord]]:
-    """While open, every line is kept in the list as well: for ``logging_to`` a file that may not be written yet."""
+    """While open, keep every log line in the list as well: for ``logging_to`` a file that may not be written yet."""
     handler = _Memory()
     _ROOT.addHandler(handler)
     try:
@@ -52,7 +53,7 @@ class _Memory(logging.Handler):
 
 @contextmanager
 def logging_to(path: Path, earlier: Sequence[logging.LogRecord] = ()) -> Iterator[None]:
-    """While open, every line, details included, is appended to ``path`` as well, after the ``earlier`` ones. Raises
+    """While open, append every log line, details included, to ``path`` as well, after the ``earlier`` ones. Raises
     RunError if it cannot be opened; a disk that is full later costs lines of the log, and is said once."""
     with explained(path):
         make_folder(path.parent)
@@ -65,27 +66,27 @@ def logging_to(path: Path, earlier: Sequence[logging.LogRecord] = ()) -> Iterato
         yield
     finally:
         _ROOT.removeHandler(handler)
-        with suppress(OSError):  # it tries once more to write what it could not
+        with suppress(OSError):  # closing tries once more to write what could not be written
             handler.close()
 
 
 class _AboveBar(logging.StreamHandler):  # type: ignore[type-arg]
-    """Lines on a terminal, which has a bar at its foot."""
+    """Handler for a terminal that has a bar at its foot."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Logging's hook."""
+        """Write one record; called by logging."""
         if not is_of_files(record):
             with bar_hidden():
                 super().emit(record)
 
 
 class _LogFile(logging.FileHandler):
-    """A log that cannot be written is no reason to stop, or to print a traceback for every line."""
+    """Log file that, where it cannot be written, does not stop the program or print a traceback for every line."""
 
     said = False
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Logging's hook, called where writing a line raised."""
+        """Handle an error in writing a line; called by logging."""
         problem = sys.exc_info()[1]
         if not isinstance(problem, OSError):
             super().handleError(record)
@@ -95,21 +96,22 @@ class _LogFile(logging.FileHandler):
 
 
 class _Formatter(logging.Formatter):
-    """One line a record: words from a CSV cannot start a line of their own or steer a terminal."""
+    """Formatter that puts each record on one line: words from a CSV cannot start a line of their own or steer a
+    terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
         record.heading = heading()
         record.level_word = "" if record.levelno in (logging.INFO, logging.DEBUG) else f"{record.levelname}: "
         text = super().format(record)
-        # A traceback is many lines; what stands in them is escaped all the same.
+        # A traceback has many lines; their text is escaped all the same.
         if record.exc_info:
             return "\n".join(map(printable, text.split("\n")))
         return printable(shortened(text) if record.levelno >= logging.WARNING else text)
 
 
 def show(text: object) -> None:
-    """A command's result on stdout: what the encoding lacks as escapes. Where stdout is closed nobody wants it. Raises
-    RunError if it cannot be written, BrokenPipeError if its reader has gone."""
+    """Write a command's result to stdout, with characters that the encoding lacks as escapes. Where stdout is closed
+    nothing is written. Raises RunError if it cannot be written, BrokenPipeError if its reader has gone."""
     if sys.stdout is None:
         return
     encoding = sys.stdout.encoding or "utf-8"
@@ -124,7 +126,7 @@ def show(text: object) -> None:
 
 
 def drop_output() -> None:
-    """Forget what was shown and could not be written: Python would try again at its end."""
+    """Drop output that was shown and could not be written: Python would try again at its end."""
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, sys.stdout.fileno())
     os.close(nothing)

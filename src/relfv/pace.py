@@ -1,5 +1,5 @@
-"""How long the rest of a run will take: from the stages that have been timed, and before those from their usual shares
-of a q_id's time."""
+"""Estimate of how long the rest of a run will take: from the stages that have been timed, and before those from their
+usual shares of a q_id's time."""
 
 from __future__ import annotations
 
@@ -9,39 +9,41 @@ from collections.abc import Callable, Mapping
 from relfv.progress import at_hand, duration
 
 _LEAST_SHARE = 0.03
-"""Of a q_id that must be behind before anything is said of the rest."""
+"""Share of a q_id's usual time that must have passed before the time left is estimated."""
 
 
 class Pace:
-    """Knows which q_id of how many is running, and what each stage took."""
+    """Progress of a run: which q_id of how many is running, and the time that each stage took."""
 
     def __init__(self, total: int, shares: Mapping[str, float] | None = None) -> None:
-        """``total`` q_ids, each of the stages ``shares``, in order: what part of a q_id's time each takes as a rule."""
+        """``total`` is the number of q_ids; ``shares`` has, for each stage in order, the share of a q_id's time it
+        usually takes."""
         self._total, self._done, self._waiting = total, 0, total
         self._shares = dict(shares or {"": 1.0})
         self._took: dict[str, tuple[float, int]] = {}
-        """By stage the seconds of the q_ids before this one, and how many had it: of 10,000 no list is added up for
-        every line of a log."""
+        """Stage -> (its seconds summed over the q_ids before this one, number of these q_ids that ran it). Sums are
+        kept so that with 10,000 q_ids no list is added up for every line of a log."""
         self._of_this: dict[str, float] = {}
         self._stage: str | None = None
         self._started = self._stage_started = time.monotonic()
 
     def begin(self) -> None:
-        """A q_id starts."""
+        """Note that a q_id starts."""
         self._of_this, self._stage = {}, None
         self._started = time.monotonic()
         self._waiting = max(0, self._waiting - 1)
 
     def begin_stage(self, name: str) -> float | None:
-        """The present q_id comes to a stage, or to another layer of it. -> seconds that the stage took before."""
+        """Note that the present q_id comes to a stage, or to another layer of it. -> mean seconds that the stage took
+        in earlier q_ids, None where there is none."""
         if name != self._stage:
             self._end_stage()
             self._stage, self._stage_started = name, time.monotonic()
         return self._mean(name) if name in self._took else None
 
     def end(self, waiting: Callable[[], int] | None = None) -> None:
-        """It ended. Where another run took it, it says nothing of the pace, and ``waiting`` counts the q_ids that are
-        left for this run."""
+        """Note that the present q_id ended. If another run took it, it says nothing of the pace, and ``waiting`` counts
+        the q_ids that are left for this run."""
         was_run = self._stage is not None
         self._end_stage()
         for name, seconds in self._of_this.items():
@@ -56,13 +58,13 @@ class Pace:
         return time.monotonic() - self._started
 
     def heading(self) -> str:
-        """``[2/28, 14 min left] ``"""
+        """Beginning of a log line, such as ``[2/28, 14 min left] ``."""
         left = self.left()
         said = "" if left is None else f", {duration(left)} left"
         return f"[{min(self._done + 1, self._total)}/{self._total}{said}] "
 
     def left(self) -> float | None:
-        """Seconds for the rest of this q_id and the waiting ones; None before anything says so, and at the end."""
+        """Seconds for the rest of this q_id and the waiting ones; None before there is an estimate, and at the end."""
         usual = self._usual()
         if usual is None or self._done >= self._total:
             return None

@@ -1,4 +1,5 @@
-"""What relfv is at and for how long still: a bar on a terminal, a dated line after every 30 s of silence elsewhere.
+"""Progress: what relfv is working on and how long it will still take, as a bar on a terminal, elsewhere as a dated line
+after every 30 s of silence.
 
 Whoever does what may take long opens ``at_work`` around it, and a loop over its parts goes by way of ``counted``. One
 thread watches; it begins and ends with the outermost ``at_work``.
@@ -19,37 +20,37 @@ from typing import Any, TypeVar
 log = logging.getLogger(__name__)
 
 SILENCE_S = 30.0
-"""After so long without a line the work at hand is spoken of."""
+"""Seconds without a line after which the work at hand is logged."""
 REFRESH_S = 0.5
-"""How often the bar is drawn, and how long work lasts before it is shown."""
+"""Seconds between two drawings of the bar, and how long work lasts before it is shown."""
 
 _BAR = 20
-"""Columns that a bar has at least where the terminal is wide enough to say more beside it."""
+"""Least number of columns of the bar where the terminal is wide enough to say more beside it."""
 
 T = TypeVar("T")
 
 
 @dataclass
 class Task:
-    """One piece of work."""
+    """One piece of work, with how much of it is done."""
 
     name: str
     about: str
-    """What it does, in a few words."""
+    """Description of the work, in a few words."""
     expected_s: float | None = None
-    """How long it took before, where that is known."""
+    """Seconds that it took before, where that is known."""
     unit: str = ""
-    """What ``counted`` counts; nothing is counted where this is empty."""
+    """The things that ``counted`` counts; nothing is counted where this is empty."""
     done: int = 0
     total: int = 0
     started: float = field(default_factory=time.monotonic)
 
     def seconds(self) -> float:
-        """So far."""
+        """Seconds since the work began."""
         return time.monotonic() - self.started
 
     def share(self) -> float | None:
-        """How much of it is done, 0 to 1; None where nothing says so."""
+        """Share of the work that is done, 0 to 1; None where nothing says so."""
         if self.expected_s:
             return min(0.99, self.seconds() / self.expected_s)
         return min(0.99, self.done / self.total) if self.done else None
@@ -60,14 +61,14 @@ class Task:
         return self.seconds() * (1 / share - 1) if share and share < 0.99 else None
 
     def said(self) -> str:
-        """``12 of 25 prompts, 40 s so far, 43 s left``."""
+        """Progress in words: ``12 of 25 prompts, 40 s so far, 43 s left``."""
         counted = f"{self.done} of {self.total} {self.unit}, " if self.total else ""
         left = self.left_s()
         return f"{counted}{duration(self.seconds())} so far" + ("" if left is None else f", {duration(left)} left")
 
 
 def duration(seconds: float) -> str:
-    """``40 s``, ``12 min``, ``3.5 h``."""
+    """Format a duration: ``40 s``, ``12 min``, ``3.5 h``."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -80,7 +81,7 @@ _headings: list[Callable[[], str]] = []
 
 @contextmanager
 def at_work(name: str, about: str, expected_s: float | None = None, *, unit: str = "") -> Iterator[Task]:
-    """While open, relfv is at this; what is opened within goes before it."""
+    """While open, make this the work at hand; work that is opened within takes its place meanwhile."""
     task = Task(name, about, expected_s, unit)
     outermost = not _tasks
     _tasks.append(task)
@@ -94,7 +95,7 @@ def at_work(name: str, about: str, expected_s: float | None = None, *, unit: str
 
 
 def counted(parts: Sequence[T], size: Callable[[T], int] = lambda _: 1) -> Iterator[T]:
-    """``parts``, one after another; the work at hand says how many of their ``size`` in all are done."""
+    """Yield ``parts``, one after another; the work at hand says how many of their ``size`` in all are done."""
     task = _tasks[-1] if _tasks and _tasks[-1].unit else Task("", "")
     task.done, task.total = 0, sum(map(size, parts))
     for part in parts:
@@ -103,20 +104,20 @@ def counted(parts: Sequence[T], size: Callable[[T], int] = lambda _: 1) -> Itera
 
 
 def at_hand() -> Task | None:
-    """The innermost work."""
-    with suppress(IndexError):  # it may end just now, in another thread
+    """The innermost work that is open; None if there is none."""
+    with suppress(IndexError):  # the work may end just now, in another thread
         return _tasks[-1]
     return None
 
 
 def heading() -> str:
-    """What stands before every line: how far the whole is."""
+    """Text in front of every log line: how far the whole run is."""
     return _headings[-1]() if _headings else ""
 
 
 @contextmanager
 def headed(words: Callable[[], str]) -> Iterator[None]:
-    """While open, ``words()`` is the heading."""
+    """While open, make ``words()`` the heading."""
     _headings.append(words)
     try:
         yield
@@ -125,7 +126,8 @@ def headed(words: Callable[[], str]) -> Iterator[None]:
 
 
 class _Watch(logging.Handler):
-    """The thread that shows the work at hand. As a handler it hears when relfv has last said something."""
+    """The thread that shows the work at hand. It is also a log handler, so that it knows when relfv last said
+    something."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
@@ -135,11 +137,11 @@ class _Watch(logging.Handler):
         self._thread.start()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Logging's hook."""
+        """Note the time of a line; called by logging."""
         self._heard = time.monotonic()
 
     def end(self) -> None:
-        """Show no more."""
+        """Stop showing progress."""
         self._ended.set()
         self._thread.join()
         logging.getLogger("relfv").removeHandler(self)
@@ -157,11 +159,11 @@ class _Watch(logging.Handler):
 
 
 _OF_FILES = {"of_files": True}
-"""Marks a line that a terminal with a bar needs not."""
+"""Marks a log line that is not needed on a terminal with a bar."""
 
 
 def is_of_files(record: logging.LogRecord) -> bool:
-    """Whether a line says no more than the bar does."""
+    """Whether a log line says no more than the bar does."""
     return getattr(record, "of_files", False)
 
 
@@ -169,12 +171,12 @@ def on_a_terminal() -> bool:
     """Whether stderr is a terminal that can show a bar."""
     try:
         return sys.stderr.isatty() and shutil.get_terminal_size().columns >= 20
-    except (AttributeError, ValueError):  # there is none, or it is closed
+    except (AttributeError, ValueError):  # stderr is missing or closed
         return False
 
 
 class _Bar:
-    """One line at the foot of the terminal."""
+    """The progress bar: one line at the foot of the terminal."""
 
     shown: Any = None
     """tqdm's bar, while one is on the terminal."""
@@ -188,7 +190,7 @@ class _Bar:
             _Bar.shown = None
 
     def show(self, task: Task) -> None:
-        """Draw it anew."""
+        """Draw the bar anew."""
         from tqdm import tqdm
 
         if task.seconds() < REFRESH_S and _Bar.shown is None:
@@ -198,7 +200,7 @@ class _Bar:
             right += f": {task.about}"
         form = f"{_literal(left)}|{{bar}}|{_literal(right)}"
         if _Bar.shown is None:
-            tqdm.set_lock(threading.RLock())  # its own is shared with processes, of which there are none
+            tqdm.set_lock(threading.RLock())  # tqdm's own lock is for several processes; relfv has one here
             tqdm.monitor_interval = 0
             _Bar.shown = tqdm(total=1.0, file=sys.stderr, leave=False, dynamic_ncols=True, bar_format=form)
         _Bar.shown.bar_format, _Bar.shown.n = form, task.share() or 0.0
@@ -206,13 +208,13 @@ class _Bar:
 
 
 def _literal(words: str) -> str:
-    """As tqdm's format shows it as it is, and the terminal, too."""
+    """Escape ``words`` so that tqdm's format and the terminal show them as they are."""
     return "".join(char if char.isprintable() else "?" for char in words).replace("{", "{{").replace("}", "}}")
 
 
 @contextmanager
 def bar_hidden() -> Iterator[None]:
-    """While open, no bar is in the way of a line."""
+    """While open, hide the bar, so that it is not in the way of a line."""
     if _Bar.shown is None:
         yield
         return

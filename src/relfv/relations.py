@@ -1,4 +1,4 @@
-"""The relation CSV: word pairs grouped by q_id. What is wrong with a file is said all at once, with line numbers."""
+"""The relation CSV: word pairs grouped by q_id. All problems of a file are reported at once, with line numbers."""
 
 from __future__ import annotations
 
@@ -21,21 +21,22 @@ _COLUMNS = {
     "output": ("ex_b", "exb", "output"),
 }
 _NAME = "name"
-"""The column, which need not be there, that says in words what a relation is."""
+"""Header of the optional column that says in words what a relation is."""
 _LONGEST_NAME = 100
 _Q_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
-"""No dot in front (hidden files, ``..``), and no ``-``: it makes an option of a file name and a formula of a CSV
-cell."""
+"""Pattern of a q_id. It has no dot in front (hidden files, ``..``), and no ``-``, which makes an option of a file name
+and a formula of a CSV cell."""
 _OF_RELFV = re.compile(
     r"report|tables|(run\.log|(run_manifest|plan)\.json).*|(cross_fv|aggregate\w*)\.\w+.*|.*\.replaced-.*",
     re.IGNORECASE,
 )
 _OF_WINDOWS = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?|.*\.", re.IGNORECASE)
-"""Folders that a copy of the results could not have there."""
+"""Names that no folder can have on Windows, so that results could not be copied there."""
 LINE_BREAKS_AND_CONTROLS = ("Cc", "Zl", "Zp")
 """Unicode categories: C0 and C1 controls, and the two separators that are line breaks to some readers."""
 _MAX_BYTES = 64 << 20
-"""About three million pairs. A larger file is a mistake, and finding that out must not cost its size in memory."""
+"""Largest size of a CSV in bytes, about three million pairs. A larger file is a mistake, and finding that out must not
+cost its size in memory."""
 _MAX_ERRORS = 10
 _MAX_NAMED = 20
 
@@ -104,7 +105,7 @@ def require_q_ids(wanted: Iterable[str], relations: Iterable[str], flag: str, pa
 
 
 def named(q_ids: Sequence[str], between: str = ", ") -> str:
-    """The first twenty, then a count."""
+    """The first twenty of ``q_ids`` in one text, then a count of the others."""
     more = len(q_ids) - _MAX_NAMED
     return between.join([*q_ids[:_MAX_NAMED], f"and {more} more"] if more > 0 else q_ids)
 
@@ -115,7 +116,7 @@ def csv_file(name: str) -> Path:
     path = Path(name)
     if path == SPEC_CSV and not path.exists():
         package = Path(__file__).parent
-        copies = [package / "demo" / SPEC_CSV.name, package.parents[1] / SPEC_CSV]  # of a wheel, of a clone
+        copies = [package / "demo" / SPEC_CSV.name, package.parents[1] / SPEC_CSV]  # in a wheel, in a clone
         return next((copy for copy in copies if copy.is_file()), path)
     return path
 
@@ -149,21 +150,21 @@ def rows_sha256(relation: Relation, corruption: str = "derange") -> str:
 
 
 class _Problems:
-    """What is wrong with a file: the first ten, and how many there are. A file of nothing else must not fill the
-    memory."""
+    """The problems of a file: the first ten, and the number of all. No more are kept, since a file of nothing else must
+    not fill the memory."""
 
     def __init__(self) -> None:
         self.n = 0
         self._lines_of: dict[str, list[int]] = {}
 
     def add(self, line: int, problem: str) -> None:
-        """``line`` is 0 for what no line says by itself."""
+        """Add a problem; ``line`` is 0 for one that belongs to no single line."""
         self.n += 1
         if self.n <= _MAX_ERRORS:
             self._lines_of.setdefault(problem, []).append(line)
 
     def listed(self) -> str:
-        """The first ten, lines with one and the same problem together, then a count."""
+        """The first ten problems in one text, lines with one and the same problem together, then a count."""
         shown = [
             f"line {', '.join(map(str, lines))}: {problem}" if all(lines) else problem
             for problem, lines in self._lines_of.items()
@@ -220,14 +221,15 @@ def _line_at(data: bytes, offset: int) -> int:
 
 
 def separator_of(text: str) -> str:
-    """What parts the columns of a CSV: whichever of commas, semicolons and tabs the header has most of."""
+    """The character that separates the columns of a CSV: whichever of commas, semicolons and tabs the header has most
+    of."""
     header = re.split(r"[\r\n]", text, maxsplit=1)[0]
-    return max(",;\t", key=header.count)  # of equally many the comma
+    return max(",;\t", key=header.count)  # the comma if there are equally many
 
 
 def columns_of(path: Path, row: list[str] | None) -> dict[str, int]:
-    """Where a header has ``q_id``, ``input`` and ``output``, and every other column. Raises InputError if one of the
-    three is missing or there twice."""
+    """Column -> its index in a header: ``q_id``, ``input``, ``output``, and every other column. Raises InputError if
+    one of the three is missing or there twice."""
     if row is None:
         raise InputError(f"{path}: is empty; expected a header id,ex_A,ex_B and one pair a row")
     names = [cell.strip().lower() for cell in row]
@@ -287,14 +289,15 @@ def _two_names(q_id: str, names: dict[str, str], name: str) -> str:
 
 
 def _taken(q_id: str) -> str | None:
-    """Who else has this name, or None."""
+    """Why the name ``q_id`` is taken, as words for an error message; None if it is free."""
     if _OF_RELFV.fullmatch(q_id):
         return "relfv gives to files beside the q_ids' folders"
     return "Windows keeps for itself" if _OF_WINDOWS.fullmatch(q_id) else None
 
 
 def _case_clashes(q_ids: Iterable[str]) -> Iterator[str]:
-    """Q1 and q1 would share a folder on some file systems, and are one relation typed two ways on all of them."""
+    """Problems of q_ids that differ only in case: Q1 and q1 would share a folder on some file systems, and are one
+    relation typed two ways on all of them."""
     seen: dict[str, str] = {}
     for q_id in q_ids:
         other = seen.setdefault(q_id.lower(), q_id)

@@ -1,4 +1,5 @@
-"""What a run may ask for beyond what completes a q_id (sweeps, draws, formats, studies): asked for once, it stays."""
+"""Requests: what a run may ask for beyond what completes a q_id (sweeps, draws, formats, studies). A request made once
+stays."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from relfv.settings import STUDIES, SWEEPS, Settings
 
 
 def with_requests_of(settings: Settings, other: Settings) -> Settings:
-    """``settings`` with what they and ``other`` ask for."""
+    """``settings`` with the requests of both, their own and those of ``other``."""
     studies = settings.studies | other.studies
     return replace(
         settings,
@@ -22,14 +23,14 @@ def with_requests_of(settings: Settings, other: Settings) -> Settings:
 
 
 def without_requests(settings: Settings) -> Settings:
-    """With none of it."""
+    """``settings`` without any requests."""
     extras = "all" if settings.has_extras else "none"
     return replace(settings, extras=extras, replicates=0, formats="", **dict.fromkeys(SWEEPS, ()))
 
 
 def merged_formats(one: str, other: str) -> str:
-    """Both of two definitions of formats, as ``resolved_formats`` (stages/prompt_formats.py) writes them; where they
-    differ ``other``."""
+    """Merge two definitions of formats, as ``resolved_formats`` (stages/prompt_formats.py) writes them; where they
+    differ, ``other`` counts."""
     defined: dict[str, dict[str, Any]] = json.loads(one or "{}")
     for q_id, its in json.loads(other or "{}").items():
         defined[q_id] = {**defined.get(q_id, {}), **its}

@@ -1,4 +1,4 @@
-"""What share of the gap between zero-shot and clean prompts a vector closes, and between what bounds.
+"""Share of the gap between zero-shot and clean prompts that a vector closes, with its bounds.
 
 Where all of 14 queries are closed, 98 % each, their spread says nothing of queries that are not: one in five may fail
 and none of 14 be seen. So a bound here is never tighter than the number of queries allows (Gaffke 2005), and it knows
@@ -16,16 +16,17 @@ import numpy as np
 from relfv.stats import LEVEL, cluster_totals, clustered_mean, signs
 
 MIN_GAP = 0.05
-"""Between probabilities: a share of a smaller gap says nothing."""
+"""Smallest gap, as a difference of probabilities, of which shares are given: a share of a smaller one says nothing."""
 _TAIL = (1 - LEVEL) / 2
 _N_WEIGHTS = 10_000
-"""Random weights of the queries: the end of an interval moves by a hundredth of its width from one set to another."""
+"""Number of random weightings of the queries: with so many, the end of an interval moves by a hundredth of its width
+from one set to another."""
 _N_FLIPS = 4_096
-"""As many signs by query: all of them up to 12 queries."""
+"""Largest number of sign flips by query that are tried: all there are for up to 12 queries."""
 _N_BISECTIONS = 12
-"""Of an interval two gaps wide: to a thousandth of the gap."""
+"""Number of bisections of an interval two gaps wide: they find its end to a thousandth of the gap."""
 _N_CHOICES = 2_000
-"""Of the weights, for how many the layer is chosen anew: that takes (choice, query, layer) numbers."""
+"""Number of the weightings for which the layer is chosen anew; that takes (choice, query, layer) numbers."""
 
 
 @dataclass(frozen=True)
@@ -39,16 +40,16 @@ class Share:
     high_of_mean: float
     """Upper end by Student's t, from the spread of the queries seen: says nothing of queries of another kind."""
     n_queries: int
-    """With a gap of their own of at least MIN_GAP."""
+    """Number of queries with a gap of their own of at least MIN_GAP."""
     n_closing_half: int
-    """Of those, how many have at least half of their own gap closed."""
+    """Number of those queries that have at least half of their own gap closed."""
     others_up_to: float
     """Upper bound, one-sided at ``LEVEL`` (Clopper & Pearson 1934), on the share of queries of the rarer kind: those
     that do not close half of their gap where most do, those that do where most do not."""
 
 
 class Gap:
-    """P clean minus P zero-shot of some prompts, and shares of it; counted by query."""
+    """The gap, P clean minus P zero-shot, of some prompts, and shares of it; counted by query."""
 
     def __init__(self, low: np.ndarray, high: np.ndarray, clusters: Sequence[int]) -> None:
         """``low`` and ``high`` (prompt,): P zero-shot and clean; ``clusters`` (prompt,): the prompts' queries."""
@@ -57,12 +58,12 @@ class Gap:
         self.totals = cluster_totals(high - low, clusters)
         gap = clustered_mean((high - low)[:, None], clusters)
         self.is_there = bool(gap.mean[0] >= MIN_GAP and gap.low[0] > 0)
-        """Whether it is at least MIN_GAP and clearly above 0. There are no shares of another."""
+        """Whether the mean gap is at least MIN_GAP and clearly above 0; there are no shares of any other."""
 
     def share(self, effect: np.ndarray, layer: int) -> Share | None:
-        """Mean ``effect`` (prompt, layer), a difference of P, at the ``layer`` that was chosen among them, over the
-        mean gap; of one that was not chosen give that column alone. None where there is no gap, or a number at
-        ``layer`` is not finite; other layers with such numbers are left out."""
+        """The share: mean ``effect`` (prompt, layer), a difference of P, at the ``layer`` that was chosen among them,
+        divided by the mean gap. For a layer that was not chosen, give that column alone. None where there is no gap, or
+        a number at ``layer`` is not finite; other layers with such numbers are left out."""
         finite: np.ndarray = np.all(np.isfinite(effect), axis=0)
         if not self.is_there or not finite[layer]:
             return None
@@ -72,8 +73,9 @@ class Gap:
         return self._share(totals[:, layer], self._low_of_flips(totals, layer, low), high)
 
     def share_with_layer_chosen_by_others(self, effect: np.ndarray, score: np.ndarray) -> Share | None:
-        """The same with each query's effect at the layer of the largest mean ``score`` (prompt, layer) of the *other*
-        queries. The best of L layers on the same prompts is too good by the luck of L draws; this is not.
+        """The share as in ``share``, with each query's effect at the layer of the largest mean ``score`` (prompt,
+        layer) of the *other* queries. The best of L layers on the same prompts is too good by the luck of L draws; this
+        is not.
 
         The choice is made anew within the weights that give the interval.
         """
@@ -88,8 +90,8 @@ class Gap:
         return self._share(chosen, low, max(high, high_anew))
 
     def closed_by_query(self, effect: np.ndarray, score: np.ndarray) -> np.ndarray | None:
-        """(query,): numbers whose mean is the share that ``share_with_layer_chosen_by_others`` gives, and whose spread
-        is its error: the linearised ratio."""
+        """(query,): each query's part in the share that ``share_with_layer_chosen_by_others`` gives. Their mean is that
+        share, and their spread its error: the linearised ratio."""
         found = self._of_finite_layers(effect, score)
         if found is None:
             return None
@@ -98,7 +100,8 @@ class Gap:
         return value + self._residuals(chosen, value)
 
     def _of_finite_layers(self, effect: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-        """Both as totals (query, layer) of the layers where all numbers are finite; None where there is no share."""
+        """``effect`` and ``score`` as totals (query, layer) of the layers where all numbers are finite; None where
+        there is no share."""
         finite = np.isfinite(effect).all(0) & np.isfinite(score).all(0)
         if not self.is_there or not finite.any():
             return None
@@ -157,7 +160,8 @@ class Gap:
         return low
 
     def _low_of_few(self, totals: np.ndarray, layer: int) -> float:
-        """Five queries have 32 flips, too few to show anything: Student's t, with its tail divided by the layers."""
+        """The lower end by Student's t, with its tail divided by the layers: five queries have 32 flips, too few to
+        show anything."""
         from scipy import stats  # slow to import
 
         value = totals[:, layer].sum() / self.totals.sum()
@@ -179,8 +183,8 @@ def mean_between(
 
 
 def mean_difference(one: np.ndarray, other: np.ndarray) -> tuple[float, float, float]:
-    """How far the mean of ``other`` (query,) is above that of ``one``, of the same queries, with its interval: one more
-    query is one that ``one`` closes and ``other`` does not, or the other way round."""
+    """Mean of ``other`` minus mean of ``one``, both (query,) of the same queries, with its interval. The one more query
+    that the interval allows for is one that ``one`` closes and ``other`` does not, or the other way round."""
     return mean_between(other - one, range(len(one)), -1.0, 1.0)
 
 

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGUSR1 as exceptions, also where a library makes something else of them.
+"""Raise SIGINT, SIGTERM and SIGUSR1 as exceptions, also where a library turns them into another error.
 
 Python raises them wherever it happens to be: within a callback of Matplotlib's C++, say, which turns any error there
 into a ValueError of its own. So what came is remembered, and ``raise_received`` says it again.
@@ -17,7 +17,7 @@ class Terminated(BaseException):
 
 
 class TimeIsUp(Terminated):
-    """SIGUSR1 arrived: a scheduler's word, as it is usual on clusters, that the job's time is about to end."""
+    """SIGUSR1 arrived: the usual signal of a cluster's scheduler that the job's time is about to end."""
 
 
 _EXCEPTIONS: dict[int, type[BaseException]] = {
@@ -34,7 +34,7 @@ def as_exceptions() -> Iterator[None]:
     TimeIsUp."""
     _received.clear()
     before = {number: signal.getsignal(number) for number in _EXCEPTIONS}
-    # What the caller wants ignored, as a shell does for SIGINT in the background, stays ignored.
+    # Signals that the caller ignores, as a shell does with SIGINT in the background, stay ignored.
     before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
     try:
         for number in before:
@@ -46,7 +46,7 @@ def as_exceptions() -> Iterator[None]:
 
 
 def raise_received() -> None:
-    """Raise what has come since ``as_exceptions`` was opened, if anything has."""
+    """Raise the signal that has come since ``as_exceptions`` was opened, if any has."""
     if _received:
         raise _EXCEPTIONS[_received[-1]]
 

@@ -1,4 +1,4 @@
-"""What a mean over trials is worth: intervals, false-discovery control, stability of a ranking.
+"""Statistics of a mean over trials: intervals, false-discovery control, stability of a ranking.
 
 25 trials draw their query from as few as ten rows, and trials that share a query are no independent observations. So
 everything here counts *queries* (clusters), not trials. Formulas, assumptions and sources: docs/statistics.md.
@@ -14,15 +14,16 @@ from functools import lru_cache
 import numpy as np
 
 LEVEL = 0.95
-"""Of every interval."""
+"""Confidence level of every interval."""
 FDR = 0.05
-"""Share of false ones among the heads that are called distinguishable from noise."""
+"""Expected share of false ones among the heads that are called distinguishable from noise."""
 N_FLIPS = 20_000
-"""Of signs by query: all there are up to 14 queries, of which there are no more than that; else so many at random."""
+"""Largest number of sign flips by query that are tried: all there are for up to 14 queries, else this many, at
+random."""
 POWER = 0.8
 """Probability of finding an effect that is called large enough to be found."""
 FEW_QUERIES = 2
-"""A mean of which half comes from so few queries says little of the next one."""
+"""Number of queries: a mean of which half comes from so few says little of the next query."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,9 @@ def clustered_mean(values: np.ndarray, clusters: Sequence[int]) -> ClusteredMean
 
 
 def mean_with_left_out(mean: np.ndarray, without: np.ndarray, clusters: Sequence[int]) -> ClusteredMean:
-    """``mean`` (column,) over all trials, with the error that ``without`` (cluster, column) shows: the same estimate
-    from the other clusters alone, everything that it rests on included. Rows in the order of ``np.unique(clusters)``,
-    two or more.
+    """``mean`` (column,) over all trials, with the error that ``without`` (cluster, column) shows: for each cluster the
+    same estimate from the other clusters alone, everything that it rests on included. Rows in the order of
+    ``np.unique(clusters)``, two or more.
 
     Where the estimate is nothing but a mean over trials this is ``clustered_mean`` to the last digit.
     """
@@ -95,7 +96,7 @@ def _degrees_of_freedom(sizes: np.ndarray) -> float:
 
 
 def _members(clusters: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Sizes (cluster,), and the 0/1 matrix (cluster, trial) of who belongs where."""
+    """Sizes of the clusters (cluster,), and the 0/1 matrix (cluster, trial) of which trial belongs to which."""
     _, index = np.unique(np.asarray(clusters), return_inverse=True)
     member = (index[None] == np.arange(index.max() + 1)[:, None]).astype(np.float64)
     return member.sum(1), member
@@ -133,30 +134,30 @@ def signs(n: int, limit: int = N_FLIPS) -> np.ndarray:
 
 
 def sign_flip_p_values(values: np.ndarray, clusters: Sequence[int]) -> np.ndarray:
-    """Two-sided p-values (column,) of means of ``values`` (trial, column) that are 0: the share of sign flips, each of
-    whole clusters, that give a mean at least as far from 0 (Fisher 1935).
+    """Two-sided p-values (column,) for the hypothesis that the means of ``values`` (trial, column) are 0: the share of
+    sign flips, each of whole clusters, that give a mean at least as far from 0 (Fisher 1935).
 
     Valid where a cluster's sum is as likely to be x as -x, whatever its size and shape. Never below 2 / 2**clusters.
     """
     totals = cluster_totals(values, clusters)
-    totals = (totals / np.maximum(np.abs(totals).max(0), 1e-300)).astype(np.float32)  # twice as fast
+    totals = (totals / np.maximum(np.abs(totals).max(0), 1e-300)).astype(np.float32)  # float32 is twice as fast
     flips = signs(len(totals)).astype(np.float32)
     if len(flips) < N_FLIPS:
         flips = flips[: len(flips) // 2]  # the other half mirrors it
-    # A sum that is the same but for the order it was added up in is as far.
+    # Sums that differ only in the order of addition count as equally far from 0.
     limit = np.abs(totals.sum(0)) - np.float32(1e-5)
     as_far = np.zeros(totals.shape[1])
-    for start in range(0, len(flips), 500):  # what stays in the cache is fast
+    for start in range(0, len(flips), 500):  # few enough rows to stay in the cache
         sums = flips[start : start + 500] @ totals
-        as_far += (np.abs(sums, out=sums) >= limit).sum(0, dtype=np.int16)  # in wider numbers three times as long
+        as_far += (np.abs(sums, out=sums) >= limit).sum(0, dtype=np.int16)  # wider integers take three times as long
     return as_far / len(flips)
 
 
 def best_column_p_value(values: np.ndarray, clusters: Sequence[int], column: int) -> float:
-    """One-sided p-value of a mean of ``values`` (trial, column) that is not above 0, ``column`` having been chosen for
-    it among all: the share of sign flips, each of whole clusters, with which some column does as well."""
+    """One-sided p-value for the hypothesis that the mean of one ``column`` of ``values`` (trial, column), chosen among
+    all, is not above 0: the share of sign flips, each of whole clusters, with which some column does as well."""
     totals = cluster_totals(values, clusters)
-    # How far columns below 0 lie below it is no noise (Hansen 2005).
+    # Columns with a mean below 0 are centred: how far they lie below 0 is no noise (Hansen 2005).
     best = (signs(len(totals)) @ (totals - np.minimum(totals.mean(0), 0))).max(1)
     return float((best >= totals[:, column].sum() - 1e-9).mean())
 
@@ -193,7 +194,7 @@ def called_at_once(n_columns: int, n_clusters: int) -> int:
 
 @dataclass(frozen=True)
 class Stability:
-    """How much of a top-k list is the sample's doing; arrays are (column,)."""
+    """Stability of a top-k list under resampling of the queries; arrays are (column,)."""
 
     in_top_k: np.ndarray
     """Share of bootstrap samples of queries in which the column is among the k best."""
@@ -203,14 +204,14 @@ class Stability:
     No bound on anything where the scores of all trials rest on one estimate, such as a clean mean of all of them."""
     n_halvings: int
     chance_overlap: float
-    """The same for two lists drawn at random: k / columns."""
+    """Expected share of the k that two lists drawn at random have in common: k / columns."""
 
 
 def top_k_stability(
     scores: np.ndarray, clusters: Sequence[int], k: int, *, seed: str, n_bootstrap: int = 1000, n_halvings: int = 200
 ) -> Stability:
-    """Rank columns of ``scores`` (trial, column) by their mean over resampled queries. The same for the same
-    ``seed``."""
+    """Rank columns of ``scores`` (trial, column) by their mean over resampled queries. The result is the same for the
+    same ``seed``."""
     sizes, member = _members(clusters)
     n_clusters, n_columns = len(sizes), scores.shape[1]
     k = min(k, n_columns)

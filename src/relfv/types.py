@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # to know what values are takes neither
+if TYPE_CHECKING:  # needed for type annotations alone
     import numpy as np
     import torch
 
@@ -43,12 +43,12 @@ class Relation:
     csv_answers: tuple[str, ...] = field(default=(), repr=False, compare=False)
     """The distinct answers of all relations of the CSV: labels that have nothing to do with this one."""
     name: str = field(default="", compare=False)
-    """What it is in words, where the CSV says so. No part of the experiment."""
+    """The relation in words, where the CSV has them; no part of the experiment."""
     csv_pairs: Mapping[str, tuple[WordPair, ...]] = field(default_factory=dict, repr=False, compare=False)
-    """The pairs of all relations of the CSV by q_id, its own among them."""
+    """q_id -> pairs, for all relations of the CSV, this one included."""
 
     def answers_to(self, word: str) -> tuple[str, ...]:
-        """All that the relation gives as answers to this input: each is right."""
+        """All answers that the relation gives to the input ``word``; each of them is right."""
         return tuple(dict.fromkeys(pair.output for pair in self.pairs if pair.input == word))
 
 
@@ -72,17 +72,20 @@ class Trial:
 
 @dataclass(frozen=True)
 class Target:
-    """What a prompt is scored on: the first token of the answer (Todd et al. 2024, section 2), or a later one."""
+    """The token that a prompt is scored on: the first token of the answer (Todd et al. 2024, section 2), or a later
+    one."""
 
     answer_ids: tuple[int, ...]
     joint: bool
     """True if the ids come from tokenising prompt + answer together with the prompt's own ids as a prefix. False if
     the tokenizer merges across that boundary; then the answer was tokenised on its own, and the snapshot says so."""
     space_ids: tuple[int, ...] = ()
-    """What the tokenizer makes of the space before the answer, where that is tokens of white space alone (digits in
-    Llama-3's tokenizer): fed as the end of the prompt, since every answer has them. They are not in ``answer_ids``."""
+    """Tokens of the space before the answer, where the tokenizer makes tokens of white space alone of it (before digits
+    in Llama-3's tokenizer). They are fed as the end of the prompt, since every answer has them, and are not in
+    ``answer_ids``."""
     n_fed: int = 0
-    """Tokens of ``answer_ids`` that are fed as well, because other answers share them (``--target distinguishing``)."""
+    """Number of first tokens of ``answer_ids`` that are fed with the prompt, because other answers share them
+    (``--target distinguishing``)."""
 
     @property
     def token_id(self) -> int:
@@ -91,12 +94,12 @@ class Target:
 
     @property
     def fed_ids(self) -> tuple[int, ...]:
-        """What the model reads after the prompt's text."""
+        """Token ids that the model reads after the prompt's text."""
         return self.space_ids + self.answer_ids[: self.n_fed]
 
     @property
     def n_to_come(self) -> int:
-        """Tokens of the answer after what is fed."""
+        """Number of the answer's tokens after those that are fed."""
         return len(self.answer_ids) - self.n_fed
 
 
@@ -109,13 +112,13 @@ class PromptedTrial:
     corrupted_prompt: str
     target: Target
     accepted: tuple[tuple[str, int | None], ...]
-    """Other right answers to the query's input, and the token each is told by after the same prompt; None where that
-    is fed other tokens."""
+    """Other right answers to the query's input, each with the token that identifies it after the same prompt; None
+    where the answer would need other tokens to be fed."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """What a frozen trial asks, whatever examples precede it."""
+    """The query, answer and target of a frozen trial, without its demos."""
 
     q_id: str
     trial_id: str
@@ -126,11 +129,12 @@ class Question:
     answer: str
     target: Target
     accepted: tuple[tuple[str, int | None], ...] = ()
-    """Other right answers, as in PromptedTrial."""
+    """Other right answers with their tokens, as in PromptedTrial."""
 
     @property
     def right_ids(self) -> tuple[int, ...]:
-        """The scored token, and those that the other right answers are told by."""
+        """Distinct token ids that count as right: the scored token, and the tokens that identify the other right
+        answers."""
         others = (token_id for _, token_id in self.accepted if token_id is not None)
         return tuple(dict.fromkeys((self.target.token_id, *others)))
 
@@ -140,17 +144,18 @@ class Snapshot:
     """A file of frozen trials, with their demos or zero-shot, as later stages use it."""
 
     meta: dict[str, Any]
-    """The file's own."""
+    """The file's own ``meta`` object."""
     questions: tuple[Question, ...]
     prompts: tuple[str, ...]
-    """What is measured on: the corrupted prompts, or the zero-shot ones."""
+    """The prompts that effects are measured on: the corrupted ones, or the zero-shot ones."""
     clean_prompts: tuple[str, ...]
-    """Empty in a zero-shot snapshot."""
+    """The clean prompts; empty in a zero-shot snapshot."""
     clusters: tuple[int, ...]
-    """Of each trial the first row that has its query's input: trials that share it are no independent observations."""
+    """(trial,): the first row that has the input of the trial's query. Trials that share it are no independent
+    observations."""
 
     def only(self, chosen: Sequence[int]) -> Snapshot:
-        """The trials of these indices."""
+        """The snapshot of the trials at the indices ``chosen`` alone."""
         return Snapshot(
             self.meta,
             tuple(self.questions[i] for i in chosen),
@@ -171,7 +176,7 @@ class Prompts:
     clusters: Sequence[int] = ()
     """(N,): row of each prompt's query word. Prompts that share it are no independent observations (stats.py)."""
     accepted: Sequence[Sequence[int]] = ()
-    """(N, any): tokens that count as right, the target's among them; empty for the target's alone."""
+    """(N, any): tokens that count as right, the target included; empty where the target alone counts."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -182,7 +187,7 @@ class Prompts:
 
     @property
     def right(self) -> Sequence[Sequence[int]]:
-        """(N, any): ``accepted``, spelt out."""
+        """(N, any): ``accepted``, or the target of each prompt where that is empty."""
         return self.accepted or [[target] for target in self.targets]
 
 
@@ -207,7 +212,7 @@ class TokenScores:
         return getattr(self, name).double().numpy()
 
     def measures(self) -> dict[str, np.ndarray]:
-        """All of them by name."""
+        """Name -> array, for all of MEASURES."""
         return {name: self.measure(name) for name in MEASURES}
 
     def correct(self, right: Sequence[Sequence[int]]) -> np.ndarray:
@@ -223,7 +228,7 @@ class TokenScores:
         return (tops[..., None] == its).any(-1).astype(np.float64)
 
     def __getitem__(self, index: Any) -> TokenScores:
-        """The same index taken of every field."""
+        """The scores with ``index`` applied to every field."""
         return TokenScores(self.logit[index], self.logprob[index], self.top_id[index])
 
 
@@ -232,17 +237,17 @@ class Effects:
     """Scores without an intervention and with each of C interventions, from the same batch and the same kernels."""
 
     base: TokenScores
-    """shape (N,)."""
+    """Scores without an intervention, of shape (N,)."""
     edited: TokenScores
-    """shape (N, C)."""
+    """Scores with each intervention, of shape (N, C)."""
     per_pass: int = 1
     """Prompts that shared a forward pass. Batch shapes change low-order bits: the same bytes need the same number."""
     lengths: torch.Tensor | None = field(default_factory=lambda: None)  # no default that ``to_come`` would find
-    """Of injections: float32 (N, layer), the length of the untouched hidden state after each of their layers."""
+    """float32 (N, layer), for injections: length of the untouched hidden state after each of their layers."""
 
     @staticmethod
     def to_come(per_pass: int, arrived: Callable[[], Effects]) -> Effects:
-        """Effects that a device still computes: who reads one of their tensors first waits for ``arrived``, and until
+        """Effects that a device still computes. The first read of one of their tensors waits for ``arrived``; until
         then the host is free."""
         effects = object.__new__(Effects)
         effects.__dict__.update(per_pass=per_pass, _arrived=arrived)
@@ -278,7 +283,7 @@ class HeadEffects:
     heads: tuple[HeadId, ...]
     """The C swept heads, by layer then head: the second axis of ``effects.edited``."""
     effects: Effects
-    """base (trial,), edited (trial, head): target scores on the corrupted prompt, unpatched and patched."""
+    """Target scores on the corrupted prompt, unpatched (``base``, (trial,)) and patched (``edited``, (trial, head))."""
 
 
 @dataclass(frozen=True)
@@ -295,7 +300,7 @@ class FunctionVector:
     """The sum of the selected heads' mean outputs in the residual stream (Todd et al. 2024, eq. 5)."""
 
     total: np.ndarray
-    """float32 (resid_dim,)."""
+    """float32 (resid_dim,): the function vector."""
     by_layer: dict[int, np.ndarray]
     """layer -> float32 (resid_dim,): the part that this layer's selected heads contribute; the parts sum to total."""
     heads: tuple[HeadId, ...]

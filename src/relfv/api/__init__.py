@@ -1,1 +1,2 @@
-"""relfv from Python: results, vectors on your own model, runs, and single steps. The names are in ``relfv`` itself."""
+"""The Python API: results, vectors on your own model, runs, and single steps. Import its names from ``relfv``
+itself."""

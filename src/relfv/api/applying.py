@@ -1,4 +1,4 @@
-"""A vector added to a transformers model's residual stream by hooks, at the right token of any batch.
+"""Add a vector to a transformers model's residual stream with hooks, at the right token of any batch.
 
 The place is the engine's: the hidden state after a block. The token is the last of each prompt, which the attention
 mask tells, whichever side a batch is padded on. ``generate()`` runs the prompt once and then one token a pass; what the
@@ -34,7 +34,7 @@ class Frame:
     end: Sequence[int]
 
     def problem(self, ids: list[int]) -> str | None:
-        """In what a prompt is unlike, or None."""
+        """Say in what a prompt differs from the frame; None if it fits."""
         begin, end = list(self.begin), list(self.end)
         n_begin, n_end = len(begin), len(end)
         if end and ids[-n_end:] != end:
@@ -50,8 +50,8 @@ class Frame:
 
 @contextmanager
 def adding(model: Any, layer: int, vector: torch.Tensor, where: Where, frame: Frame) -> Iterator[None]:
-    """While open, ``vector`` (resid_dim,), already times alpha, is added after block ``layer`` of ``model``: at the
-    last token of every prompt, and with ``where`` "generated" at every token after it, too.
+    """While open, add ``vector`` (resid_dim,), already times alpha, after block ``layer`` of ``model``: at the last
+    token of every prompt, and with ``where`` "generated" at every token after it, too.
 
     Raises InputError for a layer, a width or a way of running that does not fit; on leaving RunError if nothing was
     added. The hooks are gone afterwards, whatever happened.
@@ -81,7 +81,7 @@ def adding(model: Any, layer: int, vector: torch.Tensor, where: Where, frame: Fr
 
 
 def _around(model: nn.Module, block: nn.Module) -> list[nn.Module]:
-    """The model and those inside it that hold the block: any of them may be what is called."""
+    """The model and those of its modules that contain the block: any of them may be what is called."""
     from transformers import PreTrainedModel
 
     inside = (module for module in model.modules() if isinstance(module, PreTrainedModel))
@@ -90,7 +90,7 @@ def _around(model: nn.Module, block: nn.Module) -> list[nn.Module]:
 
 @dataclass(frozen=True)
 class _Call:
-    """What the model was given for one forward pass."""
+    """The inputs that the model was given for one forward pass."""
 
     ids: torch.Tensor | None
     mask: Any
@@ -112,7 +112,7 @@ class _Call:
         return _Call(given.get("input_ids"), given.get("attention_mask"), n_past, of_one)
 
     def real(self, hidden: torch.Tensor) -> torch.Tensor:
-        """bool (N, P): which tokens are no padding."""
+        """bool (N, P): True for tokens that are not padding."""
         n, width = hidden.shape[:2]
         if self.mask is None:
             real = torch.ones(n, width, dtype=torch.bool)
@@ -127,7 +127,7 @@ class _Call:
 
 
 class _Adding:
-    """What is known while a vector is applied."""
+    """State of a vector that is being applied: the pass under way, and the prompts it belongs to."""
 
     def __init__(self, vector: torch.Tensor, where: Where, frame: Frame) -> None:
         self.has_added = False
@@ -142,7 +142,8 @@ class _Adding:
 
     @contextmanager
     def following(self, module: nn.Module) -> Iterator[None]:
-        """While open, what ``module`` is called with is known, unless another one that was called holds it."""
+        """While open, remember the inputs that ``module`` is called with, unless an outer module that was called holds
+        them."""
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._depth += 1
@@ -161,7 +162,7 @@ class _Adding:
                 handle.remove()
 
     def edit(self, hidden: torch.Tensor) -> torch.Tensor | None:
-        """The block's output (N, P, resid_dim) with the vector added where it belongs; None for no change."""
+        """The block's output (N, P, resid_dim) with the vector added at the right tokens; None for no change."""
         call = self._call
         if call is None:
             raise InputError("a block of the model ran by itself; call the model that the vector was applied to")
@@ -183,8 +184,9 @@ class _Adding:
         return hidden + on[..., None] * self._vector.to(hidden)
 
     def _take_prompt(self, call: _Call, real: torch.Tensor) -> None:
-        """Where each row's prompt ends. Without a cache ``generate()`` repeats what was written: the same prompt, one
-        token longer each time. Calls that ask for the logits of all positions are prompts of their own."""
+        """Note where each row's prompt ends. Without a cache ``generate()`` feeds everything written so far again: the
+        same prompt, one token longer each time. Calls that ask for the logits of all positions are prompts of their
+        own."""
         n_before, width, ids = self._width, real.shape[1], call.ids
         self._width = width
         known = self._prompt

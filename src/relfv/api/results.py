@@ -1,4 +1,5 @@
-"""What a run has left in a folder, read without opening a model: tables as DataFrames, and the vector of every q_id."""
+"""Results that a run has left in a folder, read without opening a model: tables as DataFrames, and the vector of every
+q_id."""
 
 from __future__ import annotations
 
@@ -30,54 +31,56 @@ class _Tables:
         return frame_of(table, self._statuses())
 
     def summary(self) -> DataFrame:
-        """A row a q_id, also of those that are not completed: where it stands, its best layer, accuracy and P without
-        and with the vector, whole answers, the share of the gap to prompts with demos, the verdict."""
+        """One row for each q_id, completed or not: where it stands, its best layer, accuracy and P without and with the
+        vector, whole answers, the share of the gap to prompts with demos, the verdict."""
         return self._frame("summary")
 
     def heads(self) -> DataFrame:
-        """A row a head: its rank, its causal indirect effect (CIE) with interval and false-discovery rate, whether it
-        is in the function vector."""
+        """One row for each head: its rank, its causal indirect effect (CIE) with interval and false-discovery rate, and
+        whether it is in the function vector."""
         return self._frame("heads")
 
     def layers(self) -> DataFrame:
-        """A row a layer: accuracy and P of zero-shot prompts without the vector and with it added after that layer."""
+        """One row for each layer: accuracy and P of zero-shot prompts without the vector and with it added after that
+        layer."""
         return self._frame("layers")
 
     def controls(self) -> DataFrame:
-        """A row a control and layer: what other vectors do there; without a layer what edits of several layers at once
-        do. Empty without extras."""
+        """One row for each control and layer: what other vectors do there. Rows without a layer say what edits of
+        several layers at once do. Empty without extras."""
         return self._frame("controls")
 
     def answers(self) -> DataFrame:
-        """A row a query: what is written without and with the vector at the best layer. Empty without extras."""
+        """One row for each query: what the model writes without and with the vector at the best layer. Empty without
+        extras."""
         return self._frame("answers")
 
     def ablation(self) -> DataFrame:
-        """A row a set of heads or direction, and how it was taken away from clean prompts: what is lost. Empty without
-        ``extras="ablation"``."""
+        """One row for each set of heads or direction, and each way of removing it from clean prompts: what is lost.
+        Empty without ``extras="ablation"``."""
         return self._frame("ablation")
 
     def mlps(self) -> DataFrame:
-        """A row a layer: the causal indirect effect of its MLP. Empty without ``extras="mlp"``."""
+        """One row for each layer: the causal indirect effect of its MLP. Empty without ``extras="mlp"``."""
         return self._frame("mlps")
 
     def positions(self) -> DataFrame:
-        """A row a class of tokens, and set of heads or head: what it changes there. Empty without
+        """One row for each class of tokens, and set of heads or single head: what it changes there. Empty without
         ``extras="positions"``."""
         return self._frame("positions")
 
     def trials(self) -> DataFrame:
-        """A row a frozen trial: query, answer, scored token, clean and corrupted prompt."""
+        """One row for each frozen trial: query, answer, scored token, clean and corrupted prompt."""
         return self._frame("trials")
 
     def effects(self) -> DataFrame:
-        """A row a trial and head: the scored token without and with the head's patch. Large."""
+        """One row for each trial and head: the scored token without and with the head's patch. Large."""
         return self._frame("effects")
 
 
 @dataclass(frozen=True)
 class Qid(_Tables):
-    """One q_id of a run."""
+    """The results of one q_id of a run."""
 
     q_id: str
     artifacts: Path
@@ -87,18 +90,19 @@ class Qid(_Tables):
 
     @property
     def status(self) -> str:
-        """``pending``, ``running``, ``completed``, ``failed`` or ``skipped``."""
+        """State of the q_id: ``pending``, ``running``, ``completed``, ``failed`` or ``skipped``."""
         return self._statuses()[0].status
 
     @property
     def function_vector(self) -> FunctionVector:
-        """Its vector, ready for use. Raises RunError, with the reason, for a q_id that is not completed."""
+        """The function vector of this q_id, ready for use. Raises RunError, with the reason, for a q_id that is not
+        completed."""
         path = QidFolder(self.artifacts, self.q_id).path(VECTOR_FILE)
         if path.is_file():
             return FunctionVector.read(path)
         (status,) = self._statuses()
         reason = f" ({status.reason})" if status.reason else ""
-        # A q_id that is skipped has too little in the CSV: to run it again leaves it so.
+        # A skipped q_id has too few rows in the CSV, or prompts that are too long: running it again does not help.
         remedy = "" if status.status == "skipped" else ", so run 'relfv run' again"
         raise RunError(
             f"{self.q_id} has no {VECTOR_FILE.name}: it is {status.status}{reason}; expected a completed q_id{remedy}"
@@ -126,7 +130,7 @@ class Run(_Tables):
 
     @property
     def q_ids(self) -> list[str]:
-        """Their names, Q2 before Q10."""
+        """The names of the q_ids, Q2 before Q10."""
         return [path.parent.name for path in find_statuses(self.folder) if path.parent.parent == self.folder]
 
     def __iter__(self) -> Iterator[str]:
@@ -143,7 +147,7 @@ class Run(_Tables):
 
 
 def load(folder: str | Path) -> Run:
-    """The results in a relation's folder, such as ``results_fv/relation_qwise/relationA_ex``; no model is opened.
+    """Open the results in a relation's folder, such as ``results_fv/relation_qwise/relationA_ex``; no model is opened.
 
     Raises InputError if there are none, or those of several relations.
     """

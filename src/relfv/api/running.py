@@ -81,7 +81,7 @@ def _q_ids(given: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def settings_from(given: dict[str, Any], known: Collection[str], *, model: str) -> Settings:
-    """Settings by name, of those that are ``known``. Raises InputError for any other."""
+    """Make settings from values by name, of those that are ``known``. Raises InputError for any other."""
     for name in given:
         if name not in known:
             raise InputError(f"{name}=...: is no setting here; expected one of {', '.join(sorted(known))}")
@@ -105,7 +105,7 @@ def _csv_path(relations: Any, root: Path, name: str) -> Path:
 
 @contextmanager
 def _lines_of_the_log() -> Iterator[None]:
-    """What the log files tell is told to them also where the program has asked for warnings alone."""
+    """While open, let log files have lines of level INFO even where the program has asked for warnings alone."""
     logger = logging.getLogger("relfv")
     before = logger.level
     if logger.getEffectiveLevel() > logging.INFO:

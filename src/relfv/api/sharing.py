@@ -1,4 +1,4 @@
-"""A function vector for others: on the Hugging Face hub with a card, as a llama.cpp control vector, and as a steering
+"""Share a function vector: on the Hugging Face hub with a card, as a llama.cpp control vector, and as a steering
 vector."""
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ _ARCHITECTURE = "controlvector"
 
 
 def card(fv: FunctionVector) -> str:
-    """The card of a hub repository that holds ``fv``: what it is, of which model, and how it is used."""
+    """The text of the card of a hub repository that holds ``fv``: what it is, which model it is of, and how it is
+    used."""
     about, heads = fv.metadata, ", ".join(f"{head.layer}.{head.head}" for head in fv.heads)
     return f"""---
 library_name: relfv
@@ -55,7 +56,7 @@ Heads (layer.head): {heads}.
 
 
 def write_folder(fv: FunctionVector, folder: Path) -> Path:
-    """What a hub repository of ``fv`` holds: the vector's file and the card. -> ``folder``."""
+    """Write the files of a hub repository of ``fv``: the vector's file and the card. -> ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     fv.save(folder / VECTOR_FILE.name)
     write_atomic(folder / CARD, card(fv).encode())
@@ -75,12 +76,12 @@ def push(fv: FunctionVector, repo_id: str, **options: Any) -> str:
             api = HfApi()
             api.create_repo(repo_id, exist_ok=True, **options)
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f"relfv {fv.q_id}"))
-        except Exception as problem:  # no network, no access, a name that is none: many kinds
+        except Exception as problem:  # many kinds of error: no network, no access, an invalid name
             raise RunError(f"{repo_id}: cannot be written on the hub: {first_line(problem)}") from problem
 
 
 def fetch(repo_id: str, revision: str | None = None) -> Path:
-    """The vector's file of a hub repository, in the local cache. Raises InputError where it cannot be had."""
+    """Download the vector's file of a hub repository into the local cache. Raises InputError where it cannot be had."""
     from huggingface_hub import hf_hub_download
 
     try:
@@ -93,8 +94,8 @@ def fetch(repo_id: str, revision: str | None = None) -> Path:
 
 
 def write_gguf(fv: FunctionVector, path: Path) -> Path:
-    """``fv``, alpha times, as a control vector for llama.cpp (``--control-vector``), which adds it after the same block
-    at *every* token, those of the prompt included; relfv adds it at the last one.
+    """Write ``fv``, alpha times, as a control vector for llama.cpp (``--control-vector``), which adds it after the same
+    block at *every* token, those of the prompt included; relfv adds it at the last one.
 
     Raises InputError without the package ``gguf``, and for layer 0, after which llama.cpp adds nothing.
     """
@@ -121,8 +122,8 @@ def write_gguf(fv: FunctionVector, path: Path) -> Path:
 
 
 def as_steering_vector(fv: FunctionVector) -> Any:
-    """``fv``, alpha times, as ``steering_vectors.SteeringVector`` of the package of that name; its ``apply`` adds it
-    after the same block at every token from ``min_token_index`` on. Raises InputError without the package."""
+    """Convert ``fv``, alpha times, to a ``steering_vectors.SteeringVector`` of the package of that name; its ``apply``
+    adds it after the same block at every token from ``min_token_index`` on. Raises InputError without the package."""
     try:
         from steering_vectors import SteeringVector  # type: ignore[import-not-found]
     except ImportError:

@@ -23,25 +23,27 @@ if TYPE_CHECKING:
     from relfv.language_model import LanguageModel
 
 Prompt = str | Sequence[int]
-"""A text, fed without a trailing space and with the tokenizer's own BOS; or token ids, fed as they are."""
+"""A prompt: a text, fed without a trailing space and with the tokenizer's own BOS; or token ids, fed as they are."""
 Target = str | int
-"""An answer, of which the first token after the prompt is scored; or the id of the scored token."""
+"""A target: an answer, of which the first token after the prompt is scored; or the id of the scored token."""
 
 
 @dataclass(frozen=True)
 class StepEffects:
-    """Scores of the targets without an edit and with each. Axes: ``prompt``, ``target`` where each prompt has several,
-    and those of the edits: (layer, head) for heads, (layer,) or (layer, vector) for vectors."""
+    """Scores of the targets without an edit and with each edit. Axes: ``prompt``, ``target`` where each prompt has
+    several, and those of the edits: (layer, head) for heads, (layer,) or (layer, vector) for vectors."""
 
     targets: np.ndarray
-    """int64 (prompt,) or (prompt, target): the token ids that are scored."""
+    """Token ids that are scored: int64 (prompt,) or (prompt, target)."""
     base: dict[str, np.ndarray]
-    """``p``, ``logit`` and ``logprob`` -> float64, the shape of ``targets``."""
+    """Scores without an edit: ``p``, ``logit`` and ``logprob`` -> float64, the shape of ``targets``."""
     edited: dict[str, np.ndarray]
-    """The same with an edit: that shape, then the edits' axes. NaN for heads that were not asked for."""
+    """Scores with each edit, by the same three names: the shape of ``targets``, then the edits' axes. NaN for heads
+    that were not asked for."""
 
     def delta(self, measure: str = "p") -> np.ndarray:
-        """With each edit minus without, in ``p``, ``logit`` or ``logprob``. Raises InputError for another measure."""
+        """Change made by each edit (with minus without), in ``p``, ``logit`` or ``logprob``. Raises InputError for
+        another measure."""
         if measure not in MEASURES:
             raise InputError(f"measure {measure!r}: expected one of {', '.join(MEASURES)}")
         base, edited = self.base[measure], self.edited[measure]
@@ -49,9 +51,9 @@ class StepEffects:
 
 
 def open_model(model: Any, tokenizer: Any = None, **options: Any) -> LanguageModel:
-    """A model for ``head_effects`` and ``inject``: ``demo``, a folder, a hub id, or a transformers model with its
-    ``tokenizer``. ``options`` of ``relfv run``: ``precision``, ``device``, ``dtype``, ``quant``, ``model_spec``,
-    ``trust_remote_code``, ``self_check``.
+    """Open a model for ``head_effects`` and ``inject``: ``demo``, a folder, a hub id, or a transformers model with its
+    ``tokenizer``. ``options`` are those of ``relfv run``: ``precision``, ``device``, ``dtype``, ``quant``,
+    ``model_spec``, ``trust_remote_code``, ``self_check``.
 
     Raises InputError for a model, device or dtype that does not fit, RunError if relfv would misread its logits.
     """
@@ -71,8 +73,8 @@ def open_model(model: Any, tokenizer: Any = None, **options: Any) -> LanguageMod
 def mean_activations(
     model: LanguageModel, prompts: Sequence[Prompt], targets: Sequence[Target] | None = None
 ) -> np.ndarray:
-    """float32 (layer, head, head_dim): the mean over prompts of each head's slice of the input of the attention output
-    projection, at the last token (Todd et al. 2024, eq. 2).
+    """Mean activation of each head: float32 (layer, head, head_dim), the mean over prompts of the head's slice of the
+    input of the attention output projection, at the last token (Todd et al. 2024, eq. 2).
 
     ``targets``: each prompt's answer. Where one begins with tokens of white space alone (digits, in Llama-3's and
     sentencepiece tokenizers), these are fed and the last of them is the last token, as in ``head_effects``.
@@ -97,8 +99,8 @@ def head_effects(
     replacement: Any,
     heads: Sequence[tuple[int, int]] | None = None,
 ) -> StepEffects:
-    """Causal indirect effect of every head on every prompt (Todd et al. 2024, eq. 3): what the target's score is when
-    the head's z at the last token is set to ``replacement``, one head at a time.
+    """Measure the causal indirect effect of every head on every prompt (Todd et al. 2024, eq. 3): the target's score
+    when the head's z at the last token is set to ``replacement``, one head at a time.
 
     ``targets``: one for each prompt, or several (each costs as much as the first). ``replacement``: (layer, head,
     head_dim), the same for all prompts, or (prompt, layer, head, head_dim); ``mean_activations`` gives the former.
@@ -141,7 +143,7 @@ def inject(
     vectors: Any,
     layers: Sequence[int] | None = None,
 ) -> StepEffects:
-    """What the target's score is when a vector is added after a block at the last token, for every layer.
+    """Score the target when a vector is added after a block at the last token, for every layer.
 
     ``vectors``: (resid_dim,) or (vector, resid_dim), already times alpha. ``layers``: by default all; they ascend in
     the result. -> edits' axes (layer,), or (layer, vector).
@@ -178,7 +180,8 @@ def _effects(
     one_by_one: bool = False,
     means: bool = False,
 ) -> StepEffects:
-    """``measure`` of every prompt and target: edits on one axis, the last. ``means``: edits are means over prompts."""
+    """Apply ``measure`` to every prompt and target, with the edits on one axis, the last. ``means``: the edits are
+    means over prompts."""
     _require_as_many(prompts, targets)
     alone = [isinstance(its, str) or not isinstance(its, Sequence | np.ndarray) for its in targets]
     several: list[Any] = [[its] if is_one else list(its) for its, is_one in zip(list[Any](targets), alone, strict=True)]
@@ -234,8 +237,8 @@ def _ids(model: LanguageModel, prompt: Prompt) -> list[int]:
 
 
 def _fed(model: LanguageModel, prompt: Prompt, target: Target) -> tuple[list[int], int]:
-    """-> (what the model reads, the token that is scored). Where an answer begins with tokens of white space alone,
-    they are fed."""
+    """-> (token ids that the model reads, id of the token that is scored). Where an answer begins with tokens of white
+    space alone, they are fed."""
     ids = _ids(model, prompt)
     if isinstance(target, bool) or not isinstance(target, str | int | np.integer):
         raise InputError(f"target {target!r}: expected an answer or the id of a token")

@@ -1,4 +1,4 @@
-"""A function vector with all that is needed to use it, from one file."""
+"""A function vector and all that is needed to use it, read from one file."""
 
 from __future__ import annotations
 
@@ -26,31 +26,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FunctionVector:
-    """The sum of the top heads' mean outputs in the residual stream (Todd et al. 2024, eq. 5), and how it is used.
+    """A function vector: the sum of the top heads' mean outputs in the residual stream (Todd et al. 2024, eq. 5), and
+    how it is used.
 
     relfv adds ``alpha`` times ``vector`` after block ``layer`` at the last token of a prompt that ends in ``A:``,
     *without* a space after it: the space belongs to the answer. ``prompt`` gives such prompts.
     """
 
     vector: np.ndarray = field(repr=False)
-    """float32 (resid_dim,)."""
+    """The vector, float32 (resid_dim,)."""
     by_layer: Mapping[int, np.ndarray] = field(repr=False)
-    """layer -> float32 (resid_dim,): what this layer's heads contribute; the parts sum to ``vector``."""
+    """Part of the vector from each layer's heads: layer -> float32 (resid_dim,); the parts sum to ``vector``."""
     layer: int
-    """The best layer for it, counted from 0: by the score of zero-shot prompts with the vector."""
+    """The best layer to add it after, counted from 0: chosen by the score of zero-shot prompts with the vector."""
     alpha: float
     heads: tuple[HeadId, ...] = field(repr=False)
-    """Best first."""
+    """The heads whose outputs are summed, best first."""
     q_id: str
     model: str
     """The name of the model that it was made with."""
     metadata: Mapping[str, str] = field(repr=False)
-    """All that the file says, lists and objects as JSON."""
+    """All metadata of the file, lists and objects as JSON."""
 
     @staticmethod
     def read(path: str | Path) -> FunctionVector:
-        """The vector in a ``function_vector.safetensors``. Raises InputError if there is none, RunError if it is not
-        one."""
+        """Read the vector in a ``function_vector.safetensors``. Raises InputError if there is no such file, RunError if
+        the file is not a function vector."""
         arrays, metadata = read_vector_file(Path(path))
         return FunctionVector(
             vector=arrays[VECTOR],
@@ -64,7 +65,8 @@ class FunctionVector:
         )
 
     def save(self, path: str | Path) -> Path:
-        """Write it as one safetensors file, which ``read`` reads: into ``path`` if that is a folder, else at it."""
+        """Write the vector as one safetensors file, which ``read`` reads: into ``path`` if that is a folder, else at
+        it."""
         place = Path(path)
         place = place / VECTOR_FILE.name if place.is_dir() else place
         parts = {f"{PART}{layer}": part for layer, part in sorted(self.by_layer.items())}
@@ -72,9 +74,9 @@ class FunctionVector:
         return write_atomic(place, safetensors_bytes({VECTOR: self.vector, **parts}, metadata))
 
     def prompt(self, words: str | Sequence[str], tokenizer: Any) -> BatchEncoding:
-        """Model inputs for one word or several, exactly as relfv feeds them: ``Q: <word>\\nA:`` with the tokenizer's
-        own BOS and no trailing space. ``input_ids`` and ``attention_mask`` (word, token), padded on the left, on the
-        CPU; ``.to(model.device)`` moves them.
+        """Make model inputs for one word or several, exactly as relfv feeds them: ``Q: <word>\\nA:`` with the
+        tokenizer's own BOS and no trailing space. ``input_ids`` and ``attention_mask`` (word, token), padded on the
+        left, on the CPU; ``.to(model.device)`` moves them.
 
         Where answers begin with a token of white space alone (digits in some tokenizers) that token is there, too, as
         it was when the vector was made. Raises InputError for what is no word of a relation.
@@ -108,8 +110,8 @@ class FunctionVector:
         alpha: float | None = None,
         where: Literal["last", "generated"] = "last",
     ) -> AbstractContextManager[None]:
-        """While open, alpha times the vector is added after block ``layer`` of ``model``, a transformers model: at the
-        last token of each prompt, or with ``where="generated"`` from there on at every token that is written.
+        """While open, add alpha times the vector after block ``layer`` of ``model``, a transformers model: at the last
+        token of each prompt, or with ``where="generated"`` from there on at every token that is written.
 
         In any batch, padded on either side, with a cache or without, and under ``generate()``, whose batches must be
         padded on the left. The model is otherwise left as it is, and the hooks are gone afterwards whatever happens.
@@ -135,12 +137,12 @@ class FunctionVector:
 
     @staticmethod
     def from_hub(repo_id: str, revision: str | None = None) -> FunctionVector:
-        """The vector of a Hugging Face hub repository that ``push_to_hub`` wrote. Raises InputError if there is none to
-        be had."""
+        """Read the vector of a Hugging Face hub repository that ``push_to_hub`` wrote. Raises InputError if none can be
+        had."""
         return FunctionVector.read(sharing.fetch(repo_id, revision))
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload its file and a card that says how it is used; ``options`` of ``HfApi.create_repo``, such as
+        """Upload the vector's file and a card that says how it is used; ``options`` of ``HfApi.create_repo``, such as
         ``private=True``. -> the commit's address. Raises RunError where that cannot be done."""
         return sharing.push(self, repo_id, **options)
 
@@ -150,11 +152,11 @@ class FunctionVector:
         return sharing.write_gguf(self, Path(path))
 
     def to_steering_vector(self) -> Any:
-        """Alpha times the vector as a ``SteeringVector`` of the package steering-vectors."""
+        """Convert alpha times the vector to a ``SteeringVector`` of the package steering-vectors."""
         return sharing.as_steering_vector(self)
 
     def at(self, *, layer: int | None = None, alpha: float | None = None) -> FunctionVector:
-        """The same vector with another layer or alpha."""
+        """A copy of this vector with another layer or alpha."""
         return replace(self, layer=self.layer if layer is None else layer, alpha=self.alpha if alpha is None else alpha)
 
 

@@ -1,4 +1,5 @@
-"""``relfv completion``: what a shell needs to complete commands and flags, written by shtab from the parser itself."""
+"""``relfv completion``: the script a shell needs to complete commands and flags, written by shtab from the parser
+itself."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from relfv.errors import InputError
 
 
 def completion(parser: argparse.ArgumentParser, shell: str) -> str:
-    """The script for ``shell``: bash, zsh or fish. Raises InputError if shtab is not installed."""
+    """The completion script for ``shell``: bash, zsh or fish. Raises InputError if shtab is not installed."""
     try:
         import shtab
     except ImportError:

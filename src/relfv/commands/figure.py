@@ -15,7 +15,7 @@ _LARGEST_IN = 100.0
 
 
 def figure_flags(parser: argparse.ArgumentParser) -> None:
-    """What ``relfv figure`` takes."""
+    """Add the flags of ``relfv figure`` to ``parser``."""
     folder = DEFAULT_OUT_ROOT / SPEC_CSV.stem
     parser.add_argument("folder", type=path_flag, nargs="?", default=folder, help="of a relation, or of one q_id")
     parser.add_argument(
@@ -41,7 +41,7 @@ def figure_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def figure(args: argparse.Namespace) -> int:
-    """``relfv figure``."""
+    """Run ``relfv figure``."""
     from relfv.runs.figure import FigureRequest
     from relfv.runs.figure import figure as draw
     from relfv.runs.naming import take_names_below

@@ -13,12 +13,12 @@ from relfv.errors import InputError
 from relfv.settings import FLAGS, Flag, Settings, require_within
 
 DEFAULTS = Settings()
-"""The spec's."""
+"""The spec's settings, which flags take their defaults from."""
 
 
 def add_setting(group: Any, field: str, flag: Flag, name: str) -> None:
-    """Nothing is stored unless the flag is given: the field then keeps its default, or, for a command that works inside
-    a q_id's folder, what that folder was made with."""
+    """Add a setting's flag. Nothing is stored unless the flag is given: the field then keeps its default, or, for a
+    command that works inside a q_id's folder, what that folder was made with."""
     default = getattr(DEFAULTS, field)
     help_text = flag.help + (f"; else ${flag.environment}" if flag.environment else "")
     options: dict[str, Any] = {"dest": field, "default": argparse.SUPPRESS, "help": f"{help_text} (default: {default})"}
@@ -34,7 +34,7 @@ def add_setting(group: Any, field: str, flag: Flag, name: str) -> None:
 
 
 def _numbers(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
-    """A flag of numbers separated by commas, each kept once, ascending."""
+    """Make the type of a flag of numbers separated by commas: each number kept once, ascending."""
 
     def parse(text: str) -> tuple[Any, ...]:
         try:
@@ -49,7 +49,7 @@ def _numbers(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
 
 
 def settings_from(args: argparse.Namespace, base: Settings = DEFAULTS, *, environment: bool = True) -> Settings:
-    """The flags that were given over ``base``; the ``environment`` stands between the two."""
+    """Make settings from the flags that were given, over ``base``; the ``environment`` stands between the two."""
     from relfv.models.families import SPEC_NAMES
     from relfv.models.sources import QUANTS, dtype_name
 
@@ -84,7 +84,8 @@ def _of_environment(text: str, kind: Callable[[str], Any], flag: Flag) -> Any:
 
 
 def path_flag(text: str) -> Path:
-    """A path flag. An empty one would be the current folder, which an unset variable in a shell does not mean."""
+    """Type of a flag that is a path. An empty path would be the current folder, which an unset variable in a shell does
+    not mean."""
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError("is empty or has a NUL in it; expected a path")
     if not _is_text(text):
@@ -96,7 +97,7 @@ _NOT_TEXT = "is not UTF-8; expected a name that is, so rename the file or folder
 
 
 def _is_text(text: str) -> bool:
-    """False for what the system gave as bytes that are not UTF-8: JSON files could not name it."""
+    """False for arguments that the system gave as bytes that are not UTF-8: JSON files could not name them."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -105,7 +106,8 @@ def _is_text(text: str) -> bool:
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:
-    """A flag that is a whole number within bounds and no field of Settings, which has its own."""
+    """Make the type of a flag that is a whole number within bounds and no field of Settings, which has its own
+    bounds."""
 
     def parse(text: str) -> int:
         try:

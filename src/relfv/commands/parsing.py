@@ -1,4 +1,4 @@
-"""A parser whose errors are one line that points to the right help and names what was probably meant."""
+"""A parser whose errors are one line that points to the right help and names the flag that was probably meant."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from relfv.logs import printable, shortened
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults beside each flag; examples at the end, as they are."""
+    """Help with defaults beside each flag, and examples at the end, as they are."""
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors in one line, exit code 2, no usage dump; no abbreviated flags."""
+    """Parser that reports errors in one line, with exit code 2 and no usage dump; flags cannot be abbreviated."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)
         kwargs.setdefault("formatter_class", _Help)
         super().__init__(*args, **kwargs)
-        self.set_defaults(parser=self)  # of a command's own parser: the last one that is asked
+        self.set_defaults(parser=self)  # a command's own parser is asked last, and sets itself
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """What no parser knows is the command's error, not the program's."""
+        """Report unknown arguments as an error of the command that was given, not of the whole program."""
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
             found.parser.error(f"unrecognized arguments: {' '.join(unknown)}{found.parser.meant_by(unknown)}")
         return found
 
     def meant_by(self, unknown: Iterable[str]) -> str:
-        """The flags of this command that look like those unknown ones, as a question."""
+        """The flags of this command that look like the unknown ones, as a question."""
         flags = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
         return _did_you_mean((word.partition("=")[0] for word in unknown if word.startswith("-")), flags, 0.75)
 

@@ -1,5 +1,5 @@
-"""The commands of whole runs and of finished ones: run, doctor, compare, cross, aggregate. The flags of each
-beside settings, and what it calls."""
+"""The commands of whole runs and of finished ones: run, doctor, compare, cross, aggregate. For each, its flags besides
+settings, and the function it calls."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def _request(args: argparse.Namespace) -> RunRequest:
 
     recorded, q_ids = recorded_run(args.config) if args.config else (DEFAULTS, ["all"])
     settings = settings_from(args, recorded, environment=not args.config)
-    if args.config and settings.model != recorded.model and "dtype" not in args:  # the recorded one is its own model's
+    if args.config and settings.model != recorded.model and "dtype" not in args:  # recorded dtype: of its own model
         settings = replace(settings, dtype="auto")
     q_list = ",".join(q_ids) if args.q_list is None else args.q_list
     return RunRequest(settings, q_ids_from(q_list), args.out_root, force=args.force, reuse_stepd=args.reuse_stepd)

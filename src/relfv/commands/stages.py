@@ -1,5 +1,5 @@
-"""The commands of single stages, as the spec's sections 5 to 9 have them: the flags of each beside settings, and what
-it calls."""
+"""The commands of single stages, as the spec's sections 5 to 9 have them: for each, its flags besides settings, and the
+function it calls."""
 
 from __future__ import annotations
 

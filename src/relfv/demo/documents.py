@@ -1,4 +1,4 @@
-"""What the demo model reads: its tokenizer, and its training documents and validation trials."""
+"""The text that the demo model reads: its tokenizer, and its training documents and validation trials."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ IGNORED = -100  # the label that torch's cross entropy skips
 
 @dataclass(frozen=True)
 class Document:
-    """One training sequence; the two lists are equally long."""
+    """One training sequence: token ids and labels, two lists of one length."""
 
     ids: list[int]
     """Token ids, BOS first."""
@@ -39,7 +39,7 @@ class Document:
 
 
 def read_relations(csv_path: str | Path) -> dict[str, list[Pair]]:
-    """Pairs by q_id, both in file order."""
+    """Read the pairs of each q_id, both in file order."""
     relations = load_relations(Path(csv_path))
     return {q_id: [(pair.input, pair.output) for pair in relation.pairs] for q_id, relation in relations.items()}
 
@@ -47,7 +47,7 @@ def read_relations(csv_path: str | Path) -> dict[str, list[Pair]]:
 def build_tokenizer(
     relations: Mapping[str, Sequence[Pair]], *, in_pieces: Sequence[str] = ()
 ) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over the words of the relations, with Llama-3's pre-tokenisation and BOS.
+    """Train a byte-level BPE tokenizer on the words of the relations, with Llama-3's pre-tokenisation and BOS.
 
     BOS comes from the post-processor, so ``tokenizer(text).input_ids`` starts with it exactly once. Each word counts
     the same, whatever its frequency, and merging goes on until every word is one token except those ``in_pieces``.
@@ -132,7 +132,7 @@ class DocumentSampler:
         self.bos: int = encode.bos_token_id
         self.separator: tuple[int, ...] = tuple(encode("\n\n", add_special_tokens=False).input_ids)
         self.answers_of: dict[str, list[str]] = {}
-        """An input's answers, one for each relation that contains it: all are right without demonstrations."""
+        """Answers by input, one for each relation that contains it: all are right without demonstrations."""
         for pairs in self.relations.values():
             for given, answer in pairs:
                 self.answers_of.setdefault(given, []).append(answer)
@@ -144,18 +144,19 @@ class DocumentSampler:
         self.answer_ids = {answer: ids(f" {answer}") for answers in self.answers_of.values() for answer in answers}
 
     def document(self, rng: random.Random) -> Document:
-        """A clean or a shuffled document of a random relation."""
+        """Draw a clean or a shuffled document of a random relation."""
         pairs = rng.sample(self.relations[rng.choice(self.names)], self.config.pairs)
         if rng.random() < self.config.shuffled_fraction:
             return self.shuffled(pairs, rng)
         return self.clean(pairs)
 
     def clean(self, pairs: Sequence[Pair]) -> Document:
-        """Right labels; every token of every answer is a target."""
+        """A clean document: right labels; every token of every answer is a target."""
         return self._assemble(pairs, [self.answer_ids[answer] for _, answer in pairs])
 
     def shuffled(self, pairs: Sequence[Pair], rng: random.Random) -> Document:
-        """Deranged labels; the target is the answer's first token under a random relation that contains the input.
+        """A shuffled document: deranged labels; the target is the answer's first token under a random relation that
+        contains the input.
 
         Only the first token, since the tokens after it in the text belong to another word.
         """
@@ -165,7 +166,8 @@ class DocumentSampler:
         return self._assemble(mislabelled, targets)
 
     def trial(self, rng: random.Random, q_id: str) -> tuple[list[Pair], list[Pair]]:
-        """Clean and corrupted pairs of a validation trial; the query is the last pair and keeps its right answer."""
+        """Draw the clean and corrupted pairs of a validation trial; the query is the last pair and keeps its right
+        answer."""
         pairs = rng.sample(self.relations[q_id], self.config.pairs)
         labels = derange([answer for _, answer in pairs[:-1]], rng)
         corrupted = [(given, label) for (given, _), label in zip(pairs[:-1], labels, strict=True)]
@@ -189,7 +191,7 @@ class DocumentSampler:
 
 
 def collate(documents: Sequence[Document], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """ids and labels, each int64 (document, token), padded on the right.
+    """Put documents into one batch: ids and labels, each int64 (document, token), padded on the right.
 
     Padding needs no mask: attention is causal and the padded positions have no label.
     """
@@ -197,6 +199,6 @@ def collate(documents: Sequence[Document], device: torch.device) -> tuple[torch.
 
 
 def padded(rows: Sequence[list[int]], device: torch.device, value: int = 0) -> torch.Tensor:
-    """int64 (row, token): each row filled up with ``value`` on the right."""
+    """Pad rows to one length: int64 (row, token), each filled up with ``value`` on the right."""
     length = max(map(len, rows))
     return torch.tensor([row + [value] * (length - len(row)) for row in rows], device=device)

@@ -35,7 +35,7 @@ class DemoTrainingConfig:
     kv_heads: int = 8
     """Key/value heads a layer; fewer than ``heads``, so that grouped-query attention is exercised."""
     head_dim: int = 16
-    """Width of a head; deliberately not ``hidden / heads``, as in several released families."""
+    """Width of a head in dimensions; deliberately not ``hidden / heads``, as in several released families."""
     intermediate: int = 256
     """Width of the gated MLP."""
     pairs: int = 10

@@ -27,7 +27,7 @@ from relfv.models.devices import choose_device
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a finished training returns."""
+    """The outcome of a finished training."""
 
     path: Path
     """The folder with config.json, model.safetensors and the tokenizer's files."""
@@ -38,7 +38,7 @@ class TrainingResult:
     seconds: float
     """Duration of the training loop."""
     log: list[dict[str, float]] = field(repr=False)
-    """A dict every ``log_every`` steps: step, loss, and accuracy and P on the three kinds of validation prompt."""
+    """One dict every ``log_every`` steps: step, loss, and accuracy and P on the three kinds of validation prompt."""
 
 
 def train_demo_model(
@@ -223,7 +223,7 @@ def _require_writable(log_path: Path) -> None:
     """Raise InputError for a log that could not be written once the training is over. What is there is kept."""
     there = log_path.exists()
     try:
-        os.close(os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK, 0o666))  # a pipe without a reader: no wait
+        os.close(os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK, 0o666))  # do not wait for a pipe's reader
     except OSError as problem:
         raise InputError(
             f"--log_path {log_path}: cannot be written ({problem.strerror}); expected a file in a folder that is there"

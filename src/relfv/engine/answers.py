@@ -30,20 +30,20 @@ _TOKENS_A_CHUNK = 64
 
 @dataclass(frozen=True)
 class Injection:
-    """``vector``, (resid_dim,) or one for each prompt, (prompt, resid_dim), already times alpha, added after block
-    ``layer`` from the last prompt token on."""
+    """Addition of ``vector``, (resid_dim,) or one for each prompt, (prompt, resid_dim), already times alpha, after
+    block ``layer`` from the last prompt token on."""
 
     layer: int
     vector: Array
 
     def of(self, prompts: slice | list[int]) -> Injection:
-        """For some of the prompts."""
+        """The injection for some of the prompts."""
         return self if self.vector.ndim == 1 else Injection(self.layer, self.vector[prompts])
 
 
 @dataclass(frozen=True)
 class ScoredAnswer:
-    """One answer after its prompt."""
+    """Scores of one answer after its prompt."""
 
     logprob: float
     """Natural-log probability of the whole answer: the sum over its tokens."""
@@ -99,8 +99,8 @@ def decode_vector(backbone: Backbone, bos: list[int], vector: Array) -> list[tup
 
 @contextmanager
 def _passing_blocks_by(backbone: Backbone) -> Iterator[None]:
-    """While open, blocks after the first give what that gave, in whatever form: where the last one's output is replaced
-    anyway, they need not run. Of the others' hooks, which bring weights, none run either."""
+    """While open, blocks after the first pass on the first one's output, in whatever form: where the last one's output
+    is replaced anyway, they need not run. The hooks of those between, which bring weights, do not run either."""
     first, *others = backbone.arch.blocks
     given: list[Any] = []
     handle = first.register_forward_hook(lambda _, __, output: given.append(output))
@@ -132,7 +132,7 @@ def _score(
     for some in slices(len(rows), _TOKENS_A_CHUNK):
         of_all = logprobs(backbone, rows[some])
         its_own = of_all.gather(1, tokens[some, None])
-        # Ranks and the best of first tokens alone: of all they would cost as much as the logits.
+        # Ranks and top tokens for first tokens alone: for all tokens they would cost as much as the logits.
         firsts = torch.tensor([n - some.start for n in begins if some.start <= n < some.stop], dtype=torch.int64)
         firsts = sent(firsts, hidden.device)
         of_firsts = of_all[firsts]

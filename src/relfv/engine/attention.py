@@ -42,20 +42,20 @@ class Prefix:
     """Keys and values of all tokens but the last of each prompt, as the model itself cached them."""
 
     keys: Mapping[int, torch.Tensor]
-    """By layer (N, kv_heads, P, head_dim), P the longest prefix; shorter ones are padded on the right."""
+    """Keys by layer, (N, kv_heads, P, head_dim), P the longest prefix; shorter ones are padded on the right."""
     values: Mapping[int, torch.Tensor]
     lengths: torch.Tensor
     """int64 (N,): real prefix tokens, which is also the position of the last token."""
     lengths_on: Mapping[torch.device, torch.Tensor]
-    """The same on each device that has keys."""
+    """``lengths`` on each device that has keys."""
 
     def __getitem__(self, part: slice) -> Prefix:
-        """Of some of the prompts, no less padded."""
+        """The prefixes of some of the prompts, no less padded."""
         keys, values = ({i: of[part] for i, of in layers.items()} for layers in (self.keys, self.values))
         return Prefix(keys, values, self.lengths[part], {place: n[part] for place, n in self.lengths_on.items()})
 
     def of_layer(self, layer: int) -> Prefix:
-        """For its block alone."""
+        """The prefix in one layer, for its block alone."""
         return replace(self, keys={layer: self.keys[layer]}, values={layer: self.values[layer]})
 
 
@@ -63,9 +63,9 @@ class Prefix:
 class _Pass:
     arithmetic: Arithmetic
     prefix: Prefix | None = None
-    """None: whole prompts, whose tokens attend to those before them."""
+    """Prefix that copies attend to; None in passes over whole prompts, whose tokens attend to those before them."""
     kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    """Of whole prompts receives keys and values by layer."""
+    """Receives keys and values by layer in passes over whole prompts."""
 
 
 _active: _Pass | None = None
@@ -104,7 +104,8 @@ def shared_prefix_attention(
     key_bias: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """query (N, heads, C, head_dim); key, value (N, kv_heads, C, head_dim) -> (N, C, heads, head_dim).
+    """Attention function for transformers: query (N, heads, C, head_dim); key, value (N, kv_heads, C, head_dim) -> (N,
+    C, heads, head_dim).
 
     ``layer`` and ``key_bias`` come from own_attention.py alone: ALiBi as (heads, P + 1), by the key's position.
     """
@@ -150,13 +151,13 @@ class UnsupportedAttention(RunError):
 
 
 def _window_as_mask(*_: Any, local_size: int | None = None, **__: Any) -> torch.Tensor | None:
-    """There is one query position, and the attention function decides what it may see. All that this "mask" carries
-    is the window or chunk that the model asks for, as a tensor without dimensions."""
+    """Mask that carries only the window or chunk that the model asks for, as a tensor without dimensions: there is one
+    query position, and the attention function decides what it may see."""
     return None if local_size is None else torch.tensor(local_size)
 
 
 def _require_same_window(attention_mask: torch.Tensor | None, sliding_window: int | None) -> None:
-    """A model that limits attention by its mask alone (chunks) must not pass on prompts shorter than the limit."""
+    """Refuse a model that limits attention by its mask alone (chunks), on prompts shorter than the limit, too."""
     if attention_mask is not None and attention_mask.dim() == 0 and int(attention_mask) != sliding_window:
         raise UnsupportedAttention(
             f"the model's mask limits attention to {int(attention_mask)} tokens, in a way unknown to {NAME}"
@@ -164,7 +165,7 @@ def _require_same_window(attention_mask: torch.Tensor | None, sliding_window: in
 
 
 def _require_usual_shapes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-    """Keys and values of other widths (latent caches) would be read past their ends."""
+    """Refuse keys and values of other widths (latent caches), which would be read past their ends."""
     if key.shape != value.shape or key.shape[-1] != query.shape[-1]:
         raise UnsupportedAttention(
             f"queries, keys and values of shapes {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)} "

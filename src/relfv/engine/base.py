@@ -1,4 +1,4 @@
-"""What every engine offers, and what it runs on.
+"""The engines' common interface, and the ``Backbone`` that they run on.
 
 A ``Backbone`` is a model with the knowledge of where its parts are and in which arithmetic it computes. Prompts are
 lists of token ids, never padded by the caller.
@@ -27,7 +27,7 @@ from relfv.types import Effects, HeadId, Prompts
 TokenIds = Sequence[Sequence[int]]
 Array = torch.Tensor | np.ndarray
 Vectors = Array | Sequence[Array]
-"""What ``Engine.inject`` adds: (n_vectors, resid_dim), or parts whose vectors follow one another, each (layer or 1,
+"""Vectors for ``Engine.inject``: (n_vectors, resid_dim), or parts whose vectors follow one another, each (layer or 1,
 prompt or 1, n_vectors, resid_dim); an axis of 1 is shared by all layers or prompts."""
 
 
@@ -43,7 +43,7 @@ class Backbone:
     streaming: Streaming | None = None
     """The blocks that stream, if any do."""
     cards: Cards | None = None
-    """Where the blocks are, if on several cards; ``device`` is then the first of them."""
+    """Placement of the blocks on several cards, of which ``device`` is then the first; None on one device."""
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -54,23 +54,24 @@ class Backbone:
             yield
 
     def device_of(self, layer: int) -> torch.device:
-        """Where a block computes."""
+        """Device on which the block ``layer`` computes."""
         return self.cards.of_layer[layer] if self.cards else self.device
 
     def plain(self) -> Backbone:
-        """With PyTorch alone: no pieces, no kernels."""
+        """Copy of this backbone that computes by PyTorch alone: no pieces, no kernels."""
         return replace(self, arithmetic=self.arithmetic.plain())
 
     def in_float32(self) -> Backbone:
-        """With float32's rounding and no more. ``plain().in_float32()`` is what everything else is compared with."""
+        """Copy of this backbone with float32's rounding and no more. Everything else is compared with
+        ``plain().in_float32()``."""
         return replace(self, arithmetic=self.arithmetic.in_float32())
 
     def finer(self) -> Backbone:
-        """With more pieces of differences, where there are pieces."""
+        """Copy of this backbone with differences in more pieces, where there are pieces."""
         return replace(self, arithmetic=self.arithmetic.finer())
 
     def over_likeliest_tokens(self) -> Backbone:
-        """With copies read out over fewer tokens, where that saves much; itself where it does not."""
+        """Copy of this backbone that reads copies out over fewer tokens, where that saves much; else this backbone."""
         arithmetic = self.arithmetic.over_likeliest_tokens()
         return self if arithmetic is self.arithmetic else replace(self, arithmetic=arithmetic)
 
@@ -92,7 +93,7 @@ class Backbone:
         return limit is not None and max(len(prompt) for prompt in prompts) > limit
 
     def passes(self, prompts: TokenIds, size: int) -> Iterator[slice]:
-        """``prompt_chunks`` of at most ``size``, one by one where prompts must not share a batch."""
+        """Slices of at most ``size`` prompts, as ``prompt_chunks``; one by one where prompts must not share a batch."""
         return prompt_chunks(len(prompts), 1 if self.depends_on_company(prompts) else size)
 
     def takes_position_ids(self) -> bool:
@@ -101,7 +102,8 @@ class Backbone:
 
     @cached_property
     def weights_on_device(self) -> int:
-        """Bytes of the device that weights take, slots of streamed blocks included; of several the most."""
+        """Bytes that weights take on the device, slots of streamed blocks included; with several devices, on the
+        fullest."""
         there: dict[torch.device, int] = {}
         for parameter in self.model.parameters():
             there[parameter.device] = there.get(parameter.device, 0) + parameter.nbytes
@@ -111,25 +113,28 @@ class Backbone:
 
 @dataclass(frozen=True)
 class Together:
-    """Edits of the last token that are made in one pass, all at once. Of every tensor a first axis of 1 is shared by
-    all prompts. After a block a direction is taken out before a vector is added."""
+    """Edits of the last token that are all made in one pass. In every tensor, a first axis of 1 is shared by all
+    prompts. After a block, a direction is taken out before a vector is added."""
 
     chosen: torch.Tensor | None = None
     """bool (prompt or 1, layer, head): the heads whose z is set."""
     values: torch.Tensor | None = None
-    """(prompt or 1, layer, head, head_dim): what it is set to; of heads that are not chosen nothing is read."""
+    """(prompt or 1, layer, head, head_dim): values that z is set to; those of heads that are not chosen are not
+    read."""
     added: torch.Tensor | None = None
-    """(prompt or 1, layer, resid_dim): what is added to the hidden state after each block."""
+    """(prompt or 1, layer, resid_dim): vectors added to the hidden state after each block."""
     removed: torch.Tensor | None = None
-    """(prompt or 1, layer, resid_dim): d, of length 1, or of length 0 where nothing is taken out: after the block the
-    hidden state h becomes h - (h . d) d."""
+    """(prompt or 1, layer, resid_dim): directions d, of length 1, or of length 0 where nothing is taken out: after the
+    block the hidden state h becomes h - (h . d) d."""
 
     mlps: torch.Tensor | None = None
-    """(prompt or 1, layer, resid_dim): what the output of each layer's MLP is set to; NaN where it is left alone."""
+    """(prompt or 1, layer, resid_dim): values that the output of each layer's MLP is set to; NaN where it is left
+    alone."""
 
     @staticmethod
     def setting(sets: Sequence[Sequence[HeadId]], values: torch.Tensor) -> Together:
-        """z := ``values`` of the heads of each set: a set and its values for each prompt, or one for all."""
+        """Edits that set z of each set's heads to ``values``: one set and its values for each prompt, or one for
+        all."""
         chosen = torch.zeros(len(sets), *values.shape[1:3], dtype=torch.bool)
         for row, heads in enumerate(sets):
             chosen[row, [head.layer for head in heads], [head.head for head in heads]] = True
@@ -150,7 +155,7 @@ class Engine(Protocol):
         *,
         per_pass: int | None = None,
     ) -> Effects:
-        """For each prompt and head: z[layer, head] := replacement[layer, head], one head at a time.
+        """Set z[layer, head] := replacement[layer, head], one head at a time, for each prompt and head.
 
         ``replacement`` is (layer, head, head_dim), or (len(heads), head_dim), a value for each of ``heads``; these are
         sorted, may then name a head several times, and are the second axis of the result. None replaces each head by
@@ -170,7 +175,7 @@ class Engine(Protocol):
         *,
         per_pass: int | None = None,
     ) -> Effects:
-        """For each prompt, layer and vector: hidden state after the block += vector.
+        """Add a vector to the hidden state after a block, for each prompt, layer and vector.
 
         ``layers`` ascend; the second axis of the result runs over layers, then vectors: column i * n_vectors + v.
         ``per_pass`` as in ``sweep_heads``.
@@ -184,22 +189,23 @@ class Engine(Protocol):
         *,
         per_pass: int | None = None,
     ) -> Effects:
-        """For each prompt and version: all of the version's edits, in one pass; the second axis of the result runs over
-        ``versions``. ``per_pass`` as in ``sweep_heads``.
+        """Make all of a version's edits in one pass, for each prompt and version; the second axis of the result runs
+        over ``versions``. ``per_pass`` as in ``sweep_heads``.
         """
         ...
 
     def prepare(self, prompts: Prompts) -> None:
-        """Begin what passes over ``prompts`` that are asked for later have in common, if there is something."""
+        """Begin what later passes over ``prompts`` have in common, if there is something."""
         ...
 
     def over_likeliest_tokens(self) -> Engine:
-        """Itself, or an engine that reads edited passes out over fewer tokens, faster where a CPU has a large
+        """This engine, or one that reads edited passes out over fewer tokens, faster where a CPU has a large
         vocabulary: for many edits that each matter little."""
         ...
 
     def finer(self) -> Engine:
-        """The same engine with less rounding, where its arithmetic has a choice, so that rounding can be measured."""
+        """An engine like this one with less rounding, where its arithmetic has a choice, so that rounding can be
+        measured."""
         ...
 
 
@@ -228,7 +234,7 @@ def in_parts(vectors: Vectors, device: torch.device) -> list[torch.Tensor]:
 
 
 def of_layer_and_prompts(parts: Sequence[torch.Tensor], layer: int, prompts: slice) -> torch.Tensor:
-    """What is added at the ``layer``-th of the layers: (prompt or 1, n_vectors, resid_dim)."""
+    """Vectors added at the ``layer``-th of the layers: (prompt or 1, n_vectors, resid_dim)."""
     of_layer = [part[layer if len(part) > 1 else 0] for part in parts]
     of_prompts = [part[prompts] if len(part) > 1 else part for part in of_layer]
     n_prompts = max(len(part) for part in of_prompts)
@@ -241,5 +247,5 @@ def prompt_chunks(n_prompts: int, size: int) -> Iterator[slice]:
 
 
 def slices(stop: int, size: int, start: int = 0) -> Iterator[slice]:
-    """Of at most ``size`` each, in order."""
+    """Slices of at most ``size`` each, in order, from ``start`` to ``stop``."""
     return (slice(begin, min(begin + size, stop)) for begin in range(start, stop, size))

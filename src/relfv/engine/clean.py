@@ -19,16 +19,16 @@ _PROMPTS_A_PASS = 25
 
 @dataclass(frozen=True)
 class CleanRun:
-    """What the model does with prompts that are left as they are, in the precision of the head sweep."""
+    """Values read in one pass without interventions, in the precision of the head sweep."""
 
     activations: torch.Tensor
     """float32 (prompt, layer, head, head_dim): z at the last token."""
     hidden: torch.Tensor
     """float32 (layer, resid_dim): mean over prompts of the hidden state after each block, last token."""
     writing: Writing | None
-    """What stands between W_O z and the residual stream; None where that is not known (writing_check.py)."""
+    """Steps between W_O z and the residual stream; None where they are not known (writing_check.py)."""
     scores: TokenScores
-    """(prompt,): the target after the prompt."""
+    """(prompt,): scores of the target after the prompt."""
 
     @cached_property
     def written(self) -> torch.Tensor:

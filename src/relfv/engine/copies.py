@@ -21,12 +21,12 @@ from relfv.types import HeadId
 
 
 def last_tokens(backbone: Backbone, prompts: TokenIds) -> torch.Tensor:
-    """Ids, (N, 1)."""
+    """Ids of the prompts' last tokens, (N, 1)."""
     return sent([[prompt[-1]] for prompt in prompts], backbone.device)
 
 
 def run_last_tokens(backbone: Backbone, last: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """The pass over the last token, ids (N, 1), and its copies: -> (N, 1 + copies, resid_dim), final and normed."""
+    """Run the pass over the last token, ids (N, 1), and its copies: -> (N, 1 + copies, resid_dim), final and normed."""
     given = {"position_ids": positions[:, None]} if backbone.takes_position_ids() else {}
     if given:  # without a mask transformers looks for packed sequences in positions, and waits for the device
         given["attention_mask"] = torch.ones_like(last)
@@ -37,8 +37,9 @@ def run_last_tokens(backbone: Backbone, last: torch.Tensor, positions: torch.Ten
 
 @contextmanager
 def patching_heads(backbone: Backbone, heads: Sequence[HeadId], replacement: Array | None) -> Iterator[None]:
-    """Before block l: one copy of the unpatched token for each of ``heads`` in layer l; then overwrite its slice by its
-    value in ``replacement``, or by the same head's slice of copy 0 if there is none."""
+    """While open, patch one head in each copy: before block l, add one copy of the unpatched token for each of
+    ``heads`` in layer l; then overwrite its slice by its value in ``replacement``, or by the same head's slice of copy
+    0 if there is none."""
     arch, values = backbone.arch, values_of(replacement, heads, backbone.device)
     numbers = sent([head.head for head in heads], backbone.device)
 
@@ -74,8 +75,8 @@ def patching_heads(backbone: Backbone, heads: Sequence[HeadId], replacement: Arr
 def residual_additions(
     backbone: Backbone, layers: Sequence[int], parts: Sequence[torch.Tensor], prompts: slice, lengths: torch.Tensor
 ) -> AbstractContextManager[None]:
-    """After block l: one copy of the untouched token + vector for each vector of that layer and these prompts.
-    ``lengths`` (prompt, layer) receives that token's own."""
+    """While open, add after block l one copy of the untouched token + vector for each vector of that layer and these
+    prompts. ``lengths`` (prompt, layer) receives the length of the untouched token's hidden state."""
 
     def adder(i: int) -> Callable[[torch.Tensor], torch.Tensor]:
         vectors = of_layer_and_prompts(parts, i, prompts).to(backbone.device_of(layers[i]))
@@ -91,8 +92,8 @@ def residual_additions(
 
 @contextmanager
 def version_edits(backbone: Backbone, versions: Sequence[Together], prompts: slice) -> Iterator[None]:
-    """Before the first block that a version is edited in: a copy of the token for each; from there on each is edited in
-    all layers."""
+    """While open, add a copy of the token for each version before the first block that one is edited in; from there on
+    each is edited in all layers."""
 
     def grow(hidden: torch.Tensor) -> torch.Tensor:
         return grown(hidden, hidden[:, :1], len(versions))
@@ -103,8 +104,8 @@ def version_edits(backbone: Backbone, versions: Sequence[Together], prompts: sli
 
 
 def grown(hidden: torch.Tensor, more: torch.Tensor, count: int) -> torch.Tensor:
-    """(N, C, d) -> (N, C + count, d), ``more`` (N, 1 or count, d) at the end. Where there is room for them, nothing
-    moves. Two assignments: ``torch.cat`` of an expanded tensor runs at a third of the memory's speed."""
+    """Append copies: (N, C, d) -> (N, C + count, d), ``more`` (N, 1 or count, d) at the end. Where there is room for
+    them, nothing moves. Two assignments: ``torch.cat`` of an expanded tensor runs at a third of the memory's speed."""
     n, copies, width = hidden.shape
     out = with_room(hidden, count)
     if out is None:

@@ -1,4 +1,4 @@
-"""What must be true of a model before any engine can be right about it.
+"""Checks that a model must pass before any engine can be right about it.
 
 Both engines read heads at the output projections' inputs, add vectors to what blocks pass on, and turn the last hidden
 state into logits themselves. Each check compares one of these with what the model's own plain pass does. A model that
@@ -37,20 +37,20 @@ def is_packed(backbone: Backbone) -> bool:
 
 @dataclass(frozen=True)
 class Alone:
-    """What an ordinary pass over one prompt shows, without company in its batch."""
+    """Values read in an ordinary pass over one prompt, which is alone in its batch."""
 
     z: torch.Tensor
-    """float32 (layer, head, head_dim): what the heads do at the last token."""
+    """float32 (layer, head, head_dim): the heads' outputs at the last token."""
     final: torch.Tensor
     """(1, resid_dim): the final hidden state there."""
     shapes: list[tuple[int, ...] | str]
-    """What each block passes on: its shape, or its type."""
+    """Shape of each block's output, or the name of its type where it is no tensor."""
     last: torch.Tensor
-    """What the last block passes on, (1, token, resid_dim)."""
+    """(1, token, resid_dim): output of the last block."""
 
 
 def run_alone(backbone: Backbone, prompt: Sequence[int]) -> Alone:
-    """One pass over ``prompt``, in which blocks and heads are read."""
+    """Run one pass over ``prompt`` alone, and read its blocks and heads."""
     shapes: list[tuple[int, ...] | str] = [""] * backbone.arch.n_layers
     last: dict[int, torch.Tensor] = {}
 
@@ -68,7 +68,8 @@ def run_alone(backbone: Backbone, prompt: Sequence[int]) -> Alone:
 
 
 def check_blocks(backbone: Backbone, prompt: Sequence[int], alone: Alone) -> None:
-    """Blocks must pass on one residual stream, (prompts, tokens, resid_dim), and no token may see a later one.
+    """Require that blocks pass on one residual stream, (prompts, tokens, resid_dim), and that no token sees a later
+    one.
 
     Raises RunError. A vector added at the last token of several streams (Gemma 3n, hyper-connections) would land
     elsewhere; and a model that looks ahead (BERT) does at a token what it could not do there while it writes.
@@ -89,8 +90,8 @@ def check_blocks(backbone: Backbone, prompt: Sequence[int], alone: Alone) -> Non
 
 
 def readout_gap(backbone: Backbone, prompts: Prompts, logprobs: torch.Tensor) -> float:
-    """The model's own log-probability of each target against relfv's, ``logprobs`` (prompt,): the largest difference,
-    infinite for NaN."""
+    """Compare the model's own log-probability of each target with relfv's, ``logprobs`` (prompt,): the largest
+    difference, infinite for NaN."""
     own = []
     for prompt, target in zip(prompts.ids, prompts.targets, strict=True):
         with backbone.running():
@@ -110,7 +111,7 @@ def require_readout(backbone: Backbone, gap: float) -> None:
 
 
 def check_projection(backbone: Backbone, z: torch.Tensor, layers: list[int]) -> None:
-    """The heads' projected parts must sum to the projection's output for all of them, without its bias.
+    """Require that the heads' projected parts sum to the projection's output for all of them, without its bias.
 
     ``z`` is (layer, head, head_dim). Raises RunError: the function vector would be wrong.
     """
@@ -130,7 +131,8 @@ def check_projection(backbone: Backbone, z: torch.Tensor, layers: list[int]) -> 
 
 
 def check_capture(backbone: Backbone, prompts: TokenIds, alone: torch.Tensor) -> None:
-    """What the heads do in one padded batch against one prompt at a time, ``alone`` (prompt, layer, head, head_dim).
+    """Require that heads do the same in one padded batch as for one prompt at a time, ``alone`` (prompt, layer, head,
+    head_dim).
 
     Raises RunError: clean means would depend on which prompts share a batch.
     """

@@ -28,7 +28,7 @@ from relfv.engine.passes import last_hidden
 from relfv.types import Prompts
 
 _PROMPTS_A_PASS = 8
-"""At most: a backward pass keeps every layer's activations of all tokens."""
+"""Most prompts in a pass, by default: a backward pass keeps every layer's activations of all tokens."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Attribution:
 
     first_order: torch.Tensor
     dropped: torch.Tensor
-    """GradDrop: of sizes, so never negative."""
+    """GradDrop's estimates: averages of sizes, so never negative."""
     per_pass: int
     """Prompts that shared a pass."""
 
@@ -122,8 +122,8 @@ def _last_tokens_apart(
 
 @contextmanager
 def _gates(backbone: Backbone, passes: list[float]) -> Iterator[None]:
-    """While open, forward passes are such that the share ``passes`` (layer,), as it is when a backward pass comes, of
-    the gradient goes through each block, and the rest past it."""
+    """While open, forward passes are made so that a backward pass takes the share ``passes`` (layer,), as it is at that
+    time, of the gradient through each block, and the rest past it."""
     entered: dict[int, torch.Tensor] = {}
 
     def entering(layer: int) -> Callable[[torch.Tensor], None]:

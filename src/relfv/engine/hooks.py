@@ -17,8 +17,8 @@ _turn: object | None = None
 
 @contextmanager
 def turn_of(one: object) -> Iterator[None]:
-    """While open, edits that were opened in the turn of another do nothing: passes that run in step (in_step.py) have
-    edits of their own, on the same modules. Those that were opened in nobody's turn are everybody's."""
+    """While open, edits that were opened in another's turn do nothing: passes that run in step (in_step.py) have edits
+    of their own, on the same modules. Edits that were opened in nobody's turn work in every turn."""
     global _turn
     before, _turn = _turn, one
     try:
@@ -30,8 +30,8 @@ def turn_of(one: object) -> Iterator[None]:
 def called_instead(
     functions: Sequence[tuple[nn.Module, Callable[..., Any] | None]],
 ) -> AbstractContextManager[None]:
-    """While open, whoever calls one of these modules calls the function, and none of the module's hooks run; None: it
-    is called itself. The attribute is what ``nn.Module.compile`` sets."""
+    """While open, a call of one of these modules calls its function, and none of the module's hooks run; with None, the
+    module itself is called. The attribute is what ``nn.Module.compile`` sets."""
     return replaced(functions, "_compiled_call_impl")
 
 
@@ -53,7 +53,8 @@ def editing_inputs(
 def editing_outputs(
     edits: Sequence[tuple[nn.Module, Callable[[torch.Tensor], torch.Tensor | None]]],
 ) -> Iterator[None]:
-    """The same for each module's output, be it a tensor, or a tuple or list that begins with one."""
+    """While open, each module's output goes through its function, as in ``editing_inputs``; the output is a tensor, or
+    a tuple or list that begins with one."""
     with ExitStack() as stack:
         fired = [stack.enter_context(_post_hook(module, edit)) for module, edit in edits]
         yield

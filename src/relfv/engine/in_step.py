@@ -26,25 +26,25 @@ from relfv.engine.hooks import called_instead, turn_of
 
 
 class NotInStep(Exception):
-    """What this decoder does between its blocks would be lost."""
+    """Raised for a decoder that cannot run in step: what it does between its blocks would be lost."""
 
 
 @dataclass(eq=False)
 class Waiting:
-    """One pass, which waits between blocks for the others."""
+    """One pass, which waits between blocks for the other passes."""
 
     blocks: Sequence[nn.Module]
     decode: Callable[[], Any]
     """Calls the decoder."""
     scope: Callable[[int], AbstractContextManager[Any]]
-    """What is open while it runs a layer's block, and not while others do."""
+    """Context that is open while this pass runs a layer's block, and not while others do."""
     _given: deque[Callable[[Any], Any]] = field(default_factory=deque)
-    """Of each later block: runs it on these hidden states."""
+    """Calls of the later blocks, in order; each runs its block on given hidden states."""
     _output: Any = None
-    """Of the last block that ran."""
+    """Output of the last block that ran."""
 
     def run(self, layer: int) -> None:
-        """Run this block; each in its turn, from the first on."""
+        """Run the block of this layer; layers come in order, from the first on."""
         with turn_of(self), self.scope(layer):
             if layer == 0:
                 self._begin()
@@ -53,7 +53,7 @@ class Waiting:
                 self._output = self._given.popleft()(hidden)
 
     def end(self) -> Any:
-        """What the decoder gives after the last block."""
+        """Return what the decoder gives after the last block."""
         output, self._output = self._output, None
         stand_in = [(block, lambda *_, **__: output) for block in self.blocks]
         with turn_of(self), self.scope(len(self.blocks) - 1), called_instead(stand_in):
@@ -88,5 +88,6 @@ class Waiting:
 
 
 def _hidden(output: Any) -> Any:
-    """Blocks return a bare tensor in some families and versions, a tuple or a list in others."""
+    """Hidden states in a block's output: the output itself in some families and versions, the first of a tuple or a
+    list in others."""
     return output[0] if isinstance(output, tuple | list) else output

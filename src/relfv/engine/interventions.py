@@ -28,7 +28,7 @@ class Interventions:
 
     prompts: Prompts
     z: torch.Tensor
-    """float32 (prompt, layer, head, head_dim): what the heads do."""
+    """float32 (prompt, layer, head, head_dim): the heads' outputs at the last token."""
     heads: list[HeadId]
     replacement: torch.Tensor
     """(layer, head, head_dim)"""
@@ -38,9 +38,9 @@ class Interventions:
     truth: Effects
     """Columns: the patches of ``heads``, then the injections after ``layers``, then all of them at once."""
     in_rows: bool
-    """Whether the truth of a prompt is one pass, with an intervention a row, the first row left alone; else each has a
-    pass of its own, as published code does it, in many times the time. Rows are independent but in few models; there
-    they agree with no engine, and those with a pass of their own decide."""
+    """Whether ``truth`` comes from one pass for each prompt, with one intervention in each row and the first row left
+    alone; else each intervention has a pass of its own, as in published code, which takes many times as long. Rows are
+    independent in all but few models; in those, rows agree with no engine, and passes of their own decide."""
 
     @property
     def max_effect(self) -> float:
@@ -48,7 +48,7 @@ class Interventions:
         return float((self.truth.edited.logprob - self.truth.base.logprob[:, None]).abs().max())
 
     def one_by_one(self, float32: Backbone) -> Interventions:
-        """With a pass for each intervention."""
+        """The same interventions, with ``truth`` measured in one pass for each intervention."""
         truth = _naive(float32, self.prompts, self.replacement, self.heads, self.vector[0], self.layers, in_rows=False)
         return replace(self, truth=truth, in_rows=False)
 
@@ -70,7 +70,8 @@ class Interventions:
 
 
 def interventions(float32: Backbone, ids: TokenIds, alone: Sequence[Alone]) -> Interventions:
-    """Each head is given its mean over the prompts, enlarged until there are effects that a wrong engine would miss.
+    """Make the self-check's interventions: each sampled head is set to its mean over the prompts, enlarged until there
+    are effects that a wrong engine would miss.
 
     Raises RunError if the model's logits are not finite.
     """
@@ -120,7 +121,7 @@ def _naive(
     *,
     in_rows: bool,
 ) -> Effects:
-    """``Interventions.truth``."""
+    """Measure ``Interventions.truth``."""
     activations, vectors = {head: replacement[head.layer, head.head] for head in heads}, dict.fromkeys(layers, vector)
     versions: list[Version] = [({head: z}, {}) for head, z in activations.items()]
     versions += [({}, {layer: vector}) for layer in layers]

@@ -22,7 +22,8 @@ from relfv.models.mlps import mlps_of
 
 
 def pad_right(prompts: TokenIds, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> input_ids (N, P), attention_mask (N, P), lengths (N,). The padding id is never attended to."""
+    """Pad prompts on the right: -> input_ids (N, P), attention_mask (N, P), lengths (N,). The padding id is never
+    attended to."""
     lengths = [len(prompt) for prompt in prompts]
     ids = np.zeros((len(prompts), max(lengths)), dtype=np.int64)
     for row, prompt in zip(ids, prompts, strict=True):
@@ -37,8 +38,8 @@ def _real(lengths: Sequence[int], width: int) -> npt.NDArray[np.bool_]:
 
 
 def padding_of(ids: torch.Tensor, lengths: Sequence[int]) -> Callable[[], AbstractContextManager[None]]:
-    """Contexts: while one is open, products of passes over ``ids`` (N, P) need not be made for what is beyond each
-    row's length, and nobody asks the device whether there is such."""
+    """A function that opens a context: while it is open, products of passes over ``ids`` (N, P) need not be made for
+    what is beyond each row's length, and the device is not asked whether there is such padding."""
     n, width = ids.shape
     places = sent(_real(lengths, width).ravel().nonzero()[0], ids.device)
 
@@ -138,7 +139,7 @@ def capture_at_tokens(backbone: Backbone, prompts: TokenIds, places: Sequence[Se
 
 
 def last_tokens(backbone: Backbone, prompts: TokenIds) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Takes (N, P, width) to float32 (N, width) at each prompt's last token."""
+    """A function from (N, P, width) to float32 (N, width) at each prompt's last token."""
     rows = torch.arange(len(prompts), device=backbone.device)
     last = sent([len(prompt) - 1 for prompt in prompts], backbone.device)
     return lambda values: values[rows.to(values.device), last.to(values.device)].float()

@@ -16,16 +16,16 @@ from relfv.engine.passes import pad_right, padding_of
 from relfv.errors import RunError
 
 _FEW = 4
-"""Prompts whose prefix takes little memory beside that of all trials."""
+"""Number of prompts up to which a prefix takes little memory beside that of all trials."""
 
 
 class KeptPrefix:
-    """The prefix of the last pass: a q_id's stages run the same prompts several times. That of a few prompts, such as
-    the noise floor's between two passes over all trials, is kept beside it."""
+    """Keeps the prefix of the last pass, since a q_id's stages run the same prompts several times. The prefix of a few
+    prompts, such as the noise floor's between two passes over all trials, is kept beside it."""
 
     def __init__(self) -> None:
         self._last: dict[bool, tuple[tuple[tuple[int, ...], ...], Prefix]] = {}
-        """By whether it is of a few."""
+        """Prompts and their prefix, by whether they are at most ``_FEW`` prompts."""
 
     def of(self, backbone: Backbone, prompts: TokenIds) -> Prefix:
         """The prefix of ``prompts``, kept or made, with the same bits either way. Call inside ``running``."""
@@ -35,18 +35,18 @@ class KeptPrefix:
         return found
 
     def found(self, prompts: TokenIds) -> Prefix | None:
-        """That of ``prompts`` if it is kept; if not, the one in its place is released, before there are two."""
+        """The prefix of ``prompts`` if it is kept; if not, the one in its place is released, before there are two."""
         wanted, few = tuple(map(tuple, prompts)), len(prompts) <= _FEW
         if few in self._last and self._last[few][0] != wanted:
             del self._last[few]
         return self._last[few][1] if few in self._last else None
 
     def keep(self, prompts: TokenIds, prefix: Prefix) -> None:
-        """For the next ones who want it."""
+        """Keep ``prefix`` for later passes over ``prompts``."""
         self._last[len(prompts) <= _FEW] = tuple(map(tuple, prompts)), prefix
 
     def forget(self) -> None:
-        """Release its memory."""
+        """Release the kept prefixes."""
         self._last.clear()
 
 
@@ -64,17 +64,18 @@ class Prefill:
         self._backbone = backbone
         self._ids, self._mask, self.lengths = pad_right([prompt[:-1] for prompt in prompts], backbone.device)
         self._n_tokens = [len(prompt) - 1 for prompt in prompts]
-        # What is sent to a device is sent once: it may wait there behind weights that stream.
+        # Each tensor is sent to a device once: it may wait there behind weights that stream.
         self._without_padding = padding_of(self._ids, self._n_tokens)
         self._lengths_on: dict[torch.device, torch.Tensor] = {}
         # A DynamicCache made from a config lets sliding-window layers drop keys; this one keeps all of them, and the
         # window is applied in the attention of the last token.
         self._cache = DynamicCache()
         self._given: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        """Where attention is the kernel's: what it was given, by layer, which need not be laid out anew in a cache."""
+        """Keys and values by layer that attention's kernel was given, where it runs; they need not be laid out anew in
+        a cache."""
 
     def run(self) -> Prefix:
-        """Run it, of the last block no more than gives keys and values."""
+        """Run the pass, and of its last block no more than gives keys and values."""
         last = self._backbone.arch.out_projs[self._backbone.arch.n_layers - 1]
         with suppress(_Enough), editing_inputs([(last, _stop)]), self.scope(0):
             self.decode()
@@ -82,7 +83,7 @@ class Prefill:
 
     @contextmanager
     def scope(self, _: int) -> Iterator[None]:
-        """Open around the block of any layer."""
+        """Context in which the block of any layer runs."""
         with self._without_padding(), attending_within(self._backbone, self._given):
             yield
 
@@ -93,11 +94,11 @@ class Prefill:
         self._backbone.decoder(input_ids=self._ids, attention_mask=self._mask, **cache)
 
     def prefix(self) -> Prefix:
-        """Of all layers, which have run."""
+        """The prefix in all layers, which must have run."""
         return self._of(range(self._backbone.arch.n_layers))
 
     def of_layer(self, layer: int) -> Prefix:
-        """For its block alone, which has run."""
+        """The prefix in one layer, which must have run, for its block alone."""
         return self._of([layer])
 
     def _of(self, layers: Iterable[int]) -> Prefix:
@@ -109,7 +110,7 @@ class Prefill:
 
 
 class _Enough(Exception):
-    """Of the last block its keys and values are all that is asked for."""
+    """Ends a prefill in its last block, of which only keys and values are asked for."""
 
 
 def _stop(_: torch.Tensor) -> None:

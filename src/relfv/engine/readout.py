@@ -1,4 +1,4 @@
-"""From final hidden states to the scores of one target token a prompt.
+"""Turning final hidden states into the scores of one target token for each prompt.
 
 The vocabulary axis is by far the largest tensor of a head sweep (25,600 rows x 128,256 tokens for an 8B model), so rows
 go through it in chunks and only three numbers a row are kept. Logits and softmax are float32 whatever the model's
@@ -24,7 +24,7 @@ def read_targets(backbone: Backbone, hidden: torch.Tensor, targets: Sequence[int
 
 
 def scores_of(backbone: Backbone, hidden: torch.Tensor, targets: Sequence[int]) -> TokenScores:
-    """The same on the device, without waiting for it."""
+    """Score as ``read_targets`` does, on the device and without waiting for it."""
     logit, logprob, top = backbone.arithmetic.read_out(hidden, sent(list(targets), hidden.device))
     return TokenScores(logit=logit, logprob=logprob, top_id=top)
 
@@ -37,7 +37,7 @@ def on_the_way(scores: TokenScores) -> Callable[[], TokenScores]:
 
 
 def sent_back(*tensors: torch.Tensor) -> Callable[[], Sequence[torch.Tensor]]:
-    """The same of tensors of one device."""
+    """Send ``tensors`` of one device to the CPU: -> a function that gives them once they are there."""
     device = tensors[0].device
     copies = [tensor.to("cpu", non_blocking=device.type == "cuda") for tensor in tensors]
     there = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None

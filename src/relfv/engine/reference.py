@@ -1,4 +1,5 @@
-"""The obvious way, by hooks on whole forward passes. Slow, and what everything else is compared with.
+"""The reference engine: interventions by hooks on whole forward passes. It is slow, and everything else is compared
+with it.
 
 ``naive_*`` run one full, unpadded forward pass per intervention, as published code does. ``ReferenceEngine`` does the
 same with the interventions of one layer as the rows of one batch; it needs only the model's blocks and output
@@ -138,12 +139,12 @@ def naive_baseline(backbone: Backbone, prompt: Sequence[int], target: int) -> To
 
 
 _VERSIONS_A_PASS = 32
-"""Of edits of any token, each a whole prompt."""
+"""Most versions in one pass of ``set_at_tokens``, by default; each takes a whole prompt as its row."""
 
 
 @dataclass(frozen=True)
 class AtTokens:
-    """Heads that are set at some of a prompt's tokens, which are known by slots: places that all prompts have."""
+    """Heads to set, and the slots at whose tokens they are set; a slot is a place that all prompts have."""
 
     heads: tuple[HeadId, ...]
     slots: tuple[int, ...]
@@ -151,7 +152,8 @@ class AtTokens:
 
 @dataclass
 class ReferenceEngine:
-    """Every intervention of a layer is one row of a batch of whole forward passes; row 0 is left alone.
+    """Engine that runs every intervention of a layer as one row of a batch of whole forward passes; row 0 is left
+    alone.
 
     A pass holds one prompt, whatever ``per_pass`` asks for.
     """
@@ -236,9 +238,9 @@ class ReferenceEngine:
         *,
         per_pass: int | None = None,
     ) -> Effects:
-        """For each prompt and version: z of the version's heads, at the tokens of its slots, := ``values`` (slot,
-        layer, head, head_dim). ``places`` (prompt, slot) are the slots' tokens; ``per_pass`` versions share a pass, and
-        are what ``Effects.per_pass`` counts."""
+        """Set z of each version's heads, at the tokens of its slots, to ``values`` (slot, layer, head, head_dim), for
+        each prompt and version. ``places`` (prompt, slot) holds each slot's token index; ``per_pass`` versions share a
+        pass, and are what ``Effects.per_pass`` counts."""
         arch = self.backbone.arch
 
         def editing(some: Sequence[AtTokens], prompt: int) -> AbstractContextManager[None]:
@@ -270,14 +272,14 @@ class ReferenceEngine:
         return replace(effects, per_pass=size)
 
     def prepare(self, prompts: Prompts) -> None:
-        """Nothing: whole passes share nothing."""
+        """Do nothing: whole passes share nothing."""
 
     def over_likeliest_tokens(self) -> ReferenceEngine:
-        """Itself: whole passes cost more than the vocabulary."""
+        """Return this engine: whole passes cost more than the vocabulary."""
         return self
 
     def finer(self) -> ReferenceEngine:
-        """Itself: whole passes have no differences to round."""
+        """Return this engine: whole passes have no differences to round."""
         return self
 
     def _run(
@@ -286,8 +288,8 @@ class ReferenceEngine:
         n_rows: int,
         edits: list[tuple[int, Callable[[int], AbstractContextManager[None]]]],
     ) -> Effects:
-        """One batch of ``n_rows`` for each prompt and edit. An edit is a count and a function that, given the index of
-        a prompt, opens a context in which rows 1..count are edited."""
+        """Run one batch of ``n_rows`` for each prompt and edit. An edit is a count and a function that, given the index
+        of a prompt, opens a context in which rows 1..count are edited."""
         base, edited = [], []
         with self.backbone.running():
             pairs = list(zip(prompts.ids, prompts.targets, strict=True))

@@ -1,4 +1,4 @@
-"""When an earlier self-check need not be made again.
+"""Reuse of an earlier self-check's result when the same model is opened again.
 
 Its finding stands if all that it rests on is the same (``basis``), and if one pass of the engine in use still gives the
 log-probabilities that it gave then (``probe``): whatever else may have changed would have to leave these alone. Only
@@ -35,26 +35,28 @@ from relfv.types import Prompts
 log = logging.getLogger(__name__)
 
 _STEERING = ("ATEN_", "CUBLAS", "CUDNN_", "DNNL_", "MKL_", "NVIDIA_TF32", "ONEDNN_", "PYTORCH_", "TORCH_", "TRITON_")
-"""Environment variables that begin so may change how libraries compute, unless they only name a folder."""
+"""Prefixes of environment variables that may change how libraries compute; names of folders (``_DIR``, ``_HOME``) do
+not count."""
 _DRIVER = "/proc/driver/nvidia/version"
 
 
 class Findings(Protocol):
-    """Where they are kept (store/findings.py)."""
+    """Store of self-check findings (implemented in store/findings.py)."""
 
     def get(self, basis: Mapping[str, Any]) -> Mapping[str, Any] | None:
-        """What was found on exactly this basis."""
+        """The finding kept for exactly this ``basis``; None if there is none."""
         ...
 
     def keep(self, basis: Mapping[str, Any], finding: Mapping[str, Any]) -> None:
-        """For the next time."""
+        """Store ``finding`` under ``basis`` for later openings."""
         ...
 
 
 def remembered(
     backbone: Backbone, prompts: TokenIds, findings: Findings, asked: Mapping[str, Any]
 ) -> tuple[Engine, SelfCheck]:
-    """``choose_engine``, or what it found at an earlier opening of the same model: ``asked`` says what was opened."""
+    """Return what ``choose_engine`` gives, or what it gave at an earlier opening of the same model; ``asked`` says what
+    was opened."""
     try:
         rests_on = {**asked, **basis(backbone, prompts)}
     except (OSError, TypeError, AttributeError):  # something cannot be told: a class in no file, an unknown driver
@@ -64,7 +66,7 @@ def remembered(
     if known:
         return known
     engine, check = choose_engine(backbone, prompts)
-    # Anything less may have had a reason that goes away, such as a full memory.
+    # Any other result may have had a reason that goes away, such as a full memory.
     if engine.name == "shared_prefix" and engine.backbone.arithmetic.is_plain == backbone.arithmetic.is_plain:
         found_at = datetime.now(timezone.utc).isoformat(timespec="seconds")
         findings.keep(rests_on, {"check": asdict(check), "probe": probe(engine, prompts), "found_at": found_at})
@@ -78,8 +80,8 @@ def _own_code() -> list[Path]:
 
 
 def basis(backbone: Backbone, prompts: TokenIds) -> dict[str, Any]:
-    """What a self-check of ``backbone`` on ``prompts`` rests on, beside the files that the model was read from: code,
-    libraries, hardware, and how the model is laid out and computes."""
+    """Everything that a self-check of ``backbone`` on ``prompts`` depends on, beside the files that the model was read
+    from: code, libraries, hardware, and how the model is laid out and computes."""
     model, arithmetic, devices = backbone.model, backbone.arithmetic, backbone.cards and backbone.cards.devices
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     return {
@@ -106,7 +108,7 @@ def basis(backbone: Backbone, prompts: TokenIds) -> dict[str, Any]:
 
 
 def _recalled(backbone: Backbone, prompts: TokenIds, found: Mapping[str, Any]) -> tuple[Engine, SelfCheck] | None:
-    """None if it does not stand."""
+    """Engine and self-check from the earlier finding ``found``; None if it no longer holds."""
     engine = SharedPrefixEngine(backbone)
     try:
         now, then = torch.tensor(probe(engine, prompts)), torch.tensor(found["probe"])
@@ -119,8 +121,8 @@ def _recalled(backbone: Backbone, prompts: TokenIds, found: Mapping[str, Any]) -
 
 
 def probe(engine: Engine, prompts: TokenIds) -> list[list[float]]:
-    """Log-probabilities of a token that is certainly known, each prompt's last, with no edit and with one head after
-    the other set to zero."""
+    """Log-probabilities of each prompt's own last token id, which the model certainly knows, without an edit and with
+    each sampled head set to zero in turn: (prompt, 1 + head)."""
     arch = engine.backbone.arch
     zero = torch.zeros(arch.n_layers, arch.n_heads, arch.head_dim)
     effects = engine.sweep_heads(Prompts(prompts, [prompt[-1] for prompt in prompts]), zero, sampled_heads(arch))
@@ -129,7 +131,7 @@ def probe(engine: Engine, prompts: TokenIds) -> list[list[float]]:
 
 @cache
 def _packages() -> str:
-    """Of the names and versions of everything that is installed."""
+    """Hash of the names and versions of all installed packages."""
     folders = [Path(entry) for entry in sys.path if entry]
     names = {path.name for folder in folders if folder.is_dir() for path in folder.glob("*.*-info")}
     return _hash(repr(sorted(names)))

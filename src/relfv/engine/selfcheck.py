@@ -1,4 +1,4 @@
-"""Which engine a model gets: the shared-prefix one if it agrees with hooks on this very model, else the reference.
+"""Choice of a model's engine: the shared-prefix one if it agrees with hooks on this very model, else the reference.
 
 A fast wrong answer is the worst outcome there is, and no list of families can promise that the next one fits. So a
 newly opened model first does a handful of patches and injections twice, in float32, on two prompts of different length.
@@ -32,12 +32,12 @@ from relfv.errors import RunError
 log = logging.getLogger(__name__)
 
 ROUNDING = {"exact": 0.2, "fast": 1.0}
-"""As ``TOLERANCE``, for the arithmetic in use: too wide to measure its rounding, and narrow enough to show a broken
-kernel."""
+"""Largest accepted difference, as ``TOLERANCE``, for the arithmetic in use: too wide to measure its rounding, and
+narrow enough to show a broken kernel."""
 
 WRONG = 0.05
-"""The same difference for the reference engine, above which a model is refused. Between experts that are nearly tied a
-router's choice is rounding, which moves scores by less."""
+"""Difference in log-probability, as ``TOLERANCE``, above which a model is refused because of its reference engine.
+Between experts that are nearly tied a router's choice is rounding, which moves scores by less."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,15 @@ class SelfCheck:
     """Largest effect among the compared interventions: the check means nothing if nothing happened."""
     reason: str
     reference_error: float | None = None
-    """The same difference for the reference engine, where that is the one in use."""
+    """``max_error`` of the reference engine, where that is the one in use."""
     rounding: float | None = None
-    """The same difference in the arithmetic in use, where that has kernels."""
+    """Largest difference, as ``max_error``, in the arithmetic in use, where that has kernels."""
     writing_error: float | None = None
-    """How far the heads' parts as written are from what attention adds to the residual stream (writing_check.py)."""
+    """Relative distance of the heads' parts as written from what attention adds to the residual stream
+    (writing_check.py)."""
     found_at: str | None = None
-    """When, in UTC, if it was not found now but taken from an earlier opening of the same model (remembered.py)."""
+    """Time (UTC) of the comparison, if its result was taken from an earlier opening of the same model (remembered.py);
+    None if it was made now."""
 
     @property
     def said(self) -> str:
@@ -133,8 +135,8 @@ def _first_line(problem: Exception) -> str:
 
 
 def _judge(candidate: Backbone, trial: Interventions) -> tuple[float | None, float | None, str]:
-    """Of the shared-prefix engine on ``candidate``: error of the algorithm, rounding of the arithmetic in use if it has
-    kernels, and what is wrong with them, or an empty string."""
+    """Judge the shared-prefix engine on ``candidate``: -> error of the algorithm, rounding of the arithmetic in use if
+    it has kernels, and what is wrong with them, or an empty string."""
     has_kernels, precision = candidate.arithmetic.facts()["kernels"], candidate.arithmetic.precision
     try:
         error = trial.error_of(SharedPrefixEngine(candidate.in_float32()))

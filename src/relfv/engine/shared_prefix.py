@@ -45,13 +45,13 @@ from relfv.progress import counted
 from relfv.types import Effects, HeadId, Prompts, TokenScores
 
 _CPU_BUDGET = 2 << 30
-"""Bytes for one pass."""
+"""Bytes for one pass on a device other than CUDA."""
 _PASSES_A_CARD = 8
-"""Where a model is on several cards, at least as many as make passes of ``_ROWS``."""
+"""Fewest passes for each of several cards, as long as they have ``_ROWS`` copies."""
 _PREFIXES = 2 << 30
 """Bytes of keys and values that are kept for several passes."""
 _ROWS = 4096
-"""Copies in a pass that take longer to compute than to begin."""
+"""Number of copies with which a pass takes longer to compute than to begin."""
 
 
 @dataclass
@@ -116,8 +116,8 @@ class SharedPrefixEngine:
         return self if backbone is self.backbone else SharedPrefixEngine(backbone, self.kept)
 
     def finer(self) -> SharedPrefixEngine:
-        """The same with more pieces of differences, where products are in pieces; prefixes have no differences, so both
-        engines share them."""
+        """This engine with differences in more pieces, where products are in pieces; prefixes have no differences, so
+        both engines share them."""
         return self._finer
 
     @cached_property
@@ -136,7 +136,7 @@ class SharedPrefixEngine:
         def attempt(size: int) -> list[Callable[[], TokenScores]]:
             together = self._prompts_a_prefix(prompts.ids, n_edits, size)
             if self.backbone.streaming:
-                # What waits may be too much where one pass after another is not.
+                # Passes that wait may take too much memory where one pass after another does not.
                 with suppress(NotInStep, torch.OutOfMemoryError):
                     return self._all_in_step(prompts, size, together, n_edits, edit)
                 self.kept.forget()
@@ -164,8 +164,8 @@ class SharedPrefixEngine:
         n_edits: int,
         edits: AbstractContextManager[None],
     ) -> TokenScores:
-        """Of the N prompts in ``part``, whose prefixes are of those that are run ``together``: fields (N, 1 + n_edits),
-        on the device; column 0 is the baseline."""
+        """Run the pass over the N prompts in ``part``, whose prefixes are among those that are run ``together``: ->
+        fields (N, 1 + n_edits), on the device; column 0 is the baseline."""
         first = part.start // together * together
         prompts, others = prompts[part], prompts.ids[first : first + together]
         last = last_tokens(self.backbone, prompts.ids)
@@ -183,8 +183,8 @@ class SharedPrefixEngine:
         n_edits: int,
         edit: Callable[[slice], AbstractContextManager[None]],
     ) -> list[Callable[[], TokenScores]]:
-        """Passes over ``size`` prompts each, in step; so is the pass over the prefixes, which are made ``together``.
-        -> the scores of each, on the way."""
+        """Run passes over ``size`` prompts each in step, and with them the passes over prefixes, made for ``together``
+        prompts at once. -> the scores of each, on the way."""
         n_layers, most = self.backbone.arch.n_layers, max(size, self._prompts_in_step(n_edits) // size * size)
 
         def prompts_worth(step: tuple[slice, int]) -> int:
@@ -211,8 +211,8 @@ class SharedPrefixEngine:
         n_edits: int,
         edit: Callable[[slice], AbstractContextManager[None]],
     ) -> list[Callable[[], TokenScores]]:
-        """A pass over each of ``parts``, and if need be one over the prefixes of the prompts ``together`` before them,
-        through each of the ``layers`` in turn. -> their scores, on the way."""
+        """Run a pass over each of ``parts``, and if need be one over the prefixes of the prompts ``together`` before
+        them, through each of the ``layers`` in turn. -> their scores, on the way."""
         backbone, streaming = self.backbone, self.backbone.streaming
         assert streaming
         ids = prompts.ids[together]
@@ -253,7 +253,7 @@ class SharedPrefixEngine:
         )
 
     def _scores(self, hidden: torch.Tensor, targets: Sequence[int], n_edits: int) -> TokenScores:
-        """Of the copies at a pass's end."""
+        """Scores of the copies at the end of a pass."""
         if hidden.shape[1] != 1 + n_edits:
             raise RunError(f"the pass ended with {hidden.shape[1]} copies of the last token, not {1 + n_edits}")
         return scores_of(self.backbone, hidden, targets)
@@ -263,8 +263,9 @@ class SharedPrefixEngine:
         return len(self.backbone.cards.devices) if self.backbone.cards else 0
 
     def _prompts_that_fit(self, prompts: TokenIds, n_edits: int) -> int:
-        """Prompts a pass, from the memory above the weights: as far as possible a function of shapes and the device,
-        not of what is free now. Batch shapes change low-order bits, and a resumed run must give the same bytes."""
+        """Number of prompts in a pass, from the memory above the weights: as far as possible a function of shapes and
+        the device, not of what is free now. Batch shapes change low-order bits, and a resumed run must give the same
+        bytes."""
         longest, there = max(len(prompt) for prompt in prompts), self._budget()
         if self.backbone.streaming:
             in_step = min(len(prompts), self._prompts_in_step(n_edits))
@@ -272,23 +273,24 @@ class SharedPrefixEngine:
         fitting = max(1, there // bytes_of_prompt(self.backbone.arch, n_edits, longest))
         if self.backbone.cards is None:
             return fitting
-        # Enough passes that the cards' waiting at the first one's beginning and the last one's end is little of all.
+        # Enough passes that cards wait a small share of the time while the first one begins and the last one ends.
         of_all = -(-len(prompts) // (_PASSES_A_CARD * len(self.backbone.cards.devices)))
         return min(fitting, max(of_all, -(-_ROWS // (1 + n_edits))))
 
     def _prompts_a_prefix(self, prompts: TokenIds, n_edits: int, size: int) -> int:
-        """Prompts, as whole passes of ``size``, whose prefixes are run at once: of all passes, unless they have more
-        tokens than a pass has copies, whose memory they take before it, or more to keep than ``_PREFIXES``."""
-        # Fewer at once, so that a second card begins sooner, gains nothing: later ones keep it waiting as long.
+        """Number of prompts, a multiple of ``size``, whose prefixes are run at once: those of all passes, unless they
+        have more tokens than a pass has copies, whose memory they take before it, or more to keep than
+        ``_PREFIXES``."""
+        # Fewer at once would let a second card begin sooner, but later prefixes keep it waiting as long.
         tokens = min(size * (1 + n_edits), _PREFIXES // bytes_of_token(self.backbone.model.config, self.backbone.arch))
         return size * max(1, tokens // max(len(prompt) for prompt in prompts) // size)
 
     def _prompts_in_step(self, n_edits: int) -> int:
-        """Prompts whose copies can wait for their turn while others run: in half of a pass's memory."""
+        """Number of prompts whose copies can wait for their turn while others run: in half of a pass's memory."""
         return self._budget() // 2 // bytes_waiting(self.backbone.arch, n_edits)
 
     def _budget(self) -> int:
-        """Bytes for one pass. On CUDA what the card has beside the weights."""
+        """Bytes for one pass; on CUDA, what the card has beside the weights."""
         backbone = self.backbone
         if backbone.cards and backbone.device.type == "cuda":
             there = min(card or 0 for card in cards_bytes(backbone.cards.devices, backbone.arch))

@@ -52,7 +52,7 @@ def _setting(backbone: Backbone, versions: Sequence[Together], layer: int, promp
     chosen = _of_layer([v.chosen for v in versions], layer, prompts, torch.zeros(n_heads, dtype=torch.bool))
     if not chosen.any():
         return None
-    # Many versions may set different heads to the same values, which are large and are held for all layers: held once.
+    # Many versions may set different heads to the same values: large ones, for all layers, so they are held once.
     place, distinct = backbone.device_of(layer), {id(v.values): v.values for v in versions}
     which = sent([[*distinct].index(id(v.values)) for v in versions], place)
     values = _of_layer([*distinct.values()], layer, prompts, torch.zeros(n_heads, head_dim))
@@ -105,7 +105,7 @@ def _adding(backbone: Backbone, versions: Sequence[Together], layer: int, prompt
     given = {copy: v.added for copy, v in enumerate(versions, start=1) if v.added is not None}
     if not given:
         return None
-    # Of these alone: laid out for all versions and prompts they are most of what goes to a GPU.
+    # Only versions with a vector: laid out for all versions, vectors are most of what goes to a GPU.
     added = _of_layer([*given.values()], layer, prompts, torch.zeros(backbone.arch.resid_dim))
     if not added.any():
         return None

@@ -19,12 +19,13 @@ from relfv.engine.hooks import editing_inputs, editing_outputs
 from relfv.engine.passes import last_tokens
 
 _LARGE = 1e3
-"""A constant vector so large that a norm's epsilon does not show: its norm is the gain."""
+"""Value of a constant input vector, so large that a norm's epsilon does not show: the norm of that vector is the
+gain."""
 
 
 @dataclass(frozen=True)
 class Writing:
-    """What stands between W_O z and the residual stream: head part = gains * W_O (factors * z)."""
+    """Steps between W_O z and the residual stream: a head's part is gains * W_O (factors * z)."""
 
     factors: torch.Tensor
     """float64 (prompt, layer): the norm's factor on each prompt, 1 / rms, times the family's residual multiplier."""
@@ -85,7 +86,7 @@ class WritingRecorder:
         return read
 
     def result(self) -> Writing:
-        """Of all passes read."""
+        """The ``Writing`` of all passes that were read."""
         arch, gains = self._backbone.arch, None
         if self._gains:
             gains = torch.ones(arch.n_layers, arch.resid_dim, dtype=torch.float64)

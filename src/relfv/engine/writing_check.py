@@ -1,4 +1,5 @@
-"""Whether the heads' parts as written (writing.py) are what attention adds to the residual stream of this very model.
+"""Check whether the heads' parts as written (writing.py) are what attention adds to the residual stream of this very
+model.
 
 Where a family adds it is nowhere to be read, only to be seen: any step between, known to relfv or not, shows here.
 """
@@ -20,7 +21,7 @@ from relfv.types import Prompts
 
 
 def writing_error(backbone: Backbone, prompt: Sequence[int], layers: Sequence[int]) -> float:
-    """How far the heads' parts and the bias, as written, are from what attention adds to the residual stream, relative
+    """Distance of the heads' parts and the bias, as written, from what attention adds to the residual stream, relative
     to its length: the largest of ``layers``.
 
     What is added is found where the block goes on with it: a module gets the block's input + it, or the block's output

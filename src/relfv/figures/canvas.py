@@ -26,28 +26,28 @@ SCREEN_DPI = 110.0
 Points = Sequence[tuple[float, float]]
 _NO_GLYPH = "�"
 _RC: dict[Any, Any] = {
-    "pdf.fonttype": 42,  # TrueType, embedded, so that words stay words to who edits or searches the file
+    "pdf.fonttype": 42,  # embedded TrueType, so that words can be edited and searched as words
     "svg.fonttype": "path",  # outlines: the same on every machine, whatever fonts it has
     "svg.hashsalt": "relfv",
-    "text.hinting": "none",  # a fifth of the time
+    "text.hinting": "none",  # takes a fifth of the time
 }
 _kept: dict[Any, Any] = {}
-"""Pictures of pages with nothing on them but words that stand on other pages, too, by what and where those are."""
+"""Rendered pages that hold only words which other pages share, by the page's size and by which words stand where."""
 _MOST_KEPT = 8
 
 
 class Canvas:
-    """What is drawn, in order, and the page it is drawn on."""
+    """A page and everything drawn on it, in order."""
 
     def __init__(self, width: float, height: float, title: str = "", about: str = "") -> None:
-        """Points; ``title`` and ``about`` go into the file's metadata."""
+        """An empty page of ``width`` x ``height`` points; ``title`` and ``about`` go into the file's metadata."""
         self.width, self.height, self.title, self.about = width, height, title, about
         self._strokes: list[Callable[[Any, float], None]] = []
         self._lasting: dict[Callable[[Any, float], None], Any] = {}
-        """Of the strokes those of other pages, too, with what they depend on."""
+        """The strokes that stand on other pages, too, each with the values it depends on."""
 
     def rectangle(self, x: float, y: float, wide: float, high: float, **style: Any) -> None:
-        """A box, with ``face`` and ``edge`` colours as they are given; see ``line`` for the rest."""
+        """Draw a box, with ``face`` and ``edge`` colours as they are given; see ``line`` for the rest."""
         self.line([(x, y), (x + wide, y), (x + wide, y + high), (x, y + high), (x, y)], **style)
 
     def line(
@@ -61,7 +61,8 @@ class Canvas:
         round_ends: bool = False,
         exact: bool = False,
     ) -> None:
-        """Through ``points``, filled with ``face`` if given; ``exact`` does not move it onto whole pixels."""
+        """Draw a line through ``points``, filled with ``face`` if given; ``exact`` does not move it onto whole
+        pixels."""
         outline = Outline(np.asarray(points, dtype=float))
 
         def stroke(renderer: Any, scale: float) -> None:
@@ -80,7 +81,7 @@ class Canvas:
         self._strokes.append(stroke)
 
     def dots(self, points: Points, colour: str, radius: float, edge: str | None = None) -> None:
-        """A disc at each of ``points``."""
+        """Draw a disc at each of ``points``."""
         places, disc = Outline(np.asarray(points, dtype=float)), Outline.unit_circle()
 
         def stroke(renderer: Any, scale: float) -> None:
@@ -94,7 +95,7 @@ class Canvas:
         self._strokes.append(stroke)
 
     def cells(self, x: float, y: float, wide: float, high: float, colours: np.ndarray) -> None:
-        """``colours`` uint8 (row, column, 4), the first row at the bottom, as cells with sharp edges."""
+        """Draw ``colours``, uint8 (row, column, 4), the first row at the bottom, as cells with sharp edges."""
         rows, columns = colours.shape[:2]
 
         def stroke(renderer: Any, scale: float) -> None:
@@ -111,9 +112,9 @@ class Canvas:
         self, x: float, y: float, text: str, size: float = 8.0, *, align: float = 0.0, up: bool = False,
         colour: str = "black", lasting: bool = False,
     ) -> None:  # fmt: skip
-        """``text`` on a baseline through (x, y); ``align`` 0 begins there, 0.5 is centred, 1 ends there; ``up`` turns
-        it to read upwards. ``lasting`` is for what touches nothing else and is the same on page after page: PNGs have
-        it drawn once, since words are half of what a picture takes."""
+        """Write ``text`` on a baseline through (x, y); ``align`` 0 begins there, 0.5 is centred, 1 ends there; ``up``
+        turns it to read upwards. ``lasting`` marks words that touch nothing else and are the same on page after page:
+        PNGs have them drawn once, since words are half of what a picture takes."""
         font, text, before = _font(size), _drawable(text), align * text_width(text, size)
 
         def stroke(renderer: Any, scale: float) -> None:
@@ -130,7 +131,7 @@ class Canvas:
             self._lasting[stroke] = x, y, text, size, align, up, colour
 
     def stroke(self, renderer: Any) -> None:
-        """Draw it all."""
+        """Draw everything on the page with ``renderer``."""
         scale = renderer.points_to_pixels(1.0)
         drawn = self._begin(renderer, scale) if isinstance(renderer, RendererAgg) else {}
         for stroke in self._strokes:
@@ -138,7 +139,7 @@ class Canvas:
                 stroke(renderer, scale)
 
     def _begin(self, renderer: RendererAgg, scale: float) -> Mapping[Callable[[Any, float], None], Any]:
-        """Begin with a picture of the lasting words. -> these."""
+        """Begin the page with a rendered picture of the lasting words. -> these words."""
         page = renderer.width, renderer.height, scale, *self._lasting.values()
         if page in _kept:
             renderer.restore_region(_kept[page])
@@ -158,7 +159,7 @@ class Canvas:
         with matplotlib.rc_context(_RC):
             if kind == "png":
                 facts = {"Title": title, "Description": about}
-                # Plain areas: a tenth smaller files are not worth twice the time.
+                # Pages are plain areas: files a tenth smaller are not worth twice the time.
                 FigureCanvasAgg(figure).print_png(buffer, metadata=facts, pil_kwargs={"compress_level": 2})
             elif kind == "svg":
                 from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -174,14 +175,14 @@ class Canvas:
 
 
 class _OnFigure(Artist):
-    """A canvas as the one thing in a figure of Matplotlib."""
+    """The artist that puts a canvas into a figure of Matplotlib, as the one thing in it."""
 
     def __init__(self, canvas: Canvas) -> None:
         super().__init__()
         self._canvas = canvas
 
     def draw(self, renderer: Any) -> None:
-        """Matplotlib's hook."""
+        """Draw the canvas; called by Matplotlib."""
         self._canvas.stroke(renderer)
 
 
@@ -197,13 +198,14 @@ def _glyphs() -> Mapping[int, int]:
 
 @lru_cache(maxsize=4096)
 def _drawable(text: str) -> str:
-    """With a mark for what Matplotlib's own font lacks, or would take for the end of a line."""
+    """``text`` with a mark in place of each character that Matplotlib's own font lacks, or would take for the end of a
+    line."""
     return "".join(char if ord(char) in _glyphs() and char.isprintable() else _NO_GLYPH for char in text)
 
 
 @cache
 def _advance(char: str) -> float:
-    """Of one letter, as a share of the size of type."""
+    """Width of one letter, as a share of the size of type."""
     font = get_font(findfont(_font(10.0)))
     font.set_size(10.0, 72)
     return font.load_char(ord(char)).linearHoriAdvance / 65536 / 10.0
@@ -211,12 +213,13 @@ def _advance(char: str) -> float:
 
 @lru_cache(maxsize=4096)
 def text_width(text: str, size: float) -> float:
-    """Points, without kerning: to let Matplotlib lay a text out only to learn its width costs as much as drawing it."""
+    """Width of ``text`` in points, without kerning: to let Matplotlib lay a text out only to learn its width costs as
+    much as drawing it."""
     return size * sum(map(_advance, _drawable(text)))
 
 
 def wrapped(text: str, size: float, width: float) -> list[str]:
-    """``text`` in lines of at most ``width`` points, a longer word cut."""
+    """Break ``text`` into lines of at most ``width`` points; a longer word is cut."""
     lines = [""]
     for word in text.split():
         joined = f"{lines[-1]} {word}".strip()

@@ -42,7 +42,7 @@ _LONGEST_NAME = 150.0
 
 @dataclass(frozen=True)
 class Heatmap:
-    """The scores of one q_id's heads."""
+    """The scores of one q_id's heads, for a heatmap."""
 
     scored: Sequence[ScoredHead]
     top: Sequence[ScoredHead]
@@ -50,7 +50,7 @@ class Heatmap:
     title: str
 
     def grid(self, metric: str) -> np.ndarray:
-        """(layer, head), NaN where a head was not swept."""
+        """Scores as an array (layer, head), NaN where a head was not swept."""
         n_layers, n_heads = (1 + max(getattr(head.id, of) for head in self.scored) for of in ("layer", "head"))
         grid = np.full((n_layers, n_heads), np.nan)
         for head in self.scored:
@@ -60,19 +60,19 @@ class Heatmap:
 
 @dataclass(frozen=True)
 class Curve:
-    """Step6 of one q_id."""
+    """Step6's results of one q_id, for an injection curve."""
 
     layers: Mapping[int, Mapping[str, Any]]
-    """Each layer's eval_summary."""
+    """The eval_summary of each layer."""
     reference: Mapping[str, Any] | None
-    """That of stepE_eval.json (clean prompts with demos, of the same trials), if there."""
+    """The eval_summary of stepE_eval.json (clean prompts with demos, of the same trials), if there."""
     title: str
     shares_of_hidden: Sequence[float] = field(default=())
-    """The length of what is added by the hidden state's."""
+    """Length of the vector that is added, as a share of the hidden state's length, at each layer where it is known."""
 
 
 def caption(settings: Settings) -> str:
-    """The model and what else numbers depend on, in a line; empty for a model that is not known."""
+    """A line with the model and what else numbers depend on; empty for a model that is not known."""
     if not settings.model:
         return ""
     s = settings
@@ -87,7 +87,7 @@ def caption(settings: Settings) -> str:
 def heatmap(
     shown: Heatmap, metric: str, about: str = "", *, width: float | None = None, height: float | None = None
 ) -> Canvas:
-    """``metric`` of every head, layers upward and heads to the right, the top ones framed.
+    """Draw ``metric`` of every head, layers upward and heads to the right, the top ones framed.
 
     Heads that were not swept stay grey. ``width`` and ``height`` are the page's, in inches; without them cells are
     square, but for models of few heads, and no side is longer than six inches.
@@ -107,7 +107,7 @@ def heatmaps(
     width: float | None = None,
     height: float | None = None,
 ) -> Canvas:
-    """Several side by side, in one scale of colours."""
+    """Draw several heatmaps side by side, in one scale of colours."""
     grids = [one.grid(metric) for one in shown]
     limit = max((float(np.nanmax(np.abs(grid))) for grid in grids), default=0.0) or 1.0
     n_layers, n_heads = (max(grid.shape[axis] for grid in grids) for axis in (0, 1))
@@ -139,7 +139,7 @@ def heatmaps(
 def injection_curve(
     shown: Curve, about: str = "", *, width: float | None = None, height: float | None = None
 ) -> Canvas:
-    """P(first answer token) and accuracy over the injection layer, with and without the vector."""
+    """Draw P(first answer token) and accuracy over the injection layer, with and without the vector."""
     n_eval = next(iter(shown.layers.values()))["n_eval"]
     size = ""
     if shares := shown.shares_of_hidden:
@@ -167,7 +167,7 @@ def injection_curves(
     width: float | None = None,
     height: float | None = None,
 ) -> Canvas:
-    """Several side by side: ``name`` is ``mean_p`` or ``acc``."""
+    """Draw several injection curves side by side: ``name`` is ``mean_p`` or ``acc``."""
     columns = columns or columns_for(len(shown), 150.0, 92.0)
     page = Page(
         title, about, len(shown), columns, 150.0, 92.0, below=44.0, heads=13.0, width=width, height=height
@@ -185,8 +185,8 @@ def cross(
     about: str = "",
     title: str = "Function vectors across q_ids (own framed, best dotted)",
 ) -> Canvas:
-    """``delta_p`` (target, source): mean change in P of each q_id's prompts with each q_id's vector, NaN where there is
-    none yet; ``layers`` has each target's layer. A row's best vector has a dot, the own one is framed."""
+    """Draw ``delta_p`` (target, source): mean change in P of each q_id's prompts with each q_id's vector, NaN where
+    there is none yet; ``layers`` has each target's layer. A row's best vector has a dot, the own one is framed."""
     n = len(names)
     limit = 1.0 if np.isnan(delta_p).all() else float(np.nanmax(np.abs(delta_p))) or 1.0
     cell = min(50.0, max(12.5, _LARGEST / n))
@@ -255,7 +255,7 @@ def _curve(page: Page, place: tuple[float, float], shown: Curve, title: str, nam
 
 
 def _legend(page: Page) -> None:
-    """In the middle of the page's foot."""
+    """Draw the legend in the middle of the page's foot."""
     canvas = page.canvas
     widths = [30.0 + text_width(words, 8.0) + 14.0 for words, _ in _KEY]
     x = max(4.0, (canvas.width - sum(widths)) / 2)

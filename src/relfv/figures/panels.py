@@ -1,4 +1,5 @@
-"""What figures are put together from: a page with a title and panels in rows and columns, axes, a scale of colours.
+"""The parts that figures are put together from: a page with a title and panels in rows and columns, axes, a scale of
+colours.
 
 Lengths are points, as on a ``Canvas``.
 """
@@ -15,13 +16,13 @@ from relfv.figures.canvas import Canvas, cut, text_width, wrapped
 from relfv.ticks import even_ticks
 
 TITLE, SMALL, TICK = 10.0, 7.0, 7.5
-"""Sizes of type."""
+"""Sizes of type, in points."""
 _GREY = "#5c5c5c"
 _NOT_THERE = (204, 204, 204, 255)
 
 
 class Page:
-    """Panels of one size, each with room for its ticks, below a title, and beside them what they share."""
+    """A page of panels of one size, each with room for its ticks, below a title, and beside them what they share."""
 
     def __init__(
         self, title: str, about: str, n: int, columns: int, wide: float, high: float, *, left: float = 34.0,
@@ -64,7 +65,7 @@ class Page:
 
 
 def columns_for(n: int, wide: float, high: float) -> int:
-    """So many that the page is about as wide as high."""
+    """Number of columns that makes the page about as wide as high."""
     return max(1, min(n, round(math.sqrt(n * (high + 45) / (wide + 45)) + 0.2)))
 
 
@@ -87,12 +88,12 @@ def tick_beside(canvas: Canvas, x: float, y: float, label: str) -> None:
 
 @cache
 def _palette() -> np.ndarray:
-    """uint8 (256, 4), from blue by white to red."""
+    """The palette, uint8 (256, 4), from blue by white to red."""
     return (255 * colormaps["RdBu_r"](np.arange(256))).round().astype(np.uint8)
 
 
 def colours_of(grid: np.ndarray, limit: float) -> np.ndarray:
-    """uint8 (row, column, 4); zero is in the middle of the palette, NaN grey."""
+    """Colours of the cells, uint8 (row, column, 4); zero is in the middle of the palette, NaN grey."""
     known = ~np.isnan(grid)
     colours = np.empty((*grid.shape, 4), np.uint8)
     colours[known] = _palette()[np.round((grid[known] / limit + 1) * 127.5).astype(int)]
@@ -101,12 +102,13 @@ def colours_of(grid: np.ndarray, limit: float) -> np.ndarray:
 
 
 def bar_width(limit: float) -> float:
-    """Points that the scale of colours takes, with its numbers."""
+    """Width in points of the scale of colours, with its numbers."""
     return 12.0 + 10.0 + 6.0 + max(text_width(f"{value:+g}", TICK) for value in even_ticks(limit)) + 20.0
 
 
 def colour_bar(page: Page, limit: float, label: str) -> None:
-    """Beside the panels, from the top of the first row: as high as one, or 150 points where there are more rows."""
+    """Draw the scale of colours beside the panels, from the top of the first row: as high as one panel, or 150 points
+    where there are more rows."""
     canvas, places, width = page.canvas, page.places(), bar_width(limit)
     top = places[0][1] + page.high
     high = min(top - places[-1][1], max(page.high, 150.0))

@@ -1,4 +1,4 @@
-"""Which relations are alike, measure by measure: a matrix each, side by side."""
+"""Figure of which relations are alike: one matrix for each measure, side by side."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ _LONGEST_NAME = 110.0
 
 
 def similarity(names: Sequence[str], matrices: Mapping[str, np.ndarray], about: str = "") -> Canvas:
-    """Every matrix (relation, relation) of numbers from -1 to 1, NaN where none is known, in one scale of colours."""
+    """Draw every matrix (relation, relation) of numbers from -1 to 1, NaN where none is known, in one scale of
+    colours."""
     n = len(names)
     cell = min(_CELL, _LARGEST / n)
-    every = max(1, round(1.25 * TICK / cell + 0.49))  # names that would stand on one another are left out
+    every = max(1, round(1.25 * TICK / cell + 0.49))  # leave out names that would overlap
     names = [cut(name, TICK, _LONGEST_NAME) for name in names]
     longest = max(text_width(name, TICK) for name in names)
     page = Page(

@@ -16,26 +16,27 @@ _EXAMPLES = 5
 
 @dataclass
 class Account:
-    """What happened to the pairs of one relation: by kind how often, and the first few times."""
+    """Account of what happened to the pairs of one relation: for each kind of change how often, and the first few
+    examples."""
 
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, kind: str, example: str) -> None:
-        """One more of ``kind``."""
+        """Count one more case of ``kind``, with its ``example``."""
         self.counts[kind] = self.counts.get(kind, 0) + 1
         shown = self.examples.setdefault(kind, [])
         if len(shown) < _EXAMPLES:
             shown.append(example[:120])
 
     def to_json(self) -> dict[str, Any]:
-        """Kind -> count and examples."""
+        """The account as JSON: kind -> count and examples."""
         return {kind: {"n": n, "examples": self.examples[kind]} for kind, n in self.counts.items()}
 
 
 @dataclass(frozen=True)
 class Cleaned:
-    """One relation, ready for the CSV."""
+    """One cleaned relation, ready for the CSV."""
 
     name: str
     rows: tuple[tuple[str, str], ...]
@@ -45,8 +46,8 @@ class Cleaned:
 
 
 def cleaned(found: Found, alternatives: str) -> Cleaned:
-    """The pairs of ``found`` with answers parted at ``alternatives`` (unless empty), line breaks and control characters
-    turned into spaces, and without outer spaces, blank words and repetitions."""
+    """Clean the pairs of ``found``: answers parted at ``alternatives`` (unless empty), line breaks and control
+    characters turned into spaces, and without outer spaces, blank words and repetitions."""
     changed, dropped = Account(), Account()
     rows: dict[tuple[str, str], None] = {}
     for what in found.unreadable:
@@ -79,7 +80,8 @@ def _word(text: str, changed: Account) -> str:
 
 
 def q_ids_for(keys: Iterable[str]) -> list[str]:
-    """A q_id for each key: other characters become ``_``, and what is taken, in whatever case, gets a number."""
+    """Make a q_id for each key: other characters become ``_``, and a name that is taken, in whatever case, gets a
+    number."""
     taken: set[str] = set()
     q_ids = []
     for key in keys:

@@ -29,7 +29,7 @@ _MOST_NAMED = 10
 class _Source:
     path: Path
     shown: str
-    """Its path from what the user named, so that the account of the same files is the same anywhere."""
+    """Path of the file from what the user named, so that the account of the same files is the same anywhere."""
     form: str
     found: list[Found]
 
@@ -74,7 +74,8 @@ def convert(sources: Sequence[Path], out: Path, *, form: str = "auto", alternati
 
 
 def _read_all(sources: Sequence[Path], form: str) -> tuple[list[_Source], list[str]]:
-    """What could be read, and for each other file why not. A file that the user named must be readable."""
+    """Read all files. -> (the sources that could be read, for each other file why not). A file that the user named must
+    be readable."""
     read: list[_Source] = []
     unread: list[str] = []
     for source in sources:

@@ -21,31 +21,31 @@ from relfv.relations import columns_of, separator_of
 
 @dataclass(frozen=True)
 class Found:
-    """One relation as a file has it."""
+    """One relation as its file has it, uncleaned."""
 
     key: str
-    """What its q_id is made of."""
+    """The text that its q_id is made from."""
     name: str
     """The relation in words, or its key where the file has none."""
     pairs: tuple[tuple[str, tuple[str, ...]], ...]
-    """Input, and the answers that are right for it, uncleaned."""
+    """Inputs, each with the answers that are right for it, uncleaned."""
     unreadable: tuple[str, ...] = ()
     """Entries that are no word pair, each in a few words."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """One form, and where it comes from."""
+    """One form of relation files, and where it comes from."""
 
     about: str
     licence: str
     read: Callable[[str, str], list[Found] | None]
     alternatives: str = ""
-    """What stands between several right answers in one field, if anything does."""
+    """Separator of several right answers in one field; empty if there is none."""
 
 
 def _json_pairs(entries: Iterable[Any], given: str, wanted: str) -> tuple[list[Any], list[str]]:
-    """Pairs of entries {given: word, wanted: word or words}, and the entries that are none."""
+    """Split entries into pairs, {given: word, wanted: word or words}, and those that are no pairs."""
     pairs, unreadable = [], []
     for number, entry in enumerate(entries, start=1):
         answers = entry.get(wanted) if isinstance(entry, dict) else None
@@ -66,7 +66,7 @@ def _parsed(text: str) -> Any:
 
 
 def _todd(text: str, stem: str) -> list[Found] | None:
-    """A list of {"input": ..., "output": ...}, a relation a file."""
+    """Read a list of {"input": ..., "output": ...}, one relation in each file."""
     entries = _parsed(text)
     if not isinstance(entries, list):
         return None
@@ -75,7 +75,7 @@ def _todd(text: str, stem: str) -> list[Found] | None:
 
 
 def _lre(text: str, stem: str) -> list[Found] | None:
-    """{"name": ..., "samples": [{"subject": ..., "object": ...}]}, a relation a file."""
+    """Read {"name": ..., "samples": [{"subject": ..., "object": ...}]}, one relation in each file."""
     content = _parsed(text)
     samples = content.get("samples") if isinstance(content, dict) else None
     if not isinstance(samples, list):
@@ -86,8 +86,8 @@ def _lre(text: str, stem: str) -> list[Found] | None:
 
 
 def _google(text: str, _: str) -> list[Found] | None:
-    """``: section`` lines, then four words a line: two pairs of the section's relation. A pair stands in many lines,
-    and counts once."""
+    """Read ``: section`` lines, then four words a line: two pairs of the section's relation. A pair stands in many
+    lines, and counts once."""
     if not text.lstrip().startswith(":"):
         return None
     pairs: dict[str, dict[tuple[str, str], None]] = {}
@@ -109,7 +109,7 @@ def _google(text: str, _: str) -> list[Found] | None:
 
 
 def _bats(text: str, stem: str) -> list[Found] | None:
-    """``word<tab>answer/answer`` lines; the file is called ``D01 [noun - plural_reg]``."""
+    """Read ``word<tab>answer/answer`` lines; the file is called ``D01 [noun - plural_reg]``."""
     lines = [line for line in text.splitlines() if line.strip()]
     fields = [line.split("\t") if "\t" in line else line.split() for line in lines]
     if not fields or any(len(its) != 2 for its in fields) or _parsed(text) is not None:
@@ -119,7 +119,7 @@ def _bats(text: str, stem: str) -> list[Found] | None:
 
 
 def _csv(text: str, stem: str) -> list[Found] | None:
-    """A relation CSV, strict only about its header: rows that ``relfv run`` refuses are cleaned or left out."""
+    """Read a relation CSV, strict only about its header: rows that ``relfv run`` refuses are cleaned or left out."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator_of(text))
     try:
         column, rows = columns_of(Path(stem), next(reader, None)), [(reader.line_num, row) for row in reader]
@@ -157,11 +157,12 @@ FORMATS = {
         alternatives="/",
     ),
 }
-"""By the name that ``--format`` takes, in the order in which they are tried."""
+"""The formats by the name that ``--format`` takes, in the order in which they are tried."""
 
 
 def read_relations(text: str, stem: str, wanted: str) -> tuple[str, list[Found]] | None:
-    """The name of the first format, or of the ``wanted`` one, that ``text`` has, and its relations; None if none."""
+    """Read relations. -> the name of the first format, or of the ``wanted`` one, that ``text`` has, and its relations;
+    None if none fits."""
     for name in FORMATS if wanted == "auto" else [wanted]:
         found = FORMATS[name].read(text, stem)
         if found:

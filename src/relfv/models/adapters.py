@@ -21,7 +21,7 @@ _CONFIG = "adapter_config.json"
 
 @dataclass(frozen=True)
 class Adapter:
-    """What a folder's adapter_config.json says."""
+    """Content of a folder's adapter_config.json."""
 
     folder: Path
     kind: str
@@ -38,7 +38,7 @@ class Adapter:
 
     @property
     def note(self) -> str:
-        """One line for artifacts."""
+        """Note on the adapter for artifacts, in one line."""
         return f"the {self.kind} adapter {self.folder.name!r} was merged into {self.base!r}"
 
 

@@ -1,5 +1,5 @@
-"""What is begun before PyTorch is there, since importing it and transformers takes seconds in which disk and card would
-have nothing to do: weights come from the disk into the system's memory, and the driver makes the card ready."""
+"""Work that is begun before PyTorch is there, since importing it and transformers takes seconds in which disk and card
+would have nothing to do: weights come from the disk into the system's memory, and the driver makes the card ready."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from relfv.models.memory import available_bytes
 from relfv.models.sources import snapshot, weights_source
 
 _STEP = 32 << 20
-"""Bytes that are read in one go, which nothing can end."""
+"""Bytes that are read in one go, which cannot be interrupted."""
 
 
 @contextmanager

@@ -49,7 +49,8 @@ class Architecture:
     only those with attention."""
     n_heads: int
     head_dim: int
-    """From the projection's input width: hidden_size / n_heads is wrong for Gemma, Qwen3 and Mistral-Nemo."""
+    """Width of a head, from the projection's input width: hidden_size / n_heads is wrong for Gemma, Qwen3 and
+    Mistral-Nemo."""
     resid_dim: int
     """Width of the residual stream."""
     intermediate_size: int
@@ -64,12 +65,12 @@ class Architecture:
     logit_softcap: float | None = None
     """Cap c of c * tanh(logits / c) (Gemma 2, RecurrentGemma)."""
     attention_norms: Mapping[int, nn.Module] | None = None
-    """Of each layer with attention the norm that what attention writes goes through before it joins the residual stream
-    (Gemma 2 and 3, OLMo 2, GLM-4); None where there is none."""
+    """Layer -> norm that attention's output goes through before it joins the residual stream (Gemma 2 and 3, OLMo 2,
+    GLM-4), for each layer with attention; None where there is none."""
     residual_multiplier: float = 1.0
-    """What it is multiplied by on the way (Granite)."""
+    """Factor on attention's output before it joins the residual stream (Granite)."""
     notes: tuple[str, ...] = field(default=())
-    """What a reader of the results should know about this model; artifacts carry it."""
+    """Notes on this model for readers of the results; artifacts carry them."""
 
     @property
     def n_layers(self) -> int:
@@ -78,7 +79,8 @@ class Architecture:
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes; streamed blocks have their weights there only while they run (streaming.py)."""
+        """Device on which the model computes; streamed blocks have their weights there only while they run
+        (streaming.py)."""
         return next(self.lm_head.parameters()).device
 
     @cached_property
@@ -87,7 +89,7 @@ class Architecture:
         return max(sum(p.numel() for p in unit.parameters()) for unit in (*self.blocks, self.lm_head))
 
     def final_logits(self, raw: torch.Tensor) -> torch.Tensor:
-        """What the family does to ``lm_head``'s output: scale, then soft cap."""
+        """Apply what the family does to ``lm_head``'s output: scale, then soft cap."""
         logits = raw if self.logit_scale == 1.0 else raw * self.logit_scale
         if self.logit_softcap is None:
             return logits
@@ -119,7 +121,8 @@ class Architecture:
         return torch.stack([self._project_through_module(projection, start, z) for start, z in each]).sum(0)
 
     def _project_through_module(self, projection: nn.Module, start: int, activation: torch.Tensor) -> torch.Tensor:
-        """The same where the weight is packed in a way of its module's own: run the module, then subtract its bias."""
+        """Project one head where the weight is packed in a way of its module's own: run the module, then subtract its
+        bias."""
         width = self.n_heads * self.head_dim
         rows = torch.zeros(2, 1, width, device=self.device, dtype=torch.float32)
         rows[0, 0, start : start + self.head_dim] = activation.to(self.device)
@@ -200,7 +203,7 @@ def _decoder_of(model: Any, block: nn.Module) -> nn.Module:
 
 
 def _is_conv1d(module: nn.Module) -> bool:
-    """GPT-2's Conv1D keeps its weight as (in, out), the transpose of nn.Linear's."""
+    """Whether the module is GPT-2's Conv1D, which keeps its weight as (in, out), the transpose of nn.Linear's."""
     return type(module).__name__ == "Conv1D"
 
 
@@ -239,9 +242,9 @@ def _logit_scale(config: Any) -> float:
 
 
 def _attention_norms(blocks: Mapping[int, nn.Module]) -> dict[int, nn.Module] | None:
-    """Told by a block's other norms: where there is none after the feed-forward part or by a name of its own,
-    ``post_attention_layernorm`` is the norm *before* the feed-forward part (Llama). Judged on opening
-    (engine/writing.py)."""
+    """Layer -> norm on attention's output, recognised by a block's other norms: where there is none after the
+    feed-forward part or by a name of its own, ``post_attention_layernorm`` is the norm *before* the feed-forward part
+    (Llama). Judged on opening (engine/writing.py)."""
     one = next(iter(blocks.values()))
     if hasattr(one, "post_self_attn_layernorm"):
         name = "post_self_attn_layernorm"

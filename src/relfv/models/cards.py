@@ -22,20 +22,20 @@ from relfv.models.memory import bytes_of_card
 from relfv.models.placement import Sizes, measured
 
 _ROOM = 0.95
-"""Of a card's memory that may be used."""
+"""Share of a card's memory that may be used."""
 
 
 @dataclass(frozen=True)
 class Cards:
-    """Where the blocks of one model are."""
+    """Placement of the blocks of one model on several cards."""
 
     devices: tuple[torch.device, ...]
-    """In the order in which a pass comes to them."""
+    """The cards, in the order in which a pass comes to them."""
     of_layer: tuple[torch.device, ...]
-    """Of each block."""
+    """Device of each block."""
 
     def __str__(self) -> str:
-        """In words."""
+        """The placement in words."""
         return ", ".join(f"{self.of_layer.count(device)} layers on {device}" for device in self.devices)
 
 
@@ -61,8 +61,8 @@ def spread(model: Any, arch: Architecture, counts: Sequence[int], devices: Seque
 
 
 def _at_the_end(model: Any, arch: Architecture, devices: Sequence[torch.device]) -> dict[nn.Module, torch.device]:
-    """Where the vocabulary projection and the final norm go, which a pass comes to after the last block: to the last
-    card, or where the projection's weights are the embeddings', to the first."""
+    """Devices of the vocabulary projection and the final norm, which a pass comes to after the last block: the last
+    card, or where the projection's weights are the embeddings', the first."""
     embedded = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
     tied = any(id(parameter) in embedded for parameter in arch.lm_head.parameters())
     norms = [
@@ -75,17 +75,18 @@ def _at_the_end(model: Any, arch: Architecture, devices: Sequence[torch.device])
 
 @dataclass
 class _Card:
-    """What brings inputs to one card."""
+    """Brings the inputs of modules to one card."""
 
     device: torch.device
     copying: dict[torch.device, torch.cuda.Stream]
-    """Of each card: copies wait for each other at both ends, and a card that computes must wait for none."""
+    """Each card's stream for copies: copies wait for each other at both ends, and a card that computes must wait for
+    none."""
     moved: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    """Of this pass what all blocks are given, by the id of the tensor elsewhere, which is kept so that no other gets
-    its id."""
+    """Inputs of this pass that all blocks are given, by the id of the tensor elsewhere, which is kept so that no other
+    gets its id."""
 
     def hook(self, *, begins: bool) -> Callable[..., Any]:
-        """A pre-hook; of the card's first block, where it ``begins``."""
+        """A forward pre-hook that brings a module's inputs here; with ``begins``, the one of the card's first block."""
 
         def take(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if self.device.type == "cuda":
@@ -111,7 +112,7 @@ class _Card:
         return self.moved[id(value)][1]
 
     def _copied(self, there: torch.Tensor) -> torch.Tensor:
-        """Once it is computed, and while both cards go on with other work."""
+        """Copy ``there`` to this card once it is computed, and while both cards go on with other work."""
         start, end = self.copying[there.device], self.copying[self.device]
         start.wait_stream(torch.cuda.current_stream(there.device))
         with torch.cuda.stream(start), torch.cuda.stream(end):
@@ -143,7 +144,7 @@ def counts_foreseen(
 
 
 def vocabulary_in_blocks(arch: Architecture) -> float:
-    """The vocabulary projection's work on a token, in blocks'."""
+    """Work of the vocabulary projection on a token, as a multiple of a block's."""
     head, block = (sum(p.numel() for p in part.parameters()) for part in (arch.lm_head, arch.blocks[-1]))
     return head / block
 
@@ -179,7 +180,8 @@ def shares_of_cards(
 
 
 def _filled(sizes: Sizes, room: Sequence[float], most: float, at_the_end: float) -> list[int] | None:
-    """Each card as full as its room, and ``most`` work, allow; None if some blocks are left over."""
+    """Number of blocks on each card where each is as full as its room, and ``most`` work, allow; None if some blocks
+    are left over."""
     n, layer, counts = len(sizes.blocks), 0, []
     for card, left in enumerate(room):
         work = n * at_the_end if card == len(room) - 1 else 0.0

@@ -1,4 +1,4 @@
-"""How long a prompt a model takes, read from its config.
+"""Length of the prompts that a model takes, read from its config.
 
 Learned positions end: a longer prompt is an index error, on a GPU one that ends the process. Rotary ones go on without
 a word, far outside what the model was trained on. ALiBi has no end.
@@ -13,7 +13,7 @@ from typing import Any
 from relfv.errors import InputError
 
 _LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
-"""What configs call their number of positions."""
+"""Names in configs for the number of positions."""
 
 
 class TooLong(InputError):
@@ -25,7 +25,7 @@ class Context:
     """Lengths in tokens, of a prompt together with its answer."""
 
     limit: int | None
-    """The longest that the model takes; None where nothing ends."""
+    """Most tokens that the model takes; None where nothing ends."""
     marks: tuple[tuple[int, str], ...] = ()
     """(length, what is different beyond it), where longer prompts run all the same."""
 
@@ -38,7 +38,7 @@ class Context:
             )
 
     def notes(self, length: int) -> list[str]:
-        """What a reader of results should know about prompts of ``length`` tokens."""
+        """Notes for readers of the results on prompts of ``length`` tokens."""
         return [f"the longest prompt has {length} tokens, {said}" for mark, said in self.marks if length > mark]
 
 
@@ -87,7 +87,7 @@ def _ropes(config: Any) -> list[dict[str, Any]]:
 
 
 def _factor(rope: dict[str, Any]) -> float | None:
-    """By how much positions are stretched, or None where they are not."""
+    """Factor by which positions are stretched; None where they are not."""
     factor = rope.get("factor")
     return float(factor) if isinstance(factor, int | float) and factor > 1 else None
 

@@ -8,7 +8,7 @@ from relfv.errors import DeviceTaken, InputError
 
 
 def choose_devices(device: str, flag: str = "--device") -> list[torch.device]:
-    """Of ``cuda:0+cuda:1``, cards that one model is spread over, or of one name alone.
+    """The devices that ``device`` names: cards that one model is spread over, as in ``cuda:0+cuda:1``, or a single one.
 
     Raises InputError for a device that is not there, and for several that are not all different CUDA devices.
     """
@@ -19,8 +19,8 @@ def choose_devices(device: str, flag: str = "--device") -> list[torch.device]:
 
 
 def choose_device(device: str, flag: str = "--device") -> torch.device:
-    """``auto`` is CUDA if there is one, else the CPU. Raises InputError that names ``flag`` for a device that is not
-    there."""
+    """The device of one name; ``auto`` is CUDA if there is one, else the CPU. Raises InputError that names ``flag`` for
+    a device that is not there."""
     if device == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     try:
@@ -43,8 +43,8 @@ def choose_device(device: str, flag: str = "--device") -> torch.device:
 
 
 def taken(devices: list[torch.device]) -> list[torch.device]:
-    """``devices``, which this process uses from now on: before anything else is blamed for it, raises DeviceTaken for
-    one that lets no further process in."""
+    """Take ``devices`` into use in this process and return them: before anything else is blamed for it, raises
+    DeviceTaken for one that lets no further process in."""
     for device in devices:
         try:
             torch.ones(1, device=device)
@@ -60,8 +60,8 @@ def taken(devices: list[torch.device]) -> list[torch.device]:
 
 
 def still_computes(device: torch.device) -> bool:
-    """Whether this process can go on with it: after some errors of a kernel CUDA refuses everything until the process
-    ends."""
+    """Whether this process can go on with ``device``: after some errors of a kernel CUDA refuses everything until the
+    process ends."""
     try:
         torch.ones(1, device=device).item()
     except torch.OutOfMemoryError:
@@ -72,7 +72,7 @@ def still_computes(device: torch.device) -> bool:
 
 
 def cuda_devices() -> list[str]:
-    """The names of all of them. Raises InputError if there are none."""
+    """The names of all CUDA devices. Raises InputError if there are none."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not count:
         raise InputError("--devices all: this machine has no usable CUDA device; name devices, such as --devices cpu")

@@ -1,4 +1,4 @@
-"""Where each model family keeps its parts: plain data, without torch.
+"""Paths of the parts of each model family: plain data, without torch.
 
 A family is named by ``--model_spec`` or, with ``auto``, by the ``model_type`` of the checkpoint's config; never by
 the checkpoint's name.

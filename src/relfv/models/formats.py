@@ -34,8 +34,8 @@ def unpacks(config: Any) -> bool:
 
 
 def unpacking(config: Any) -> dict[str, Any] | None:
-    """What a checkpoint's config says of its packed weights, and that transformers shall unpack them while it reads
-    them; None where they are ordinary ones, or of a format that it does not unpack."""
+    """Settings for packed weights in a checkpoint's config, and in them that transformers shall unpack the weights
+    while it reads them; None where they are ordinary ones, or of a format that it does not unpack."""
     stated = _stated(config)
     if not isinstance(stated, dict) or not hasattr(as_object(stated), "dequantize"):
         return None
@@ -97,7 +97,7 @@ def quantization(quant: str, place: torch.device) -> Any:
 
 
 def packing_note(model: Any, kind: str | None) -> tuple[str, ...]:
-    """What a reader of the results should know of weights that are packed, or were stored so, as ``kind``."""
+    """Notes for readers of the results on weights that are packed, or were stored so, as ``kind``."""
     if kind is None:
         return ()
     linear = next((module for module in model.modules() if is_readable(module)), None)

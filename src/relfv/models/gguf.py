@@ -15,7 +15,8 @@ from relfv.errors import InputError
 from relfv.models.formats import GGUF
 
 DTYPE = "float32"
-"""What its weights are unpacked to unless another is asked for: it holds the numbers of every format."""
+"""dtype that a GGUF file's weights are unpacked to unless another is asked for: it holds the numbers of every
+format."""
 
 
 def require_gguf(path: str | Path) -> None:
@@ -28,7 +29,7 @@ def require_gguf(path: str | Path) -> None:
 
 
 def read_config(source: str, *, gguf_file: str = "", **origin: Any) -> Any:
-    """As ``AutoConfig.from_pretrained``; that of a GGUF file says that its weights are packed."""
+    """Read a config as ``AutoConfig.from_pretrained`` does; that of a GGUF file says that its weights are packed."""
     from transformers import AutoConfig
 
     if not gguf_file:
@@ -39,7 +40,7 @@ def read_config(source: str, *, gguf_file: str = "", **origin: Any) -> Any:
 
 
 def read_tokenizer(source: str, *, gguf_file: str = "", **origin: Any) -> Any:
-    """As ``AutoTokenizer.from_pretrained``."""
+    """Read a tokenizer as ``AutoTokenizer.from_pretrained`` does."""
     from transformers import AutoTokenizer
 
     if not gguf_file:

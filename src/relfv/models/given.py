@@ -14,7 +14,7 @@ from relfv.models.families import family_name
 from relfv.settings import Settings
 
 OBJECT = "object-sha256:"
-"""What the identity of a model that was given as an object begins with."""
+"""Beginning of the identity of a model that was given as an object."""
 _VALUES_A_TENSOR = 4096
 
 
@@ -27,11 +27,11 @@ class GivenModel:
 
     @property
     def name(self) -> str:
-        """What artifacts call it: the name or path it was loaded from, else its class."""
+        """Name of the model in artifacts: the name or path it was loaded from, else its class."""
         return getattr(self.model, "name_or_path", "") or type(self.model).__name__
 
     def identity(self) -> str:
-        """What the fingerprint knows it by."""
+        """Identity of the model in the fingerprint."""
         return weights_identity(self.model)
 
     def resolved(self, settings: Settings) -> Settings:
@@ -57,8 +57,8 @@ class GivenModel:
         return replace(settings, model=self.name, model_spec=family, **own)
 
     def checkpoint(self, spec: str) -> Any:
-        """As ``opening.load_checkpoint`` gives it. Raises InputError for a model that relfv cannot use, and without a
-        tokenizer."""
+        """The model as ``opening.load_checkpoint`` gives it. Raises InputError for a model that relfv cannot use, and
+        without a tokenizer."""
         from relfv.models.architecture import resolve
         from relfv.models.opening import Checkpoint
         from relfv.models.tokens import Tokens
@@ -115,7 +115,7 @@ def weights_identity(model: Any) -> str:
 
 
 def difference(model: Any, identity: str) -> str | None:
-    """In what ``model`` is known to be another one than ``identity`` names, in words; None where it is the same, or
+    """How ``model`` is known to differ from the model that ``identity`` names, in words; None where it is the same, or
     where that cannot be told: a folder is not compared with a hub's commit."""
     from relfv.models.sources import model_identity
 

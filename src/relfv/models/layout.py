@@ -1,4 +1,4 @@
-"""Where an opened model keeps its blocks, and in which of them is an attention output projection.
+"""Finding the blocks of an opened model, and those of them that have an attention output projection.
 
 Paths come from the family's spec (families.py). Where there is none, or the modules are not where it says, they are
 found by their shape: the outermost list with an entry for each layer and attention in some, and in each block the
@@ -20,7 +20,7 @@ from relfv.models.families import FAMILIES, FamilySpec, family_name, family_of
 
 _OUT_PROJ_NAMES = ("o_proj", "out_proj", "c_proj", "dense", "wo")
 _NOT_SOFTMAX = ("linear", "delta", "lightning", "mamba", "recurrent")
-"""In the names of modules that mix tokens without softmax attention."""
+"""Parts of the names of modules that mix tokens without softmax attention."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,9 @@ def _out_paths(blocks: Iterable[nn.Module], spec: FamilySpec | None, prefix: str
 
 
 def _out_path(block: nn.Module, spec: FamilySpec | None, prefix: str) -> str | None:
-    """By the spec, else the first leaf with a usual name inside a module that is softmax attention by its own name or
-    its class's, without the family's (RecurrentGemma, KimiLinear); None if there is none."""
+    """Path of the block's attention output projection: the spec's, else the first leaf with a usual name inside a
+    module that is softmax attention by its own name or its class's, without the family's (RecurrentGemma, KimiLinear);
+    None if there is none."""
     modules = dict(block.named_modules())
     if spec and spec.out_proj in modules:
         return spec.out_proj

@@ -21,14 +21,16 @@ _n_sharing = 1
 
 
 def take_at_most(n_bytes: int | None) -> None:
-    """Count no more than this as available: of processes that open models side by side each may take its part."""
+    """Count no more than ``n_bytes`` as available: each of the processes that open models side by side may take its
+    part."""
     global _most
     _most = n_bytes
 
 
 def share_cards(processes: int, cards: Iterable[torch.device] = ()) -> None:
-    """Count on an equal part of each card from now on, as so many processes do. More cannot be taken of ``cards``:
-    PyTorch gives back what it only keeps before it does, and no process runs out of memory through another."""
+    """Count on an equal part of each card from now on, one for each of ``processes``. More cannot be taken of
+    ``cards``: PyTorch gives back what it only keeps before it does, and no process runs out of memory through
+    another."""
     global _n_sharing
     _n_sharing = processes
     for card in cards:
@@ -41,7 +43,7 @@ def share_cards(processes: int, cards: Iterable[torch.device] = ()) -> None:
 
 
 def processes_a_card() -> int:
-    """How many share each card."""
+    """Number of processes that share each card."""
     return _n_sharing
 
 
@@ -54,9 +56,9 @@ def bytes_of_card(card: torch.device) -> int:
 
 
 def available_bytes(*, to_share: bool = False) -> int | None:
-    """What the machine has free and the process's control group (a Slurm job, a container) leaves of it, the smaller;
-    None where neither is said (not on Linux). With ``to_share``, for what all processes that open models side by side
-    have in common: what of it is there already counts as free."""
+    """Bytes that this process may still take: what the machine has free, or what the process's control group (a Slurm
+    job, a container) leaves of it, the smaller; None where neither is said (not on Linux). With ``to_share``, for what
+    all processes that open models side by side have in common: what of it is there already counts as free."""
     there = bytes_shared() if to_share else None
     limits = [_most if there is None else None, _of_machine(), *map(_of_group, _groups())]
     return min((limit + (there or 0) for limit in limits if limit is not None), default=None)
@@ -102,7 +104,7 @@ def _of_group(group: Path) -> int | None:
 
 
 def _page_cache(group: Path) -> int:
-    """What of a group's memory holds parts of files, and is given back on demand."""
+    """Bytes of a group's memory that hold parts of files, and are given back on demand."""
     try:
         lines = [line.split() for line in (group / "memory.stat").read_text().splitlines()]
     except OSError:

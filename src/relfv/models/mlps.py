@@ -1,4 +1,4 @@
-"""Where a model's MLPs are: the module of each block that makes what its MLP adds to the residual stream."""
+"""Finding a model's MLPs: the module of each block that makes what its MLP adds to the residual stream."""
 
 from __future__ import annotations
 

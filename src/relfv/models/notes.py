@@ -1,4 +1,4 @@
-"""What a reader of the results should know of a model: notes that every record carries."""
+"""Notes on a model for readers of the results; every record carries them."""
 
 from __future__ import annotations
 

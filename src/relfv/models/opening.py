@@ -52,7 +52,7 @@ class Checkpoint:
     streaming: Streaming | None = None
     """The blocks whose weights are on the device only while they run; None where all weights always are."""
     cards: Cards | None = None
-    """Where the blocks are, if on several cards; ``device`` is then the first."""
+    """Placement of the blocks on several cards, of which ``device`` is then the first; None on one device."""
 
 
 def load_checkpoint(
@@ -85,7 +85,7 @@ def load_checkpoint(
     origin = {**origin, "trust_remote_code": trust_remote_code}
     dtype = DTYPE if dtype == "auto" and "gguf_file" in origin else dtype
     with quiet_transformers():
-        # first, or its errors would be blamed on the tokenizer, which reads it, too
+        # the config first, or its errors would be blamed on the tokenizer, which reads it, too
         kind, config = model_class(place_of, name, origin)
         check_size(name, source, text_config(config), place, torch_dtype(dtype))
         placement = foreseen(
@@ -209,8 +209,8 @@ def _load_weights(
 
 
 def _read_first(kind: Any, folder: Path, config: Any, place: torch.device, options: dict[str, Any]) -> Any:
-    """As ``_loaded``, sooner: from weights that are in their place already (reading.py). None where that cannot be, and
-    then ``_loaded`` says why if it cannot, either."""
+    """Load the model as ``_loaded`` does, but faster: from weights that are in their place already (reading.py). None
+    where that cannot be; ``_loaded`` then says why, if it cannot, either."""
     try:
         wanted = options.get("dtype", options.get("torch_dtype"))
         own, files = class_within(kind, config), files_to_read(folder, config, place, wanted)
@@ -221,13 +221,14 @@ def _read_first(kind: Any, folder: Path, config: Any, place: torch.device, optio
         return loaded
     except Exception as problem:
         log.debug("weights in transformers' own way: %s", problem, exc_info=True)
-    gc.collect()  # errors of transformers hold what was read in circles
+    gc.collect()  # errors of transformers keep what was read in reference cycles
     torch.cuda.empty_cache()
     return None
 
 
 def _loaded(kind: Any, source: str, options: dict[str, Any]) -> Any:
-    """As ``from_pretrained``; packed weights that transformers fails to unpack are left to their format's code."""
+    """Load the model as ``from_pretrained`` does; packed weights that transformers fails to unpack are left to their
+    format's code."""
     packed = getattr(options.get("config"), "quantization_config", {})
     try:
         return kind.from_pretrained(source, **options)

@@ -31,14 +31,14 @@ class Outline:
     arch: Architecture
     context: Context
     n_embeddings: int
-    """Token ids that it knows."""
+    """Number of token ids that the model knows."""
     n_parameters: int
     placement: Placement | None
-    """Where its weights will be; None where nothing streams."""
+    """Placement of the model's weights once it is opened; None where nothing streams."""
     stored: str
-    """How they are stored, where that is packed in few bits."""
+    """How the weights are stored, where that is packed in few bits."""
     packed_bytes: int
-    """What they take where they stay as stored; 0 where they are unpacked, or ordinary ones."""
+    """Bytes that the weights take where they stay as stored; 0 where they are unpacked, or ordinary ones."""
 
 
 def outline(

@@ -26,7 +26,7 @@ Replacement = tuple[str, Callable[..., Any]]
 
 
 def attends_itself(arch: Architecture) -> bool:
-    """Whether the model is of one of these families."""
+    """Whether the model is of a family that computes attention in its own code."""
     return arch.family in _DRIVERS
 
 
@@ -54,12 +54,12 @@ def _replaced(module: Any, name: str, function: Callable[..., Any]) -> Iterator[
 
 
 def _drive_gptj(module: Any, layer: int, attend: Attend, width: int) -> Replacement:
-    """GPT-J and CodeGen."""
+    """Replacement for GPT-J and CodeGen."""
     return _drive_attn(module, layer, attend, scaling=1.0 / float(module.scale_attn), window=None)
 
 
 def _drive_gpt_neo(module: Any, layer: int, attend: Attend, width: int) -> Replacement:
-    """GPT-Neo does not scale its scores, and some of its layers attend within a window."""
+    """Replacement for GPT-Neo, which does not scale its scores and attends within a window in some of its layers."""
     local = module.config.attention_layers[layer] == "local"
     return _drive_attn(module, layer, attend, scaling=1.0, window=module.config.window_size if local else None)
 

@@ -27,7 +27,7 @@ def is_readable(module: Any) -> TypeGuard[nn.Linear]:
 
 
 def weight_dtype(linear: nn.Linear) -> torch.dtype:
-    """That of ``weight_of``: in 4 bit the checkpoint's, in 8 bit bfloat16."""
+    """The dtype of ``weight_of``: in 4 bit the checkpoint's, in 8 bit bfloat16."""
     if not is_readable(linear):
         return linear.weight.dtype
     state: Any = getattr(linear.weight, "quant_state", None)
@@ -50,7 +50,7 @@ def weight_of(linear: nn.Linear) -> torch.Tensor:
 
 
 def unpacked_product(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    """What a readable layer computes, (..., in) -> (..., out), in the dtype of ``x``."""
+    """Output of a readable layer, (..., in) -> (..., out), in the dtype of ``x``."""
     bias = None if linear.bias is None else linear.bias.to(x.dtype)
     return F.linear(x, weight_of(linear).to(x.dtype), bias)
 

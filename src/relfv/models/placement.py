@@ -1,4 +1,4 @@
-"""Where each block's weights are kept: on the card, in host memory, or in the files they came in.
+"""Placement of each block's weights: on the card, in host memory, or in the files they came in.
 
 ``plan`` decides from sizes alone, before anything is loaded, so that ``--dry_run`` says the same. Everything outside
 the blocks (embeddings, vocabulary projection, final norm) is always on the card. How the others get there in time:
@@ -28,16 +28,16 @@ SLOTS = 3
 """Blocks on the card at a time among those that stream: one computes, the others' weights are on their way."""
 
 N_TRIALS = 25
-"""Of a q_id by default."""
+"""Number of trials of a q_id by default."""
 PROMPTS_A_PASS = 4
-"""That passes get room for where blocks stream: a pass over more is hardly quicker, since all share one trip of the
-weights, and stages that compute little are as quick as there are layers that do not stream."""
+"""Prompts in a pass that room is kept for where blocks stream: a pass over more is hardly quicker, since all share one
+trip of the weights, and stages that compute little are as quick as there are layers that do not stream."""
 _TOKENS = 128
-"""Of a prompt, for estimates."""
+"""Tokens of a prompt, for estimates."""
 _SHARE = 0.9
-"""Of a card's memory, and of what is free on the host, that may be used."""
+"""Share of a card's memory, and of what is free on the host, that may be used."""
 _SLACK = 4 << 30
-"""Beside weights and a pass: read-out, kept prefixes, what PyTorch keeps for itself."""
+"""Bytes for what a card holds beside weights and a pass: read-out, kept prefixes, what PyTorch keeps for itself."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class Sizes:
     """Bytes of a model's weights as they are loaded."""
 
     blocks: tuple[int, ...]
-    """Of each block."""
+    """Bytes of each block."""
     rest: int
     made: tuple[int, ...]
-    """Of each block those of ``blocks`` that no file holds in this form: converted in dtype, or joined from several
-    tensors while they are loaded. They take host memory wherever they are meant to be."""
+    """Bytes of each block, counted in ``blocks``, that no file holds in this form: converted in dtype, or joined from
+    several tensors while they are loaded. They take host memory wherever they are meant to be."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,11 @@ class Placement:
     """The layers whose weights are kept in each place, ascending, and how much memory that takes, in bytes."""
 
     resident: tuple[int, ...]
-    """On the card."""
+    """Layers on the card."""
     host: tuple[int, ...]
-    """In host memory; they stream."""
+    """Layers in host memory; they stream."""
     disk: tuple[int, ...]
-    """In files that are mapped into memory; they stream by way of a small buffer."""
+    """Layers in files that are mapped into memory; they stream by way of a small buffer."""
     card_bytes: int
     host_bytes: int
     disk_bytes: int
@@ -72,7 +72,7 @@ class Placement:
         return bool(self.host or self.disk)
 
     def __str__(self) -> str:
-        """In words: what is where, and the memory for it."""
+        """The placement in words: what is where, and the memory for it."""
         n_layers = len(self.resident) + len(self.host) + len(self.disk)
         if not self.streams:
             return f"all {n_layers} layers on the device, {_gb(self.card_bytes)}"
@@ -88,8 +88,8 @@ def foreseen(
     name: str, spec: str, folder: Path, kind: Any, config: Any, *, offload: str, device: torch.device, dtype: Any,
     quant: str, trust_remote_code: bool,
 ) -> Placement | None:  # fmt: skip
-    """Where the weights of the model in ``folder``, of the class ``kind``, will be once it is opened on ``device`` in
-    ``dtype`` (None: as stored); None where nothing streams, or can.
+    """Placement of the weights of the model in ``folder``, of the class ``kind``, once it is opened on ``device`` in
+    ``dtype`` (None: as stored); None where nothing streams or can stream.
 
     Raises InputError for weights that do not fit, and for packed ones that are to stream.
     """
@@ -101,7 +101,7 @@ def foreseen(
     if found is None:
         raise InputError(f"--offload {offload}: of {name!r} only its weights tell their size; use --offload none")
     arch, sizes, one_prompt = found
-    # What is made while it is loaded, each process makes for itself.
+    # Each process makes for itself the weights that are converted or joined while they are loaded.
     host = available_bytes(to_share=not any(sizes.made))
     waiting = bytes_waiting(arch, arch.n_heads * len(arch.out_projs))
     return plan(name, offload, sizes, card=card_bytes(device, arch), one_prompt=one_prompt, waiting=waiting, host=host)
@@ -110,8 +110,8 @@ def foreseen(
 def measured(
     name: str, spec: str, folder: Path | None, kind: Any, config: Any, *, dtype: Any, trust_remote_code: bool
 ) -> tuple[Architecture, Sizes, int] | None:
-    """Of a model that is not loaded: its parts, its weights' sizes, and the bytes of a pass over one prompt; None where
-    only its weights can tell. As ``foreseen``."""
+    """Parts of a model that is not loaded, its weights' sizes, and the bytes of a pass over one prompt; None where only
+    its weights can tell. Otherwise as ``foreseen``."""
     said = (getattr(part, "dtype", None) for part in (config, text_config(config)))
     stored = next((dtype for dtype in said if isinstance(dtype, torch.dtype)), None)
     model = sketch(kind, config, trust_remote_code=trust_remote_code)
@@ -148,13 +148,13 @@ def sketch(kind: Any, config: Any, *, trust_remote_code: bool) -> Any:
     try:
         with torch.device("meta"):
             return kind.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as problem:  # of a config alone not every family can be built
+    except Exception as problem:  # not every family can be built from a config alone
         log.debug("no sketch of a model: %s", problem)
         return None
 
 
 def sizes_of(model: nn.Module, arch: Architecture, stored: Collection[str] | None, *, converted: bool) -> Sizes:
-    """Of ``model``, which may be without numbers (on the meta device).
+    """Sizes of the weights of ``model``, which may be without numbers (on the meta device).
 
     ``stored`` are the names of its tensors in files, None if not known; ``converted`` says that files hold them in
     another dtype.
@@ -171,8 +171,8 @@ def sizes_of(model: nn.Module, arch: Architecture, stored: Collection[str] | Non
 
 
 def streamable(model: nn.Module, arch: Architecture) -> list[dict[str, nn.Parameter]]:
-    """Of each block the parameters that are its own, by their names in it: one that another block or the rest of the
-    model uses, too, stays on the card."""
+    """Parameters of each block that are its own, by their names in it: one that another block or the rest of the model
+    uses, too, stays on the card."""
     of_blocks = [dict(block.named_parameters()) for block in arch.blocks]
     users: dict[int, int] = {}
     for block in of_blocks:
@@ -188,7 +188,7 @@ def plan(
     name: str, offload: str, sizes: Sizes, *, card: int | None, one_prompt: int, waiting: int, host: int | None,
     prompts: int = PROMPTS_A_PASS,
 ) -> Placement:  # fmt: skip
-    """Where the blocks of the model ``name`` go.
+    """Decide where the blocks of the model ``name`` go.
 
     ``card`` bytes are there for weights and passes: one prompt takes ``one_prompt`` of them in its pass and ``waiting``
     between blocks; and ``host`` bytes are free; None: no limit. ``offload`` is ``auto``: on the card if all fits, else
@@ -225,7 +225,8 @@ def plan(
 
 
 def _n_resident(name: str, sizes: Sizes, slots: int, card: int, one_prompt: int, passes: int) -> int:
-    """``passes`` get the room they want, but no more than half of what is left, and at least for one prompt."""
+    """Number of first layers that stay on the card: ``passes`` get the room they want, but no more than half of what is
+    left, and at least for one prompt."""
     left = card - sizes.rest - slots
     if left < one_prompt:
         raise InputError(
@@ -274,19 +275,19 @@ def card_bytes(device: torch.device, arch: Architecture) -> int | None:
 
 
 def bytes_of_prompt(arch: Architecture, n_edits: int, length: int = _TOKENS) -> int:
-    """What a pass over the last token of one prompt of ``length`` tokens takes, with a copy for each edit."""
+    """Bytes of a pass over the last token of one prompt of ``length`` tokens, with a copy for each edit."""
     rows = 1 + n_edits
     per_row = 3 * arch.intermediate_size + 6 * arch.resid_dim + 3 * arch.n_heads * arch.head_dim
     return 4 * (rows * per_row + 3 * rows * arch.n_heads * length)
 
 
 def bytes_waiting(arch: Architecture, n_edits: int) -> int:
-    """What the copies of one prompt take between two blocks."""
+    """Bytes of the copies of one prompt between two blocks."""
     return 4 * (1 + n_edits) * arch.resid_dim
 
 
 def bytes_of_token(config: Any, arch: Architecture) -> int:
-    """At most what keys and values of one token take in all layers."""
+    """Most bytes that keys and values of one token take in all layers."""
     kv_heads = getattr(text_config(config), "num_key_value_heads", None) or arch.n_heads
     return 2 * 4 * arch.n_layers * kv_heads * arch.head_dim
 

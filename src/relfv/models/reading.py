@@ -35,7 +35,7 @@ def files_to_read(folder: Path, config: Any, device: torch.device, wanted: Any =
     Raises OSError, ValueError or KeyError for an index that is damaged."""
     elsewhere = getattr(config, "transformers_weights", None) or getattr(type(config), "extra_files", ())
     dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)  # by its old name
-    # Without one transformers looks into the files.
+    # Without a dtype in the config transformers looks into the files.
     if elsewhere or not isinstance(dtype, torch.dtype) or (folder / "adapter_config.json").exists():
         return []
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
@@ -57,7 +57,7 @@ class _Piece(NamedTuple):
     path: Path
     start: int
     target: torch.Tensor
-    """uint8 (byte,): where it goes."""
+    """uint8 (byte,): memory that the piece goes to."""
 
 
 def read_onto(device: torch.device, files: list[Path]) -> dict[str, torch.Tensor]:
@@ -86,7 +86,7 @@ def read_onto(device: torch.device, files: list[Path]) -> dict[str, torch.Tensor
 
 
 class _Lane(threading.local):
-    """Of each thread: a page-locked buffer and a stream of its own."""
+    """A page-locked buffer and a stream, which each thread has for itself."""
 
     buffer: torch.Tensor | None = None
     stream: Any = None
@@ -95,7 +95,7 @@ class _Lane(threading.local):
         """Bring one piece to its place on ``device``."""
         if self.buffer is None:
             if device.type == "cuda":
-                torch.cuda.set_device(device)  # this thread's, or it would open the first card, too
+                torch.cuda.set_device(device)  # for this thread, or it would open the first card, too
                 self.stream = torch.cuda.Stream()
             self.buffer = torch.empty(_PIECE, dtype=torch.uint8, pin_memory=device.type == "cuda")
         part = self.buffer[: len(piece.target)]

@@ -24,24 +24,24 @@ _file: int | None = None
 
 
 def new_file() -> int | None:
-    """A descriptor of such memory, for processes that are yet to start; None where the system has none."""
+    """File descriptor of shared memory, for processes that are yet to start; None where the system has none."""
     return os.memfd_create("relfv weights") if hasattr(os, "memfd_create") else None
 
 
 def share(file: int | None) -> None:
-    """What this process puts into memory for streaming goes to ``file`` from now on, unless it is there."""
+    """Put what this process keeps in memory for streaming into ``file`` from now on, unless it is there."""
     global _file
     _file = file
 
 
 def bytes_shared() -> int | None:
-    """What all processes together have put there; None in a process that shares nothing."""
+    """Bytes that all processes together have put there; None in a process that shares nothing."""
     return None if _file is None else 512 * os.fstat(_file).st_blocks
 
 
 def shared_layers(n_bytes: Sequence[int]) -> Callable[[int, Callable[[torch.Tensor], None]], torch.Tensor] | None:
-    """For a model with layers of ``n_bytes``: gives a layer's bytes, uint8, made by a function that fills them if no
-    process has done so; None in a process that shares nothing."""
+    """A function that gives a layer's bytes, uint8, for a model with layers of ``n_bytes``. It is passed the layer and
+    a function that fills the bytes, called if no process has done so. None in a process that shares nothing."""
     if _file is None:
         return None
     import torch

@@ -1,4 +1,4 @@
-"""What can be said of a model's size before it is built: whether its config fits its weights, and whether it fits.
+"""Checks of a model's size before it is built: whether its config fits its weights, and whether it fits the memory.
 
 transformers builds every layer that a config asks for before it looks at the weights: a slip in ``num_hidden_layers``
 would cost minutes in silence, and weights larger than memory end a process without a word.
@@ -21,13 +21,13 @@ from relfv.models.memory import available_bytes
 log = logging.getLogger(__name__)
 
 _DEEP = 1000
-"""Layers above which building is worth a word: transformers makes some hundreds a second, and no known model is so
-deep."""
+"""Number of layers above which building is worth a word: transformers makes some hundreds a second, and no known model
+is so deep."""
 
 
 def check_size(name: str, source: str, config: Any, place: torch.device, dtype: torch.dtype | None) -> None:
-    """Before the model in ``source`` is built on ``place`` from ``config``, the text model's; ``dtype`` None is the
-    stored one.
+    """Check the size of the model in ``source`` before it is built on ``place`` from ``config``, the text model's;
+    ``dtype`` None is the stored one.
 
     Raises InputError if the config asks for more layers than a folder's weights have; warns of a model that is
     unusually deep, or larger than the memory that is free.
@@ -75,8 +75,8 @@ def stored_names(folder: Path) -> list[str]:
 
 
 def depth_of(names: Iterable[str]) -> int | None:
-    """One more than the largest number of a layer in names of tensors, be it of the text model or of another part;
-    None where no name has a number."""
+    """Number of layers, from names of tensors: one more than the largest number of a layer, be it of the text model or
+    of another part; None where no name has a number."""
     numbers = [int(found[1]) for name in names if (found := re.search(r"\.(\d+)\.", f".{name}"))]
     return 1 + max(numbers) if numbers else None
 

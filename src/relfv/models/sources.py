@@ -1,4 +1,4 @@
-"""Where a model is, what it is known by, and the names of dtypes and quantisations: all without opening it.
+"""Location and identity of a model, and the names of dtypes and quantisations: all without opening it.
 
 Neither torch nor transformers is imported, so that what a user asks for can be checked in milliseconds.
 """
@@ -15,7 +15,7 @@ from relfv.models.adapters import Adapter, adapter_in
 DEMO = "demo"
 """The name of the model inside this package."""
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
-"""As torch names them."""
+"""Names of dtypes, as torch has them."""
 DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 QUANTS = ("none", "8bit", "4bit")
 
@@ -34,7 +34,7 @@ def dtype_name(dtype: str) -> str:
 
 
 def model_source(name: str) -> str:
-    """Where the model is: a folder, a GGUF file or a hub id. Raises InputError for a path that is missing."""
+    """Location of the model: a folder, a GGUF file or a hub id. Raises InputError for a path that is missing."""
     if name == DEMO:
         return str(Path(__file__).parents[1] / "demo" / "weights")
     path = Path(name)
@@ -67,7 +67,7 @@ def model_source(name: str) -> str:
 
 
 def weights_source(name: str, revision: str = "") -> tuple[str, str | None]:
-    """Where the weights of a model are, those of an adapter's base model for an adapter, and the revision asked for.
+    """Location of a model's weights, those of its base model for an adapter, and the revision asked for.
 
     Raises InputError for a model that is not there, and for a revision of a folder.
     """
@@ -83,8 +83,8 @@ def weights_source(name: str, revision: str = "") -> tuple[str, str | None]:
 
 
 def location(source: str, revision: str | None) -> tuple[str, dict[str, str]]:
-    """What ``from_pretrained`` takes to open what is at ``source``: a folder or hub id, and the commit or the name of
-    the GGUF file."""
+    """Arguments of ``from_pretrained`` that open what is at ``source``: a folder or hub id, and the commit or the name
+    of the GGUF file."""
     path = Path(source)
     if path.is_file():
         return str(path.parent), {"gguf_file": path.name}
@@ -92,7 +92,7 @@ def location(source: str, revision: str | None) -> tuple[str, dict[str, str]]:
 
 
 def base_source(adapter: Adapter) -> str:
-    """Where the base model of an adapter is. Raises InputError if it is not there."""
+    """Location of the base model of an adapter. Raises InputError if it is not there."""
     try:
         source = model_source(adapter.base)
         location(source, adapter.revision)
@@ -105,7 +105,7 @@ def base_source(adapter: Adapter) -> str:
 
 
 def model_identity(name: str, revision: str = "") -> str:
-    """What the fingerprint knows the model by: a content hash of its folder or file, or hub id and commit.
+    """Identity of the model in the fingerprint: a content hash of its folder or file, or hub id and commit.
 
     Raises InputError if the model is not on this machine nor, where there is a network, on the hub.
     """
@@ -115,7 +115,7 @@ def model_identity(name: str, revision: str = "") -> str:
 
 
 def files_state(name: str, revision: str = "") -> dict[str, tuple[int, ...]]:
-    """What the file system says of each file that a model is read from: device, inode, size and times. An edit that the
+    """State in the file system of each file that a model is read from: device, inode, size and times. An edit that the
     sampled hash of ``model_identity`` misses shows here."""
     source = model_source(name)
     places = [snapshot(*weights_source(name, revision)), *([Path(source)] if adapter_in(source) else [])]

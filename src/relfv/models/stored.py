@@ -1,5 +1,6 @@
-"""What a checkpoint is, from its config.json and the headers of its weights, without transformers (but for GGUF files):
-so that two runs of the same model are the same experiment, whether they name its family and dtype or say ``auto``."""
+"""Family and dtype of a checkpoint, from its config.json and the headers of its weights, without transformers (but for
+GGUF files): so that two runs of the same model are the same experiment, whether they name its family and dtype or say
+``auto``."""
 
 from __future__ import annotations
 
@@ -47,7 +48,7 @@ def _config(source: str, revision: str | None, name: str) -> dict[str, Any]:
 
 
 def _of_gguf(path: Path, name: str) -> dict[str, Any]:
-    """Of a GGUF file transformers alone knows what its config would say."""
+    """Config of a GGUF file, as far as it is needed here; transformers alone knows what it would say."""
     from relfv.models.gguf import DTYPE
     from relfv.models.kinds import model_class
 
@@ -66,7 +67,8 @@ def _dtype(source: str, config: Mapping[str, Any], text: Mapping[str, Any]) -> s
 
 
 def header_of(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
-    """What a safetensors file says of each tensor, by name, and where in the file the first of their bytes is.
+    """Header of a safetensors file: what it says of each tensor, by name, and where in the file the first of their
+    bytes is.
 
     Raises OSError, ValueError, AttributeError or RecursionError for a file that is none."""
     with path.open("rb") as file:
@@ -76,7 +78,7 @@ def header_of(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
 
 
 def _first_dtype(path: Path) -> str | None:
-    """Of a safetensors file's first tensor in one of the dtypes that relfv knows; None if there is none."""
+    """dtype of a safetensors file's first tensor in one of the dtypes that relfv knows; None if there is none."""
     try:
         stored = [tensor.get("dtype") for tensor in header_of(path)[0].values()]
     except (OSError, ValueError, AttributeError, RecursionError):  # a damaged file is named when it is opened

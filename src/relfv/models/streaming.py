@@ -33,7 +33,7 @@ from relfv.models.placement import SLOTS, Placement, streamable
 from relfv.models.shared import shared_layers
 
 _ALIGNMENT = 256
-"""Of tensors in a buffer, in bytes: that of PyTorch's own on a GPU is 512, and products ask for 16."""
+"""Alignment of tensors in a buffer, in bytes: that of PyTorch's own on a GPU is 512, and products ask for 16."""
 _STAGES = 2
 """Host buffers on the way from files to the device."""
 
@@ -73,7 +73,7 @@ def stream(model: nn.Module, arch: Architecture, placement: Placement, device: t
 
 
 def _layout(parameters: Sequence[nn.Parameter]) -> tuple[list[int], int]:
-    """Where in a buffer each begins, and how large it is, in bytes."""
+    """Offset of each parameter in a buffer, and the buffer's size, in bytes."""
     *offsets, n_bytes = accumulate((-(-p.nbytes // _ALIGNMENT) * _ALIGNMENT for p in parameters), initial=0)
     return offsets, n_bytes
 
@@ -86,16 +86,17 @@ class _Block:
     at_rest: Sequence[torch.Tensor]
     """The true weights, as ``parameters`` have them while the block does not run."""
     offsets: Sequence[int]
-    """Of each in a buffer, in bytes."""
+    """Offset of each parameter in a buffer, in bytes."""
     strides: Sequence[tuple[int, ...]]
-    """Of each there, as a copy on the device would have them: products may depend on it in their last bits."""
+    """Strides of each parameter in a buffer, as a copy on the device would have them: products may depend on them in
+    their last bits."""
     n_bytes: int
     buffer: torch.Tensor | None = None
-    """All of them in one piece; None where they are in files."""
+    """All true weights in one piece of host memory; None where they are in files."""
 
     @staticmethod
     def of(parameters: Sequence[nn.Parameter]) -> _Block:
-        """With its weights where they are."""
+        """Make a block whose weights are left where they are."""
         strides = [torch.empty_like(p, device="meta").stride() for p in parameters]
         offsets, n_bytes = _layout(parameters)
         return _Block(parameters, [p.data for p in parameters], offsets, strides, n_bytes)
@@ -138,11 +139,11 @@ class _Buffer:
 
     memory: torch.Tensor
     block: int | None = None
-    """Whose weights are in it."""
+    """Index of the block whose weights are in it."""
     filled: Any = None
-    """CUDA event: they are."""
+    """CUDA event: the block's weights are in it."""
     read: Any = None
-    """CUDA event: nobody needs them any more."""
+    """CUDA event: nobody needs these weights any more."""
 
 
 class Streaming:
@@ -172,7 +173,7 @@ class Streaming:
             addresses = {buffer.data_ptr() for buffer in locked}
             weakref.finalize(self, _unlock, addresses, self._copying).atexit = False
         self.bytes_streamed = 0
-        """In all, since the model was opened."""
+        """Bytes streamed in all, since the model was opened."""
 
     @property
     def slot_bytes(self) -> int:
@@ -201,7 +202,7 @@ class Streaming:
 
     def _enter(self, index: int) -> None:
         n = len(self._blocks)
-        # This block, in the usual order long since there, and those that run next.
+        # Fetch this block, which in the usual order is long since there, and those that run next.
         for wanted in range(index, index + len(self.slots)):
             self._fetch(wanted % n, needed=[i % n for i in range(index, index + len(self.slots))])
         slot = self._slot_of(index)
@@ -227,7 +228,7 @@ class Streaming:
         block = self._blocks[index]
         stage = self._staged(block) if block.buffer is None else None
         source: Any = stage.memory if stage else block.buffer
-        slot.block = None  # neither the one nor the other, should this be interrupted
+        slot.block = None  # it holds neither block whole, should this be interrupted
         self._copy(slot, source[: block.n_bytes], stage)
         slot.block = index
         self.bytes_streamed += block.n_bytes
@@ -237,7 +238,7 @@ class Streaming:
         if self._copying is None:
             into.copy_(source)
             return
-        # Whatever used this memory before, be it the block that was in the slot or PyTorch's allocator's last user.
+        # Wait for what used this memory before, the block that was in the slot or PyTorch's allocator's last user.
         self._copying.wait_event(slot.read or torch.cuda.current_stream(self._device).record_event())
         with torch.cuda.stream(self._copying):
             into.copy_(source, non_blocking=True)

@@ -15,7 +15,7 @@ from relfv.errors import InputError
 from relfv.types import Target
 
 _KNOWN = 1024
-"""Texts whose ids are kept: a q_id's stages read the same prompts several times."""
+"""Number of texts whose ids are kept: a q_id's stages read the same prompts several times."""
 
 
 class Tokens:
@@ -49,8 +49,8 @@ class Tokens:
         return self._encode(fed_text(prompt))
 
     def ends(self, prompt: str) -> list[int]:
-        """Of each token of ``encode(prompt)`` where in the text it ends. Raises InputError for a tokenizer that cannot
-        tell."""
+        """Position in the text at which each token of ``encode(prompt)`` ends. Raises InputError for a tokenizer that
+        cannot tell."""
         text = fed_text(prompt)
         if not getattr(self.tokenizer, "is_fast", False):
             raise InputError(
@@ -97,7 +97,7 @@ class Tokens:
         """The text that the model reads of a prompt and of ``more`` tokens after it."""
         if not more:
             return fed_text(prompt)
-        ids = self.encode(prompt)  # of tokens alone some tokenizers drop the space in front
+        ids = self.encode(prompt)  # some tokenizers drop the space in front of tokens decoded alone
         return fed_text(prompt) + self.joined([*ids, *more]).removeprefix(self.joined(ids))
 
     def answer_in(self, token_ids: Sequence[int]) -> str | None:

@@ -1,4 +1,5 @@
-"""compare.html and compare.svg: what ``relfv compare`` found, as one page in one file and as a figure of its own."""
+"""compare.html and compare.svg: the findings of ``relfv compare``, as one page in one file and as a figure of its
+own."""
 
 from __future__ import annotations
 
@@ -13,11 +14,11 @@ from relfv.stages.comparison import MEANING
 
 _PANELS = (("p", "P with the vector"), ("held_out_share", "held-out share of the gap"))
 _ROW, _WIDE, _LEFT, _TOP, _BELOW, _BETWEEN = 22, 280, 130, 26, 34, 24
-"""Pixels: of a row, a panel's width, the labels, and around."""
+"""Sizes in pixels: of a row, a panel's width, the labels, and the space around."""
 
 
 def comparison_page(sides: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> str:
-    """The page. ``sides`` are what is compared, ``rows`` those of compare.csv."""
+    """Write the page. ``sides`` are the results that are compared, ``rows`` those of compare.csv."""
     first, differing = sides[0]["settings"], []
     for name in first:
         values = [side["settings"][name] for side in sides]
@@ -39,7 +40,7 @@ def comparison_page(sides: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[s
 
 
 def comparison_svg(rows: Sequence[Mapping[str, Any]], *, standalone: bool) -> str:
-    """The differences and their intervals, a line each; ``standalone`` brings its own colours."""
+    """Draw the differences and their intervals, one line each; ``standalone`` brings its own colours."""
     n = len(rows)
     panels = [_panel(i, measure, title, rows) for i, (measure, title) in enumerate(_PANELS)]
     return (
@@ -60,7 +61,7 @@ def comparison_svg(rows: Sequence[Mapping[str, Any]], *, standalone: bool) -> st
 
 
 def _panel(i: int, measure: str, title: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Differences from -1 to 1, in pixels of the whole figure."""
+    """One panel of differences from -1 to 1, in pixels of the whole figure."""
     start = _LEFT + i * (_WIDE + _BETWEEN)
 
     def x(value: float) -> float:

@@ -1,4 +1,4 @@
-"""What the page shows of a relation's q_ids: read from saved artifacts, prepared for the templates."""
+"""Content of the page about a relation's q_ids: read from saved artifacts, prepared for the templates."""
 
 from __future__ import annotations
 
@@ -49,15 +49,15 @@ _LINKED = (
     SUMMARY, TOP_HEADS, AIE, TRIALS, CONTROLS_FILE, ANSWERS, STEP6_SUMMARY, SWEEPS_FILE, NEW_QUERIES, ABLATION, MLP_CIE,
     REPLICATES, FORMATS_FILE, FORMATS_FIGURE, ATTRIBUTION, FV, HEATMAP, CURVE,
 )  # fmt: skip
-"""Files that the page leads to."""
+"""Files that the page links to."""
 
 
 def of_qid(folder: Path, status: QidStatus, qid: QidFolder) -> dict[str, Any]:
-    """A completed q_id, and where its files are. Raises an exception of any kind where they are of another shape than
-    relfv writes."""
+    """Content of the section of a completed q_id, and where its files are. Raises an exception of any kind where they
+    are of another shape than relfv writes."""
 
     def if_there(file: File[Any]) -> Any:
-        """Folders of earlier versions lack some files."""
+        """Read ``file``; None where it is missing, since folders of earlier versions lack some files."""
         return qid.read(file) if qid.has(file) else None
 
     trials, top, steps = qid.read(TRIALS), qid.read(TOP_HEADS), qid.read(STEP6_SUMMARY)
@@ -116,7 +116,7 @@ def of_qid(folder: Path, status: QidStatus, qid: QidFolder) -> dict[str, Any]:
 
 
 def with_arrow(name: str) -> str:
-    """One sign, which a line's end cannot break."""
+    """``name`` with an arrow as one sign, which a line's end cannot break."""
     return name.replace("->", "→")
 
 
@@ -133,7 +133,8 @@ def _share(summary: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def _able(summary: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Whether the model can do the relation, in short, and the trials whose clean prompt it answers right."""
+    """The model's ability to do the relation, in short, and results on the trials whose clean prompt it answers
+    right."""
     if not summary or "ability" not in summary:
         return None
     able, of = summary["ability"], summary["answered_right"]
@@ -143,7 +144,7 @@ def _able(summary: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _enough(summary: dict[str, Any] | None, ablation: dict[str, Any] | None) -> list[Any]:
-    """The table of what is sufficient and what is necessary; of the latter nothing where it was not asked for."""
+    """The table of what is sufficient and what is necessary; the latter is left out where it was not asked for."""
     if ablation:
         return ablation["table"]
     known = summary and "carriers" in summary and tells_apart(summary)
@@ -151,7 +152,7 @@ def _enough(summary: dict[str, Any] | None, ablation: dict[str, Any] | None) -> 
 
 
 def _answers(answers: dict[str, Any], controls: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """Prompt by prompt; with P at the layer of the answers where controls.json, of the same prompts, has it."""
+    """One row for each prompt; with P at the layer of the answers where controls.json, of the same prompts, has it."""
     rows = answers["rows"]
     prompts = controls["by_prompt"] if controls else {"p_zero_shot": [], "p_fv": {}}
     before, after = prompts["p_zero_shot"], prompts["p_fv"].get(str(answers["layer"]), [])
@@ -166,8 +167,8 @@ def _sweeps(sweeps: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _ablation(ablation: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The table of sufficiency and necessity; what is lost without each set of heads; and, by direction, after which
-    single layer most is lost without it."""
+    """Results of the ablation: the table of sufficiency and necessity; what is lost without each set of heads; and, by
+    direction, the single layer after which removing it loses most."""
     if ablation is None:
         return None
     by_layer = {
@@ -179,13 +180,14 @@ def _ablation(ablation: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _settings(settings: Settings) -> list[tuple[str, str, bool]]:
-    """Name, value, and whether the spec has another."""
+    """Settings as (name, value, whether the spec has another value)."""
     departing = {words.split(" is ")[0] for words in settings.departures()}
     return [(name, _text(value), name in departing) for name, value in settings.to_json().items()]
 
 
 def command_of(status: QidStatus) -> str:
-    """The ``relfv run`` that repeats a q_id in a new folder. What is as the spec has it needs no flag."""
+    """The ``relfv run`` command that repeats a q_id in a new folder. Settings that are as the spec has them need no
+    flag."""
     spec = Settings()
     flags = [f"--q_list={status.q_id}", "--out_root=repeated"]
     for name, flag in FLAGS.items():
@@ -201,12 +203,12 @@ def _text(value: Any) -> str:
 
 
 Run = tuple[frozenset[str], str, dict[str, Any]]
-"""Its q_ids, the model's identity, and what is shown of it: no times, so that a page made after a killed run is the
-same page."""
+"""A run: its q_ids, the model's identity, and what the page shows of the run. It holds no times, so that a page made
+after a killed run is the same page."""
 
 
 def run_of(runs: Iterable[Run], q_id: str, identity: str | None) -> dict[str, Any]:
-    """What is shown of the one of ``runs`` that made a q_id with a model of this ``identity``."""
+    """Description, for the page, of the first of ``runs`` that made a q_id with a model of this ``identity``."""
     for q_ids, made_with, described in runs:
         if q_id in q_ids and made_with == identity:
             return described
@@ -214,7 +216,7 @@ def run_of(runs: Iterable[Run], q_id: str, identity: str | None) -> dict[str, An
 
 
 def runs_in(folder: Path) -> list[Run]:
-    """Those in the manifest, as far as it can be read."""
+    """The runs recorded in the manifest of ``folder``; empty if it cannot be read."""
     path = folder / "run_manifest.json"
     try:
         stat = path.stat()
@@ -225,7 +227,7 @@ def runs_in(folder: Path) -> list[Run]:
 
 @lru_cache(maxsize=4)
 def _runs_at(path: Path, _: tuple[int, ...]) -> list[Run]:
-    """Those in a manifest in this state: read once, not for every q_id."""
+    """The runs in a manifest in this state: cached, so that it is read once, not for every q_id."""
     manifest, found = read_json(path), []
     for one in [manifest, *manifest.get("earlier_runs", [])]:
         if "model" in one:
@@ -256,7 +258,7 @@ def models_of(briefs: Iterable[tuple[Brief, dict[str, Any]]]) -> list[dict[str, 
             (one.model, str(one.model_identity), one.precision),
             {**run, "name": one.model, "precision": one.precision, "q_ids": [], "departures": {}},
         )
-        if run["facts"] and not model["facts"]:  # a q_id that is still to come is in no manifest with a model
+        if run["facts"] and not model["facts"]:  # no manifest with a model has a q_id that is still to come
             model.update(run)
         model["q_ids"].append(one.q_id)
         model["departures"] |= dict.fromkeys(one.departures)
@@ -282,5 +284,5 @@ def cross_of(folder: Path) -> dict[str, Any] | None:
 
 
 def link(folder: Path, path: Path) -> str:
-    """Relative to report/, so that the whole folder can be moved or copied."""
+    """Link to a file, relative to report/, so that the whole folder can be moved or copied."""
     return quote(f"../{path.relative_to(folder)}")

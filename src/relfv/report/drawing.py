@@ -1,4 +1,4 @@
-"""The two figures of a q_id as plain numbers: what the templates write as inline SVG.
+"""The two figures of a q_id as plain numbers, which the templates write as inline SVG.
 
 All text is in pixels of its own and never scaled with the drawing, so that it stays legible on a narrow screen, where
 a wide figure scrolls instead.
@@ -15,18 +15,18 @@ from relfv.types import ScoredHead
 _LEFT, _TOP, _BELOW = 34, 6, 38
 """Pixels around a drawing: tick labels and names of axes."""
 _WIDE, _HIGH = 280, 180
-"""Pixels of a curve's panel: with its margins it fits a telephone."""
+"""Pixels of a curve's panel, width and height: with its margins it fits a telephone."""
 _CONTROLS = {
     "held_out": "held out",
     "random_heads_scaled": "random heads, same length",
     "random_direction": "random directions",
 }
-"""Of controls.json: those that are drawn beside the function vector."""
+"""The controls of controls.json that are drawn beside the function vector, with their labels."""
 
 
 def heatmap(scored: Sequence[ScoredHead], metric: str, top: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """``metric`` of every head, layers upward and heads to the right, with frames for the ``top`` heads of
-    top_heads.json: firm for those that are distinguishable from noise, thin for the rest.
+    """Coordinates of a heatmap: ``metric`` of every head, layers upward and heads to the right, with frames for the
+    ``top`` heads of top_heads.json: firm for those that are distinguishable from noise, thin for the rest.
 
     A cell's colour says the sign, its strength (0 to 1) the size as a share of the largest, so that zero is the page's
     own background in any theme. Coordinates of cells are whole cells; of frames, pixels.
@@ -61,7 +61,7 @@ def heatmap(scored: Sequence[ScoredHead], metric: str, top: Sequence[Mapping[str
 
 
 def _cell(head: ScoredHead, value: float, n_layers: int, limit: float) -> tuple[int, int, str, str, str]:
-    """x, y, class, strength, what is said on hover. Short: a deep model has thousands."""
+    """A cell as (x, y, class, strength, text shown on hover). Short: a deep model has thousands."""
     strength = f"{abs(value) / limit:.2f}".lstrip("0").rstrip("0").rstrip(".") or "0"
     said = f"L{head.id.layer} H{head.id.head} {value:+.3g}"
     return head.id.head, n_layers - 1 - head.id.layer, "u" if value >= 0 else "d", strength, said
@@ -73,8 +73,9 @@ def curve(
     controls: Mapping[str, Any] | None,
     best_layer: int,
 ) -> dict[str, Any]:
-    """P and accuracy over the injection layer. ``layers`` maps each layer to its eval_summary; ``reference`` is that of
-    stepE_eval.json and ``controls`` controls.json, where those are there: clean prompts, the 95 % band, controls."""
+    """Coordinates of the injection curve: P and accuracy over the injection layer. ``layers`` maps each layer to its
+    eval_summary; ``reference`` is the one of stepE_eval.json and ``controls`` is controls.json, where those are there:
+    they give clean prompts, the 95 % band and the controls."""
     order = sorted(layers)
     first = layers[order[0]]
 
@@ -122,7 +123,7 @@ def _y(value: float) -> float:
 
 
 def _unbroken(points: Sequence[tuple[float, float | None]]) -> list[str]:
-    """SVG points of each stretch without gaps: a vector that overflows has no P at that layer."""
+    """SVG points of each stretch without gaps: a vector that overflows has no P at its layer."""
     runs: list[list[str]] = [[]]
     for x, value in points:
         if value is None:
@@ -133,7 +134,7 @@ def _unbroken(points: Sequence[tuple[float, float | None]]) -> list[str]:
 
 
 def _band(controls: Mapping[str, Any], order: Sequence[int], x: Any) -> str:
-    """The interval of the change in P around zero-shot's P, as one outline; empty where one end is not known."""
+    """Outline of the interval of the change in P, drawn around zero-shot's P; empty where one end is not known."""
     zero = controls["zero_shot"]["mean_p"]
     rows = {layer: controls["per_layer"].get(str(layer), {}).get("fv", {}) for layer in order}
     if any(row.get("ci_low") is None or row.get("ci_high") is None for row in rows.values()):

@@ -1,5 +1,5 @@
-"""What page and tables tell of the q_ids of a relation's folder, so that each file is read once for as long as it stays
-as it is: while a run goes on in memory, and from one command to the next in ``.locks/``.
+"""Cache of what the page and the tables say about the q_ids of a relation's folder, so that each file is read once for
+as long as it does not change: in memory while a run goes on, and in ``.locks/`` from one command to the next.
 
 What is kept only saves time. It counts while the sizes, times and inodes of the files that it was made from stay.
 """
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Brief:
-    """What a status says, in short."""
+    """Summary of one q_id's status."""
 
     q_id: str
     name: str
@@ -38,12 +38,12 @@ class Brief:
     departures: Sequence[str]
     csv_path: str
     told: str
-    """A hash of all that page and tables tell of it or of its files, but for times: a status that was only written
-    again asks for no new page."""
+    """Hash of everything that page and tables say about the q_id or its files, except times: a status that was only
+    written again asks for no new page."""
 
     @staticmethod
     def of(status: QidStatus) -> Brief:
-        """Of one that was read."""
+        """Make the brief of a status that was read."""
         settings, fields = status.settings, status.fingerprint_fields
         files = [record.files for record in status.stages.values()]
         where = [status.q_id, status.name, status.status, status.reason, status.q_row_count]
@@ -55,25 +55,26 @@ class Brief:
 
 
 Found = dict[Path, "Brief | RelfvError"]
-"""By their ``artifacts`` the q_ids right in a folder, or why one cannot be read."""
+"""The q_ids directly in a relation's folder, by their ``artifacts`` folders; an error in place of the brief says why
+one cannot be read."""
 
 
 class Known:
-    """Of a relation's ``folder``."""
+    """Cached content about the q_ids of a relation's ``folder``."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._briefs = Index(folder, "told")
         self.pages = Index(folder, "pages")
-        """Of each q_id's own page: its row of the relation's, and why no share is shown."""
+        """Content from each q_id's own page: its row of the relation's table, and why no share is shown."""
         self.tables = Index(folder, "tables")
-        """Where in the tables a q_id's rows are."""
+        """Places of each q_id's rows in the tables."""
         self.sections: dict[Path, tuple[Any, ...]] = {}
-        """By its ``artifacts`` what is shown of a q_id on a page of few."""
+        """Sections shown on a page of few q_ids, by the ``artifacts`` folder of the q_id."""
         self._last: tuple[QidStatus, QidFolder] | None = None
 
     def briefs(self) -> Found:
-        """Of all q_ids, as their statuses are now."""
+        """Read the briefs of all q_ids, as their statuses are now."""
         return {artifacts_dir: self._brief(artifacts_dir) for artifacts_dir in artifacts_in(self.folder)}
 
     def _brief(self, artifacts_dir: Path) -> Brief | RelfvError:
@@ -88,20 +89,20 @@ class Known:
             return problem
 
     def opened(self, artifacts_dir: Path) -> tuple[QidStatus, QidFolder]:
-        """The status of a q_id whose brief is known, and its folder to read from: for the last one that was read again
-        or asked for, the same to page and tables. Raises RelfvError."""
+        """The status of a q_id whose brief is known, and its folder to read from. The last q_id that was read again or
+        asked for is kept, so that page and tables share it. Raises RelfvError."""
         if self._last is None or self._last[0].artifacts_dir != artifacts_dir:
             self._last = _opened(artifacts_dir)
         return self._last
 
     def write(self) -> None:
-        """Keep it for the next command."""
+        """Keep the cached content for the next command."""
         for index in (self._briefs, self.pages, self.tables):
             index.write()
 
 
 class _ReadOnce(QidFolder):
-    """Reads a file again only where it was written since, by the file system's word."""
+    """A q_id's folder that reads a file again only if, by the file system's word, it was written since."""
 
     def read_at(self, path: Path, file: File[T]) -> T:
         state = state_of([str(path)])

@@ -30,7 +30,7 @@ _NO_QID = "no q_id here; expected a relation's results folder, e.g. results_fv/r
 
 
 def write_pages(folder: Path) -> Path:
-    """The page of every relation at or below ``folder``, which may be a q_id's; an index where there are several.
+    """Write the page of every relation at or below ``folder``, which may be a q_id's; an index where there are several.
     -> the page to open first.
 
     Raises InputError as ``write_report`` does.
@@ -45,7 +45,7 @@ def relations_of(folder: Path) -> list[Path]:
     found = find_statuses(folder)
     if not found:
         raise InputError(f"{folder}: {_NO_QID}")
-    # What is given as "." has no parent by its name.
+    # A path "." has no parent in its text, so make it absolute first.
     of_a_qid = [folder.absolute().parent if path.parent == folder else path.parent.parent for path in found]
     return list(dict.fromkeys(of_a_qid))
 
@@ -74,7 +74,7 @@ def write_report(folder: Path, known: Known | None = None) -> Path:
 
 
 def _has_index(folder: Path) -> bool:
-    """Whether an index of ours is there: it is no relation's page, and no file of somebody else's."""
+    """Whether ``folder`` has an index that relfv wrote: not a relation's page, and not somebody else's file."""
     try:
         return sealed_from(read_bytes(page_path(folder))) is not None and folder not in relations_of(folder)
     except OSError:
@@ -87,41 +87,44 @@ def write_index(folder: Path) -> Path:
 
 
 def _write(folder: Path, template: str, content: Callable[[], tuple[str, dict[str, Any]]]) -> Path:
-    """``content``: a hash of what the page is made from, and what the template takes."""
+    """Write a page of ``folder`` from ``template``. ``content`` gives a hash of what the page is made from, and the
+    values that the template takes."""
     require_no_links(folder / "report", below=folder)
     path = page_path(folder)
-    # What is written last must also have been read last, or one of two runs would leave out what the other did.
+    # Read inside the lock: the last to write must be the last to read, or it would leave out what another run did.
     with sole_writer(path.parent):
         origin, values = content()
         return write_atomic(path, with_seal(environment().get_template(template).render(**values), origin))
 
 
 def page_path(folder: Path) -> Path:
-    """Where the page of ``folder`` is."""
+    """The path of the page of ``folder``."""
     return folder / "report" / "index.html"
 
 
 def page_problem(folder: Path) -> str | None:
-    """What is wrong with the page of ``folder``; None for a page as it was written, of an earlier version, or none."""
+    """Say what is wrong with the page of ``folder``; None for a page as it was written, of an earlier version, or
+    none."""
     try:
         page = read_bytes(page_path(folder))
     except FileNotFoundError:
         return None
     except OSError as problem:
         return f"cannot be read ({problem.strerror})"
-    if sealed_from(page) or page.endswith(b"</html>"):  # as earlier versions ended theirs
+    if sealed_from(page) or page.endswith(b"</html>"):  # the end of pages of earlier versions, which have no seal
         return None
     return "is not as it was written; 'relfv report' or the next 'relfv run' makes it again"
 
 
 def is_up_to_date(folder: Path, found: Found | None = None) -> bool:
-    """Whether the page is whole, and made from what now lies beside it: the q_ids that were ``found`` there."""
+    """Whether the page is whole, and made from the files that are now beside it: the q_ids that were ``found``
+    there."""
     told = _told(folder, Known(folder).briefs() if found is None else found)
     return page_if_made_from(page_path(folder), _made_from(folder, told)) is not None
 
 
 def _told(folder: Path, found: Found) -> dict[Path, Any]:
-    """By its ``artifacts`` what the page tells of a q_id depends on this."""
+    """For each q_id, by its ``artifacts`` folder, the data that its part of the page is made from."""
     runs, plan = runs_in(folder), told_of_plan(folder)
     return {
         artifacts_dir: MadeFrom.of(one, runs, plan) if isinstance(one, Brief) else [artifacts_dir.parent.name, str(one)]
@@ -130,7 +133,7 @@ def _told(folder: Path, found: Found) -> dict[Path, Any]:
 
 
 def _made_from(folder: Path, told: dict[Path, Any]) -> str:
-    """A hash of what the page tells of, but for times: a status that was only written again asks for no new page."""
+    """Hash of everything the page tells, except times: a status that was only written again asks for no new page."""
     across = [sha256_file(folder / name) for name in (CROSS, AGGREGATE, PLAN)]
     return sha256_bytes(json.dumps([__version__, *across, *told.values()]).encode())
 
@@ -153,8 +156,8 @@ def _of_relation(known: Known, found: Found, told: dict[Path, Any]) -> dict[str,
             else:
                 named = called(one.q_id, with_arrow(one.name))
                 others.append({"q_id": named, "status": one.status, "reason": one.reason or ""})
-        except Exception as problem:  # whatever one folder holds, the others are shown
-            if not isinstance(problem, RelfvError):  # whose reason the q_id's own commands tell
+        except Exception as problem:  # whatever is wrong in one folder, the others are shown
+            if not isinstance(problem, RelfvError):  # a RelfvError is reported by the q_id's own commands
                 log.warning("%s cannot be shown on the page: %s", artifacts_dir.parent.name, in_words(problem))
             log.debug("traceback", exc_info=True)
             others.append({"q_id": artifacts_dir.parent.name, "status": "unreadable", "reason": in_words(problem)})

@@ -1,5 +1,6 @@
-"""A plan that was registered before a run (``plan.json`` beside the q_ids), held against what was found: which
-hypotheses held, whether the layer rule and the exclusions were followed, and what was there or changed besides."""
+"""Compare a plan that was registered before a run (``plan.json`` beside the q_ids) with the results: which hypotheses
+held, whether the layer rule and the exclusions were followed, and which results existed before or were made
+differently."""
 
 from __future__ import annotations
 
@@ -28,9 +29,9 @@ from relfv.store.formats import read_json, unsealed
 from relfv.store.status import QidStatus
 
 PLAN = "plan.json"
-"""Beside the q_ids' folders."""
+"""Name of the plan's file, beside the q_ids' folders."""
 OF_ALL = (AGGREGATE, CROSS)
-"""Files of all q_ids together that a hypothesis may name; it is then about no q_id of its own."""
+"""Files about all q_ids together that a hypothesis may name; the hypothesis is then about no single q_id."""
 
 State = Literal["held", "did not hold", "cannot be told", "cannot be told yet"]
 
@@ -43,18 +44,19 @@ _AT_BEST = {
     SWEEPS_FILE: {"alpha", "alpha_relative", "k"},
     REPLICATES: {"curve"},
 }  # fmt: skip
-"""What is measured at the layer that is best on the prompts that it is measured on."""
+"""Values, by file, that are measured at the layer that is best on the very prompts they are measured on."""
 
 
 @cache
 def files_of_a_qid() -> dict[str, File[Any]]:
-    """By name the JSON files that a hypothesis may name: those with a schema of which a q_id has one."""
+    """JSON files that a hypothesis may name, by name: those of a q_id that have a schema and are not written for each
+    layer."""
     files = {Path(file.name).name: file for file in makers() if not file.per_layer}
     return {name: file for name, file in files.items() if name in ARTIFACTS and name.endswith(".json")}
 
 
 def registered_in(folder: Path) -> dict[str, Any] | None:
-    """The plan that was registered for a relation's ``folder``, without its own hash; None if none was. Raises
+    """Read the plan that was registered for a relation's ``folder``, without its own hash; None if none was. Raises
     RunError for one that is not as it was registered."""
     path = folder / PLAN
     if not path.exists():
@@ -70,7 +72,7 @@ def _read(path: Path, _: tuple[int, ...]) -> dict[str, Any]:
 
 
 def excluded_in(folder: Path) -> dict[str, str]:
-    """By q_id why the registered plan excludes it. Raises as ``registered_in``."""
+    """Reasons why the registered plan excludes q_ids, by q_id. Raises as ``registered_in``."""
     return (registered_in(folder) or {}).get("exclusions", {})
 
 
@@ -78,8 +80,8 @@ def excluded_in(folder: Path) -> dict[str, str]:
 
 
 def layer_of(name: str, path: Sequence[str | int]) -> str | int | None:
-    """By which rule the layer was chosen that a value of an artifact is measured at: ``held_out`` (by other queries
-    than it is measured on), ``best`` (by the same), or a layer's number; None for what has no layer."""
+    """Rule that chose the layer at which a value of an artifact is measured: ``held_out`` (chosen by other queries than
+    those it is measured on), ``best`` (by the same queries), or a layer's number; None for a value without a layer."""
     keys = [*map(str, path)]
     if "per_layer" in keys[:-1]:
         layer = keys[keys.index("per_layer") + 1]
@@ -93,7 +95,7 @@ def layer_of(name: str, path: Sequence[str | int]) -> str | int | None:
 
 
 def rule_in_words(rule: str | int) -> str:
-    """Of the plan's ``layer_rule``, or of ``layer_of``."""
+    """Describe a rule in words: the plan's ``layer_rule``, or a result of ``layer_of``."""
     words = {_OTHERS: "the layer that other queries choose", _BEST: "the best layer on the same prompts"}
     return words.get(str(rule), f"layer {rule}")
 
@@ -103,40 +105,40 @@ def rule_in_words(rule: str | int) -> str:
 
 @dataclass(frozen=True)
 class Finding:
-    """One hypothesis in one q_id, or in a file of all."""
+    """Result of one hypothesis in one q_id, or in a file about all q_ids."""
 
     q_id: str
-    """Empty where the file is of all."""
+    """The q_id; empty where the file is about all of them."""
     state: State
     said: str
-    """The value, or why there is none."""
+    """The value that was found, or why there is none."""
 
 
 @dataclass(frozen=True)
 class Judged:
-    """One hypothesis."""
+    """One hypothesis with all its findings."""
 
     name: str
-    """H1, H2, ... in the plan's order."""
+    """Name of the hypothesis: H1, H2, ... in the plan's order."""
     says: str
     where: str
     expected: str
     findings: tuple[Finding, ...]
     n_needed: int
-    """In so many of the findings it has to hold."""
+    """Number of findings in which the hypothesis has to hold."""
     layer: str | int | None
-    """See ``layer_of``."""
+    """The layer rule of its value; see ``layer_of``."""
     is_prediction: bool
-    """Whether none of the results that it is about was there when the plan was registered."""
+    """True if none of the results that the hypothesis is about was there when the plan was registered."""
 
     @property
     def n_held(self) -> int:
-        """In how many it held."""
+        """Number of findings in which the hypothesis held."""
         return sum(one.state == "held" for one in self.findings)
 
     @property
     def state(self) -> State:
-        """Of all findings together. What cannot be told may turn either way."""
+        """State of all findings together. A finding that cannot be told may turn either way."""
         states = [one.state for one in self.findings]
         if not states:
             return "cannot be told"
@@ -148,13 +150,13 @@ class Judged:
 
 
 def judged(folder: Path, plan: Mapping[str, Any], statuses: Mapping[str, QidStatus]) -> list[Judged]:
-    """Every hypothesis of ``plan``; ``statuses`` are those of the q_ids that can be read."""
+    """Judge every hypothesis of ``plan``; ``statuses`` are those of the q_ids that can be read."""
     before = seen_before(plan, statuses)
     return [_judge(folder, plan, number, statuses, before) for number in range(len(plan.get("hypotheses", [])))]
 
 
 def judged_in(plan: Mapping[str, Any], status: QidStatus) -> list[tuple[str, str, Finding]]:
-    """The hypotheses that are about one q_id: name, what is expected, and what was found in it."""
+    """The hypotheses that are about one q_id: name, expected value, and what was found in it."""
     if status.q_id in plan.get("exclusions", {}):
         return []
     return [
@@ -194,9 +196,9 @@ def _judge(
 
 
 def _q_ids_of(plan: Mapping[str, Any], hypothesis: Mapping[str, Any], statuses: Mapping[str, QidStatus]) -> list[str]:
-    """Those that a hypothesis names, or else every one of the CSV that is not excluded, whether it is run or not: a
-    claim about all q_ids does not shrink with --q_list. Of all, those do not count that cannot run: rows too few, or
-    prompts too long, are known without results."""
+    """The q_ids that a hypothesis names, or else every one of the CSV that is not excluded, whether it is run or not: a
+    claim about all q_ids does not shrink with --q_list. A claim about all of them leaves out those that cannot run:
+    that they have too few rows, or too long prompts, is known without results."""
     if "q_ids" in hypothesis:
         return hypothesis["q_ids"]
     every = [q_id for q_id in plan["registered"]["rows_sha256"] if q_id not in plan.get("exclusions", {})]
@@ -233,7 +235,7 @@ def _finding(hypothesis: Mapping[str, Any], q_id: str, path: Path | None, why_no
 
 
 def value_at(path: Path, keys: tuple[str | int, ...]) -> Any:
-    """What is at ``keys`` in a JSON file: read once, since a run writes its page again and again. Raises LookupError,
+    """Read the value at ``keys`` in a JSON file: once, since a run writes its page again and again. Raises LookupError,
     in words, where nothing is; OSError and RelfvError as readers do."""
     stat = path.stat()
     return _value(path, keys, (stat.st_ino, stat.st_mtime_ns, stat.st_size))
@@ -270,7 +272,7 @@ def _expected(hypothesis: Mapping[str, Any]) -> str:
 
 
 def changed_since(plan: Mapping[str, Any], status: QidStatus) -> list[str]:
-    """In what a q_id's results are of other settings, rows or model than the plan was registered with."""
+    """List how the settings, rows or model of a q_id's results differ from those that the plan was registered with."""
     registered = plan["registered"]
     there = {**registered["fingerprint_fields"], "rows_sha256": registered["rows_sha256"].get(status.q_id)}
     models = registered["model"], status.settings.model
@@ -278,14 +280,15 @@ def changed_since(plan: Mapping[str, Any], status: QidStatus) -> list[str]:
 
 
 def seen_before(plan: Mapping[str, Any], statuses: Mapping[str, QidStatus]) -> dict[str, str]:
-    """By q_id which of its results may have been known when the plan was registered."""
+    """For each q_id with results that may have been known when the plan was registered: which ones."""
     there = dict.fromkeys(plan["registered"]["results_before"], "results were there when the plan was registered")
     reused = {q_id: f"StepD was taken from {of.reused_stepd}" for q_id, of in statuses.items() if of.reused_stepd}
     return {**reused, **there}
 
 
 def exclusions_not_followed(folder: Path, plan: Mapping[str, Any], statuses: Mapping[str, QidStatus]) -> list[str]:
-    """What ``relfv aggregate`` counted against the plan, or left out without its word."""
+    """List the q_ids that ``relfv aggregate`` counted although the plan excludes them, or left out although it does
+    not."""
     try:
         counted = read_aggregate(folder)["relations"]
     except RelfvError:

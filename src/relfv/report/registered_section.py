@@ -1,4 +1,4 @@
-"""What pages and ``relfv status`` say of a registered plan."""
+"""Text about a registered plan, for pages and ``relfv status``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from relfv.store.status import QidStatus
 
 
 def plan_section(folder: Path, statuses: Sequence[QidStatus]) -> dict[str, Any] | None:
-    """For the page of a relation's ``folder``; None where no plan was registered."""
+    """Content about the plan for the page of a relation's ``folder``; None where no plan was registered."""
     try:
         plan = registered_in(folder)
     except RelfvError as problem:
@@ -66,7 +66,8 @@ def plan_section(folder: Path, statuses: Sequence[QidStatus]) -> dict[str, Any] 
 
 
 def plan_of_qid(folder: Path, status: QidStatus) -> dict[str, Any] | None:
-    """For the section of a completed q_id; None where no plan was registered, or it is not as it was."""
+    """Content about the plan for the section of a completed q_id; None where no plan was registered, or where it was
+    changed since."""
     try:
         plan = registered_in(folder)
     except RelfvError:
@@ -82,7 +83,7 @@ def plan_of_qid(folder: Path, status: QidStatus) -> dict[str, Any] | None:
 
 
 def plan_line(folder: Path, statuses: Sequence[QidStatus]) -> str:
-    """For ``relfv status``; empty where no plan was registered."""
+    """Line about the plan for ``relfv status``; empty where no plan was registered."""
     try:
         plan = registered_in(folder)
     except RelfvError as problem:
@@ -96,7 +97,7 @@ def plan_line(folder: Path, statuses: Sequence[QidStatus]) -> str:
 
 
 def told_of_plan(folder: Path) -> str:
-    """What the section of a q_id depends on besides its own files."""
+    """Text that changes when the plan does: the section of a q_id depends on it besides its own files."""
     try:
         plan = registered_in(folder)
     except RelfvError as problem:
@@ -105,7 +106,8 @@ def told_of_plan(folder: Path) -> str:
 
 
 def counted(found: Sequence[Judged]) -> str:
-    """How many hypotheses held and did not, and how many are no predictions; empty where there are none."""
+    """Count, in words, the hypotheses that held and did not, and those that are no predictions; empty where there are
+    none."""
     states = [one.state for one in found]
     others = [f"{states.count(state)} {state}" for state in get_args(State)[1:] if state in states]
     said = ", ".join([f"{states.count('held')} of {len(states)} hypotheses held", *others])
@@ -123,7 +125,7 @@ def _by_value(of: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def _found(of: Judged) -> dict[str, str]:
-    """By outcome the q_ids, with their values; by reason those that have none."""
+    """The q_ids of a hypothesis: by outcome, with their values; those without a value by the reason."""
     kinds: dict[str, list[str]] = {"held": [], "did not hold": []}
     for one in of.findings:
         told = one.state in kinds

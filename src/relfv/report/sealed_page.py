@@ -17,7 +17,7 @@ def with_seal(page: str, made_from: str) -> bytes:
 
 
 def sealed_from(page: bytes) -> str | None:
-    """What a page was made from, if it is as it was written."""
+    """Hash of the data that a page was made from; None if the page is not as it was written."""
     above, _, last = page.removesuffix(b"\n").rpartition(b"\n")
     found = _SEAL.fullmatch(last + b"\n")
     return found[1].decode() if found and found[2].decode() == sha256_bytes(above + b"\n") else None

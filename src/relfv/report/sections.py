@@ -1,4 +1,4 @@
-"""What a relation's page shows of each completed q_id, made anew only when its files have changed.
+"""Sections of a relation's page, one for each completed q_id, made anew only when its files have changed.
 
 Up to 200 q_ids all stand on one page. A page of 10,000 would have 200 MB, which no browser opens: then each has a page
 of its own, ``report/q_ids/<q_id>.html``, which also keeps its row of the table for the next time the page is written.
@@ -29,13 +29,13 @@ from relfv.store.status import QidStatus
 
 MOST_ON_ONE_PAGE = 200
 OWN_PAGES = "q_ids"
-"""Their folder in ``report/``."""
+"""Name of the folder in ``report/`` that holds the q_ids' own pages."""
 _KEPT = re.compile(r'<template id="row" data-why="(.*?)">(.*?)</template>', re.DOTALL)
 
 
 @cache
 def environment() -> Environment:
-    """The templates."""
+    """The templates' environment."""
     environment = Environment(
         loader=PackageLoader("relfv.report"), undefined=StrictUndefined, autoescape=True, trim_blocks=True,
         lstrip_blocks=True,
@@ -48,28 +48,28 @@ def environment() -> Environment:
 
 
 class MadeFrom(NamedTuple):
-    """What a page tells of a q_id depends on this, which has no times."""
+    """The data, none of it times, on which a page's part about one q_id depends."""
 
     told: str
-    """Of its ``Brief``."""
+    """Hash ``told`` of the q_id's ``Brief``."""
     run: dict[str, Any]
-    """See ``run_of``."""
+    """Description of its run; see ``run_of``."""
     plan: str
-    """See ``told_of_plan``."""
+    """Text about the registered plan; see ``told_of_plan``."""
 
     @staticmethod
     def of(brief: Brief, runs: Iterable[Run], plan: str) -> MadeFrom:
-        """Of a q_id; ``runs`` and ``plan`` are its folder's."""
+        """Collect the data for one q_id; ``runs`` and ``plan`` are its folder's."""
         return MadeFrom(brief.told, run_of(runs, brief.q_id, brief.model_identity), plan)
 
 
 def shown(folder: Path, status: QidStatus, qid: QidFolder, at: str = "#") -> dict[str, Any]:
-    """What the page of a relation's ``folder`` shows of a completed q_id: its ``row`` of the table, which leads to
-    ``at``, and its ``section``, as they stand there, and ``why`` no share is shown. Raises an exception of any kind
-    where its files are of another shape than relfv writes."""
+    """Render a completed q_id for the page of a relation's ``folder``: its ``row`` of the table, which links to ``at``,
+    its ``section``, both as HTML, and ``why`` no share is shown. Raises an exception of any kind where its files are of
+    another shape than relfv writes."""
     content = of_qid(folder, status, qid)
     templates = environment()
-    # Each on its own: what a template cannot show must not take the others with it. Both are escaped already.
+    # Render each q_id on its own: one that a template cannot show must not stop the others. Both are escaped already.
     return {
         "why": content["share"]["why"],
         "row": Markup(templates.get_template("row.html.j2").render(q=content, at=at)),
@@ -88,18 +88,18 @@ def shown_once(known: Known, artifacts_dir: Path, origin: MadeFrom) -> dict[str,
 
 
 def shown_apart(known: Known, artifacts_dir: Path, origin: MadeFrom) -> dict[str, Any]:
-    """``row`` and ``why`` of a q_id whose section has a page of its own, which is written where it is not up to date.
-    Raises as ``shown`` does."""
+    """``row`` and ``why`` of a q_id whose section has a page of its own; that page is written where it is not up to
+    date. Raises as ``shown`` does."""
     own = _own_page(known.folder, artifacts_dir)
     state, was_there = state_of([str(own)], _digest(origin)), own.is_file()
     make = partial(_kept_in_own_page, known, artifacts_dir, origin)
-    # One that is written just now is read the next time, once: only then is it known to be whole.
+    # A page that was written just now is read once, the next time: only then is it known to be whole.
     why, row = known.pages.of(artifacts_dir.parent.name, state, make, lambda _: was_there)
     return {"why": why, "row": Markup(row)}
 
 
 def write_own_page(folder: Path, artifacts_dir: Path) -> None:
-    """The page of one of very many q_ids, by whoever has just finished it. Raises as ``shown`` does."""
+    """Write the page of one of very many q_ids, in the process that has just finished it. Raises as ``shown`` does."""
     known = Known(folder)
     status, _ = known.opened(artifacts_dir)
     _kept_in_own_page(known, artifacts_dir, MadeFrom.of(Brief.of(status), runs_in(folder), told_of_plan(folder)))

@@ -34,13 +34,14 @@ _NARROWEST, _INDENT = 40, "    "
 
 
 def status_json(root: Path) -> str:
-    """A list with an object for every q_id. Raises InputError if there is nothing below ``root``."""
+    """Statuses as a JSON list with an object for every q_id. Raises InputError if there is nothing below ``root``."""
     return json.dumps(_rows(root), indent=2, ensure_ascii=False)
 
 
 def status_table(root: Path) -> str:
-    """One row a q_id under its relation and model, no line wider than the terminal: reasons stand below, wrapped, and
-    so do names where some has no room beside its q_id. Raises InputError if there is nothing below ``root``."""
+    """Statuses as a text table: one row for each q_id under its relation and model, no line wider than the terminal.
+    Reasons stand below, wrapped, and so do names where some name has no room beside its q_id. Raises InputError if
+    there is nothing below ``root``."""
     width = max(_NARROWEST, shutil.get_terminal_size().columns)
     rows = _rows(root)
     alone = [_cells(row) for row in rows]
@@ -69,7 +70,7 @@ def status_table(root: Path) -> str:
 
 
 def _of_plan(folder: Path) -> str:
-    """What is said of the plan that was registered in a relation's folder."""
+    """Line about the plan that was registered in a relation's folder; empty if none was."""
     return plan_line(folder, statuses_in(folder)) if (folder / PLAN).exists() else ""
 
 
@@ -84,7 +85,8 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def _cut(text: str, width: int) -> str:
-    """Without its middle where it is longer than ``width``: both ends of a path or a name tell it from others."""
+    """``text`` without its middle where it is longer than ``width``: both ends of a path or a name tell it from
+    others."""
     if len(text) <= width:
         return text
     end = (width - 1) // 2
@@ -128,7 +130,7 @@ def _with_name(cells: tuple[str, ...], row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _age(updated_at: str | None) -> str:
-    """Since a status was last written: ``5 min``, ``3 h``, ``2 d``."""
+    """Time since a status was last written: ``5 min``, ``3 h``, ``2 d``."""
     try:
         seconds = (datetime.now(timezone.utc) - datetime.fromisoformat(updated_at or "")).total_seconds()
     except (ValueError, TypeError):
@@ -157,7 +159,8 @@ def _rows(root: Path) -> list[dict[str, Any]]:
 
 
 def _add_time_left(rows: Sequence[dict[str, Any]]) -> None:
-    """Of one relation and model: what its completed q_ids took says what the others will, while a run goes."""
+    """Estimate the time left of the q_ids of one relation and model, while a run goes on, from the time that its
+    completed q_ids took."""
     took = [row["seconds"] for row in rows if row["status"] == "completed" and row["seconds"]]
     if took and any(row["status"] == "running" and row["reason"] != _GONE for row in rows):
         for row in rows:
@@ -166,11 +169,11 @@ def _add_time_left(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _row_by(index: Index, folder: Path) -> dict[str, Any]:
-    """``_row``, from the index where the files that it is made from are as they were."""
+    """The row of one q_id, from the index where the files that it is made from have not changed; see ``_row``."""
     q_id = folder.absolute().parent
     names = (STATUS_FILE, *(file.named(q_id.name) for file in (STEP6_SUMMARY, SUMMARY)))
 
-    def lasts(row: dict[str, Any]) -> bool:  # what runs tells by its lock how it stands
+    def lasts(row: dict[str, Any]) -> bool:  # the state of a running q_id is told by its lock
         return row["status"] not in ("running", "unreadable") and row["q_id"] == q_id.name
 
     state = state_of(f"{folder}/{name}" for name in names)
@@ -190,7 +193,7 @@ def _row(folder: Path) -> dict[str, Any]:
         status = read_status(folder)
         assert status is not None
         best, seconds = _best(status), _seconds(status)
-    except Exception as problem:  # whatever one folder holds, the others get their row
+    except Exception as problem:  # whatever is wrong in one folder, the others get their row
         return {**row, "reason": in_words(problem)}
     row |= {
         "q_id": status.q_id, "name": status.name, "model": status.settings.model, "status": status.status,
@@ -201,17 +204,17 @@ def _row(folder: Path) -> dict[str, Any]:
 
 
 def _seconds(status: QidStatus) -> float:
-    """That its stages took, or have taken so far."""
+    """Seconds that its stages took, or have taken so far."""
     at = datetime.fromisoformat
     took = [at(record.finished_at or now()) - at(record.started_at) for record in status.stages.values()]
     return round(sum(one.total_seconds() for one in took), 1)
 
 
 def _going_on(status: QidStatus) -> dict[str, Any]:
-    """The stage that a running q_id is at."""
+    """Progress of a running q_id: the stage that it is at."""
     here = [name for name, record in status.stages.items() if record.status != "completed"]
     stage, n_done = (here or [*status.stages] or [None])[-1], len(status.stages) - len(here)
-    # Without its layers, which an opened model tells, the number of steps is not known.
+    # The number of steps depends on the number of layers, which is known once the model has been opened.
     n_steps = len(steps(status.expected_layers)) if status.expected_layers else None
     reason = f"at {stage or 'its start'}, {n_done} of {n_steps or '?'} steps done"
     if held_by(QidFolder(status.artifacts_dir, status.q_id).lock) is None:
@@ -220,11 +223,11 @@ def _going_on(status: QidStatus) -> dict[str, Any]:
 
 
 def _best(status: QidStatus) -> dict[str, Any]:
-    """Numbers of a completed q_id."""
+    """Best layer and results of a completed q_id; empty for others."""
     if status.status != "completed":
         return {}
     qid = QidFolder(status.artifacts_dir, status.q_id)
-    found = STEP6_SUMMARY.read(qid.path(STEP6_SUMMARY))  # once, so there is nothing to remember
+    found = STEP6_SUMMARY.read(qid.path(STEP6_SUMMARY))  # read once, so no cache is needed
     layer = found["per_layer"][str(found["best_layer"])]
     numbers = {
         "best_layer": found["best_layer"],
@@ -233,7 +236,7 @@ def _best(status: QidStatus) -> dict[str, Any]:
         "accuracy": {"base": layer["acc_base"], "with": layer["acc_with"]},
     }
     summary = SUMMARY.read(qid.path(SUMMARY)) if qid.has(SUMMARY) else {}
-    if "scored_token" in summary:  # not in folders of earlier versions
+    if "scored_token" in summary:  # missing in folders of earlier versions
         numbers |= {"whole_answers": dict(summary["whole_answers"]), "tells_answers_apart": tells_apart(summary)}
     if "ability" in summary:
         said = in_short(summary["ability"])

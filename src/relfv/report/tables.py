@@ -1,5 +1,6 @@
-"""Tidy tables of a relation's results, from saved artifacts alone: one row a unit, q_id and model in every row, and one
-column name for one thing in all of them. ``tables/*.csv`` of a run, and the frames of the Python API.
+"""Tidy tables of a relation's results, from saved artifacts alone: one row for each unit, with q_id and model in every
+row, and one column name for one thing in all of them. They are ``tables/*.csv`` of a run, and the frames of the Python
+API.
 
 A number with ``_base`` is without the vector and one with ``_with`` is with it; ``_ci_low`` and ``_ci_high`` are the
 ends of the 95% interval of the column before them (docs/statistics.md). What is not known is an empty cell.
@@ -35,7 +36,7 @@ from relfv.types import MEASURES
 Row = dict[str, Any]
 
 COMMON = ("q_id", "name", "model")
-"""In every row of every table. ``name`` is the relation's own, where it has one."""
+"""Columns of every row of every table. ``name`` is the relation's own, where it has one."""
 _GAP = tuple(f"share_of_gap{which}{end}" for which in ("", "_held_out") for end in ("", "_ci_low", "_ci_high"))
 _DELTA = ("mean_p_base", "mean_p_with", "mean_delta_p", "mean_delta_p_ci_low", "mean_delta_p_ci_high")
 _ACCURACY = ("acc_base", "acc_with", "delta_acc")
@@ -90,7 +91,7 @@ def _layers(qid: QidFolder, status: QidStatus) -> Iterator[Row]:
 
 
 def _of_layers(qid: QidFolder, layers: Sequence[int]) -> list[Row]:
-    """Each layer's summary, with intervals: the same prompts at every layer."""
+    """Summary of each layer, with intervals: the same prompts at every layer."""
     of_layers = [qid.read(EVAL_TRIALS, layer) for layer in layers]
     prompts = {prompt: i for i, prompt in enumerate(dict.fromkeys(row["prompt"] for row in of_layers[0]))}
     delta = np.array([[row["delta_p"] for row in rows] for rows in of_layers]).T
@@ -219,7 +220,7 @@ def _share(name: str, share: dict[str, float] | None) -> Row:
 
 
 def _if_there(qid: QidFolder, file: File[Any]) -> dict[str, Any]:
-    """Empty where extras were left out."""
+    """Read ``file``; empty if it is missing because extras were left out."""
     return qid.read(file) if qid.has(file) else {}
 
 
@@ -265,12 +266,12 @@ TABLES: dict[str, tuple[_RowsOf, tuple[str, ...]]] = {
         *(column for m in MEASURES for column in (f"{m}_base", f"{m}_patch", f"delta_{m}")),
     )),
 }  # fmt: skip
-"""What a table has a row for, and its columns after ``COMMON``. Not written are those of studies, which few runs have,
-and the last two: they are as large as the artifacts that they come from."""
+"""Tables by name: the function that makes the rows, and the columns after ``COMMON``. Tables of studies, which few runs
+have, are not written to disk, nor are the last two: they are as large as the artifacts that they come from."""
 WRITTEN = ("summary", "heads", "layers", "controls", "answers")
 READ = (TRIALS, TOP_HEADS, STEP_E_EVAL, AIE, STEP6_SUMMARY, EVAL_TRIALS, EVAL_META, EVAL_SUMMARY, SUMMARY, ANSWERS,
         CONTROLS_FILE)  # fmt: skip
-"""What the rows of those that are written are made from, besides the status."""
+"""Files that the rows of the ``WRITTEN`` tables are made from, besides the status."""
 
 
 def columns_of(table: str) -> tuple[str, ...]:
@@ -279,8 +280,8 @@ def columns_of(table: str) -> tuple[str, ...]:
 
 
 def rows_of(table: str, status: QidStatus, qid: QidFolder | None = None) -> list[Row]:
-    """The rows of one q_id: none but in ``summary`` unless it is completed. Every row has every column. Several tables
-    of one ``qid`` read each of its files once.
+    """The rows of one q_id; unless it is completed it has rows in ``summary`` only. Every row has every column. Several
+    tables of one ``qid`` read each of its files once.
 
     Raises an exception of any kind where its files are of another shape than relfv writes.
     """

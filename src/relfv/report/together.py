@@ -1,4 +1,4 @@
-"""What a page shows of all relations together: aggregate.json and its figures, where they are as they were written."""
+"""Section of a page about all relations together: aggregate.json and its figures, if they are as they were written."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def together_of(folder: Path) -> dict[str, Any] | None:
 
 
 def _changes(target: Mapping[str, Any] | None) -> list[list[float | None]]:
-    """Of the vector and of the heads in place the mean change in P with own, others' and random heads."""
+    """Mean change in P with own, others' and random heads: one list for the vector, one for the heads in place."""
     if target is None:
         return [[None], [None]]
     vector, placed = target["vector"], target["in_place"]

@@ -17,7 +17,7 @@ _CLEAR = "\x1b[H\x1b[2J\x1b[3J"
 
 
 def watch(root: Path, every_s: float) -> None:
-    """Show the table below ``root`` every so many seconds, on a terminal in its place, until no process is at work
+    """Show the table below ``root`` every ``every_s`` seconds, on a terminal in its place, until no process is at work
     there. Raises InputError if there is nothing below ``root``."""
     while True:
         going_on = _is_going_on(root)
@@ -30,8 +30,8 @@ def watch(root: Path, every_s: float) -> None:
 
 
 def _is_going_on(root: Path) -> bool:
-    """Whether some process holds a q_id: it is asked before the table is made, so that the last table is whole. Between
-    two q_ids none is held for an instant."""
+    """Whether some process holds a q_id. Ask before the table is made, so that the last table is whole. Between two
+    q_ids none is held for an instant, so it is asked several times."""
     return any(_held(root) or time.sleep(pause) for pause in (0.3, 0.3, 0.0))
 
 

@@ -1,4 +1,4 @@
-"""``tables/*.csv`` of a relation's folder: written whole, each beside a record of what all were made from."""
+"""``tables/*.csv`` of a relation's folder: written whole, each beside a record of what all of them were made from."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _RECORD = "made_from.json"
 
 
 def statuses_of(folder: Path) -> list[QidStatus]:
-    """Of the q_ids right in a relation's ``folder``; one that cannot be read is said and left out."""
+    """Statuses of the q_ids directly in a relation's ``folder``; one that cannot be read is reported and left out."""
     return statuses_in(folder, _say)
 
 
@@ -48,24 +48,25 @@ def _say(problem: RelfvError) -> None:
 
 
 def table_of(table: str, statuses: list[QidStatus]) -> list[Row]:
-    """All rows of a table. A q_id whose files cannot be read has none, which is said."""
+    """All rows of a table. A q_id whose files cannot be read has no rows, which is reported."""
     return [row for status in statuses for row in _rows_of(table, status) or ()]
 
 
 def _rows_of(table: str, status: QidStatus, qid: QidFolder | None = None) -> list[Row] | None:
-    """None where they cannot be made."""
+    """The rows of one q_id in a table; None where they cannot be made."""
     try:
         return rows_of(table, status, qid)
-    except Exception as problem:  # whatever one folder holds, the others get their rows
+    except Exception as problem:  # whatever is wrong in one folder, the others get their rows
         log.warning("%s is left out of the table %s: %s", status.q_id, table, problem)
         return None
 
 
 def write_tables(folder: Path, known: Known | None = None) -> Path:
-    """Write every table of a relation's ``folder``. -> the folder they are in. ``known`` is what a run keeps of it."""
+    """Write every table of a relation's ``folder``. -> the folder they are in. ``known`` is the cache that a run keeps
+    of it."""
     place, known = folder / TABLES_FOLDER, known or Known(folder)
     require_no_links(place, below=folder)
-    # What is written last must also have been read last, or one of two runs would leave out what the other did.
+    # Read inside the lock: the last to write must be the last to read, or it would leave out what another run did.
     with sole_writer(place):
         found = known.briefs()
         for problem in found.values():
@@ -95,7 +96,7 @@ def export(folder: Path, *, parquet: bool = False) -> Path:
 
 
 def frame_of(table: str, statuses: list[QidStatus]) -> DataFrame:
-    """A table as a frame. Raises InputError without pandas."""
+    """A table as a DataFrame. Raises InputError without pandas."""
     try:
         import pandas  # type: ignore[import-not-found]
     except ImportError:
@@ -113,14 +114,14 @@ def _parquet(frame: DataFrame) -> bytes:
 
 
 def _write_csvs(known: Known, found: Found, paths: Sequence[Path], files: Sequence[InPieces]) -> None:
-    """q_id after q_id: the rows of one are in memory. They are taken over from the tables at ``paths``, the last ones,
-    where the files that they were made from are as they were."""
+    """Write the tables q_id after q_id, so that only one q_id's rows are in memory. Rows are copied from the last
+    tables, at ``paths``, where the files that they were made from have not changed."""
     with ExitStack() as stack:
         last = [stack.enter_context(_opened(path)) for path in paths]
         ends = [0] * len(files)
 
         def write(pieces: Sequence[bytes]) -> list[tuple[int, int]]:
-            """-> where in each table they are: start and number of bytes."""
+            """Write the lines. -> their place in each table: start and number of bytes."""
             starts = [*ends]
             for i, piece in enumerate(pieces):
                 files[i].write(piece)
@@ -134,12 +135,12 @@ def _write_csvs(known: Known, found: Found, paths: Sequence[Path], files: Sequen
                 lines = _as_written(last, known.tables.known(q_id, state)) or _lines(known, artifacts_dir)
                 whole = [one for one in lines if one is not None]
                 places = write([one or b"" for one in lines])
-                if len(whole) == len(lines):  # what is left out is said every time
+                if len(whole) == len(lines):  # keep complete rows only: missing ones are reported every time
                     known.tables.keep(q_id, state, [places, sha256_bytes(b"".join(whole))])
 
 
 def _opened(path: Path) -> BinaryIO:
-    """An earlier table; nothing where it cannot be read, for then its lines are made again."""
+    """Open an earlier table; empty where it cannot be read, since its lines are then made again."""
     try:
         return path.open("rb")
     except OSError:
@@ -154,7 +155,7 @@ def _read_for(artifacts_dir: Path, brief: Brief) -> Iterator[str]:
 
 
 def _as_written(last: Sequence[BinaryIO], kept: Any) -> list[bytes] | None:
-    """A q_id's lines of each table from the ``last`` ones; None unless they are there as they were written."""
+    """Lines of a q_id in each of the ``last`` tables; None unless they are there as they were written."""
     if kept is None:
         return None
     pieces = []
@@ -168,10 +169,10 @@ def _as_written(last: Sequence[BinaryIO], kept: Any) -> list[bytes] | None:
 
 
 def _lines(known: Known, artifacts_dir: Path) -> list[bytes | None]:
-    """A q_id's lines of each table, made from its files; None for those that cannot be made."""
+    """Lines of a q_id in each table, made from its files; None for those that cannot be made."""
     try:
         status, qid = known.opened(artifacts_dir)
-    except RelfvError as problem:  # it went just now
+    except RelfvError as problem:  # the q_id has just gone
         _say(problem)
         return [None] * len(WRITTEN)
     tables = (_rows_of(table, status, qid) for table in WRITTEN)
@@ -209,6 +210,6 @@ def tables_problem(folder: Path) -> tuple[str, str] | None:
 
 
 def _made_from(found: Found) -> str:
-    """A hash of what the tables tell of, but for times."""
+    """Hash of everything the tables tell, except times."""
     told = [brief.told for brief in found.values() if isinstance(brief, Brief)]
     return sha256_bytes(json.dumps([__version__, *told]).encode())

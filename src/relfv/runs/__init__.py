@@ -1,1 +1,1 @@
-"""What a command does: one q_id, all q_ids, one stage alone, cross, verify, manifest."""
+"""The work behind each command: one q_id, all q_ids, one stage alone, cross, verify, manifest."""

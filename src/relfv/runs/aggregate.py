@@ -1,4 +1,4 @@
-"""``relfv aggregate``: all relations of a finished tree together.
+"""``relfv aggregate``: results of all relations of a finished tree together.
 
 Like ``relfv cross``: what needs several q_ids lies beside their folders, and is written again after each relation that
 is left out, so that at every instant the files hold all that is done. All but leaving one out comes from files; that is
@@ -72,10 +72,10 @@ def aggregate(
     keep_all: bool = False,
     no_model: bool = False,
 ) -> int:
-    """Put the completed q_ids of ``root``, a relation's folder or one that holds several, or those of ``q_list``
-    together; ``overlay`` puts the command's flags over the settings that they were made with. ``keep_all`` counts
-    relations that the model cannot do, too; with ``no_model`` what needs the model and is not there is left out.
-    Returns the exit code.
+    """Aggregate the completed q_ids of ``root``, a relation's folder or one that holds several, or those of ``q_list``;
+    ``overlay`` puts the command's flags over the settings that they were made with. ``keep_all`` counts relations that
+    the model cannot do, too; with ``no_model`` what needs the model and is not there is left out. Returns the exit
+    code.
 
     Raises InputError for fewer than two relations to count, damaged ones, and ones made with other settings.
     """
@@ -98,7 +98,7 @@ def aggregate(
 
 
 def _not_excluded(root: Path, statuses: Mapping[str, QidStatus]) -> dict[str, QidStatus]:
-    """Those that no plan excludes which was registered for their relation (``relfv run --plan``)."""
+    """The q_ids that the plan registered for their relation (``relfv run --plan``) does not exclude."""
     reasons = {name: excluded_in(of.artifacts_dir.parent.parent).get(of.q_id) for name, of in statuses.items()}
     for name, why in reasons.items():
         if why:
@@ -113,7 +113,7 @@ def _not_excluded(root: Path, statuses: Mapping[str, QidStatus]) -> dict[str, Qi
 
 
 class _Together:
-    """The relations of one tree, and the files that they are put into."""
+    """The relations of one tree, and the files that hold their joint results."""
 
     def __init__(self, root: Path, statuses: Mapping[str, QidStatus], *, keep_all: bool) -> None:
         self._root, self._statuses, self._all = root, statuses, keep_all
@@ -144,7 +144,7 @@ class _Together:
             if (before := self._earlier["left_out"]["targets"].get(one.name) if self._earlier else None)
             and before["made_from"] == self._origin(one.name)
         }
-        # What took the model to make and does not fit any more is kept under a dated name.
+        # Results that took the model to make and no longer fit are kept under a dated name.
         lost = self._earlier is not None and self._earlier["left_out"]["targets"].keys() - self._targets.keys()
         self._in_the_way = (root / AGGREGATE).exists() and bool(lost or self._earlier is None)
 
@@ -154,7 +154,7 @@ class _Together:
         return [one.name for one in self._counted if one.name not in self._targets]
 
     def leave_each_out(self, model: LanguageModel) -> None:
-        """Compute the relations that are ``waiting``, and write after each."""
+        """Leave out each of the relations that are ``waiting``, one at a time, and write the files after each."""
         pace = Pace(len(self.waiting))
         with headed(pace.heading):
             for name in self.waiting:
@@ -194,7 +194,7 @@ class _Together:
         }
 
     def _found(self) -> dict[str, Any] | None:
-        """What is there from before, if it is as it was written."""
+        """The result of an earlier call, if it is there as it was written."""
         if not (self._root / AGGREGATE).exists():
             return None
         try:
@@ -228,7 +228,7 @@ class _Together:
         return {"verdict": verdict(found), **found}
 
     def write_if_changed(self) -> None:
-        """All that comes from files."""
+        """Write everything that comes from files, if it has changed."""
         document = self.document()
         made = {name: sha256_bytes(data) for name, data in self._beside.items()}
         there = {name: sha256_file(self._root / name) for name in made}
@@ -245,7 +245,7 @@ class _Together:
 
     @cached_property
     def _beside(self) -> dict[str, bytes]:
-        """The table and the figures, which a relation that is left out does not change."""
+        """The table and the figures, which leaving a relation out does not change."""
         return {
             AGGREGATE_CSV: aie_bytes(self._heads, len(self._counted)),
             **_figures(self._heads, self._similarity, [self._statuses[one.name] for one in self._counted]),

@@ -1,4 +1,4 @@
-"""What relations and a tokenizer tell before any model runs: one small function a check, all of them in ``CHECKS``.
+"""Checks of relations and of a tokenizer before any model runs: one small function for each, all of them in ``CHECKS``.
 
 The trials are those that StepD would freeze, and what is said of them is what the verdict would say.
 """
@@ -26,19 +26,19 @@ from relfv.types import PromptedTrial, Relation, Snapshot
 Level = Literal["pass", "warn", "fail"]
 
 _SEVERAL = re.compile(r"\S\s*[/;|]\s*\S")
-"""What people put between several answers in one cell."""
+"""Separators that people put between several answers in one cell."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of what is said before a run."""
+    """One line of the report before a run: a check and its result."""
 
     check: str
     level: Level
     found: str
     remedy: str = ""
     by_q_id: dict[str, str] = field(default_factory=dict)
-    """What was found of each q_id that is not as one would wish."""
+    """Findings by q_id, for the q_ids that are not as one would wish."""
 
 
 @dataclass
@@ -48,18 +48,19 @@ class Evidence:
     relation: Relation
     settings: Settings
     tokens: Tokens | None = None
-    """None where there is no tokenizer to ask."""
+    """The tokenizer; None where there is none to ask."""
     context: Context | None = None
-    """None before the model's config is known."""
+    """The model's context; None before the model's config is known."""
 
     @cached_property
     def skipped(self) -> str | None:
-        """Why a run would skip it, as far as its rows say."""
+        """Reason why a run would skip the relation, as far as its rows say; None if it would not."""
         return ineligible_reason(self.relation, self.settings.n_demos, self.settings.corruption)
 
     @cached_property
     def drawn(self) -> tuple[list[PromptedTrial], Snapshot] | InputError | None:
-        """Its trials as StepD would freeze them; None where there can be none."""
+        """The relation's trials as StepD would freeze them, or the error in drawing them; None where there can be
+        none."""
         if self.skipped or self.tokens is None:
             return None
         try:
@@ -70,27 +71,27 @@ class Evidence:
 
     @property
     def trials(self) -> Snapshot | None:
-        """The same, where they could be drawn."""
+        """The relation's trials as a snapshot; None where they could not be drawn."""
         return self.drawn[1] if isinstance(self.drawn, tuple) else None
 
     @cached_property
     def numbers(self) -> dict[str, Any] | None:
-        """What the verdict would say of them."""
+        """Numbers of the trials that the verdict would state."""
         return trial_numbers(self.trials) if self.trials else None
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing to look at in every relation."""
+    """One check of every relation."""
 
     name: str
     look: Callable[[Evidence], str | None]
-    """-> what is not as one would wish, in words, or None."""
+    """Function that looks at one relation. -> what is not as one would wish, in words, or None."""
     fine: str
-    """What is said where no relation has it."""
+    """Text of the line where no relation has the problem."""
     remedy: str
     needs: Literal["rows", "tokenizer", "config"] = "tokenizer"
-    """What must be at hand; the model's config comes last."""
+    """Data that the check needs; the model's config comes last."""
     level: Level = "warn"
 
 
@@ -100,7 +101,7 @@ def _skipped(of: Evidence) -> str | None:
 
 def _few_queries(of: Evidence) -> str | None:
     n = len(set(of.trials.clusters)) if of.trials else None
-    # So few that even one head with the smallest p-value there is would not be called.
+    # With so few queries even a single head with the smallest possible p-value would not be called.
     return f"{n} distinct queries" if n and called_at_once(1, n) > 1 else None
 
 
@@ -211,11 +212,11 @@ CHECKS = (
     ),
     Check("length", _length, "every prompt fits the model", "use fewer demos (--n_demos) or shorter words", "config"),
 )
-"""In the order in which they are said."""
+"""The checks, in the order in which they are reported."""
 
 
 def check_relations(evidence: Iterable[Evidence], having: str) -> Iterator[Line]:
-    """A line for each check that needs just what is at hand now, over all relations."""
+    """Yield a line over all relations for each check that needs exactly the data that is at hand now, ``having``."""
     of_all = list(evidence)
     for check in CHECKS:
         if check.needs != having:
@@ -229,11 +230,11 @@ def check_relations(evidence: Iterable[Evidence], having: str) -> Iterator[Line]
 
 
 def check_bos(tokens: Tokens) -> Line:
-    """Whether the tokenizer puts a BOS in front, and only one."""
+    """Check that the tokenizer puts a BOS in front, and only one."""
     tokenizer, ids = tokens.tokenizer, tokens.encode("Q: a\nA:")
     bos = tokenizer.bos_token_id
     if bos is None or bos not in ids:
-        # Where one token begins and ends texts (GPT-2), going without is the custom.
+        # Models with one token for the beginning and end of texts (GPT-2) are usually run without it.
         is_custom = bos is None or bos == tokenizer.eos_token_id
         said = "the tokenizer has none" if bos is None else f"the tokenizer adds none, though it has {tokens.text(bos)}"
         remedy = "" if is_custom else "if the model was trained with it, set add_bos_token in tokenizer_config.json"
@@ -245,6 +246,6 @@ def check_bos(tokens: Tokens) -> Line:
 
 
 def _listed(words: Iterable[str]) -> str:
-    """The first four."""
+    """The first four of ``words``."""
     first, more = list(words)[:4], len(list(words)) > 4
     return ", ".join([*first, "..."] if more else first)

@@ -1,4 +1,4 @@
-"""``relfv compare``: finished results beside each other, the first against each other one; no model is opened."""
+"""``relfv compare``: finished results side by side, the first against each of the others; no model is opened."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from relfv.store.statuses import find_statuses
 log = logging.getLogger(__name__)
 
 _ALL = "all"
-"""What stands in the place of a q_id where all are taken together."""
+"""Stands in place of a q_id where all q_ids are taken together."""
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -80,13 +80,14 @@ def _completed(folder: Path, q_list: Sequence[str] | None) -> Found:
         raise InputError(
             f"{folder}: no completed q_id{' of --q_list' if q_list else ''} here; expected results of relfv run"
         )
-    if len({relation for relation, _ in there}) == 1:  # then its name, that of the CSV, need not be the other's
+    if len({relation for relation, _ in there}) == 1:  # the sides' names for one relation may differ
         return {("", q_id): status for (_, q_id), status in there.items()}
     return there
 
 
 def _against(found: Sequence[Found], other: int, folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """A row for each q_id that the first and this one share, and one for all of them together."""
+    """Rows of the comparison: one for each q_id that the first and this other one share, and one for all of them
+    together."""
     rows = []
     shared = [key for key in found[0] if key in found[other]]
     for key in shared:
@@ -136,7 +137,7 @@ def _side(status: QidStatus) -> Side:
 
 
 def _described(letter: str, folder: Path, found: Found) -> dict[str, Any]:
-    """What a side is: its model and every setting, of several values all."""
+    """Description of one side: its model and every setting, with all values where there are several."""
     settings: dict[str, list[str]] = {}
     for name in FLAGS:
         values = dict.fromkeys(str(getattr(status.settings, name)) for status in found.values())

@@ -1,4 +1,4 @@
-"""Many q_ids, several processes: one on each device, or more, and q_ids handed out one by one.
+"""Run many q_ids in several processes: one on each device, or more, and q_ids handed out one by one.
 
 Stages of a q_id follow each other, each on disk before the next begins, and between them a GPU has nothing to do. So
 several processes share a card: it computes for one while the others are at their files.
@@ -36,9 +36,9 @@ from relfv.runs.worker import say_outcome
 log = logging.getLogger(__name__)
 
 _DEATHS = 2
-"""Processes that may die at a q_id before it is given up."""
+"""Number of processes that may die at a q_id before it is given up."""
 _PATIENCE_S = 60.0
-"""For a process to record where its q_id stands, once it is told to end."""
+"""Seconds for a process to record where its q_id stands, once it is told to end."""
 
 
 def on_devices(request: RunRequest) -> RunRequest:
@@ -60,35 +60,35 @@ def on_devices(request: RunRequest) -> RunRequest:
 
 @dataclass
 class Start:
-    """What a process is told first."""
+    """The first message to a worker process."""
 
     plan: Plan
-    """Its settings name the process's own device."""
+    """The plan; its settings name the process's own device."""
     n_processes: int
     host_bytes: int | None
-    """Of the host's memory that it may take; None: all that is free."""
+    """Bytes of the host's memory that the process may take; None: all that is free."""
     shared: int | None
     """Descriptor of the memory for weights that stream, which all processes share."""
 
 
 @dataclass(eq=False)
 class _Member:
-    """A worker process, seen from here."""
+    """A worker process, as the parent process sees it."""
 
     device: str
     process: subprocess.Popen[bytes]
     connection: Connection
     errors: IO[bytes]
-    """What it wrote to stderr."""
+    """File with what the process wrote to stderr."""
     model: dict[str, Any] | None = None
     """Description of its model, once that is open."""
     q_id: str | None = None
-    """What it is at."""
+    """The q_id that the process is at; None if it is idle."""
     since: float = field(default_factory=time.monotonic)
 
     @staticmethod
     def started(device: str, shared: int | None) -> _Member:
-        """On its way: it loads PyTorch until it is told what to open."""
+        """Start a process, which loads PyTorch until it is told what to open."""
         ours, theirs = Pipe()
         errors = tempfile.TemporaryFile()  # noqa: SIM115
         process = subprocess.Popen(
@@ -97,7 +97,7 @@ class _Member:
             stdout=errors,
             stderr=errors,
             pass_fds=[theirs.fileno(), *([] if shared is None else [shared])],
-            # A terminal's Ctrl-C is for this process, which passes it on, once.
+            # A terminal's Ctrl-C must reach only this process, which passes it on, once.
             start_new_session=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.curdir for path in sys.path)},
         )
@@ -105,20 +105,20 @@ class _Member:
         return _Member(device, process, ours, errors)
 
     def open(self, start: Start) -> None:
-        """Have it open the model, on its device."""
+        """Have the process open the model, on its device."""
         request = start.plan.request
         request = replace(request, settings=replace(request.settings, device=self.device))
-        with suppress(OSError):  # it has died, which is heard of like any death
+        with suppress(OSError):  # the process has died, which ``_listen`` notices
             self.connection.send(replace(start, plan=replace(start.plan, request=request)))
 
     def take(self, q_id: str) -> None:
-        """Give it this q_id."""
+        """Hand the process this q_id."""
         self.q_id, self.since = q_id, time.monotonic()
         with suppress(OSError):
             self.connection.send(q_id)
 
     def end(self) -> None:
-        """Tell it that there is no more, or to drop what it is at."""
+        """Tell the process that there is no more, or to drop the q_id that it is at."""
         if self.q_id is None and self.model is not None:
             with suppress(OSError):
                 self.connection.send(None)
@@ -126,7 +126,7 @@ class _Member:
             self.process.terminate()
 
     def how_it_ended(self) -> str:
-        """Wait until it has, and say how, in words."""
+        """Wait until the process has ended, and say how, in words."""
         self.connection.close()
         try:
             code = self.process.wait(_PATIENCE_S)
@@ -142,10 +142,11 @@ class _Member:
 
 
 class Crew:
-    """The processes; made with the model open in all of them."""
+    """The worker processes; made with the model open in all of them."""
 
     def __init__(self, plan: Plan, n_q_ids: int, check: Callable[[], None]) -> None:
-        """As many as the devices of ``plan``, but no more than ``n_q_ids``. ``check`` is called while they start.
+        """Start as many processes as ``plan`` has devices, but no more than ``n_q_ids``. ``check`` is called while they
+        start.
 
         Raises what that does, and InputError or RunError if the model cannot be opened in one of them; none is left
         then.
@@ -173,7 +174,7 @@ class Crew:
             raise
 
     def outcomes(self, q_ids: Sequence[str]) -> Generator[tuple[str, str]]:
-        """Have all of them run: -> each with how it ended, as they end."""
+        """Run all of ``q_ids``. Yields each with how it ended, as they end."""
         waiting, left, deaths = deque(q_ids), set(q_ids), Counter[str]()
         with at_work("run", "", unit="q_ids") as task, headed(lambda: _heading(task)):
             task.total = len(q_ids)
@@ -199,20 +200,20 @@ class Crew:
         yield from ((q_id, "failed") for q_id in q_ids if q_id in left)
 
     def close(self) -> None:
-        """End all processes: what they are at is dropped and recorded as pending."""
+        """End all processes: the q_ids that they are at are dropped and recorded as pending."""
         try:
             for member in self._members:
                 member.end()
             for _ in self._heard(give_up=time.monotonic() + _PATIENCE_S):
                 pass
         finally:
-            for member in self._members:  # did not end in time, or this was interrupted
+            for member in self._members:  # processes that did not end in time, or this wait was interrupted
                 member.process.kill()
                 member.how_it_ended()
             self._members = []
 
     def _wait_until_open(self) -> dict[str, Any]:
-        """-> description of the first one's model."""
+        """Wait until all processes have the model open. -> description of the first one's model."""
         waiting, problems = set(self._members), dict[_Member, RelfvError]()
         n = len(waiting)
         for member, kind, content in self._heard():
@@ -227,7 +228,7 @@ class Crew:
                 break
         there = {member.device for member in self._members if member.model}
         for member in [one for one, problem in problems.items() if isinstance(problem, DeviceTaken)]:
-            if member.device in there:  # the same numbers, later
+            if member.device in there:  # fewer processes give the same numbers, later
                 log.warning("%s. Its other processes go on; --per_card 1 asks for one", problems.pop(member))
         if problems:
             member, problem = next(iter(problems.items()))
@@ -237,16 +238,16 @@ class Crew:
         return next(member.model for member in self._members if member.model)
 
     def _hand_out(self, waiting: deque[str], task: Task) -> None:
-        """Give everyone who has nothing to do the next q_id."""
+        """Give every idle process the next q_id."""
         for member in self._members:
             if member.model and member.q_id is None and waiting:
                 member.take(waiting.popleft())
         task.about = ", ".join(f"{m.device}: {m.q_id}" for m in self._members if m.q_id)
 
     def _mourned(self, member: _Member, how: str, q_id: str | None, deaths: Counter[str]) -> str:
-        """Say that a process died: -> the outcome of its q_id, empty if another is to try it."""
+        """Log that a process died. -> the outcome of its q_id, empty if another process is to try it."""
         if q_id is None:
-            if member.model:  # else it has been said why
+            if member.model:  # otherwise the reason has been logged already
                 log.warning("the process on %s ended (%s)", member.device, how)
             return ""
         deaths[q_id] += 1
@@ -257,15 +258,16 @@ class Crew:
         return "failed"
 
     def _listen(self, member: _Member) -> None:
-        """In a thread of its own, which no interrupt can stop in the middle of a message."""
-        with suppress(Exception):  # its end, or a message that its end cut short
+        """Receive the messages of one process, in a thread of its own, which no interrupt can stop in the middle of a
+        message."""
+        with suppress(Exception):  # the process ended, perhaps in the middle of a message
             while True:
                 self._said.put((member, *member.connection.recv()))
         self._said.put((member, "ended", ""))
 
     def _heard(self, give_up: float | None = None) -> Iterator[tuple[_Member, str, Any]]:
-        """What the processes say beside log lines, which are passed on, and how they ended, until none is left or it is
-        time to ``give_up``."""
+        """Yield the messages of the processes (log lines are passed on instead), and how processes ended, until none is
+        left or it is time to ``give_up``."""
         while self._members:
             try:
                 left_s = None if give_up is None else max(0.0, give_up - time.monotonic())
@@ -282,6 +284,6 @@ class Crew:
 
 
 def _heading(task: Task) -> str:
-    """``[2/28, 14 min left] ``, the q_ids that have ended."""
+    """Heading of log lines: ``[2/28, 14 min left] ``, with the number of q_ids that have ended."""
     left = task.left_s()
     return f"[{task.done}/{task.total}{'' if left is None else f', {duration(left)} left'}] "

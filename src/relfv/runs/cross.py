@@ -75,8 +75,8 @@ class _Crossing:
     """One crossing of the q_ids ``statuses``, and the files it goes into."""
 
     def __init__(self, folder: Path, statuses: Mapping[str, QidStatus], *, named: bool) -> None:
-        """``named``: the q_ids were named one by one; else they are all that are completed, and none may have got
-        lost."""
+        """Take ``named`` as True if the q_ids were named one by one; else they are all that are completed, and none may
+        be missing."""
         self._folder, self._statuses, self._q_ids = folder, statuses, list(statuses)
         folders = [QidFolder(status.artifacts_dir, q_id) for q_id, status in statuses.items()]
         self._origins = {
@@ -96,7 +96,7 @@ class _Crossing:
                 f"{folder / CROSS} has {', '.join(narrowed)}, not completed now; let 'relfv run' finish, or name by "
                 "--q_list the q_ids to cross without"
             )
-        # What is computed and no longer fits is kept under a dated name.
+        # Results that were computed and no longer fit are kept under a dated name.
         self._in_the_way = (folder / CROSS).exists() and not (self._earlier and earlier.keys() <= self._targets.keys())
 
     def run(self, opened: Callable[[], LanguageModel]) -> None:
@@ -118,7 +118,7 @@ class _Crossing:
         log.info("%s", self._document()["verdict"])
 
     def _found(self) -> dict[str, Any] | None:
-        """What is there from before, if it is as it was written."""
+        """The result of an earlier crossing, if it is there as it was written."""
         if not (self._folder / CROSS).exists():
             return None
         try:
@@ -176,7 +176,7 @@ class _Crossing:
             write_cross(self._folder, document, figure)
 
     def _write_if_changed(self) -> None:
-        """For a crossing that was killed between its two files, or lost its picture."""
+        """Write the files if they differ: for a crossing that was killed between its two files, or lost its picture."""
         as_it_is = {**self._document(), "figure": {CROSS_FIGURE: sha256_file(self._folder / CROSS_FIGURE)}}
         if as_it_is != self._earlier:
             self._write()

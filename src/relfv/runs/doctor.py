@@ -37,7 +37,7 @@ _WIDEST_NAME = len("answers of an input")
 
 
 def doctor(request: RunRequest, *, as_json: bool) -> int:
-    """Look at everything and measure; a line for each check, or one JSON document. Returns the exit code: 1 if the
+    """Check everything and measure; show a line for each check, or one JSON document. Returns the exit code: 1 if the
     run would be refused, or a q_id of it would fail."""
     visit = _Visit(request, aloud=not as_json)
     visit.examine(measuring=True)
@@ -47,7 +47,7 @@ def doctor(request: RunRequest, *, as_json: bool) -> int:
 
 
 def rehearse(request: RunRequest) -> int:
-    """The same without opening the model. Returns 1 if the run would refuse a q_id.
+    """Check everything without opening the model (``--dry_run``). Returns 1 if the run would refuse a q_id.
 
     Raises InputError where it would not even begin, as the run itself does.
     """
@@ -59,7 +59,7 @@ def rehearse(request: RunRequest) -> int:
 
 
 class _Visit:
-    """What was found so far."""
+    """The checks of one request, and what they have found so far."""
 
     def __init__(self, request: RunRequest, *, aloud: bool) -> None:
         self._request, self._aloud, self._began = request, aloud, time.monotonic()
@@ -67,14 +67,14 @@ class _Visit:
         """Whether the run would be refused, or a q_id of it would fail."""
         self.lines: list[Line] = []
         self.problem: InputError | None = None
-        """The first that would stop the run before it begins."""
+        """The first error that would stop the run before it begins."""
         self._plan: Plan | None = None
         self._evidence: list[Evidence] = []
         self._would: dict[str, str] = {}
         self._estimate: Estimate | None = None
 
     def document(self) -> dict[str, Any]:
-        """What ``--json`` prints."""
+        """The document that ``--json`` prints."""
         return {
             "refused": self.failed,
             "checks": [asdict(line) for line in self.lines],
@@ -83,7 +83,7 @@ class _Visit:
         }
 
     def examine(self, *, measuring: bool) -> None:
-        """The CSV first, then the tokenizer, then the model's config, then, if ``measuring``, its weights."""
+        """Check the CSV first, then the tokenizer, then the model's config, then, if ``measuring``, its weights."""
         with self._caught("relations"):
             relations = chosen_relations(self._request)
             n_rows = sum(len(relation.pairs) for relation in relations.values())
@@ -133,7 +133,7 @@ class _Visit:
         for q_id, said in self._would.items():
             level = "fail" if said.startswith(REFUSED) else "pass"
             self.failed |= level == "fail"
-            if self._aloud:  # on one line, however long, so that others can read it
+            if self._aloud:  # one line, however long, so that programs can read it
                 show(printable(f"{level}  {q_id:<8} {len(plan.relations[q_id].pairs):>4} rows  {said}"))
 
     def _of_tokenizer(self, plan: Plan) -> None:
@@ -235,7 +235,7 @@ class _Visit:
 
     @contextmanager
     def _caught(self, check: str) -> Iterator[None]:
-        """What stops the run is a line like any other."""
+        """Report an error that stops the run as a line like any other."""
         try:
             yield
         except RelfvError as problem:

@@ -1,4 +1,5 @@
-"""How long a run will take, and how much memory and disk, from one q_id that is run for it in a temporary folder.
+"""Estimate how long a run will take, and how much memory and disk, from one q_id that is run for it in a temporary
+folder.
 
 That q_id goes through every stage of ``relfv run``. On a fast device all its trials do, so that what is measured is
 what will happen; where that would take minutes, as few trials as fit in the time, and what grows with their number is
@@ -35,25 +36,25 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _PATIENCE_S = 90.0
-"""For the measured q_id."""
+"""Seconds that the measured q_id may take."""
 _PAGES_SHARE = 0.1
-"""Of the time, at most, goes into pages while a run goes on (runs/run.py)."""
+"""Largest share of the time that goes into pages while a run goes on (runs/run.py)."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One q_id on its way through the stages."""
+    """Time, disk and memory that one q_id took on its way through the stages."""
 
     n_trials: int
     n_eval: int
     seconds: dict[str, float]
-    """By stage; of stages with a step for each layer all of them together."""
+    """Seconds by stage; for stages with a step for each layer, all layers together."""
     n_bytes: dict[str, int]
-    """Of the files of each stage."""
+    """Bytes of the files of each stage."""
     n_files: int
     page_s: float
     peak_bytes: int
-    """Memory of the device, with the model's."""
+    """Peak of the device's memory in bytes, the model's included."""
 
     @property
     def total_s(self) -> float:
@@ -62,7 +63,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of a whole run, its q_ids together."""
+    """Estimate for a whole run, all its q_ids together."""
 
     measured: Measured
     q_id: str
@@ -71,7 +72,7 @@ class Estimate:
     seconds_per_q_id: float
     peak_bytes: int
     device_bytes: int | None
-    """What a GPU has; None on the host."""
+    """Memory of the GPU in bytes; None on the host."""
     disk_bytes: int
     n_files: int
 
@@ -83,8 +84,9 @@ def estimate(
     stages: Mapping[str, AbstractSet[str]],
     opening_s: float,
 ) -> Estimate:
-    """Of the q_ids ``n_eval``, with the number of prompts that Step6 evaluates of each, and of the ``stages`` that each
-    still has to run; ``opening_s`` is what was spent until the model was open. What a stage raises passes through."""
+    """Estimate the run of the q_ids in ``n_eval``, which maps each to the number of prompts that Step6 evaluates;
+    ``stages`` has those that each still has to run, and ``opening_s`` the seconds spent until the model was open.
+    Exceptions of a stage pass through."""
     settings = plan.request.settings
     n_trials = settings.n_trials_per_q
     q_id = sorted(n_eval, key=lambda one: n_eval[one])[len(n_eval) // 2]
@@ -117,13 +119,15 @@ def estimate(
 
 
 def _scaled(found: Measured, of_stages: Mapping[str, float], settings: Settings, n_eval: int) -> float:
-    """What of a q_id with these settings and so many evaluated prompts would be."""
+    """Scale the measured amounts of the stages to a q_id with these settings and so many evaluated prompts, and sum
+    them."""
     by_name = {stage.name: stage for stage in STAGES}
     return sum(amount * times_as_much(by_name[name], found, settings, n_eval) for name, amount in of_stages.items())
 
 
 def times_as_much(stage: Stage, found: Measured, settings: Settings, n_eval: int) -> float:
-    """Of the work of a stage when it was measured, what it does with these settings and so many evaluated prompts."""
+    """Work of a stage with these settings and so many evaluated prompts, as a multiple of its work when it was
+    measured."""
     if stage.prompts:
         return stage.prompts(settings) / stage.prompts(replace(settings, n_trials_per_q=found.n_trials))
     if ZERO_SHOT_TRIALS in stage.reads:
@@ -165,7 +169,8 @@ def measure(plan: Plan, model: LanguageModel, q_id: str, n_trials: int) -> Measu
 
 @contextmanager
 def _in_silence() -> Iterator[None]:
-    """What a stage finds in few trials is no result; that it is still at work is said."""
+    """While open, hide the stages' log lines, since what they find in few trials is no result; lines that work goes on
+    stay."""
 
     def is_a_sign_of_life(record: logging.LogRecord) -> bool:
         return "so far" in record.msg
@@ -201,7 +206,7 @@ def _begin_peak(model: LanguageModel) -> None:
 
 
 def peak_bytes(model: LanguageModel) -> int:
-    """The most that the process has had of the device's memory: of a GPU since ``_begin_peak``, of the host ever."""
+    """Most bytes of the device's memory that the process has had: of a GPU since ``_begin_peak``, of the host ever."""
     if model.backbone.device.type == "cuda":
         import torch
 

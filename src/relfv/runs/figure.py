@@ -1,6 +1,5 @@
-"""``relfv figure``: figures made again from saved artifacts, in another size, format or metric, or of several q_ids
-side by side; and the other formats of a q_id's own two.
-"""
+"""``relfv figure``: draw figures again from saved artifacts, in another size, format or metric, or of several q_ids
+side by side; and draw the other formats of a q_id's own two figures."""
 
 from __future__ import annotations
 
@@ -36,22 +35,22 @@ class FigureRequest:
 
     folder: Path
     kind: str
-    """``heatmap`` or ``curve``."""
+    """Kind of figure: ``heatmap`` or ``curve``."""
     out: Path
     q_list: Sequence[str] | None = None
     metric: str | None = None
-    """Of heatmaps one of SCORE_KEYS; of curves ``p`` or ``acc``, where several stand side by side."""
+    """Metric to draw: for heatmaps one of SCORE_KEYS; for curves ``p`` or ``acc``, where several stand side by side."""
     topk: int | None = None
     columns: int | None = None
     width: float | None = None
-    """In inches."""
+    """Width of the page in inches."""
     height: float | None = None
-    """In inches."""
+    """Height of the page in inches."""
     dpi: int = 300
 
 
 def has_figures(status: QidStatus, asked: Settings) -> bool:
-    """Whether a complete q_id has the formats that are asked for, undamaged."""
+    """Whether a complete q_id has its figures, undamaged, in the other formats that are asked for."""
     return all(
         status.other_files.get(path.relative_to(status.artifacts_dir).as_posix()) == (sha256_file(path) or "")
         for kind in asked.more_formats
@@ -72,8 +71,8 @@ def _paths(status: QidStatus, kind: str) -> list[Path]:
 
 
 def figure(request: FigureRequest) -> int:
-    """Draw it, and show its path. Raises InputError for q_ids that are not there or not done, and for another metric or
-    format than there is."""
+    """Draw the figure, and show its path. Raises InputError for q_ids that are not there or not done, and for another
+    metric or format than there is."""
     kind = request.out.suffix.removeprefix(".").lower()
     if kind not in FORMATS:
         raise InputError(f"--out {request.out}: expected a file name that ends in .{', .'.join(FORMATS)}")
@@ -110,7 +109,7 @@ def _chosen(request: FigureRequest) -> list[QidStatus]:
 
 
 def _work_on(status: QidStatus, request: FigureRequest) -> Work:
-    """The q_id with the request's metric and k in the place of its own."""
+    """The work on a q_id, with the request's metric and k in place of its own."""
     work = work_on(status, no_model)
     metric = {"score_key": request.metric} if request.kind == "heatmap" and request.metric else {}
     work.settings = replace(work.settings, **metric, **({"topk": request.topk} if request.topk else {}))
@@ -145,7 +144,7 @@ def _curves(works: Sequence[Work], request: FigureRequest) -> Canvas:
 
 
 def _about(works: Sequence[Work]) -> str:
-    """What the q_ids share; empty where they were made in different ways."""
+    """Caption that the q_ids share; empty where they were made in different ways."""
     from relfv.figures.images import caption
 
     captions = {caption(work.settings) for work in works}

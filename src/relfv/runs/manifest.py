@@ -19,16 +19,16 @@ from relfv.store.files import move_aside, write_atomic
 from relfv.store.formats import read_json, sealed_bytes, unsealed
 from relfv.store.locks import sole_writer
 
-if TYPE_CHECKING:  # to read a manifest takes no engine
+if TYPE_CHECKING:  # reading a manifest needs no engine
     from relfv.engine.base import Backbone
     from relfv.language_model import LanguageModel
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "run_manifest.json"
-"""Beside the q_ids' folders."""
+"""Name of the manifest, beside the q_ids' folders."""
 OF_SHARD = ".shard_{}_of_{}"
-"""Ends the names of what a run with some of the q_ids (``--shard``) writes beside their folders."""
+"""Ending of the names of files that a run with some of the q_ids (``--shard``) writes beside their folders."""
 
 _LIBRARIES = (
     "torch",
@@ -43,7 +43,7 @@ _LIBRARIES = (
 
 
 def run_description(settings: Settings, q_list: list[str], csv_sha256: str, model_identity: str) -> dict[str, Any]:
-    """What is known before the model is opened."""
+    """Describe a run as far as it is known before the model is opened."""
     departures = settings.departures()
     return {
         "relfv_version": __version__,
@@ -65,7 +65,7 @@ def run_description(settings: Settings, q_list: list[str], csv_sha256: str, mode
 
 
 def model_description(model: LanguageModel) -> dict[str, Any]:
-    """What is known once it is open."""
+    """Describe the model, once it is open."""
     import torch
 
     device, arch, facts = model.backbone.device, model.arch, model.facts()
@@ -95,7 +95,7 @@ def _where(backbone: Backbone) -> str:
 
 
 def write_manifest(path: Path, run: dict[str, Any]) -> Path:
-    """Write this run's description to ``path``, which in a shard has a name of its own; earlier runs are kept under
+    """Write this run's description to ``path``, which for a shard has a name of its own; earlier runs are kept under
     ``earlier_runs``."""
     with sole_writer(path.parent) if path.name == MANIFEST else nullcontext():
         earlier: list[Any] = []
@@ -108,7 +108,7 @@ def write_manifest(path: Path, run: dict[str, Any]) -> Path:
 
 
 def gather_shards(folder: Path) -> bool:
-    """Take what the runs of ``--shard`` have written of themselves into the manifest. -> whether it lacked any."""
+    """Copy the descriptions that runs of ``--shard`` have written into the manifest. -> whether it lacked any."""
     path = folder / MANIFEST
     runs = [run for shard in folder.glob(MANIFEST + OF_SHARD.format("*", "*")) for run in manifest_runs(shard)]
     there = manifest_runs(path) if runs and sound_manifest(path) else []
@@ -123,7 +123,7 @@ def _identity(run: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def sound_manifest(path: Path) -> dict[str, Any] | None:
-    """The manifest at ``path``, or None if there is none, or no more: a damaged one is put aside, with a warning. It
+    """The manifest at ``path``, or None if there is none, or if it is damaged: then it is put aside, with a warning. It
     is a record, and no reason not to run."""
     if not os.path.lexists(path):
         return None
@@ -135,11 +135,11 @@ def sound_manifest(path: Path) -> dict[str, Any] | None:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest without its own hash. Raises RunError if it is not as it was written."""
+    """Read the manifest, without its own hash. Raises RunError if it is not as it was written."""
     content = read_json(path)
     if not isinstance(content, dict) or not {"settings", "q_list"} <= content.keys():
         raise RunError(f"{path}: is damaged or not a manifest of relfv")
-    # The first ones had no seal.
+    # The first manifests had no seal.
     return unsealed(content, path, older=content.get("algorithm_version") in (None, 1))
 
 

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class _Parent(QueueHandler):
-    """The process that hands out q_ids. As a handler it gets every log line."""
+    """The parent process, which hands out q_ids. As a log handler it gets every log line."""
 
     def __init__(self, connection: Connection) -> None:
         super().__init__(queue.SimpleQueue())
@@ -33,23 +33,24 @@ class _Parent(QueueHandler):
         threading.Thread(target=self._listen, daemon=True).start()
 
     def next(self) -> Any:
-        """What it sends next."""
+        """Wait for the next message of the parent."""
         return self.queue.get()  # type: ignore[attr-defined]
 
     def say(self, kind: str, content: Any) -> None:
-        """Send it something."""
-        self.acquire()  # lines of other threads wait
+        """Send the parent a message."""
+        self.acquire()  # make log lines of other threads wait
         try:
             self._connection.send((kind, content))
         finally:
             self.release()
 
     def enqueue(self, record: logging.LogRecord) -> None:
-        """Logging's hook, called with a record that can travel. A parent that is gone hears nothing more."""
+        """Send a log record to the parent; called by logging with a record that can travel. A parent that is gone hears
+        nothing more."""
         self._connection.send(("line", record))
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Logging's hook, called where sending a line raised: ``_listen`` ends this process."""
+        """Drop a line that could not be sent; called by logging. ``_listen`` ends this process then."""
 
     def _listen(self) -> None:
         try:
@@ -60,7 +61,7 @@ class _Parent(QueueHandler):
 
 
 def main() -> int:
-    """Returns the exit code."""
+    """Run the worker process. Returns the exit code."""
     parent = _Parent(Connection(int(sys.argv[1])))
     root = logging.getLogger("relfv")
     root.handlers[:], root.propagate = [parent], False
@@ -75,7 +76,7 @@ def main() -> int:
             with at_work("run", "between stages"):
                 while (q_id := parent.next()) is not None:
                     outcome = worker.run(q_id)
-                    if outcome == "failed" and not worker.still_computes():  # as all after it would
+                    if outcome == "failed" and not worker.still_computes():  # all later q_ids would fail, too
                         print("it can use its device no more", file=sys.stderr)
                         return 1
                     parent.say("outcome", outcome)
@@ -85,7 +86,7 @@ def main() -> int:
 
 
 def _opened(start: Start, parent: _Parent) -> Worker | None:
-    """The worker that ``parent`` asks for; None if it cannot be had, which it is told."""
+    """Open the worker that ``parent`` asks for; None if it cannot be had, which the parent is told."""
     take_at_most(start.host_bytes)
     share(start.shared)
     try:
@@ -94,7 +95,7 @@ def _opened(start: Start, parent: _Parent) -> Worker | None:
         torch.set_num_threads(max(1, torch.get_num_threads() // start.n_processes))
         worker = Worker.opened(start.plan)
         parent.say("open", worker.description)
-    except Exception as problem:  # whatever it is, one line of it is for the user
+    except Exception as problem:  # the user gets one line, whatever the error is
         log.debug("traceback", exc_info=not isinstance(problem, RelfvError))
         parent.say("problem", problem if isinstance(problem, RelfvError) else RunError(in_words(problem)))
         return None

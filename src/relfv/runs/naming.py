@@ -1,4 +1,4 @@
-"""A relation's words, from the CSV into the status of its q_id, where the page, the figures and the tables find them.
+"""Carry a relation's name from the CSV into the status of its q_id, where the page, the figures and the tables find it.
 
 They are no part of the experiment: a relation that gets another name keeps its results.
 """
@@ -45,7 +45,7 @@ def take_names_below(root: Path) -> None:
 
 
 def _has_its_name(artifacts_dir: Path, brief: Brief, read: Callable[[str], dict[str, Relation]]) -> bool:
-    """Whether a q_id has the name that its CSV has now; one that has not gets it."""
+    """Whether a q_id has the name that its CSV has now; if not, it is renamed."""
     relation = read(brief.csv_path).get(brief.q_id)
     if relation is None or relation.name == brief.name:
         return True
@@ -61,8 +61,8 @@ def _relations(csv_path: str) -> dict[str, Relation]:
 
 
 def _rename(artifacts_dir: Path, relation: Relation) -> None:
-    """Record another name, if a q_id was made from this ``relation`` and it has one. Whoever is at work in the folder
-    does so itself."""
+    """Record the new name of ``relation`` if the q_id was made from it and its name differs. A process that is at work
+    in the folder does so itself."""
     try:
         status = read_status(artifacts_dir)
         if status is None or not _is_of(relation, status) or relation.name == status.name:
@@ -71,7 +71,7 @@ def _rename(artifacts_dir: Path, relation: Relation) -> None:
             if not holder and (status := read_status(artifacts_dir)):
                 status.name = relation.name
                 status.write()
-    except RelfvError as problem:  # said where it matters
+    except RelfvError as problem:  # reported where it matters
         log.debug("%s", problem)
 
 

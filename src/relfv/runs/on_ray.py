@@ -1,4 +1,4 @@
-"""``relfv run --ray``: the q_ids on a Ray cluster, an actor with its own opened model for each worker.
+"""``relfv run --ray``: run the q_ids on a Ray cluster, with an actor that has its own opened model for each worker.
 
 Ray places the actors, starts them elsewhere, and says when one has died. Each is a ``Worker`` that writes into the
 results folder, which all nodes share; a q_id is locked by whoever works on it, and what a dead one has finished is on
@@ -30,44 +30,46 @@ from relfv.runs.worker import say_outcome
 log = logging.getLogger(__name__)
 
 _TRIES = 2
-"""Nodes that may fail a q_id, or die at it, before it is given up; and deaths before no worker starts on a node."""
+"""Number of nodes that may fail a q_id, or die at it, before it is given up; also the number of deaths on a node after
+which no worker starts there."""
 _PATIENCE_S = 10.0
-"""For a lock whose process has been ended."""
+"""Seconds to wait for a lock whose process has been ended."""
 
 
 @dataclass(eq=False)
 class _Member:
-    """A worker, seen from here."""
+    """A worker on the cluster, as this process sees it."""
 
     actor: Any
     at: tuple[str, str] | None = None
-    """Its node."""
+    """Node of the worker: Ray's name, and one for people."""
     is_open: bool = False
     q_id: str | None = None
-    """What it is at."""
+    """The q_id that the worker is at; None if it is idle."""
     ref: Any = None
-    """Of the answer that it owes."""
+    """Ray's reference to the answer that the worker owes."""
     since: float = field(default_factory=time.monotonic)
 
     def ask(self, method: str, *values: Any) -> None:
-        """Call a method of the actor."""
+        """Call a method of the actor; the answer comes later."""
         self.ref, self.since = getattr(self.actor, method).remote(*values), time.monotonic()
 
     @property
     def place(self) -> str:
-        """In words."""
+        """Name of the node, in words."""
         return f"node {self.at[1]} ({self.at[0][:8]})" if self.at else "a node"
 
 
 class RayCrew:
-    """The workers; made with the model open in the first of them."""
+    """The workers on the cluster; made with the model open in the first of them."""
 
     def __init__(self, plan: Plan, on_ray: OnRay) -> None:
-        """Raises InputError where Ray or its cluster is missing, RelfvError if the model cannot be opened anywhere."""
+        """Connect and start the workers. Raises InputError where Ray or its cluster is missing, RelfvError if the model
+        cannot be opened anywhere."""
         self._plan, self._on = plan, on_ray
         self._members: list[_Member] = []
         self._deaths = Counter[str]()
-        """By node."""
+        """Number of workers that have died, by node."""
         self._ray, self._is_ours = _connected(on_ray.address)
         self._mark = plan.folder.absolute() / ".locks" / f".ray-{secrets.token_hex(4)}"
         try:
@@ -83,7 +85,7 @@ class RayCrew:
             raise
 
     def outcomes(self, q_ids: Sequence[str]) -> Generator[tuple[str, str]]:
-        """Have all of them run: -> each with how it ended, as they end."""
+        """Run all of ``q_ids``. Yields each with how it ended, as they end."""
         waiting, left = deque(q_ids), dict.fromkeys(q_ids)
         tried: dict[str, list[str]] = defaultdict(list)
         with at_work("run", "", unit="q_ids") as task:
@@ -107,7 +109,7 @@ class RayCrew:
         yield from ((q_id, "failed") for q_id in left)
 
     def close(self) -> None:
-        """End all workers. Where one was at a q_id, its status says that the same command goes on."""
+        """End all workers. The status of a q_id that one was at says that the same command goes on."""
         stopped = [member.q_id for member in self._members if member.q_id]
         for member in self._members:
             self._ray.kill(member.actor)
@@ -137,7 +139,7 @@ class RayCrew:
         return max(1, int(there.get("GPU", 0) / gpus if gpus else there.get("CPU", 1)))
 
     def _start_one(self) -> None:
-        """Where Ray finds room, but for nodes where one has died, if there are others."""
+        """Start a worker where Ray finds room, but not on nodes where one has died, if there are others."""
         need = ("GPU", self._on.gpus_per_worker) if self._on.gpus_per_worker else ("CPU", 1)
         nodes = {n["NodeID"] for n in self._ray.nodes() if n["Alive"] and n["Resources"].get(need[0], 0) >= need[1]}
         sick = {node for node in nodes if self._deaths[node]}
@@ -154,7 +156,8 @@ class RayCrew:
         self._members.append(member)
 
     def _first_opened(self) -> dict[str, Any]:
-        """-> description of the model, once a worker has it. Raises what has kept the last one from it."""
+        """Wait until a worker has the model open. -> the model's description. Raises the error that kept the last
+        worker from it."""
         last: RelfvError | None = None
         for member, answer, problem in self._heard():
             if problem is not None:
@@ -165,7 +168,8 @@ class RayCrew:
         raise last or RunError("--ray: no worker could be started")
 
     def _is_now_open(self, member: _Member, answer: Any) -> bool:
-        """A worker's first two answers: where it is, and that its model is open."""
+        """Take one of a worker's first two answers: where it is, and that its model is open. -> whether it is now
+        open."""
         if member.at is None:
             member.at = answer
             member.ask("open")
@@ -175,11 +179,12 @@ class RayCrew:
         return True
 
     def _lost(self, member: _Member, problem: BaseException) -> None:
-        """A worker has died, or could not open the model: another starts, elsewhere if that is possible."""
+        """Replace a worker that has died, or could not open the model: another starts, elsewhere if that is
+        possible."""
         at = f" while it was at {member.q_id}" if member.q_id else ""
         log.warning("a worker on %s is lost%s: %s", member.place, at, _as_ours(problem))
         self._members.remove(member)
-        with suppress(Exception):  # one that only cannot be reached, or has no model, must not hold its place
+        with suppress(Exception):  # a worker that is unreachable or has no model must not keep its place
             self._ray.kill(member.actor)
         if member.at:
             self._deaths[member.at[0]] += 1
@@ -188,7 +193,7 @@ class RayCrew:
     # --- q_ids -------------------------------------------------------------------------------------------------------
 
     def _hand_out(self, waiting: deque[str], tried: dict[str, list[str]]) -> None:
-        """Give those who are idle the next q_id that their node has not failed, unless no other node is there."""
+        """Give idle workers the next q_id that their node has not failed, unless no other node is there."""
         nodes = {member.at[0] for member in self._members if member.is_open and member.at}
         for member in self._members:
             if not member.is_open or member.ref is not None or member.at is None:
@@ -201,7 +206,7 @@ class RayCrew:
                 member.ask("run", q_id)
 
     def _outcome(self, member: _Member, answer: Any, problem: BaseException | None, q_id: str | None) -> str | None:
-        """How its q_id ended; None where it did not, or the answer was of something else."""
+        """How a worker's q_id ended; None where it did not, or where the answer was about something else."""
         if problem is not None:
             member.q_id = q_id
             self._lost(member, problem)
@@ -215,7 +220,8 @@ class RayCrew:
         return outcome
 
     def _is_to_try_again(self, member: _Member, q_id: str, outcome: str | None, tried: dict[str, list[str]]) -> bool:
-        """After a death, or a failure where another node may do better: a sick card fails whatever it is given."""
+        """Whether a q_id is tried again: after a death, or a failure where another node may do better, since a sick
+        card fails whatever it is given."""
         if outcome not in (None, "failed"):
             return False
         tried[q_id].append(member.at[0] if member.at else "")
@@ -223,9 +229,9 @@ class RayCrew:
         return len(tried[q_id]) < _TRIES and (outcome is None or elsewhere)
 
     def _heard(self) -> Iterator[tuple[_Member, Any, BaseException | None]]:
-        """Answers as they come, or why one does not; ends when none is owed."""
+        """Yield answers as they come, or the error in place of one; ends when none is owed."""
         while owed := {member.ref: member for member in self._members if member.ref is not None}:
-            # Not for ever: a signal is raised between two calls.
+            # Wait one second at a time: signals are raised between two calls.
             for ref in self._ray.wait([*owed], num_returns=1, timeout=1.0)[0]:
                 member = owed[ref]
                 member.ref = None
@@ -237,7 +243,7 @@ class RayCrew:
 
 
 def _as_ours(problem: BaseException) -> RelfvError:
-    """What Ray raised, in a line."""
+    """Turn an exception that Ray raised into a RelfvError of one line."""
     cause = getattr(problem, "cause", None)
     if isinstance(cause, RelfvError):
         return cause
@@ -247,7 +253,7 @@ def _as_ours(problem: BaseException) -> RelfvError:
 
 
 def _connected(address: str) -> tuple[Any, bool]:
-    """-> Ray, connected to the cluster, and whether that is done here. Raises InputError."""
+    """Connect to the cluster. -> Ray, and whether the connection was made here. Raises InputError."""
     try:
         import ray  # type: ignore[import-not-found]
     except ImportError:
@@ -268,7 +274,7 @@ def _connected(address: str) -> tuple[Any, bool]:
 
 @contextmanager
 def _own_handlers() -> Iterator[None]:
-    """Ray takes SIGTERM for itself; this run has a use for it."""
+    """While Ray is started, keep this run's own SIGTERM handler, which Ray would replace."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield

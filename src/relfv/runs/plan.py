@@ -1,4 +1,4 @@
-"""What a ``relfv run`` is to do, known from the CSV and the folder alone, before a model is opened."""
+"""The plan of a ``relfv run``: what it is to do, known from the CSV and the folder alone, before a model is opened."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from relfv.store.status import STATUS_FILE, DamagedStatus, QidStatus, read_statu
 from relfv.types import Relation
 
 STEP_D_FIELDS = frozenset({"rows_sha256", "model_identity", "algorithm_version"}).union(*map(settings_of, STEP_D))
-"""What the results of StepD depend on, of the fingerprint's fields."""
+"""Fields of the fingerprint that the results of StepD depend on."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,11 @@ class OnRay:
     """A Ray cluster to run on."""
 
     address: str
-    """``auto`` for the one that is there, ``local`` for one of this machine alone, or where its head is."""
+    """Address of the cluster: ``auto`` for the one that is there, ``local`` for one of this machine alone, or where its
+    head is."""
     gpus_per_worker: float = 1.0
     workers: int | None = None
-    """None for as many as fit."""
+    """Number of workers; None for as many as fit."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class RunRequest:
 
     settings: Settings
     q_list: tuple[str, ...] | None
-    """None for all of the CSV, in its order."""
+    """q_ids to run; None for all of the CSV, in its order."""
     out_root: Path
     force: bool = False
     """Move existing folders of the chosen q_ids aside, under a dated name, and start afresh."""
@@ -65,19 +66,19 @@ class RunRequest:
     shard: tuple[int, int] | None = None
     """(i, n): only the i-th of the chosen q_ids, and every n-th after it, for file systems without locks."""
     ray: OnRay | None = None
-    """Where the q_ids are shared out, if not to this process."""
+    """Ray cluster to share the q_ids out to; None: this machine."""
     devices: tuple[str, ...] = ()
-    """Where the q_ids are shared out, by a process each; none: this process, on the settings' device."""
+    """Devices to share the q_ids out to, a process on each; empty: this process, on the settings' device."""
     per_card: int = 1
-    """Processes on each of them."""
+    """Processes on each device."""
     given: GivenModel | None = None
     """A model that is open already, in place of the one that the settings name."""
     plan: Path | None = None
-    """What is to be shown (runs/registered.py), to be registered before anything is computed."""
+    """JSON file of what is to be shown (runs/registered.py), registered before anything is computed."""
 
     @property
     def processes_a_card(self) -> int:
-        """How many share the card that has most of them."""
+        """Number of processes that share the card that has most of them."""
         if self.ray:
             return max(1, int(1 / self.ray.gpus_per_worker)) if self.ray.gpus_per_worker else 1
         cards = [card for device in self.devices for card in device.split("+")]
@@ -85,30 +86,30 @@ class RunRequest:
 
 
 def devices_from(text: str) -> tuple[str, ...]:
-    """Of ``cuda:0,cuda:1``."""
+    """Split a text such as ``cuda:0,cuda:1`` into devices."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be done."""
+    """A checked request: what a run is to do."""
 
     request: RunRequest
-    """Its settings resolved: no ``auto`` for what the checkpoint says."""
+    """The request with its settings resolved: no ``auto`` for what the checkpoint says."""
     folder: Path
-    """``<out_root>/<REL>``."""
+    """The relation's folder, ``<out_root>/<REL>``."""
     relations: dict[str, Relation]
     csv_sha256: str
     model_identity: str
     written: WrittenPlan | None = None
-    """What is to be shown, as ``--plan`` gave it."""
+    """The plan of what is to be shown, as ``--plan`` gave it."""
 
     def own(self, name: str) -> Path:
-        """A file beside the q_ids' folders; a shard has its own, which no other run writes."""
+        """Path of a file beside the q_ids' folders; a shard has a file of its own, which no other run writes."""
         return self.folder / (f"{name}{OF_SHARD.format(*shard)}" if (shard := self.request.shard) else name)
 
     def artifacts_dir(self, q_id: str) -> Path:
-        """``<out_root>/<REL>/<Q>/artifacts``."""
+        """The q_id's folder ``<out_root>/<REL>/<Q>/artifacts``."""
         return self.folder / q_id / "artifacts"
 
     @contextmanager
@@ -122,24 +123,24 @@ class Plan:
             yield holder
 
     def skip_reason(self, q_id: str) -> str | None:
-        """Why a q_id cannot run under these settings, or None."""
+        """Reason why a q_id cannot run under these settings, or None."""
         settings = self.request.settings
         reason = ineligible_reason(self.relations[q_id], settings.n_demos, settings.corruption)
         return reason or self._was_skipped(q_id)
 
     def _was_skipped(self, q_id: str) -> str | None:
-        """Why an earlier run of the same experiment skipped it: its prompts are too long, which only the model's
-        tokenizer could tell."""
+        """Reason why an earlier run of the same experiment skipped a q_id: its prompts are too long, which only the
+        model's tokenizer could tell. None if it did not."""
         status = None
         if not self.request.force:
-            with suppress(RelfvError):  # said elsewhere
+            with suppress(RelfvError):  # reported elsewhere
                 status = self.status_on_disk(q_id)
         return status.reason if status and status.status == "skipped" and not self.differences(status) else None
 
     def new_status(self, q_id: str) -> QidStatus:
         """A pending status for a q_id that has none."""
         relation, settings = self.relations[q_id], self.request.settings
-        settings = without_requests(settings)  # what has been swept or studied
+        settings = without_requests(settings)  # a new q_id has no sweeps or studies yet
         rows = rows_sha256(relation, settings.corruption)
         fields = fingerprint_fields(settings, rows_sha256=rows, model_identity=self.model_identity)
         n_rows = len(relation.pairs)
@@ -159,12 +160,12 @@ class Plan:
         return status if status and status.has_results() else None
 
     def n_free(self, q_ids: Sequence[str]) -> int:
-        """How many of ``q_ids`` no other run is at, or has done meanwhile."""
+        """Number of ``q_ids`` that no other run is at, or has done meanwhile."""
         held = [q_id for q_id in q_ids if held_by(QidFolder(self.artifacts_dir(q_id), q_id).lock)]
         return sum(q_id not in held and not self._is_over(q_id) for q_id in q_ids)
 
     def _is_over(self, q_id: str) -> bool:
-        with suppress(RelfvError):  # said elsewhere
+        with suppress(RelfvError):  # reported elsewhere
             status = self.status_on_disk(q_id)
             return status is not None and status.status == "completed"
         return False
@@ -180,16 +181,16 @@ class Plan:
         return unusable
 
     def differences(self, status: QidStatus, of: Collection[str] = ()) -> list[str]:
-        """In what the results of ``status`` are of another experiment than this run; with ``of`` those fields of the
-        fingerprint alone."""
+        """List how the experiment that made the results of ``status`` differs from this run; ``of`` limits this to some
+        fields of the fingerprint."""
         both = status.fingerprint_fields, self.new_status(status.q_id).fingerprint_fields
         there, here = ({name: value for name, value in side.items() if not of or name in of} for side in both)
         models = status.settings.model, self.request.settings.model
         return differences(there, here, status.q_id, models=models)
 
     def asked(self, q_id: str) -> str:
-        """All that a q_id's results are compared with, as one text: the CSV whole, since studies use other relations,
-        and names are taken from it."""
+        """Everything that a q_id's results are compared with, as one text: the whole CSV, since studies use other
+        relations, and names are taken from it."""
         return self._asked_of_all + rows_sha256(self.relations[q_id], self.request.settings.corruption)
 
     @cached_property
@@ -204,7 +205,7 @@ class Plan:
             require_no_links(self.folder / q_id, below=self.request.out_root)
 
     def besides(self, q_ids: Collection[str]) -> Plan:
-        """The same of the other q_ids."""
+        """A copy of this plan without these ``q_ids``."""
         return replace(self, relations={q: relation for q, relation in self.relations.items() if q not in q_ids})
 
     def is_done(self, status: QidStatus | None) -> bool:

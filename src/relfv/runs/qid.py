@@ -74,7 +74,7 @@ def open_for(settings: Settings, given: GivenModel | None = None) -> LanguageMod
 
 
 def no_model() -> LanguageModel:
-    """For work whose stages need none."""
+    """Stand-in for opening the model, for work whose stages need none."""
     raise AssertionError("this stage needs no model")
 
 
@@ -121,7 +121,7 @@ def run_steps(status: QidStatus, work: Work, of: Iterable[Stage] = STAGES) -> No
     """Run the steps of some stages that are missing, damaged, or made from inputs that have changed since."""
     for step in steps(status.expected_layers, of=of, extras=work.settings.has_extras):
         if not is_done(status, step):
-            run_step(work, step, status, write=False)  # the next one's beginning, or ``settling``, does
+            run_step(work, step, status, write=False)  # the next step's beginning, or ``settling``, writes the status
 
 
 def add_requests(status: QidStatus, work: Work, asked: Settings) -> None:
@@ -133,14 +133,14 @@ def add_requests(status: QidStatus, work: Work, asked: Settings) -> None:
         if is_done(status, stage.step()) and _of_other_rows(stage, status, work.relation):
             log.warning("%s %s: of other relations' rows than the CSV has now; it is made again", work.q_id, stage.name)
         work.settings = wanted
-        if stage.asked and stage.asked(wanted) != stage.asked(before):  # of other values another number may fit
+        if stage.asked and stage.asked(wanted) != stage.asked(before):  # other values may fit another number in a pass
             work.trials_per_pass.pop(stage.name, None)
         run_step(work, stage.step(), status)
 
 
 def missing_requests(status: QidStatus, asked: Settings, relation: Relation | None) -> list[Stage]:
-    """The stages that ``asked``, or an earlier run, asks for beyond what completes the q_id, and that are not there, or
-    damaged, or were asked for less, or are of other relations than those beside ``relation`` now."""
+    """The stages that ``asked``, or an earlier run, asks for beyond what completes the q_id, and that are missing or
+    damaged, or were made for a smaller request, or for other relations than those beside ``relation`` now."""
     wanted = with_requests_of(status.settings, asked)
     return [
         stage
@@ -155,13 +155,13 @@ def missing_requests(status: QidStatus, asked: Settings, relation: Relation | No
 
 
 def _of_other_rows(stage: Stage, status: QidStatus, relation: Relation | None) -> bool:
-    """Whether a stage that is done was made from rows of other relations that are no longer those of the CSV."""
+    """Whether a stage that is done used rows of other relations that have changed in the CSV since."""
     folder = QidFolder(status.artifacts_dir, status.q_id)
     return bool(stage.made_for and relation and not stage.made_for(folder, relation, status.settings))
 
 
 def with_extras_of(status: QidStatus, asked: Settings) -> Settings:
-    """The settings of ``status`` with the extras that are asked for; what was begun once is finished."""
+    """The settings of ``status`` with the extras that are asked for; extras that were begun once are finished."""
     if status.settings.studies:
         return status.settings
     begun = any(stage.extra and stage.name in status.stages for stage in STAGES)
@@ -174,15 +174,15 @@ def has_extras(status: QidStatus, asked: Settings) -> bool:
 
 
 def run_step(work: Work, step: Step, status: QidStatus | None = None, *, write: bool = True) -> None:
-    """Run one step between its two marks in the status, if there is one; ``write=False`` leaves writing the second to
-    what comes next."""
-    raise_received()  # an interrupt that a library kept to itself
+    """Run one step between its two marks in the status, if there is one; with ``write=False`` the second mark is
+    written by what comes next."""
+    raise_received()  # raise an interrupt that a library swallowed
     started, q_id = time.monotonic(), f"{status.q_id} " if status else ""
     if status:
         for folder in status.make_way(step.name):
             log.warning("%s %s: a folder stood where a file belongs; it is now %s", status.q_id, step.name, folder)
-        # 32 to 80 layers take milliseconds each: a mark for every one would cost as much as they do. What is made on
-        # request is not missing before it is there.
+        # Each of 32 to 80 layers takes milliseconds: a mark for every one would cost as much as the layer. A stage that
+        # is made on request gets no mark, since it is not missing before it is there.
         first_of_some = step.layer is None or step.layer % _LAYERS_A_RECORD == 0
         status.begin(step.name, write=first_of_some and not step.stage.asked)
     try:
@@ -190,21 +190,21 @@ def run_step(work: Work, step: Step, status: QidStatus | None = None, *, write: 
         with at_work(f"{q_id}{step.name}", step.stage.about, before if step.layer is None else None, unit="prompts"):
             said = step.run(work)
     except Exception:
-        raise_received()  # or made an error of
+        raise_received()  # raise an interrupt that a library turned into an error
         raise
     if status:
         status.settings = work.settings
         outputs, inputs = (work.folder.hashes(of(work.folder, work.layers)) for of in (step.outputs, step.inputs))
         status.finish(step.name, outputs, inputs, write=write)
-    # Layers make one line on the terminal, too, that of their summary; the log file has them all.
+    # The terminal shows only the summary of all layers; the log file has a line for each.
     level = logging.INFO if step.layer is None else logging.DEBUG
     log.log(level, "%s%s %.2f s: %s", q_id, step.name, time.monotonic() - started, said)
 
 
 @contextmanager
 def settling(status: QidStatus) -> Iterator[None]:
-    """Afterwards say where the q_id stands: completed if everything is there and intact, else pending with what comes
-    next, or failed, or skipped if its prompts are too long for the model, with the reason."""
+    """Record at the end where the q_id stands: completed if everything is there and intact, else pending with what
+    comes next, or failed, or skipped if its prompts are too long for the model, with the reason."""
     try:
         yield
         following = next(not_done(status), None)
@@ -213,7 +213,7 @@ def settling(status: QidStatus) -> Iterator[None]:
         else:
             status.set("pending", f"next stage: {following.name}")
     except TooLong as problem:
-        if not status.has_results():  # what is there is not forgotten
+        if not status.has_results():  # records of existing results are kept
             status.stages.clear()
         _record(status, "failed" if status.stages else "skipped", str(problem))
         raise
@@ -227,7 +227,7 @@ def settling(status: QidStatus) -> Iterator[None]:
 
 @contextmanager
 def its_own_trouble(q_id: str, failed: set[str]) -> Iterator[None]:
-    """What stands in one q_id's way, such as a folder in the place of its lock, is said and does not stop the
+    """Report an error that concerns one q_id, such as a folder in the place of its lock, without stopping the
     others."""
     try:
         yield

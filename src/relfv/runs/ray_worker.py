@@ -1,4 +1,4 @@
-"""What ``relfv run --ray`` (on_ray.py) runs on a node: an actor with a model of its own."""
+"""The part of ``relfv run --ray`` (on_ray.py) that runs on a node: an actor with a model of its own."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from relfv.runs.worker import Worker
 
 
 class _Said(logging.Handler):
-    """Warnings and errors of a worker, which the process that started the run says."""
+    """Collects the warnings and errors of a worker, which the process that started the run logs."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.lines: list[tuple[int, str]] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Logging's hook."""
+        """Keep one record; called by logging."""
         self.lines.append((record.levelno, record.getMessage()))
 
 
 class RayWorker:
-    """What runs on a node."""
+    """The Ray actor: one worker with an opened model on a node."""
 
     def __init__(self, plan: Plan, version: str, cwd: str, mark: str) -> None:
         self._plan, self._version, self._cwd, self._mark = plan, version, cwd, mark
@@ -41,7 +41,7 @@ class RayWorker:
 
     def open(self) -> dict[str, Any]:
         """Open the model: -> its description. Raises RelfvError if it cannot be, or the results folder is not here."""
-        with suppress(OSError):  # paths that were given relative to it
+        with suppress(OSError):  # paths may be relative to the folder that the run was started in
             os.chdir(self._cwd)
         if __version__ != self._version:
             raise RunError(f"relfv {__version__} is installed there; expected {self._version}, as here")
@@ -52,7 +52,7 @@ class RayWorker:
         return self._worker.description
 
     def run(self, q_id: str) -> tuple[str, list[tuple[int, str]]]:
-        """Run a q_id: -> how it ended, and what there is to say of it."""
+        """Run a q_id. -> how it ended, and the lines to log about it."""
         said = _Said()
         root = logging.getLogger("relfv")
         root.setLevel(logging.DEBUG)

@@ -1,5 +1,5 @@
-"""A q_id's folder as a single command finds it: its status, with the command's settings taken into it where they agree
-with what is there, and what keeps a command from writing over other results."""
+"""Open a q_id's folder for a single command: read its status, take the command's settings into it where they agree with
+what is there, and keep the command from writing over other results."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from relfv.store.status import QidStatus, read_status
 log = logging.getLogger(__name__)
 
 Overlay = Callable[[Settings], Settings]
-"""The settings of a command: its flags over a base."""
+"""Function that puts a command's flags over base settings."""
 
 
 @contextmanager
 def recorded(
     folder: QidFolder, overlay: Overlay, stages: Sequence[Stage], inputs: Sequence[File[Any]]
 ) -> Iterator[QidStatus]:
-    """Under the lock of a q_id's folder its status as it is now, with the command's settings taken into it; afterwards
-    it says where the q_id stands.
+    """While open, hold the lock of a q_id's folder and give its status, with the command's settings taken into it; at
+    the end the status says where the q_id stands.
 
     Raises InputError if settings or ``inputs`` are not the folder's own, RunError if the frozen trials were changed.
     """
@@ -48,7 +48,7 @@ def recorded(
             _require_own(status, folder, file)
         free = free_settings(status, stages)
         status.fingerprint_fields |= {name: getattr(settings, name) for name in free}
-        # Where the model lies and what runs it is this command's affair; the files keep the name they began with.
+        # Model path and device are this command's choice; the files keep the names they began with.
         kept = {name: getattr(status.settings, name) for name in ("model", "device", "relation_csv_path")}
         status.settings = replace(settings, **kept)
         with settled_aloud(status):
@@ -58,7 +58,8 @@ def recorded(
 
 @contextmanager
 def noted(folder: QidFolder, out: Path) -> Iterator[None]:
-    """Under the lock of a q_id's folder; afterwards its status knows of ``out``, made under a name of its own."""
+    """While open, hold the lock of a q_id's folder; at the end record ``out``, a file made under a name of its own, in
+    its status."""
     with folder.locked():
         yield
         if status := read_status(folder.artifacts):
@@ -74,9 +75,9 @@ def settled_aloud(status: QidStatus) -> Iterator[None]:
 
 
 def settings_within(status: QidStatus, overlay: Overlay, stages: Sequence[Stage]) -> Settings:
-    """The command's flags over the folder's settings. A flag may differ from what the folder says only if no step that
-    depends on it has been begun, besides those of ``stages``, which are about to run; the model, if they need one, must
-    be the folder's. Raises InputError."""
+    """Settings of the folder with the command's flags over them. A flag may differ from what the folder says only if no
+    step that depends on it has been begun, besides those of ``stages``, which are about to run; the model, if they need
+    one, must be the folder's. Raises InputError."""
     settings, model = overlay(status.settings), {}
     if any(set(MODEL_SETTINGS) <= set(stage.settings) for stage in stages):
         settings = resolved(settings)

@@ -1,4 +1,4 @@
-"""``relfv run --plan``: what is to be shown, written down and sealed before anything is computed.
+"""``relfv run --plan``: write down what is to be shown, and seal it before anything is computed.
 
 The plan is checked before the model is opened: its q_ids against the CSV, its values against the artifacts' schemas.
 It is copied into ``<REL>/plan.json`` once, with what was known then, and never replaced. Whether it was followed the
@@ -43,15 +43,15 @@ _TESTS = ("at_least", "at_most", "equals")
 
 @dataclass(frozen=True)
 class WrittenPlan:
-    """A plan as ``--plan`` gave it, found good."""
+    """A plan as ``--plan`` gave it, checked."""
 
     path: Path
     content: dict[str, Any]
     sha256: str
-    """Of the file, as sha256sum prints it."""
+    """Hash of the file, as sha256sum prints it."""
 
     def in_words(self) -> str:
-        """What is in it."""
+        """Summary of the plan in words."""
         n_hypotheses, n_excluded = (len(self.content.get(name, ())) for name in ("hypotheses", "exclusions"))
         return f"{self.path}: {n_hypotheses} hypotheses, {n_excluded} q_ids excluded; sha256 {self.sha256}"
 
@@ -95,7 +95,7 @@ def read_plan(path: Path, relations: Mapping[str, Relation], csv_path: Path) -> 
         raise InputError(f"{where}: cannot be read ({problem.strerror}); expected a JSON file") from None
     except (ValueError, RecursionError) as problem:
         raise InputError(f"{where}: is not JSON in UTF-8 ({problem}); expected {_words(WRITTEN)}") from None
-    if isinstance(content, dict):  # one that was registered before may be registered again for another model
+    if isinstance(content, dict):  # a plan registered before may be registered again for another model
         content = {key: value for key, value in content.items() if key not in ("registered", SEAL)}
     _require_keys(content, WRITTEN, where)
     if not content.keys() & {"hypotheses", "layer_rule", "exclusions"}:
@@ -138,7 +138,7 @@ def register(plan: Plan, written: WrittenPlan) -> None:
     """Write ``<REL>/plan.json``, if it is not there yet. Raises InputError if another plan is there by now."""
     folder, settings = plan.folder, plan.request.settings
     csv_path = csv_file(settings.relation_csv_path)
-    relations = load_relations(csv_path)  # all of them, whatever this run does
+    relations = load_relations(csv_path)  # all relations, not only those of this run
     with sole_writer(folder):
         require_same_plan(written, folder)
         if (folder / PLAN).exists():
@@ -166,13 +166,14 @@ def register(plan: Plan, written: WrittenPlan) -> None:
 
 
 def _has_results(folder: Path, q_id: str) -> bool:
-    """Also under the names that earlier results of a q_id were moved to: whoever plans may have seen those."""
+    """Whether results of a q_id are there, also under the names that earlier ones were moved to: whoever plans may have
+    seen those."""
     for path in folder.glob(f"{q_id}*/artifacts"):
         if path.parent.name.partition(REPLACED)[0] != q_id:
             continue
         try:
             status = read_status(path)
-        except RelfvError:  # damaged: something was there
+        except RelfvError:  # a damaged status shows that results were there
             return True
         if status and status.has_results():
             return True

@@ -1,4 +1,5 @@
-"""What ``relfv run`` would do with each q_id, and what it would refuse, with nothing written and no weights read."""
+"""Rehearse ``relfv run``: what it would do with each q_id, and what it would refuse, with nothing written and no
+weights read."""
 
 from __future__ import annotations
 
@@ -20,15 +21,16 @@ if TYPE_CHECKING:
     from relfv.models.outline import Outline
 
 _MOST, _CORES = 4, 4
-"""Processes on a card that were found to pay, and host cores for each."""
+"""Most processes on a card that were found to pay, and host cores for each."""
 _WORTH = 30
-"""q_ids that make up for opening the model more often: that takes 10 to 15 s longer, and a q_id 0.4 to 0.5 s less."""
+"""Number of q_ids that make up for opening the model more often: that takes 10 to 15 s longer, and a q_id 0.4 to 0.5 s
+less."""
 REFUSED, SKIPPED, _DONE = "refuse: ", "skip: ", "completed, nothing to do"
 
 
 def require_enough_heads(model: LanguageModel | Outline, settings: Settings) -> None:
     """Raise InputError if more heads are asked for than the model has."""
-    n_heads = len(heads_to_sweep(cast("LanguageModel", model), settings))  # which asks for no more than an outline has
+    n_heads = len(heads_to_sweep(cast("LanguageModel", model), settings))  # needs only an outline
     for flag, k in (("--topk", settings.topk), *(("--k_sweep", k) for k in settings.k_sweep)):
         if k > n_heads:
             raise InputError(f"{flag} {k}: {model.name} has {n_heads} heads to choose from; expected at most that")
@@ -63,8 +65,8 @@ def outline_for(request: RunRequest) -> Outline | None:
 
 
 def more_on_a_card(request: RunRequest, found: Outline | None, n_q_ids: int) -> str:
-    """What a user of one process on a card should know where more would pay: each has room for the weights and a pass
-    over all trials, so that every byte is that of one process. Else empty."""
+    """Advice for a user of one process on a card where more would pay: each has room for the weights and a pass over
+    all trials, so that every byte is that of one process. Empty if there is none to give."""
     if (
         request.devices
         or request.ray
@@ -95,12 +97,12 @@ def more_on_a_card(request: RunRequest, found: Outline | None, n_q_ids: int) -> 
 
 
 def needs_a_model(said: str) -> bool:
-    """Whether a q_id of which this was said would be computed on."""
+    """Whether a run would compute anything for a q_id of which ``what_would_happen`` said this."""
     return not said.startswith((SKIPPED, _DONE, REFUSED))
 
 
 def stages_to_run(plan: Plan, q_id: str) -> frozenset[str]:
-    """The names of the stages that a run would come to, of a q_id that it would not refuse."""
+    """Names of the stages that a run would go through for a q_id that it would not refuse."""
     asked, status = plan.request.settings, None
     if not plan.request.force:
         with suppress(DamagedStatus):
@@ -116,7 +118,7 @@ def stages_to_run(plan: Plan, q_id: str) -> frozenset[str]:
 
 
 def what_would_happen(plan: Plan, q_id: str) -> str:
-    """In words; begins with REFUSED or SKIPPED where it would be."""
+    """Say in words what a run would do with a q_id; begins with REFUSED or SKIPPED if it would refuse or skip it."""
     try:
         if reason := plan.skip_reason(q_id):
             return f"{SKIPPED}{reason}"

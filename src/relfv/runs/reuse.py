@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 
 
 def require_reusable(plan: Plan) -> None:
-    """Raise InputError if StepD of a q_id there was made with other settings, naming them, or if there is none of the
-    q_ids, or the folder is the one that is written to. None given is fine."""
+    """Raise InputError if StepD of a q_id in the results to reuse was made with other settings, naming them, or if
+    there is none of the q_ids, or that folder is the one that is written to. Without ``--reuse_stepd`` all is fine."""
     there, here = plan.request.reuse_stepd, plan.folder
     if there is None:
         return
@@ -47,8 +47,8 @@ def require_reusable(plan: Plan) -> None:
 
 
 def reuse_step_d(plan: Plan, status: QidStatus) -> None:
-    """Copy StepD's files of ``status``' q_id into its folder, and their record into it, where they are there and whole.
-    Hold the q_id's lock."""
+    """Copy StepD's files of ``status``' q_id into its folder, and their record into its status, where they are there
+    and whole. Hold the q_id's lock."""
     if plan.request.reuse_stepd is None or status.has_results():
         return
     source = _status_there(plan, status.q_id)
@@ -73,7 +73,8 @@ def reuse_step_d(plan: Plan, status: QidStatus) -> None:
 
 
 def _status_there(plan: Plan, q_id: str) -> QidStatus | None:
-    """Of the q_id in the results to reuse, given as all of them or as a relation's. Raises InputError if damaged."""
+    """Status of the q_id in the results to reuse, which are all results or one relation's. Raises InputError if
+    damaged."""
     there = plan.request.reuse_stepd
     assert there is not None
     try:

@@ -1,4 +1,4 @@
-"""``relfv run``: every q_id through every stage, one model for all, and nothing computed twice.
+"""``relfv run``: take every q_id through every stage, with one model for all, and compute nothing twice.
 
 A q_id is a unit of its own: it is locked while it runs, its failure does not stop the others, and whatever it has
 finished is on disk. What a restart finds completed and intact it leaves alone; if that is everything, the model is
@@ -63,7 +63,7 @@ def run(request: RunRequest) -> int:
     with ExitStack() as at_end:
         with remembering() as said:
             _say_queue(plan, skipped, todo, n_unreadable=len(unusable) - len(afresh))
-            # Before anything is written or moved: a model that cannot be opened leaves everything as it was.
+            # Open before anything is written or moved: a model that cannot be opened leaves everything as it was.
             workers = at_end.enter_context(closing(_opened(plan, len(todo)))) if todo else None
             if plan.written:
                 register(plan, plan.written)
@@ -116,13 +116,14 @@ def _say_queue(plan: Plan, skipped: Mapping[str, str], todo: Sequence[str], n_un
 
 
 def _opened(plan: Plan, n_q_ids: int) -> Worker | Crew | RayCrew:
-    """Who runs ``n_q_ids``, with the model of the request opened: this process, several, or a Ray cluster.
+    """Open the request's model in the process or processes that will run ``n_q_ids``: this process, several, or a Ray
+    cluster.
 
     Raises InputError if it cannot be opened, or has too few heads.
     """
     request = plan.request
 
-    def check() -> None:  # before its weights are read, which may take minutes
+    def check() -> None:  # called before the model's weights are read, which may take minutes
         require_temporary_folder()
         here = not request.ray and len(request.devices) <= 1
         with loading(request.settings, request.settings.device if here else ""):
@@ -152,8 +153,9 @@ def _move_all_aside(plan: Plan) -> None:
 
 
 def _move_damaged_aside(plan: Plan, unusable: Collection[str]) -> set[str]:
-    """Results whose status is damaged are neither trusted nor overwritten: their folder gets a dated name, and the q_id
-    starts afresh. What only cannot be read is left alone. -> q_ids left alone, which were named in the log."""
+    """Move aside results whose status is damaged, which are neither trusted nor overwritten: their folder gets a dated
+    name, and the q_id starts afresh. A status that only cannot be read is left alone. -> q_ids left alone, which were
+    named in the log."""
     left_alone: set[str] = set()
     for q_id in unusable:
         with its_own_trouble(q_id, left_alone), plan.locked(q_id) as holder:
@@ -205,7 +207,7 @@ def _run_todo(
             outcomes[q_id] = outcome
             if outcome == "completed":
                 unchanged.note(q_id, unchanged.state(q_id, plan.asked(q_id)))
-            if len(outcomes) == len(todo):  # after the last the manifest comes first
+            if len(outcomes) == len(todo):  # after the last q_id the manifest is written first
                 continue
             if isinstance(workers, Worker):
                 workers.in_a_pause(so_far.write_what_is_due)
@@ -227,7 +229,7 @@ def _run_todo(
 
 
 def _description(plan: Plan, started_at: str) -> dict[str, Any]:
-    """What the manifest says of a run without its model."""
+    """Description of a run for the manifest, without its model."""
     return {
         "started_at": started_at,
         "finished_at": None,
@@ -239,7 +241,7 @@ def _description(plan: Plan, started_at: str) -> dict[str, Any]:
 
 
 def _finish_earlier_run(plan: Plan, started_at: str) -> None:
-    """What a run that was killed after its last q_id left undone: its page, and what it was just writing.
+    """Finish what a run that was killed after its last q_id left undone: its page, and files that it was just writing.
 
     Where nothing was left undone nothing is touched.
     """

@@ -1,4 +1,4 @@
-"""Which finished q_ids a command that needs several of them works on, and the settings they share."""
+"""Choose the finished q_ids for a command that needs several of them, and find the settings they share."""
 
 from __future__ import annotations
 

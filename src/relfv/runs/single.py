@@ -1,4 +1,4 @@
-"""One stage at a time, as the spec's command lines call it: the same stages as ``relfv run``.
+"""Run one stage at a time, as the spec's command lines do: the same stages as ``relfv run``.
 
 Where a command writes into a q_id's folder, it keeps that folder's qid_status.json: it refuses settings that contradict
 what is already there and inputs that are not the folder's own, records what it read and wrote, and, when the last layer
@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 
 
 def run_step_d(settings: Settings, q_id: str, out_base_dir: Path) -> int:
-    """StepD of one q_id into ``out_base_dir/artifacts``. An ineligible q_id is marked skipped: exit code 0."""
+    """Run StepD of one q_id into ``out_base_dir/artifacts``. An ineligible q_id is marked skipped: exit code 0."""
     settings = resolved(settings)
     csv_path = csv_file(settings.relation_csv_path)
     relations = load_relations(csv_path)
@@ -88,8 +88,8 @@ def run_step_d(settings: Settings, q_id: str, out_base_dir: Path) -> int:
 
 
 def _begun(folder: QidFolder, settings: Settings, fields: Mapping[str, Any]) -> QidStatus | None:
-    """The folder's status if it has results. Raises InputError if they are not of this experiment, as far as StepD
-    goes."""
+    """The folder's status if it has results. Raises InputError if settings that StepD depends on differ from those of
+    this experiment."""
     status = read_status_of_results(folder.artifacts)
     if status is None or not status.has_results():
         return None
@@ -99,7 +99,8 @@ def _begun(folder: QidFolder, settings: Settings, fields: Mapping[str, Any]) -> 
 
 
 def run_heatmap(in_dir: Path, metric: str, topk: int, out_name: str | None) -> int:
-    """The heatmap of ``in_dir``'s scores. Under the q_id's own name it must be drawn as the q_id's settings say."""
+    """Draw the heatmap of ``in_dir``'s scores. Under the q_id's own name it must be drawn as the q_id's settings
+    say."""
     if out_name is not None and (Path(out_name).name != out_name or "\0" in out_name):
         raise InputError(f"--out_name {out_name!r}: expected a file name without a folder; it goes into --in_dir")
     status = read_status(in_dir)
@@ -118,7 +119,7 @@ def run_heatmap(in_dir: Path, metric: str, topk: int, out_name: str | None) -> i
     if status is None:
         run_step(_loose_work(folder, overlay(Settings(model=""))), heatmap.STAGE.step())
     elif out != QidFolder(in_dir, q_id).path(HEATMAP):
-        # No stage, but what is being written in a q_id's folder can only be read under its lock.
+        # This is no stage, but files of a q_id's folder are only read under its lock, since they may be being written.
         with noted(folder, out):
             run_step(_loose_work(folder, overlay(status.settings)), heatmap.STAGE.step())
     else:
@@ -129,7 +130,7 @@ def run_heatmap(in_dir: Path, metric: str, topk: int, out_name: str | None) -> i
 
 
 def run_step_e(stepd_artifacts_dir: Path, sampled_trials_path: Path, out_dir: Path, overlay: Overlay) -> int:
-    """Top heads, function vector and its quick check, then the zero-shot snapshot, into ``out_dir``."""
+    """Make the top heads, the function vector and its quick check, then the zero-shot snapshot, in ``out_dir``."""
     status = read_status(out_dir) if out_dir.resolve() == stepd_artifacts_dir.resolve() else None
     if _said_to_be_skipped(status):
         return 0
@@ -156,7 +157,7 @@ def run_step_e(stepd_artifacts_dir: Path, sampled_trials_path: Path, out_dir: Pa
 
 
 def run_zero_shot(sampled_trials_path: Path, out_path: Path | None) -> int:
-    """The zero-shot snapshot beside the frozen trials, or at ``out_path``."""
+    """Make the zero-shot snapshot beside the frozen trials, or at ``out_path``."""
     _require_files(sampled_trials_path)
     home = sampled_trials_path.parent
     status = read_status(home)
@@ -182,7 +183,8 @@ def run_zero_shot(sampled_trials_path: Path, out_path: Path | None) -> int:
 
 
 def run_step6(fv_path: Path, trials_path: Path, edit_layer: int, out_dir: Path, overlay: Overlay) -> int:
-    """Step6 at one layer. After the last missing layer of a q_id's folder: what follows Step6, and ``completed``."""
+    """Run Step6 at one layer. After the last missing layer of a q_id's folder, run what follows Step6 and set
+    ``completed``."""
     if re.fullmatch(r"layer_\d+", out_dir.name) and out_dir.name != f"layer_{edit_layer}":
         raise InputError(f"--out_dir ends in {out_dir.name}, --edit_layer is {edit_layer}; make them the same layer")
     artifacts_dir = out_dir.parent.parent
@@ -217,12 +219,12 @@ def run_step6(fv_path: Path, trials_path: Path, edit_layer: int, out_dir: Path, 
 
 
 def _loose_work(folder: QidFolder, settings: Settings) -> Work:
-    """Work in a folder without a status."""
+    """The work in a folder without a status."""
     return Work(folder, settings, lambda: open_for(settings))
 
 
 def _said_to_be_skipped(status: QidStatus | None) -> bool:
-    """True, and said, if StepD has skipped this q_id: there is nothing to do, and that is no failure."""
+    """True, and logged, if StepD has skipped this q_id: there is nothing to do, and that is no failure."""
     if status is None or status.status != "skipped":
         return False
     log.info("%s skipped: %s", status.q_id, status.reason)

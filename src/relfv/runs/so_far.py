@@ -1,4 +1,4 @@
-"""What tells of all q_ids of a relation, while a run goes on."""
+"""Keep up to date, while a run goes on, the page and tables that cover all q_ids of a relation."""
 
 from __future__ import annotations
 
@@ -16,33 +16,34 @@ from relfv.report.written_tables import write_tables
 log = logging.getLogger(__name__)
 
 _ABOUT_ALL = {"tables are": (write_tables, 0.0), "page is": (write_report, 0.2)}
-"""What tells of all q_ids: how it is made, and in how many seconds it may be made after every one of them."""
+"""Outputs that cover all q_ids: the function that makes each, and the seconds that making it may take if it is to be
+made after every q_id."""
 
 
 class SoFar:
-    """Page and tables of what is finished, for who looks while a run goes on. That one cannot be written does not stop
-    the run, whose end tries again."""
+    """Page and tables of the q_ids finished so far, for people who look while a run goes on. A failure to write one
+    does not stop the run, whose end tries again."""
 
     def __init__(self, folder: Path, *, of_all: bool = True) -> None:
-        """``of_all`` is False for a shard, which writes none of it."""
+        """Set up the outputs; ``of_all`` is False for a shard, which writes none of them."""
         self._folder, self._made = folder, _ABOUT_ALL if of_all else {}
         self._known = Known(folder)
         self._took = dict.fromkeys(_ABOUT_ALL, 0.0)
         self._written_at = dict.fromkeys(_ABOUT_ALL, 0.0)
 
     def write(self) -> None:
-        """All of it, now."""
+        """Write page and tables now."""
         for name in self._made:
             self._write(name)
 
     def write_at_last(self) -> None:
-        """The same, once everything has ended: raises what it cannot write."""
+        """Write page and tables once everything has ended; raises an error if one cannot be written."""
         for make, _ in self._made.values():
             make(self._folder, self._known)
 
     def write_what_is_due(self) -> None:
-        """After every q_id; of thousands, whose page and tables take long, each in no more than a twentieth of the
-        time."""
+        """Write, after a q_id, the outputs that are due. With thousands of q_ids, whose page and tables take long, each
+        gets no more than a twentieth of the time."""
         for name, (_, free_s) in self._made.items():
             if self._took[name] < free_s or time.monotonic() - self._written_at[name] > 20 * self._took[name]:
                 self._write(name)
@@ -58,7 +59,7 @@ class SoFar:
 
     @contextmanager
     def also_if_interrupted(self) -> Iterator[None]:
-        """The page says what ``relfv status`` says, also after SIGINT and SIGTERM."""
+        """While open, make the page say what ``relfv status`` says even after SIGINT and SIGTERM."""
         try:
             yield
         except BaseException:

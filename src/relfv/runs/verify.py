@@ -1,4 +1,4 @@
-"""``relfv verify``: do the results in a folder still hold? Offline, from the files alone; nothing is written.
+"""``relfv verify``: check that the results in a folder still hold. Offline, from the files alone; nothing is written.
 
 A q_id (verify_qid.py) holds if every stage is done, every file is there with its recorded hash, was made from inputs
 that still have theirs, is read by its own reader, and agrees with the others where that is cheap to see; and if no
@@ -31,7 +31,7 @@ from relfv.store.statuses import natural_key
 
 @dataclass(frozen=True)
 class Verification:
-    """Everything below one folder."""
+    """Result of checking everything below one folder."""
 
     root: Path
     checked: list[Checked]
@@ -42,13 +42,13 @@ class Verification:
         return not any(item.problems for item in self.checked)
 
     def to_json(self) -> str:
-        """``{root, holds, checked [{name, folder, status, n_files, problems [{kind, file, detail}], note, at_work,
-        holds}]}``."""
+        """The result as JSON: ``{root, holds, checked [{name, folder, status, n_files, problems [{kind, file, detail}],
+        note, at_work, holds}]}``."""
         checked = [{**asdict(item), "holds": not item.problems} for item in self.checked]
         return json_bytes({"root": str(self.root), "holds": self.holds, "checked": checked}).decode().rstrip()
 
     def to_text(self) -> str:
-        """A line for each q_id and each file beside them, then the count."""
+        """The result as text: a line for each q_id and each file beside them, then the count."""
         broken = sum(bool(item.problems) for item in self.checked)
         at_work = sum(item.at_work for item in self.checked)
         n = len(self.checked) - at_work
@@ -67,7 +67,7 @@ def verify(root: Path) -> Verification:
     if not checked:
         raise InputError(f"{root}: no results here; expected a folder that relfv run wrote to, or one within it")
     if root not in relations:
-        checked += [*_check_aggregate(root), *_check_page(root)]  # of several relations, and the index
+        checked += [*_check_aggregate(root), *_check_page(root)]  # the aggregate of several relations, and the index
     return Verification(root, checked)
 
 
@@ -80,8 +80,8 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def _check_relation(folder: Path) -> list[Checked]:
-    """Its q_ids, those that the manifest knows and that are gone, what lies beside them, and the manifest; nothing if
-    it is no relation."""
+    """Check a relation: its q_ids, those that the manifest knows and that are gone, the files beside them, and the
+    manifest. Nothing if it is no relation."""
     q_ids = [path for path in _subfolders(folder) if is_of_a_qid(path) and not was_moved_aside(path.name)]
     manifest = folder / MANIFEST
     awaited = any(map(writer_of, q_ids))
@@ -96,7 +96,7 @@ def _check_relation(folder: Path) -> list[Checked]:
     except RelfvError as problem:
         kind = "damaged" if manifest.exists() else "missing"
         problems.append(Problem(kind, MANIFEST, reason_of(problem, manifest)))
-    # A run that is at work may just have moved some aside.
+    # A run that is at work may just have moved some q_ids aside.
     gone = [] if awaited else [folder / q_id for q_id in dict.fromkeys(known) if not is_of_a_qid(folder / q_id)]
     checked += [Checked(name_of(path), str(path), "", 0, [Problem("missing", "artifacts", "")]) for path in gone]
     checked += _check_beside(folder)
@@ -104,13 +104,13 @@ def _check_relation(folder: Path) -> list[Checked]:
 
 
 def _check_beside(folder: Path) -> list[Checked]:
-    """What other commands left in a relation's folder."""
+    """Check the files that other commands left in a relation's folder."""
     checks = (_check_plan, _check_cross, _check_aggregate, _check_page, _check_tables)
     return [item for check in checks for item in check(folder)]
 
 
 def _check_plan(folder: Path) -> list[Checked]:
-    """What relfv run --plan registered: nothing if it did not."""
+    """Check the plan that ``relfv run --plan`` registered; nothing if it registered none."""
     path, problems = folder / PLAN, []
     if not path.exists():
         return []
@@ -122,8 +122,8 @@ def _check_plan(folder: Path) -> list[Checked]:
 
 
 def _check_aggregate(folder: Path) -> list[Checked]:
-    """What relfv aggregate left: nothing if it never ran there. Relations that wait to be left out are no problem: it
-    may have been told to open no model."""
+    """Check the files that ``relfv aggregate`` left; nothing if it never ran there. Relations that wait to be left out
+    are no problem: it may have been told to open no model."""
     path = folder / AGGREGATE
     if not path.exists():
         return []
@@ -139,12 +139,12 @@ def _check_aggregate(folder: Path) -> list[Checked]:
 
 
 def _check_page(folder: Path) -> list[Checked]:
-    """The page or index, if there is one: it can be made again at any time."""
+    """Check the page or index, if there is one: it can be made again at any time."""
     return _beside(folder, page_path(folder).relative_to(folder).as_posix(), page_problem(folder))
 
 
 def _check_tables(folder: Path) -> list[Checked]:
-    """A relation's tables, if there are any: they can be made again, too."""
+    """Check a relation's tables, if there are any: they can be made again, too."""
     name, problem = tables_problem(folder) or ("", None)
     return _beside(folder, name, problem)
 
@@ -156,7 +156,7 @@ def _beside(folder: Path, name: str, problem: str | None) -> list[Checked]:
 
 
 def _check_cross(folder: Path) -> list[Checked]:
-    """What relfv cross left in a relation's folder: nothing if it never ran there."""
+    """Check the files that ``relfv cross`` left in a relation's folder; nothing if it never ran there."""
     path, figure = folder / CROSS, folder / CROSS_FIGURE
     if not path.exists() and not figure.exists():
         return []

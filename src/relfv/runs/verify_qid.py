@@ -1,4 +1,4 @@
-"""One q_id's part of ``relfv verify``: does its folder hold?"""
+"""Check one q_id's folder for ``relfv verify``."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from relfv.store.status import STATUS_FILE, DamagedStatus, QidStatus, read_statu
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that does not hold."""
+    """One thing in a folder that does not hold."""
 
     kind: str
-    """missing, damaged, unparsable, out of date, inconsistent, unexpected or unfinished."""
+    """Kind of problem: missing, damaged, unparsable, out of date, inconsistent, unexpected or unfinished."""
     file: str
-    """Relative to the folder it is reported for."""
+    """Path of the file, relative to the folder that the problem is reported for."""
     detail: str = ""
 
 
@@ -36,19 +36,20 @@ class Checked:
     """The state of one q_id's folder, or of a relation's manifest, page or cross_fv.json."""
 
     name: str
-    """``<REL>/<Q>``, ``<REL>/run_manifest.json``, ``<REL>/report/index.html`` or ``<REL>/cross_fv.json``."""
+    """Name to show: ``<REL>/<Q>``, ``<REL>/run_manifest.json``, ``<REL>/report/index.html`` or
+    ``<REL>/cross_fv.json``."""
     folder: str
     status: str
-    """Of the q_id; empty for the others."""
+    """Status of the q_id; empty for other files."""
     n_files: int
     problems: list[Problem]
     note: str = ""
-    """What else is to be said."""
+    """Further words about the result."""
     at_work: bool = False
-    """Whether a process is writing the q_id just now, or will: its files were then not checked."""
+    """True if a process is writing the q_id just now, or will: its files were then not checked."""
 
     def line(self) -> str:
-        """For a terminal; of many files of one kind the first five are named."""
+        """The result as a line for a terminal; of many files of one kind the first five are named."""
         note = f"; {self.note}" if self.note else ""
         if self.at_work:
             return printable(f"{self.name}  not checked: {self.note}")
@@ -65,32 +66,32 @@ class Checked:
 
 
 def name_of(folder: Path) -> str:
-    """``<REL>/<Q>``."""
+    """Name of a q_id's folder, ``<REL>/<Q>``."""
     return "/".join(folder.resolve().parts[-2:])
 
 
 def reason_of(problem: Exception, path: Path) -> str:
-    """What is wrong, without the path that stands in front of it."""
+    """The error's words, without the path that stands in front of them."""
     return in_words(problem).removeprefix(f"{path}: ")
 
 
 def writer_of(folder: Path) -> str | None:
-    """Who writes in a q_id's folder just now."""
+    """The process that writes in a q_id's folder just now, or None."""
     return held_by(QidFolder(folder / "artifacts", folder.name).lock)
 
 
 def check_qid(folder: Path, *, awaited: bool = False) -> Checked:
-    """One q_id; ``awaited`` if a run is at work that may come to it yet."""
+    """Check one q_id; ``awaited`` if a run is at work that may come to it yet."""
     checked = None
     if not (holder := writer_of(folder)):
         try:
             checked = _checked(folder, awaited)
-        except Exception as problem:  # whatever it holds, the others are checked
+        except Exception as problem:  # whatever is wrong in this folder, the others are checked
             path = folder / "artifacts" / STATUS_FILE
             checked = Checked(name_of(folder), str(folder), "", 0, [Problem("damaged", ".", reason_of(problem, path))])
         if not checked.problems or not (holder := writer_of(folder)):
             return checked
-    # What is being written fits nothing yet.
+    # Files that are being written do not fit the others yet.
     return Checked(name_of(folder), str(folder), "running", 0, [], f"is being written by {holder}", at_work=True)
 
 
@@ -99,7 +100,7 @@ def _checked(folder: Path, awaited: bool) -> Checked:
     status_file = artifacts_dir / STATUS_FILE
     try:
         status = read_status_of_results(artifacts_dir)
-    except RelfvError as problem:  # whatever is no damage is of a newer relfv, or of a disk that does not give it
+    except RelfvError as problem:  # if not damaged: by a newer relfv, or a disk error
         found = "damaged" if isinstance(problem, DamagedStatus) else "unparsable"
         kind = found if status_file.exists() else "missing"
         return Checked(name, str(folder), "", 0, [Problem(kind, STATUS_FILE, reason_of(problem, status_file))])
@@ -108,7 +109,7 @@ def _checked(folder: Path, awaited: bool) -> Checked:
     if awaited and status.status == "pending" and not status.has_results():
         return Checked(name, str(folder), "pending", 0, [], "waits for the run that is at work", at_work=True)
     promised = {name: digest for record in status.stages.values() for name, digest in record.files.items()}
-    # Nothing rests on these, and whoever asked for one may throw it away.
+    # No other file depends on these, so users may delete them.
     promised |= {name: digest for name, digest in status.other_files.items() if (artifacts_dir / name).exists()}
     problems = [*_of_another(folder, status), *_unfinished(status, awaited)]
     problems += [*_changed(status, promised), *_out_of_date(status, promised)]
@@ -124,7 +125,8 @@ def _checked(folder: Path, awaited: bool) -> Checked:
 
 
 def _of_another(folder: Path, status: QidStatus) -> Iterator[Problem]:
-    """Folders that were exchanged, or replaced by a copy of another. One that stands alone may have any name."""
+    """Yield a problem for a folder that was exchanged, or replaced by a copy of another. A folder that stands alone may
+    have any name."""
     here = folder.resolve()
     among_others = (here.parent / MANIFEST).exists() or (here.parent / status.q_id / "artifacts").is_dir()
     if status.q_id != here.name and among_others:
@@ -155,7 +157,7 @@ def _changed(status: QidStatus, promised: Mapping[str, str]) -> Iterator[Problem
 
 
 def _out_of_date(status: QidStatus, promised: Mapping[str, str]) -> Iterator[Problem]:
-    """Stages made from files that their own stage has written again since. Damaged inputs are reported as such,
+    """Yield stages made from files that their own stage has written again since. Damaged inputs are reported as such,
     once."""
     for stage, record in status.stages.items():
         newer = [name for name, digest in record.inputs.items() if promised.get(name, digest) != digest]
@@ -177,13 +179,13 @@ def _unparsable(folder: QidFolder, promised: Mapping[str, str]) -> list[Problem]
         try:
             if file:
                 folder.read_at(path, file)
-        except Exception as problem:  # a reader that meets another shape than it knows
+        except Exception as problem:  # the reader met a shape that it does not know
             problems.append(Problem("unparsable", name, reason_of(problem, path)))
     return problems
 
 
 def _inconsistent(folder: QidFolder, status: QidStatus) -> list[Problem]:
-    """Of files that are each as they were written: do they tell one story?"""
+    """List contradictions between files that are each as they were written."""
     left_out = {stage for stage in STAGES if (stage.asked or stage.extra) and stage.name not in status.stages}
     checks: list[Callable[[QidFolder, QidStatus], Iterator[Finding]]] = [
         stage.agrees for stage in STAGES if stage.agrees and stage not in left_out
@@ -204,7 +206,7 @@ def _inconsistent(folder: QidFolder, status: QidStatus) -> list[Problem]:
 def _is_of_a_run(status: QidStatus) -> bool:
     """True if the manifest has a run of this q_id with its fingerprint, or knows none of this q_id at all."""
     runs: list[dict[str, Any]] = []
-    with suppress(RelfvError):  # reported for the manifest itself, or the q_id was made by single commands
+    with suppress(RelfvError):  # a bad manifest is reported itself; single commands write none
         runs = [
             run for run in manifest_runs(status.artifacts_dir.parent.parent / MANIFEST) if status.q_id in run["q_list"]
         ]

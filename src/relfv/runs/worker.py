@@ -1,4 +1,4 @@
-"""One opened model that takes q_ids, one after another, each under its lock.
+"""A worker: one opened model that takes q_ids, one after another, each under its lock.
 
 ``relfv run`` has one in its own process, or one in each of several (crew.py). Who hands out the q_ids does not matter
 to it: a q_id that another process holds, or has finished, it leaves alone.
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Worker:
-    """An opened model, and how far the plan is."""
+    """One opened model, and the pace at which it works through the plan's q_ids."""
 
     plan: Plan
     model: LanguageModel
@@ -48,24 +48,25 @@ class Worker:
 
     @staticmethod
     def opened(plan: Plan) -> Worker:
-        """With the model of the request. Raises InputError if it cannot be opened, or has too few heads."""
-        if (n := plan.request.processes_a_card) > 1:  # this one is among them
+        """Make a worker by opening the model of the request. Raises InputError if it cannot be opened, or has too few
+        heads."""
+        if (n := plan.request.processes_a_card) > 1:  # the number includes this process
             from relfv.models.devices import choose_devices, taken
 
             share_cards(n, taken(choose_devices(plan.request.settings.device)))
         model = open_for(plan.request.settings, plan.request.given)
         require_enough_heads(model, plan.request.settings)
-        # Half a million objects that stay: each look through them takes as long as Step6.
+        # Half a million objects stay: each garbage collection of them takes as long as Step6.
         gc.freeze()
         return Worker(plan, model)
 
     @cached_property
     def description(self) -> dict[str, Any]:
-        """Of its model, for the manifest."""
+        """Description of the worker's model, for the manifest."""
         return model_description(self.model)
 
     def outcomes(self, q_ids: Sequence[str]) -> Generator[tuple[str, str]]:
-        """Run one after another: -> each with how it ended."""
+        """Run ``q_ids`` one after another. Yields each with how it ended."""
         self.pace = Pace(len(q_ids), shares(self.plan.request.settings.has_extras))
         with at_work("run", "between stages"), headed(self.pace.heading):
             for i, q_id in enumerate(q_ids):
@@ -75,15 +76,15 @@ class Worker:
                 yield q_id, outcome
 
     def still_computes(self) -> bool:
-        """Whether its device does, after a failure."""
+        """Whether the device still computes, after a failure."""
         from relfv.models.devices import still_computes
 
         return still_computes(self.model.backbone.device)
 
     def in_a_pause(self, do: Callable[[], None]) -> None:
-        """Call ``do``: when a GPU computes the next q_id's sweep and this process would wait for it; on a CPU, where it
-        never waits, now; if no sweep comes, when this is called for the next q_id."""
-        self._pause()  # what the last q_id had no sweep for
+        """Call ``do`` in a pause of this process: while a GPU computes the next q_id's sweep; on a CPU, where there is
+        no pause, now; if no sweep comes, when this method is called for the next q_id."""
+        self._pause()  # call what is still put off: the last q_id had no sweep
         self._put_off = do
         if self.model.backbone.device.type == "cpu":
             self._pause()
@@ -93,15 +94,15 @@ class Worker:
         try:
             if do:
                 do()
-        except Exception as problem:  # no trouble of this q_id, and done again at the end of all
+        except Exception as problem:  # not this q_id's failure; tried again at the end of the run
             log.warning("page and tables are not written yet: %s", in_words(problem))
 
     def close(self) -> None:
-        """Garbage may be looked for in the model again."""
+        """Let Python's garbage collector look through the model again."""
         gc.unfreeze()
 
     def run(self, q_id: str) -> str:
-        """Run one: -> how it ended, ``completed`` where all is well; only an interrupt passes through."""
+        """Run one q_id. -> how it ended, ``completed`` where all is well; only an interrupt passes through."""
         self.pace.begin()
         with its_own_trouble(q_id, set()):
             return self._run(q_id)
@@ -130,14 +131,14 @@ class Worker:
             return outcome
 
     def _write_own_page(self, status: QidStatus) -> None:
-        """Of very many q_ids each has one: made here, where several processes are at work, and not by the one that
-        writes what tells of all."""
+        """Write the q_id's own page if there are very many q_ids: here, where several processes are at work, and not in
+        the one that writes what covers all of them."""
         request = self.plan.request
         alone = request.shard or request.ray or len(self.plan.relations) <= MOST_ON_ONE_PAGE
         if status.status == "completed" and not alone:
             try:
                 write_own_page(self.plan.folder, status.artifacts_dir)
-            except Exception as problem:  # the page of all tries it again, and says so
+            except Exception as problem:  # writing the relation's page tries again, and reports it
                 log.debug("%s", in_words(problem))
 
     def _run_locked(self, status: QidStatus) -> str:
@@ -185,5 +186,5 @@ class Worker:
 
 
 def say_outcome(plan: Plan, q_id: str, outcome: str, seconds: float) -> None:
-    """One line for the log."""
+    """Log the outcome of a q_id in one line."""
     log.info("%s %s in %.1f s", called(q_id, plan.relations[q_id].name), outcome, seconds)

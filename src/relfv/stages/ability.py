@@ -1,5 +1,5 @@
-"""Can the model do the relation at all? Clean prompts that it answers right, beside what its commonest answer given
-always would get; and what is said, before anything else, of a relation that it cannot do."""
+"""Test of whether the model can do the relation at all: clean prompts that it answers right, beside what its commonest
+answer given always would get; and the sentence, first in the verdict, on a relation that it cannot do."""
 
 from __future__ import annotations
 
@@ -16,27 +16,29 @@ from relfv.stats import LEVEL
 from relfv.types import Snapshot
 
 CHANCE = 0.05
-"""A relation whose clean accuracy the majority answer reaches with a larger probability is not one the model can do."""
+"""Largest probability that the majority answer alone reaches a relation's clean accuracy, for the relation to count as
+one that the model can do."""
 RULE = (
     "the accuracy of its clean prompts is above that of its commonest answer given always, and that answer alone would "
     f"be right as often with a probability of at most {CHANCE} (binomial, queries as the unit)"
 )
-"""Of what the model can do."""
+"""The rule, in words, for a relation that the model can do."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ability:
-    """What the rule looks at."""
+    """The numbers that the rule looks at."""
 
     clean_acc: float
-    """On the trials' clean prompts."""
+    """Accuracy on the trials' clean prompts."""
     majority_acc: float
-    """Of the one answer that is right most often, given to every trial."""
+    """Accuracy of the one answer that is right most often, given to every trial."""
     n_queries: int
 
 
 def majority_share(right: Iterable[Iterable[Hashable]]) -> float:
-    """Share of the trials in which the answer that is right most often is right; ``right`` has each trial's."""
+    """Share of the trials in which the answer that is right most often is right; ``right`` has each trial's right
+    answers."""
     of_trials = [set(its) for its in right]
     return max(Counter(one for its in of_trials for one in its).values()) / len(of_trials)
 
@@ -47,7 +49,7 @@ def majority_accuracy(trials: Snapshot) -> float:
 
 
 def p_by_majority(one: Ability) -> float:
-    """Probability that giving the majority answer alone is right for as many of as many new queries: binomial, with
+    """Probability that the majority answer alone is right for at least as many of as many new queries: binomial, with
     the query as the unit, since trials that share one are no independent observations."""
     from scipy import stats
 
@@ -77,7 +79,8 @@ def why_not(one: Ability) -> str:
 def ability_numbers(
     right: Sequence[int], clusters: Sequence[int], majority_acc: float, judged_by: str
 ) -> dict[str, Any]:
-    """``right`` (trial,): 1 where the clean prompt is answered right, by ``judged_by``, as ``majority_acc`` is."""
+    """The numbers on ability for summary.json. ``right`` (trial,): 1 where the clean prompt is answered right, by
+    ``judged_by``, as ``majority_acc`` is."""
     value, low, high = mean_between(np.asarray(right), clusters)
     one = Ability(clean_acc=value, majority_acc=majority_acc, n_queries=len(set(clusters)))
     why = why_not(one)
@@ -94,7 +97,8 @@ def ability_numbers(
 
 
 def in_short(able: Mapping[str, Any]) -> str:
-    """Of ``ability_numbers`` what the model does of the relation: a verb for "the model ... it"; empty if it can."""
+    """A verb for "the model ... it", from ``ability_numbers``: what the model does of the relation; empty if it can do
+    it."""
     if able["can_do"]:
         return ""
     # Where one answer is always right, no accuracy can tell a model that does it from one that says that word.
@@ -103,7 +107,7 @@ def in_short(able: Mapping[str, Any]) -> str:
 
 
 def ability_sentence(numbers: Mapping[str, Any]) -> str:
-    """Of a relation that the model cannot do, or is not shown to."""
+    """Sentence on a relation that the model cannot do, or is not shown to do; empty if it can."""
     able = numbers["ability"]
     if able["can_do"]:
         return ""

@@ -1,5 +1,5 @@
-"""Is what the relation was found in also needed? Heads and directions taken away from clean prompts, on request
-(``--extras ablation``).
+"""Ablation, on request (``--extras ablation``): heads and directions are taken away from clean prompts, to see whether
+what the relation was found in is also needed.
 
 A head may carry a relation that the model would get elsewhere without it, and a vector that is enough need not be used.
 So the selected heads are set to what they are on shuffled prompts, to their mean there or over prompts of other
@@ -68,8 +68,9 @@ _MEANING = (
 
 
 def judge_ablations(effects: Effects, prompts: Prompts, names: Sequence[str], gap: Gap) -> dict[str, dict[str, Any]]:
-    """``effects`` (prompt, version) with ``names`` of the versions; those of one name are draws, and numbers are means
-    over them. Name -> accuracy, P, their changes with intervals, and the share of the ``gap`` that is lost."""
+    """Name -> accuracy, P, their changes with intervals, and the share of the ``gap`` that is lost. ``effects`` is
+    (prompt, version), ``names`` has the versions' names; versions of one name are draws, and numbers are means over
+    them."""
     numbers = judge_vectors(effects, prompts, names)["per_layer"]["0"]
     base, reached = effects.base.measure("p"), mean_over_draws(effects, names)
     for name, logprob in mean_over_draws(effects, names, "logprob").items():
@@ -204,7 +205,8 @@ def _ablate(work: Work) -> str:
 def _about(
     draws: Sequence[Sequence[HeadId]], cie: Mapping[HeadId, float], lengths: Mapping[HeadId, float]
 ) -> dict[str, Any]:
-    """Which heads a set has, where it is no draw; how many, their mean CIE, and the mean length of what they write."""
+    """Description of a set of heads: how many, their mean CIE, the mean length of what they write, and, where it is no
+    draw, which heads."""
     its = [head for heads in draws for head in heads]
     return {
         "n_heads": len(draws[0]),
@@ -222,7 +224,7 @@ def _of(name: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def untouched(scores: TokenScores, prompts: Prompts) -> dict[str, float]:
-    """What prompts that are left alone reach."""
+    """Accuracy, mean P and mean log-probability of prompts that are left alone."""
     return {
         "acc": float(scores.correct(prompts.right).mean()),
         "mean_p": float(scores.measure("p").mean()),
@@ -239,7 +241,7 @@ def _agrees(folder: QidFolder, _: QidStatus) -> Iterator[Finding]:
 
 
 def _made_for(folder: QidFolder, relation: Relation, settings: Settings) -> bool:
-    """Whether its prompts of other relations are those that the CSV gives now."""
+    """Whether the prompts of other relations in ablation.json are those that the CSV gives now."""
     there = folder.read(ABLATION).get("other_relations", {}).get("prompts")
     return there == as_recorded(trials_of_others(relation, settings))
 

@@ -1,5 +1,5 @@
-"""What ablation.py takes away at the last token: sets of heads, and directions of the residual stream. Each is a
-version of the token, and one pass makes them all."""
+"""The edits of ablation.py at the last token: sets of heads and directions of the residual stream that are taken away.
+Each edit is a version of the token, and one pass makes them all."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from relfv.engine.clean import CleanRun
 
 N_DRAWS = {"swapped": N_DRAWS_OF_HEADS, "other_relations": N_DRAWS_OF_HEADS, "mean": 5, "zero": 5}
-"""Of random heads, by what they are set to; claims are tested against those of the first two."""
+"""Number of draws of random heads, by what they are set to; claims are tested against the draws of the first two."""
 _N_DIRECTIONS = 5
 _NEAREST = 5
-"""From how many heads of about the same length one is drawn."""
+"""Number of heads of about the same length from which one is drawn."""
 
 SETS = {
     "top": "the heads of the function vector",
@@ -45,15 +45,15 @@ class Taken:
     """A version of the last token: what is taken away, and how."""
 
     what: str
-    """A set of heads or a direction; several draws share one."""
+    """Name of a set of heads or of a direction; several draws share one name."""
     how: str
-    """Of heads what they are set to, one of ``N_DRAWS``; of directions after which layers, ``<l>`` or ``all``, or
-    ``all_to_mean``."""
+    """For heads, what they are set to, one of ``N_DRAWS``; for directions, after which layers they are taken out,
+    ``<l>`` or ``all``, or ``all_to_mean``."""
     version: Together
 
     @property
     def name(self) -> str:
-        """``top, mean``."""
+        """Name of the version, such as ``top, mean``."""
         return f"{self.what}, {self.how}"
 
 
@@ -65,8 +65,8 @@ def ladder(k: int, n: int) -> list[int]:
 def sets_of_heads(
     ground: Ground, ranked: Sequence[HeadId], cie: Mapping[HeadId, float], lengths: Mapping[HeadId, float]
 ) -> dict[str, list[list[HeadId]]]:
-    """By name the sets that there are, a list of draws each. ``ranked`` are all heads swept, best first; ``cie`` their
-    signed scores, ``lengths`` those of what they write."""
+    """Name -> draws of that set of heads, for the sets that are not empty. ``ranked`` are all heads swept, best first;
+    ``cie`` their signed scores, ``lengths`` those of what they write."""
     top = list(ground.selected)
     others = [head for head in ranked if head not in set(top)]
     writers = [head for head in top if cie[head] > 0]
@@ -85,14 +85,14 @@ def sets_of_heads(
 def drawn_by_length(
     top: Sequence[HeadId], others: Sequence[HeadId], lengths: Mapping[HeadId, float], rng: random.Random
 ) -> list[list[HeadId]]:
-    """Sets of ``others``, one for each of ``top``, drawn from those of the nearest length that are still left. Empty
-    where there are fewer."""
+    """Sets of heads from ``others``, one head for each of ``top``, drawn from those of the nearest length that are
+    still left. Empty where there are fewer."""
     if len(others) < len(top):
         return []
     draws = []
     for _ in range(N_DRAWS_OF_HEADS):
         left, chosen = list(others), []
-        for head in rng.sample(list(top), len(top)):  # or the last ones would always have the worst partners
+        for head in rng.sample(list(top), len(top)):  # or the last would always get the worst partners
             nearest = sorted(left, key=lambda other, own=lengths[head]: (abs(lengths[other] - own), other))[:_NEAREST]
             chosen.append(rng.choice(nearest))
             left.remove(chosen[-1])
@@ -101,8 +101,8 @@ def drawn_by_length(
 
 
 def lengths_written(ground: Ground) -> dict[HeadId, float]:
-    """Of each head swept the length of what it adds to the residual stream, mean over clean prompts; W_O z where what
-    stands between is not known."""
+    """Head -> length of the mean, over clean prompts, of what it adds to the residual stream, for each head swept; that
+    of W_O z where what stands between is not known."""
     clean, arch = ground.clean, ground.arch
     z = (clean.written if clean.writing else clean.activations.double()).mean(0)
     found = {}
@@ -147,7 +147,7 @@ def held_out_taken(ground: Ground, shuffled: CleanRun, others: torch.Tensor | No
 
 
 def directions(ground: Ground) -> dict[str, torch.Tensor]:
-    """By name float64 (draw, resid_dim): the function vector, the one as written where that is another, and vectors of
+    """Name -> float64 (draw, resid_dim): the function vector, the one as written where it differs, and vectors of
     random heads. Those of length 0 have no direction."""
     import torch
 
@@ -183,5 +183,5 @@ def directions_taken(of: Mapping[str, torch.Tensor], shuffled: CleanRun) -> list
 
 
 def mean_length(draws: Sequence[Sequence[HeadId]], lengths: Mapping[HeadId, float]) -> float:
-    """Over heads and draws."""
+    """Mean of ``lengths`` over the heads of all draws."""
     return float(np.mean([lengths[head] for heads in draws for head in heads]))

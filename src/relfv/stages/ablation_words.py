@@ -1,4 +1,4 @@
-"""What ablation.json says in words."""
+"""The verdict of ablation.json: its numbers in words."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def verdict_of_ablation(document: Numbers, summary: Numbers) -> str:
 
 
 def _beside(heads: Numbers, how: str) -> str:
-    """What the same does to other heads, each where there is a number."""
+    """The shares lost when other heads are edited in the same way, each where there is a number."""
     named = {
         "top_held_out": "{} held out",
         "random_of_layers": "random heads of the same layers {}",
@@ -67,8 +67,8 @@ def _set_to_means(heads: Numbers, how: str, words: str) -> str:
 
 
 def _direction(directions: Numbers) -> str:
-    """Not taken out whole: in some families (Gemma 3) the stream has so large a constant part that any direction's loss
-    breaks the model, random ones' too."""
+    """Sentence on directions set to their mean. Those taken out whole are not named: in some families (Gemma 3) the
+    stream has so large a constant part that any direction's loss breaks the model, random ones' too."""
     named = {
         "fv": "the vector's direction",
         "fv_as_written": "that of the vector as written",

@@ -41,7 +41,7 @@ MEANING = {
 
 
 def measured(qid: QidFolder, name: str) -> Measured:
-    """One finished relation, from its files."""
+    """The numbers of one finished relation, from its files."""
     trials, clean = qid.read(TRIALS), qid.read(STEP_E_EVAL)["reference"]["clean"]
     return Measured(
         name=name,
@@ -60,7 +60,8 @@ def measured(qid: QidFolder, name: str) -> Measured:
 def describe_relations(
     relations: Sequence[Measured], names: Mapping[str, str], included: Collection[str]
 ) -> dict[str, Any]:
-    """By q_id; ``names`` has each in words, where there are some."""
+    """q_id -> whether the relation is included, and its numbers; ``names`` has each relation in words, where there are
+    some."""
     return {
         one.name: {
             "name": names[one.name],
@@ -77,7 +78,7 @@ def describe_relations(
 
 
 def describe_heads(heads: OverRelations, n_relations: int) -> dict[str, Any]:
-    """The universal heads, and how much of their list is the sample's doing."""
+    """The universal heads, and how stable their list is under resampling of the relations."""
     at, stable = {head.id: i for i, head in enumerate(heads.scored)}, heads.stability
     return {
         "n_heads": len(heads.scored),
@@ -121,7 +122,8 @@ def describe_similarity(relations: Sequence[Measured], heads: OverRelations) -> 
 
 
 def describe_left_out(targets: Mapping[str, Any], waiting: Sequence[str]) -> dict[str, Any]:
-    """``targets`` by name as ``leave_out`` gives them; ``waiting`` are those still to be made."""
+    """The entry on left-out relations: ``targets`` by name as ``leave_out`` gives them; ``waiting`` are those still to
+    be made."""
     return {"targets": dict(targets), "waiting": list(waiting), "over_relations": over_targets(targets.values())}
 
 
@@ -158,7 +160,8 @@ def relation_origin(root: Path, name: str, files: Sequence[File[Any]] = _READ) -
 
 
 def target_origin(root: Path, name: str, others: Sequence[HeadId], algorithm_version: int) -> dict[str, Any]:
-    """What the numbers of a relation that is left out rest on."""
+    """Record of what the numbers of a left-out relation rest on: its files, the others' heads, the algorithm's
+    version."""
     return {
         "files": relation_origin(root, name, _READ_BY_TARGET),
         "heads_of_the_others": [[head.layer, head.head] for head in others],
@@ -167,15 +170,15 @@ def target_origin(root: Path, name: str, others: Sequence[HeadId], algorithm_ver
 
 
 def write_aggregate(root: Path, document: dict[str, Any], beside: Mapping[str, bytes]) -> Path:
-    """The files ``beside``, then aggregate.json with their hashes and its own. Call as ``sole_writer``."""
+    """Write the files ``beside``, then aggregate.json with their hashes and its own. Call as ``sole_writer``."""
     content = sealed_bytes({**document, "beside": {name: sha256_bytes(data) for name, data in beside.items()}})
     files = {root / name: data for name, data in beside.items()}
     return write_together({**files, root / AGGREGATE: content})[-1]
 
 
 def read_aggregate(root: Path) -> dict[str, Any]:
-    """What ``write_aggregate`` wrote, without its own hash. Raises RunError if it is missing or not as it was
-    written."""
+    """The document that ``write_aggregate`` wrote, without its own hash. Raises RunError if it is missing or not as it
+    was written."""
     path = root / AGGREGATE
     content = read_json(path)
     expected = {SEAL, "verdict", "relations", "heads", "left_out", "similarity", "made_from", "beside"}

@@ -1,4 +1,4 @@
-"""What may be concluded from all relations together: the sentences of aggregate.json."""
+"""The sentences of aggregate.json: what may be concluded from all relations together."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from relfv.stages.similarity import IN_WORDS
 from relfv.stats import LEVEL
 
 _FEW = 8
-"""With fewer relations intervals are said to be wide: Student's t of six degrees of freedom is 2.4 standard errors."""
+"""Number of relations below which intervals are said to be wide: Student's t of six degrees of freedom is 2.4 standard
+errors."""
 _STAYS = 0.9
-"""A head that is among the top in as many resamples of the relations is said to stay."""
+"""Share of resamples of the relations in which a head must be among the top to be said to stay."""
 
 
 def verdict(document: Mapping[str, Any]) -> str:
-    """What may be concluded, in a few sentences."""
+    """The verdict over all relations, in a few sentences."""
     included = [name for name, one in document["relations"].items() if one["included"]]
     parts = [
         _counted(document, len(included)),

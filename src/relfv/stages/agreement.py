@@ -1,5 +1,5 @@
-"""How alike vectors, lists of heads and scores are that were made several times: over all pairs, with errors that count
-what was made, not pairs.
+"""Agreement of vectors, lists of heads and scores that were made several times: means over all pairs, with errors that
+count what was made, not pairs.
 
 Ten pairs of five draws are no ten observations: each draw is in four of them. So the interval is a jackknife that
 leaves out one draw with all its pairs (Arvesen 1969, for means over pairs). For cosines and correlations it is made on
@@ -19,7 +19,7 @@ from relfv.stats import LEVEL, overlap_by_chance
 from relfv.types import HeadId
 
 _NEARLY_ONE = 1 - 1e-12
-"""Of copies of one vector: artanh has no 1."""
+"""Largest cosine or correlation put into artanh, which is infinite at 1; copies of one vector have a cosine of 1."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class PairsMean:
     """Lower end of the interval at LEVEL; None for two draws, whose one pair leaves nothing to judge by."""
     high: float | None
     lowest: float
-    """Of all pairs."""
+    """Smallest value of all pairs."""
     highest: float
     n_draws: int
 

@@ -17,8 +17,8 @@ from relfv.store.formats import finite
 from relfv.types import HeadId
 
 MIN_QUERIES = 6
-"""With fewer, no flips of their signs give a two-sided p-value of 0.05, and a t interval rests on a guess at its
-shape: there are no numbers of so few."""
+"""Smallest number of queries for which numbers are given: with fewer, no flips of their signs give a two-sided p-value
+of 0.05, and a t interval rests on a guess at its shape."""
 
 Numbers = Mapping[str, Any]
 
@@ -31,8 +31,9 @@ def answered_right(
     rows: Sequence[Numbers],
     clusters_of_rows: Sequence[int],
 ) -> dict[str, Any]:
-    """``right`` (trial,): 1 where the clean prompt is answered right; ``effects`` (trial, head): delta P of the top
-    ``heads``; ``rows`` are eval_trials.jsonl of one layer, with their queries.
+    """The numbers on trials answered right for summary.json. ``right`` (trial,): 1 where the clean prompt is answered
+    right; ``effects`` (trial, head): delta P of the top ``heads``; ``rows`` are eval_trials.jsonl of one layer, with
+    their queries.
 
     A zero-shot prompt belongs to the stratum if its query is answered right in half of its clean prompts or more.
     """
@@ -66,7 +67,8 @@ def _intervals(values: np.ndarray, clusters: np.ndarray) -> list[dict[str, Any] 
 
 
 def _of_rows(rows: Sequence[Numbers], clusters: np.ndarray) -> dict[str, Any]:
-    """Without and with the vector: the means that eval_summary.json has of all, and the interval of the change in P."""
+    """Numbers of some zero-shot ``rows``: means without and with the vector, as eval_summary.json has them of all rows,
+    and the interval of the change in P."""
     n = {"n_eval": len(rows), "n_queries": len({*clusters.tolist()})}
     (change,) = _intervals(np.array([[row["delta_p"]] for row in rows], dtype=np.float64).reshape(-1, 1), clusters)
     if change is None:
@@ -80,7 +82,7 @@ def _of_rows(rows: Sequence[Numbers], clusters: np.ndarray) -> dict[str, Any]:
 
 
 def stratum_sentence(numbers: Numbers) -> str:
-    """What the verdict says of the stratum; nothing where it is all trials."""
+    """Sentence of the verdict on the stratum; empty where it is all trials."""
     of, able = numbers["answered_right"], numbers["ability"]
     n, n_all = of["n_trials"], able["n_trials"]
     if n == n_all:

@@ -125,7 +125,7 @@ def _as_fed(work: Work) -> dict[str, Any]:
 
 
 def accepted_answers(question: Question) -> list[str]:
-    """All that are right, the trial's own first."""
+    """All right answers to a question, the trial's own first."""
     return [question.answer, *(answer for answer, _ in question.accepted)]
 
 

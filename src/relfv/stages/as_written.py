@@ -1,5 +1,6 @@
-"""What the selected heads do when the spec's vector is not what carries it: put in place themselves, and as the vector
-of what they really write (engine/writing.py). Made on the controls' ground, recorded with them.
+"""The selected heads without the spec's vector: put in place themselves, and as the vector of what they really write
+(engine/writing.py), for where the spec's vector is not what carries the relation. Made from the same ``Ground`` as the
+controls and recorded with them.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
     from relfv.stages.stage import Work
 
 _N_DRAWS_BY_LAYER = 5
-"""Of random heads' parts added layer by layer: their mean is shown, and no claim is tested against the best of them."""
+"""Number of draws of random heads whose parts are added layer by layer: their mean is shown, and no claim is tested
+against the best of them."""
 
 # --- made from clean activations -------------------------------------------------------------------------------------
 
@@ -65,8 +67,8 @@ def parts_of_sets(
 
 
 def vector_as_written(ground: Ground) -> FunctionVector:
-    """Of what the selected heads write; from the same float32 means as the spec's vector, to the same digits where
-    nothing stands between."""
+    """The function vector of what the selected heads write, from the same float32 means as the spec's vector; the same
+    digits where nothing stands between the heads and the residual stream."""
     written = MeanActivations(ground.clean.written.mean(0).float().numpy(), len(ground.trial_queries))
     return build_function_vector(ground.arch, written, ground.selected, ground.clean.writing)
 
@@ -75,7 +77,7 @@ def vector_as_written(ground: Ground) -> FunctionVector:
 
 
 def differs(ground: Ground) -> bool:
-    """Whether what heads write is known, and is not W_O z as it is: otherwise the spec's vector is the one as
+    """Whether what heads write is known and differs from W_O z; if not, the spec's vector stands for the one as
     written."""
     return ground.clean.writing is not None and not ground.clean.writing.is_plain
 
@@ -108,9 +110,9 @@ class AtOnce:
 
     meaning: str
     versions: Callable[[Ground, float], list[Together]]
-    """Given alpha; none where there is none, several where they are draws."""
+    """Function of ground and alpha that makes the versions: none where there is none, several where they are draws."""
     brief: bool = False
-    """As of a ``Control``."""
+    """Whether a number is of little weight, as ``brief`` of a ``Control``."""
 
 
 def _in_place(ground: Ground, _: float) -> list[Together]:
@@ -146,14 +148,14 @@ def _random_by_layer(ground: Ground, alpha: float) -> list[Together]:
 
 
 def _put(sets: Sequence[Sequence[Sequence[HeadId]]], values: torch.Tensor) -> list[Together]:
-    """A version for each: a set of heads for each prompt, or one for all."""
+    """A version for each of ``sets``, which has a set of heads for each prompt, or one for all."""
     from relfv.engine.base import Together
 
     return [Together.setting(of_prompts, values) for of_prompts in sets]
 
 
 def _parts(ground: Ground, alpha: float, shares: np.ndarray, chosen: Sequence[Sequence[HeadId]]) -> torch.Tensor:
-    """float32 (set, layer, resid_dim): alpha times what each set writes; of no set where that is not known."""
+    """float32 (set, layer, resid_dim): alpha times what each set writes; no sets where that is not known."""
     if ground.clean.writing is None:
         shares, chosen = shares[:0], []
     return (
@@ -188,11 +190,11 @@ AT_ONCE = {
         "the same with heads drawn like random_heads; mean over draws", _random_by_layer, brief=True
     ),
 }
-"""By name."""
+"""Name -> edit."""
 
 
 def versions_at_once(work: Work, ground: Ground) -> dict[str, tuple[list[str], list[Together]]]:
-    """All of them by pass, those of the same read-out in one, with the name of each."""
+    """Pass -> (names, versions) of all of AT_ONCE; those with the same read-out share a pass."""
     exact, in_brief = work.model.engine, work.model.engine.over_likeliest_tokens()
     made: dict[str, tuple[list[str], list[Together]]] = {}
     for name, kind in AT_ONCE.items():
@@ -207,7 +209,7 @@ def versions_at_once(work: Work, ground: Ground) -> dict[str, tuple[list[str], l
 def edit_at_once(
     work: Work, versions: Mapping[str, tuple[list[str], list[Together]]]
 ) -> list[tuple[list[str], Effects]]:
-    """Each pass's names and effects."""
+    """Run each pass of ``versions``. -> its names and effects."""
     prompts, exact = work.once(evaluated_prompts), work.model.engine
     done = []
     for a_pass, (names, some) in versions.items():
@@ -220,7 +222,7 @@ def edit_at_once(
 
 
 def judge_at_once(done: Iterable[tuple[list[str], Effects]], prompts: Prompts) -> dict[str, Any]:
-    """Their numbers, for controls.json."""
+    """The numbers of the edits ``done``, for controls.json."""
     numbers: dict[str, Any] = {}
     by_prompt: dict[str, Any] = {}
     for names, effects in done:
@@ -270,7 +272,7 @@ def _compared(fv: np.ndarray, written: np.ndarray) -> dict[str, float | None]:
 
 
 def parts_add_up(content: Mapping[str, Any]) -> bool:
-    """Whether the layers' parts of a fv_as_written.pt sum to its vector, but for rounding."""
+    """Whether the parts by layer in a fv_as_written.pt sum to its vector, except for rounding."""
     total = content["fv_as_written"]
     if total is None:
         return not content["by_layer"]

@@ -1,5 +1,5 @@
-"""A yardstick for approximations, on request: attribution patching (engine/gradients.py) of every head beside the exact
-effects of StepD, on the same prompts."""
+"""Attribution patching (engine/gradients.py) of every head, on request, beside the exact effects of StepD on the same
+prompts: a yardstick for approximations."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from relfv.language_model import LanguageModel
 
 BINS = (0.001, 0.01, 0.1)
-"""Sizes of exact effects, in the score key's measure, at which they are parted."""
+"""Limits of the bins that exact effects are sorted into by size, in the score key's measure."""
 MEANING = {
     "first_order": "(clean mean - z) . gradient of the score key's measure with respect to z, at the last token of the "
     "corrupted prompt (attribution patching)",
@@ -78,7 +78,7 @@ def _agreement(exact: np.ndarray, estimate: np.ndarray, k: int) -> dict[str, Any
 
 
 def correlation(one: np.ndarray, other: np.ndarray) -> float | None:
-    """Pearson's; None where one of them does not vary."""
+    """Pearson's correlation; None where ``one`` or ``other`` does not vary."""
     a, b = one - one.mean(), other - other.mean()
     scale = float(np.sqrt((a @ a) * (b @ b)))
     return float(a @ b) / scale if scale else None

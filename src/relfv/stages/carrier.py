@@ -1,5 +1,5 @@
-"""What carries the relation, for summary.json: the heads put in place, the vector as written, the vector's length
-beside the hidden state's; and what the verdict says of them."""
+"""Numbers for summary.json on what carries the relation: the heads put in place, the vector as written, the vector's
+length beside the hidden state's; and the verdict's sentences on them."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from relfv.shares import Gap, Share
 from relfv.stats import LEVEL
 
 SHORT = 0.05
-"""A vector that is a smaller share of the hidden state's length is said to be."""
+"""Share of the hidden state's length: if a vector is a smaller one, the verdict says so."""
 _NOTHING = 0.05
-"""A share of the gap below it is next to nothing."""
+"""Share of the gap: a smaller one is next to nothing."""
 
 
 def carrier_numbers(
     controls: Mapping[str, Any], layer: int, gap: Gap, effects: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
-    """From controls.json and the ``effects`` (prompt, layer) of its vectors on P at its ``compared_layers``:
-    ``share_of_hidden``, at the ``layer`` that the verdict speaks of the length of what is added by the hidden state's;
-    and of each edit at once, and of the vector as written at its own best layer, P, accuracy and share of the gap."""
+    """Numbers from controls.json and the ``effects`` (prompt, layer) of its vectors on P at its ``compared_layers``.
+    ``share_of_hidden`` is the length of what is added divided by the hidden state's, at the ``layer`` that the verdict
+    speaks of; ``carriers`` has P, accuracy and share of the gap of each edit at once, and of the vector as written at
+    its own best layer."""
     at_once, written, zero = controls["at_once"], controls["as_written"], controls["by_prompt"]["p_zero_shot"]
 
     def share_of(name: str) -> Share | None:
@@ -47,7 +48,8 @@ def carrier_numbers(
 
 
 def _as_written(controls: Mapping[str, Any], gap: Gap, effects: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """At the layer where the vector as written is best; held out, at the layer that is best for the other queries."""
+    """Numbers of the vector as written at the layer where it is best; held out, at the layer that is best for the other
+    queries."""
     layers = [str(layer) for layer in controls.get("compared_layers", controls["per_layer"])]
     best = int(np.nan_to_num(effects["as_written"].mean(0)).argmax())
     shares = {"as_written": gap.share(effects["as_written"], best)}
@@ -81,7 +83,7 @@ def _carrier(numbers: Mapping[str, Any], share: Share | None, prompts: Mapping[s
 
 
 def carrier_sentences(numbers: Mapping[str, Any]) -> str:
-    """What the verdict says of the heads and of other carriers than the vector as defined. Nothing where there is no
+    """Sentences of the verdict on the heads and on other carriers than the vector as defined. Empty where there is no
     share of a gap to speak of."""
     fv = numbers["share_of_gap"].get("fv")
     if not fv:
@@ -101,7 +103,7 @@ def _length(numbers: Mapping[str, Any]) -> str:
 
 
 def _heads(carriers: Mapping[str, Any]) -> str:
-    """What the heads do themselves."""
+    """Sentence on what the heads themselves do when put in place."""
     share, held_out = _in_place(carriers)
     if not share:
         return ""
@@ -112,7 +114,7 @@ def _heads(carriers: Mapping[str, Any]) -> str:
 
 
 def _conclusion(numbers: Mapping[str, Any], fv: Mapping[str, float]) -> str:
-    """What their being better than the vector means."""
+    """Sentence on what it means that the heads do better than the vector, or that neither does anything."""
     carriers = numbers["carriers"]
     share, _ = _in_place(carriers)
     if not share or share["low"] <= max(fv["high"], _NOTHING):
@@ -129,7 +131,7 @@ def _conclusion(numbers: Mapping[str, Any], fv: Mapping[str, float]) -> str:
 
 
 def _written(carriers: Mapping[str, Any]) -> str:
-    """The vector as written, where that is another one."""
+    """Sentence on the vector as written, where it differs from the vector as defined."""
     own = carriers.get("as_written")
     if not own or not own["share_of_gap"]:
         return ""
@@ -155,7 +157,7 @@ def _in_place(carriers: Mapping[str, Any]) -> tuple[dict[str, float] | None, boo
 
 
 def _highest(rival: Mapping[str, Any] | None) -> float:
-    """What a random control may reach: the upper end of its interval, or its best draw."""
+    """The share of the gap that a random control may reach: the upper end of its interval, or its best draw."""
     if not rival or not rival["share_of_gap"]:
         return -np.inf
     return max([rival["share_of_gap"]["high"], *rival["share_of_gap_of_draws"]])

@@ -1,5 +1,5 @@
-"""What the trials themselves forbid to conclude: tokens that cannot tell answers apart, corruption that corrupts
-nothing, labels that stay right. Numbers for summary.json, and what the verdict says of them."""
+"""Limits that the trials themselves set to conclusions: tokens that cannot tell answers apart, corruption that corrupts
+nothing, labels that stay right. Numbers for summary.json, and the verdict's sentences on them."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from typing import Any
 from relfv.types import Snapshot
 
 AMBIGUOUS = 0.1
-"""Of the trials: if more of them are scored on a token that other answers share, scores are not read as the task."""
+"""Share of the trials: if more of them are scored on a token that other answers share, scores are not read as the
+task."""
 _STILL_DONE = 0.9
-"""Of the clean accuracy: where corrupted prompts keep so much of it, corruption has not taken the task away."""
+"""Share of the clean accuracy: where corrupted prompts keep so much of it, corruption has not taken the task away."""
 _IN_PLACE = 0.1
-"""Of the corrupted demos: a larger part with a right label is named."""
+"""Share of the corrupted demos: if more of them keep a right label, the verdict says so."""
 _FEW = 3
-"""Distinct answers up to which a permutation of labels is close to a relation of its own."""
+"""Number of distinct answers up to which a permutation of labels is close to a relation of its own."""
 
 
 def caveat_numbers(
     trials: Snapshot, reference: Mapping[str, Mapping[str, float]], answers: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """From the frozen trials, stepE_eval.json's ``reference`` points and answers.json."""
+    """The numbers behind the caveats, from the frozen trials, stepE_eval.json's ``reference`` points and
+    answers.json."""
     numbers = trial_numbers(trials)
     reached = {
         f"{measure}_{name}": reference[name][key]
@@ -38,7 +40,7 @@ def caveat_numbers(
 
 
 def trial_numbers(trials: Snapshot) -> dict[str, Any]:
-    """Those that the frozen trials alone give, before any model has run."""
+    """The numbers that the frozen trials alone give, before any model has run."""
     meta, questions = trials.meta, trials.questions
     alike = {answer for collision in meta.get("first_token_collisions", ()) for answer in collision["answers"]}
     n_shared = sum(question.answer in alike for question in questions)
@@ -69,7 +71,8 @@ def tells_apart(numbers: Mapping[str, Any]) -> bool:
 
 
 def leading_sentence(numbers: Mapping[str, Any]) -> str:
-    """What comes before the heads, and in place of any share of a gap, where scored tokens tell no answers apart."""
+    """Sentence before the heads, in place of any share of a gap, where scored tokens do not tell answers apart; else
+    empty."""
     if tells_apart(numbers):
         return ""
     token, whole = numbers["scored_token"], numbers["whole_answers"]
@@ -86,7 +89,7 @@ def leading_sentence(numbers: Mapping[str, Any]) -> str:
 
 
 def trial_sentences(numbers: Mapping[str, Any]) -> str:
-    """What the verdict says of the corruption."""
+    """Sentences of the verdict on the corruption."""
     return " ".join(
         part for part in (_not_corrupted(numbers["corruption"]), labels_in_place(numbers["corruption"])) if part
     )
@@ -104,7 +107,7 @@ def _not_corrupted(corruption: Mapping[str, Any]) -> str:
 
 
 def labels_in_place(corruption: Mapping[str, Any]) -> str:
-    """Of labels that corruption leaves right, or that teach another relation; empty where they are few."""
+    """Sentence on labels that corruption leaves right, or that teach another relation; empty where they are few."""
     n, kept, distinct = (corruption[name] for name in ("n_demos", "n_labels_in_place", "n_distinct_answers"))
     few = distinct <= _FEW and corruption["how"] in ("derange", "shuffle")
     if not few and kept <= _IN_PLACE * n:

@@ -67,12 +67,12 @@ def head_effects(
 
 @dataclass(frozen=True)
 class TrialDeltas:
-    """What trial_metrics.jsonl says of the effects."""
+    """The effects of heads on trials, as trial_metrics.jsonl has them."""
 
     heads: tuple[HeadId, ...]
-    """Sorted."""
+    """The heads, by layer, then head."""
     of: dict[str, np.ndarray]
-    """For each of MEASURES float64 (trial, head): with the patch minus without."""
+    """Measure -> float64 (trial, head): with the patch minus without."""
 
 
 def read_deltas(path: Path) -> TrialDeltas:

@@ -1,4 +1,5 @@
-"""One relation under two models or two settings: what its vector does, prompt by prompt, and which heads it is of.
+"""Comparison of one relation under two models or two settings: what its vector does, prompt by prompt, and which heads
+it is made of.
 
 Everything is paired: the same queries under both, so that what makes a query hard falls out of the difference.
 """
@@ -37,7 +38,7 @@ MEANING = {
     "says nothing unless one was trained from the other",
 }
 MEASURES = ("p", "acc", "held_out_share")
-"""Those with a difference and its interval."""
+"""Names of the numbers that are given with their difference and its interval."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Side:
     """A completed q_id under one model and its settings. Arrays are (prompt,), or (prompt, layer)."""
 
     queries: tuple[tuple[WordPair, int], ...]
-    """Of each prompt, with a number where one is evaluated several times."""
+    """The query of each prompt, with a number that counts up where one is evaluated several times."""
     clusters: np.ndarray
     p: np.ndarray
     acc: np.ndarray
@@ -61,7 +62,7 @@ class Side:
 
 
 def side_of(status: QidStatus) -> Side:
-    """From a completed q_id's files. Raises RelfvError for those that are not as relfv writes them."""
+    """Read the files of a completed q_id. Raises RelfvError for those that are not as relfv writes them."""
     qid = QidFolder(status.artifacts_dir, status.q_id)
     trials, overall = evaluated_of(qid.read(ZERO_SHOT_TRIALS), status.settings), qid.read(STEP6_SUMMARY)
     rows = qid.read(EVAL_TRIALS, overall["best_layer"])
@@ -98,8 +99,8 @@ def _controls(qid: QidFolder, measure: str) -> dict[str, np.ndarray] | None:
 
 
 def compare(one: Side, other: Side) -> dict[str, Any]:
-    """What ``other`` has beyond ``one``, over the queries that both evaluate: for each of MEASURES the values, their
-    difference and its interval; heads and vectors. None stands for what there is no way to know."""
+    """The comparison of ``other`` with ``one`` over the queries that both evaluate: for each of MEASURES the values,
+    their difference and its interval; heads and vectors. None stands for what there is no way to know."""
     at = {query: i for i, query in enumerate(other.queries)}
     pairs = [(i, at[query]) for i, query in enumerate(one.queries) if query in at]
     here, there = (np.array([pair[side] for pair in pairs], dtype=int) for side in (0, 1))
@@ -152,7 +153,7 @@ def _named(measure: str, *values: float | None) -> dict[str, float | None]:
 
 
 def _heads(one: Side, other: Side) -> dict[str, Any]:
-    """Only where both chose among the same heads."""
+    """Numbers of heads on each side, and of shared ones only where both chose among the same heads."""
     names = ("n_heads_shared", "n_heads_a", "n_heads_b", "n_heads_shared_by_chance", "p_value_of_shared")
     sizes = len(one.heads), len(other.heads)
     if one.swept != other.swept or one.n_layers != other.n_layers:

@@ -26,11 +26,12 @@ if TYPE_CHECKING:
     from relfv.models.architecture import Architecture
 
 N_DRAWS_OF_HEADS = 19
-"""Of as many vectors and one more, the function vector is the best by chance in one case of twenty."""
+"""Number of draws of random heads: among 19 such vectors and itself, the function vector is the best by chance in one
+case of twenty."""
 N_FIRST_DRAWS = 5
-"""After these no more are made of a kind of which one already does as well as the vector: then nothing is shown,
-whatever the others do (Besag & Clifford 1991, sequential Monte Carlo p-values). That none does as well is still said
-after all of them alone."""
+"""Number of draws that are made first. No more are made of a kind of which one already does as well as the vector: then
+nothing is shown, whatever the others do (Besag & Clifford 1991, sequential Monte Carlo p-values). That none does as
+well is still said after all of them alone."""
 N_DIRECTIONS = 5
 _N_COMPARED = 4
 """Layers at which the vector and random draws are compared: a draw costs less than all layers would, and twenty vectors
@@ -38,7 +39,8 @@ that may each choose among the same few are as fair a comparison as if they chos
 
 
 class Ground:
-    """What control vectors are made from. Random numbers are drawn in a fixed order, whichever controls there are."""
+    """The data that control vectors are made from. Random numbers are drawn in a fixed order, whichever controls there
+    are."""
 
     def __init__(
         self,
@@ -71,14 +73,14 @@ class Ground:
 
     @cached_property
     def held_out(self) -> tuple[np.ndarray, list[list[HeadId]], np.ndarray] | None:
-        """With each query's own trials left out: shares (query, trial) of the mean over trials, the query's selected
-        heads, and the query of each prompt (prompt,). None where all trials have one query."""
+        """Data with each query's own trials left out: shares (query, trial) of the mean over trials, the query's
+        selected heads, and the query of each prompt (prompt,). None where all trials have one query."""
         if len(set(self.trial_queries)) < 2:
             return None
         left_out, prompt = np.unique(np.asarray(self.prompt_queries), return_inverse=True)
         kept = (np.asarray(self.trial_queries)[None] != left_out[:, None]).astype(np.float64)
         shares = kept / kept.sum(1, keepdims=True)
-        order = np.argsort(-(shares @ self.scores), axis=1, kind="stable")  # of equal scores the first head
+        order = np.argsort(-(shares @ self.scores), axis=1, kind="stable")  # the first head if scores are equal
         return shares, [[self.heads[i] for i in row[: len(self.selected)]] for row in order], prompt
 
     def all_trials(self, n_sets: int) -> np.ndarray:
@@ -91,8 +93,8 @@ class Ground:
 
 
 def matched_draws(heads: Sequence[HeadId], selected: Sequence[HeadId], rng: random.Random) -> list[list[HeadId]]:
-    """Sets with as many heads of each layer as ``selected`` has, drawn from all ``heads``: what the selection is one
-    of, if being selected means nothing. Empty where there is no other such set."""
+    """Sets with as many heads of each layer as ``selected`` has, drawn from all ``heads``: if being selected means
+    nothing, the selection is one such set. Empty where there is no other such set."""
     counts = Counter(head.layer for head in selected)
     of_layer = {layer: [head for head in heads if head.layer == layer] for layer in sorted(counts)}
     if all(len(pool) == counts[layer] for layer, pool in of_layer.items()):
@@ -105,23 +107,23 @@ def matched_draws(heads: Sequence[HeadId], selected: Sequence[HeadId], rng: rand
 
 @dataclass(frozen=True)
 class Control:
-    """One kind of vector."""
+    """One kind of control vector."""
 
     meaning: str
     vectors: Callable[[Ground], torch.Tensor | None]
     """float64 (layer or 1, prompt or 1, draw, resid_dim): what is added, before alpha; None where there is none."""
     in_verdict: str = ""
-    """What the verdict calls it; empty if it is not named there."""
+    """Name of the control in the verdict; empty if it is not named there."""
     rival: bool = False
-    """Whether it carries no relation, so that a vector which does no better has shown nothing."""
+    """Whether the vector carries no relation, so that a vector which does no better has shown nothing."""
     at_all_layers: bool = False
-    """Whether it is added after every layer, because one is chosen for it; else after ``compared_layers`` and the
-    vector's best."""
+    """Whether the vector is added after every layer, because one is chosen for it; else after ``compared_layers`` and
+    the vector's best."""
     brief: bool = False
-    """Whether a number is of little weight, as each of many draws is: read out over fewer tokens where that is
-    cheaper."""
+    """Whether a number is of little weight, as each of many draws is; it is then read out over fewer tokens where that
+    is cheaper."""
     rival_of: str = ""
-    """Another control, if it is added only where that one does best of the ``compared_layers``."""
+    """Name of another control, if this one is added only where that one does best of the ``compared_layers``."""
 
 
 def _random_heads(ground: Ground) -> torch.Tensor | None:
@@ -146,7 +148,8 @@ def _random_direction(ground: Ground) -> torch.Tensor:
 
 
 def _held_out(ground: Ground) -> torch.Tensor | None:
-    """For each prompt the vector of the trials with other queries; None where all trials have one query."""
+    """float64 (1, prompt, 1, resid_dim): for each prompt the vector of the trials with other queries; None where all
+    trials have one query."""
     if ground.held_out is None:
         return None
     shares, chosen, prompt = ground.held_out
@@ -203,7 +206,7 @@ CONTROLS = {
         rival_of="as_written",
     ),
 }
-"""By name."""
+"""Name -> control."""
 
 
 def compared_layers(n_layers: int) -> list[int]:
@@ -216,13 +219,13 @@ class Candidates:
     """Vectors to inject, by name."""
 
     names: tuple[str, ...]
-    """One for each vector; several draws share one."""
+    """Name of each vector; several draws share one name."""
     parts: tuple[torch.Tensor, ...]
     """The vectors in the order of ``names``, as ``Engine.inject`` takes them, float32."""
 
     @classmethod
     def by_name(cls, parts: Mapping[str, torch.Tensor]) -> Candidates:
-        """Of these, those that have any."""
+        """The candidates of ``parts`` (name -> vectors), without names that have no vectors."""
         some = {name: part for name, part in parts.items() if part.shape[2]}
         return cls(tuple(name for name, part in some.items() for _ in range(part.shape[2])), tuple(some.values()))
 
@@ -235,11 +238,11 @@ class Candidates:
         }
 
     def draws(self, which: slice) -> Candidates:
-        """Some of the draws of each."""
+        """The candidates with some of the draws of each name alone."""
         return Candidates.by_name({name: part[:, :, which] for name, part in self._by_name().items()})
 
     def of_names(self, names: Collection[str]) -> Candidates:
-        """Some of them."""
+        """The candidates of these names alone."""
         return Candidates.by_name({name: part for name, part in self._by_name().items() if name in names})
 
     def _by_name(self) -> dict[str, torch.Tensor]:
@@ -251,6 +254,6 @@ class Candidates:
 
 
 def candidate_vectors(ground: Ground, of: Iterable[str] = CONTROLS) -> Candidates:
-    """Those controls ``of`` these names that there are on this ground."""
+    """The vectors of the controls named in ``of``, without those that cannot be made on this ground."""
     made = {name: CONTROLS[name].vectors(ground) for name in of}
     return Candidates.by_name({name: vectors.float() for name, vectors in made.items() if vectors is not None})

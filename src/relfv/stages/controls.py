@@ -1,4 +1,4 @@
-"""What Step6's result is to be held against: every control of control_vectors.py, injected and judged."""
+"""The controls that Step6's result is held against: every control of control_vectors.py, injected and judged."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ CONTROLS_FILE = File("step6/controls.json", read_json)
 
 
 def ground_of(work: Work, prompt_queries: Sequence[int]) -> Ground:
-    """What the controls of a q_id are made from, for prompts with these queries."""
+    """The data that the controls of a q_id are made from, for prompts with these queries."""
     settings, deltas = work.settings, work.read(METRICS)
     return Ground(
         work.model.arch,
@@ -68,7 +68,7 @@ def _compare(work: Work) -> str:
     model, settings, prompts = work.model, work.settings, work.once(evaluated_prompts)
     ground = ground_of(work, prompts.clusters)
     own = Tried(work.once(injections).effects, range(model.arch.n_layers), ["fv"])
-    # What vectors are made of is projected on the model's device, which would wait for passes that are queued there.
+    # First what projects heads on the model's device, which would otherwise wait for the passes queued there.
     described, versions = describe(work, ground), versions_at_once(work, ground)
     tried, norms = _try_all(work, ground, own)
     at_once = edit_at_once(work, versions)
@@ -99,7 +99,7 @@ def _compare(work: Work) -> str:
 
 
 def _read_in_brief(engine: Engine, names: Iterable[str]) -> list[str]:
-    """Those of controls that are read out over fewer tokens than there are."""
+    """The names of controls that are read out over fewer tokens than there are."""
     if engine.over_likeliest_tokens() is engine:
         return []
     return [name for name in names if (CONTROLS.get(name) or AT_ONCE[name]).brief]
@@ -126,8 +126,8 @@ def _try_all(work: Work, ground: Ground, own: Tried) -> tuple[list[Tried], dict[
         if rival_of:
             layers = [best_layer(tried, rival_of, compared)]
         engine = exact if kind in ("step6_held_out", "step6_controls") else brief
-        # What the claim rests on is that none of all draws does as well; of as_written's rivals the mean is told. On a
-        # GPU the others cost less than a pass of their own.
+        # The claim rests on none of all draws doing as well, so one of the first that does ends it; for as_written's
+        # rivals the mean over all is given. On a GPU the rest costs less here than in a pass of its own.
         first = N_DRAWS_OF_HEADS if rival_of or exact.backbone.device.type != "cpu" else N_FIRST_DRAWS
         some, rest = (candidates.draws(which) for which in (slice(first), slice(first, None)))
         begun = _inject(work, engine, kind, some, layers)

@@ -57,7 +57,7 @@ def inject_vectors(
     alpha: float,
     per_pass: int | None = None,
 ) -> Effects:
-    """``vectors`` float32 (vector, resid_dim), times ``alpha``, after every block: ``edited`` is (prompt, layer *
+    """Add ``vectors`` float32 (vector, resid_dim), times ``alpha``, after every block: ``edited`` is (prompt, layer *
     vector).
 
     Raises RunError, naming the vector, for NaN or infinite logits.
@@ -74,7 +74,8 @@ def inject_vectors(
 
 
 def judge_target(effects: Effects, prompts: Prompts, names: Sequence[str], own: str, best_layer: int) -> dict[str, Any]:
-    """One target's numbers: every vector of ``names`` after every layer, ``own`` against the others at ``best_layer``.
+    """The numbers of one target: every vector of ``names`` after every layer, ``own`` against the others at
+    ``best_layer``.
 
     ``effects`` as ``inject_vectors`` gives them. At least two names.
     """
@@ -115,7 +116,8 @@ def compare_directions(vectors: np.ndarray) -> tuple[list[float], list[list[floa
 
 
 def overall_verdict(targets: Mapping[str, Mapping[str, Any]], n_vectors: int) -> str:
-    """One sentence over those entries of ``judge_target`` that are there; they may be fewer than the vectors."""
+    """The verdict in one sentence, over the entries of ``judge_target`` made so far; they may be fewer than the
+    vectors."""
     entries = [entry["at_best_layer"] for entry in targets.values()]
     best = [entry for entry in entries if entry["rank_of_own"] == 1]
     n_shown = sum(not entry["not_apart_from_own"] for entry in best)
@@ -127,7 +129,8 @@ def overall_verdict(targets: Mapping[str, Mapping[str, Any]], n_vectors: int) ->
 
 
 def _verdict_of_target(judgement: Mapping[str, Any], best: Mapping[str, Any], n_vectors: int) -> str:
-    """One sentence; ``best`` are the numbers of the best vector. What intervals do not show is said not to be shown."""
+    """The verdict on one target in one sentence; ``best`` are the numbers of the best vector. What intervals do not
+    show is said not to be shown."""
     at = judgement["at_best_layer"]
     mine, near = at["own"], at["not_apart_from_own"]
     where = (
@@ -175,9 +178,9 @@ _TARGET_SETTINGS = ("alpha", "n_eval", "allow_query_duplicates", *CROSS_SETTINGS
 
 
 def cross_origin(folder: Path, target: str, sources: Sequence[str], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What the numbers of one ``target`` in cross_fv.json rest on, as it now is: settings, out of the q_id's
-    fingerprint ``fields``, and the sha256 of files by their names in the relation's ``folder``; None where one is
-    missing."""
+    """Record of what the numbers of one ``target`` in cross_fv.json rest on, in its present state: settings, out of the
+    q_id's fingerprint ``fields``, and the sha256 of files by their names in the relation's ``folder``; None where one
+    is missing."""
     of_target = QidFolder(folder / target / "artifacts", target)
     vectors = [QidFolder(folder / source / "artifacts", source).path(FV) for source in sources]
     return {
@@ -190,13 +193,14 @@ def cross_origin(folder: Path, target: str, sources: Sequence[str], fields: Mapp
 
 
 def write_cross(folder: Path, document: dict[str, Any], figure: bytes) -> Path:
-    """cross_fv.png, then cross_fv.json with the picture's hash and its own. Call as ``sole_writer``."""
+    """Write cross_fv.png, then cross_fv.json with the picture's hash and its own. Call as ``sole_writer``."""
     content = sealed_bytes({**document, "figure": {CROSS_FIGURE: sha256_bytes(figure)}})
     return write_together({folder / CROSS_FIGURE: figure, folder / CROSS: content})[-1]
 
 
 def read_cross(folder: Path) -> dict[str, Any]:
-    """What ``write_cross`` wrote, without its own hash. Raises RunError if it is missing or not as it was written."""
+    """The document that ``write_cross`` wrote, without its own hash. Raises RunError if it is missing or not as it was
+    written."""
     path = folder / CROSS
     content = read_json(path)
     try:
@@ -211,8 +215,8 @@ def read_cross(folder: Path) -> dict[str, Any]:
 
 
 def cross_changes(folder: Path, document: dict[str, Any], fields: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What ``document``, as ``read_cross`` gives it, was made from and is another now, in words. ``fields`` are the
-    fingerprint fields of each q_id, and empty for one that is gone."""
+    """List, in words, of what ``document``, as ``read_cross`` gives it, was made from and has changed since. ``fields``
+    are the fingerprint fields of each q_id, and empty for one that is gone."""
     changes: dict[str, None] = {}
     for target, entry in document["targets"].items():
         then, now = entry["made_from"], cross_origin(folder, target, document["q_ids"], fields[target])

@@ -27,7 +27,7 @@ def drawn(work: Work) -> Canvas:
 
 
 def curve_of(folder: QidFolder, name: str) -> Curve:
-    """What the curve shows of a q_id."""
+    """The data of a q_id's injection curve."""
     from relfv.figures.images import Curve
 
     layers = {layer: folder.read(EVAL_SUMMARY, layer) for layer in folder.read(STEP6_SUMMARY)["completed_layers"]}

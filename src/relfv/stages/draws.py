@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from relfv.engine.clean import CleanRun
 
 FEWER = (5, 10)
-"""Trials of a draw, its first, that are taken by themselves, too."""
+"""Numbers of trials: so many first trials of a draw are measured by themselves, too."""
 
 
 def draw_seeds(settings: Settings) -> list[int]:
@@ -73,7 +73,7 @@ def _trials(work: Work, number: int) -> _Trials:
 
 
 def all_draws(work: Work, kept: Kept) -> dict[int, list[Measured]]:
-    """Number of trials -> what each draw of so many gives, of twice the trials each two draws."""
+    """Number of trials -> what each draw of so many gives; for twice the trials of a draw, what each two draws give."""
     n_all = work.settings.n_trials_per_q
     trials = lru_cache(maxsize=2)(lambda number: _trials(work, number))
 
@@ -93,12 +93,12 @@ def all_draws(work: Work, kept: Kept) -> dict[int, list[Measured]]:
 
 
 def prompts_swept(settings: Settings) -> int:
-    """Of all draws together; draw 0 whole has been swept before."""
+    """Number of prompts swept for all draws together; draw 0 whole has been swept before."""
     n_all, n_draws = settings.n_trials_per_q, settings.replicates
     fewer = sum(n for n in FEWER if n < n_all)
     return n_draws * fewer + (n_draws - 1) * n_all + n_draws // 2 * 2 * n_all
 
 
 def draw_name(n_trials: int, number: int) -> str:
-    """Of a draw, or of two together, in draws.safetensors."""
+    """Name of a draw, or of two together, in draws.safetensors."""
     return f"{n_trials}.{number}"

@@ -1,5 +1,5 @@
-"""Is it the relation or the format? The frozen trials in other prompt formats, on request: heads and vector of each,
-and every format's vector on every format's zero-shot prompts."""
+"""The frozen trials in other prompt formats, on request, to tell the relation from the format: heads and vector of
+each, and every format's vector on every format's zero-shot prompts."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ _SO_FAR = File("formats/.vectors_so_far.safetensors", read_measured)
 
 
 def _target(work: Work, shown: Shown, names: Sequence[str], vectors: np.ndarray) -> dict[str, Any]:
-    """Every format's vector on one format's zero-shot prompts."""
+    """The numbers of every format's vector on one format's zero-shot prompts."""
     prompts, known, name = shown.zero_shot_prompts, work.trials_per_pass.get(STAGE.name), shown.format.name
     effects = inject_vectors(work.model, prompts, names, vectors, work.settings.alpha, known)
     work.trials_per_pass[STAGE.name] = effects.per_pass
@@ -137,7 +137,7 @@ def _target(work: Work, shown: Shown, names: Sequence[str], vectors: np.ndarray)
 
 
 def _about(work: Work, shown: Shown, one: Measured) -> dict[str, Any]:
-    """One format, and what the model does with its prompts."""
+    """Description of one format, and of what the model does with its prompts."""
     form, few_shot, tokens = shown.format, shown.few_shot, work.model.tokens
     first, right = few_shot.questions[0], [question.right_ids for question in few_shot.questions]
     scores = shown.clean.scores

@@ -66,7 +66,7 @@ def reference_point(scores: TokenScores, right: Sequence[Sequence[int]]) -> dict
 
 
 def read_function_vector(path: Path) -> np.ndarray:
-    """float32 (resid_dim,) of a fv_global_resid.pt. Raises RunError for anything but finite numbers in one
+    """The vector, float32 (resid_dim,), of a fv_global_resid.pt. Raises RunError for anything but finite numbers in one
     dimension."""
     content = read_tensors(path)
     vector = content.get("fv_global_resid") if isinstance(content, dict) else None
@@ -98,7 +98,7 @@ def read_top_heads(path: Path) -> dict[str, Any]:
 
 
 def heads_of(top_heads: Mapping[str, Any]) -> list[HeadId]:
-    """The function vector's heads, best first, of what ``read_top_heads`` gives."""
+    """The function vector's heads, best first, from what ``read_top_heads`` gives."""
     return [HeadId(head["layer"], head["head"]) for head in top_heads["heads"]]
 
 
@@ -175,7 +175,7 @@ def _leave_query_out(work: Work, top: Sequence[ScoredHead]) -> list[dict[str, fl
 
 
 def _write_vector(work: Work, fv: FunctionVector, shared: Mapping[str, Any]) -> float:
-    """Its three files. -> its length."""
+    """Write the three files of the vector. -> its length."""
     arch = work.model.arch
     norm = length(fv.total)
     sizes = {"resid_dim": fv.total.size, "n_heads": arch.n_heads, "head_dim": arch.head_dim}

@@ -1,4 +1,4 @@
-"""What top_heads.json says of a head beside its score: how sure it is, how large, and what these trials could have
+"""The entries of top_heads.json on a head beside its score: how sure it is, how large, and what these trials could have
 found."""
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _COLUMNS = ("ci_low", "ci_high", "p_value", "fdr", "queries_behind_half")
 
 
 def head_entry(head: ScoredHead, score_key: str) -> dict[str, Any]:
-    """Which head, and its scores."""
+    """The entry of a head: which head, and its scores."""
     return {
         "layer": head.id.layer,
         "head": head.id.head,
@@ -30,8 +30,8 @@ def head_entry(head: ScoredHead, score_key: str) -> dict[str, Any]:
 
 
 def evidence_of_head(head: ScoredHead, noise: float, share_in_top_k: float | None, p_clean: float) -> dict[str, Any]:
-    """What is known of a head's score beside the score; ``p_clean`` is the mean P of clean prompts. Scores of other
-    tools come without, and then nothing is said."""
+    """The evidence on a head's score: its interval, p-values and the like; ``p_clean`` is the mean P of clean prompts.
+    Scores of other tools may come without these columns; then they are left out."""
     evidence: dict[str, Any] = {
         column: finite(head.scores[column])
         for column in (f"mean_delta_p_{name}" for name in _COLUMNS)

@@ -1,4 +1,5 @@
-"""How much of the list of top heads is the sample's doing (stats.py), and its file, which is one of StepE's."""
+"""Stability of the list of top heads under resampling of the queries (stats.py), and its file, which is one of
+StepE's."""
 
 from __future__ import annotations
 

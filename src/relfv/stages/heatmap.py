@@ -25,7 +25,7 @@ def drawn(work: Work) -> Canvas:
 
 
 def heatmap_of(work: Work) -> Heatmap:
-    """What it shows of a q_id."""
+    """The data of a q_id's heatmap."""
     from relfv.figures.images import Heatmap
 
     metric, scored = work.settings.score_key, work.read(AIE)

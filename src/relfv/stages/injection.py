@@ -21,14 +21,15 @@ TOKEN_RULE = "last prompt token; the prompt is fed without a trailing space, wit
 
 @dataclass(frozen=True)
 class Injections:
-    """Hidden state after block l, last token, += alpha * FV, for every layer l, on one set of prompts.
+    """Effects of adding alpha * FV to the hidden state after block l at the last token, for every layer l, on one set
+    of prompts.
 
     All layers cost little more than one (they share the prefix and the batch), so all are computed together, and a
     single layer gives the same bits alone as in a loop over all of them.
     """
 
     effects: Effects
-    """base (prompt,), edited (prompt, layer)."""
+    """Scores without and with the vector: ``base`` (prompt,), ``edited`` (prompt, layer)."""
     noticeable: bool
     """Whether the vector is large enough that some logit must change: float32 rightly swallows a vector a millionth of
     the residual stream's size."""
@@ -70,8 +71,8 @@ class Injections:
 def inject_at_every_layer(
     model: LanguageModel, prompts: Prompts, fv: np.ndarray, alpha: float, *, trials_per_pass: int | None = None
 ) -> Injections:
-    """alpha * ``fv`` (resid_dim,) after every block. Raises InputError for a vector of another width than the model's
-    residual stream."""
+    """Add alpha * ``fv`` (resid_dim,) after every block. Raises InputError for a vector of another width than the
+    model's residual stream."""
     if fv.shape != (model.arch.resid_dim,):
         raise InputError(
             f"a function vector of shape {fv.shape} does not fit {model.name}, whose residual stream has "
@@ -97,8 +98,8 @@ def require_layer(model: LanguageModel, edit_layer: int) -> None:
 
 
 def summaries(effects: Effects, right: Sequence[Sequence[int]]) -> list[dict[str, float]]:
-    """For each column of ``effects.edited``, such as a layer: accuracy (the most probable token is among those that are
-    ``right``) and measures, without and with the vector, over prompts.
+    """Summary of each column of ``effects.edited``, such as a layer: accuracy (the most probable token is among those
+    that are ``right``) and measures, without and with the vector, over prompts.
 
     ``delta_*`` is with minus without; standard deviations are of the population.
     """
@@ -124,5 +125,5 @@ def summaries(effects: Effects, right: Sequence[Sequence[int]]) -> list[dict[str
 
 
 def _by_column(values: np.ndarray) -> np.ndarray:
-    """(prompt, column) -> (column, prompt), laid out so that each column is summed as if it were alone."""
+    """Transpose (prompt, column) -> (column, prompt), laid out so that each column is summed as if it were alone."""
     return np.ascontiguousarray(values.T)

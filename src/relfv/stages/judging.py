@@ -1,4 +1,4 @@
-"""From the effects of several vectors at every layer to numbers: accuracy, mean P, and the change of P with its
+"""Numbers from the effects of several vectors at every layer: accuracy, mean P, and the change of P with its
 interval."""
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tried:
-    """Vectors added to some prompts after some layers."""
+    """Effects of vectors added to some prompts after some layers."""
 
     effects: Effects
-    """edited (prompt, layer * vector)"""
+    """Scores without and with the vectors: ``edited`` is (prompt, layer * vector)."""
     layers: Sequence[int]
     names: Sequence[str]
-    """One for each vector; several draws share one."""
+    """Name of each vector; several draws share one name."""
 
     def beside(self, more: Tried) -> Tried:
-        """Together with further vectors that were added after the same layers."""
+        """These vectors together with ``more`` that were added after the same layers."""
         import torch
 
         def joined(field: str) -> torch.Tensor:
@@ -63,7 +63,7 @@ def judge_vectors(
     """
     base = effects.base.measure("p")
     correct = by_layer(effects.edited.correct(prompts.right), names)
-    # Over prompts in one order of sums for all vectors: one that is drawn twice is as good as itself.
+    # Sum over prompts in one order for all vectors, so that a vector drawn twice gives the same mean twice.
     reached = by_layer(effects.edited.measure("p"), names).mean(0)
     at = [str(layer) for layer in layers or range(correct.shape[1])]
     per_layer: dict[str, dict[str, Any]] = {layer: {} for layer in at}
@@ -119,7 +119,7 @@ def judge_candidates(
 
 
 def best_layer(tried: Sequence[Tried], name: str, layers: Sequence[int]) -> int:
-    """Where, of ``layers``, the vector of ``name`` reaches the largest mean P."""
+    """The layer, of ``layers``, after which the vector of ``name`` reaches the largest mean P."""
     reached = np.nan_to_num(p_of_draws(tried, name, layers).mean(1))
     return max(zip(reached, layers, strict=True), key=lambda one: (one[0], -one[1]))[1]
 
@@ -131,5 +131,5 @@ def mean_over_draws(effects: Effects, names: Sequence[str], measure: str = "p") 
 
 
 def by_layer(values: Any, names: Sequence[str]) -> Any:
-    """(prompt, layer * vector) -> (prompt, layer, vector)"""
+    """Reshape ``values`` (prompt, layer * vector) -> (prompt, layer, vector)."""
     return values.reshape(len(values), -1, len(names))

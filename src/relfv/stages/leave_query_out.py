@@ -1,4 +1,4 @@
-"""Intervals of the top heads' effects that know of the clean mean's own error (docs/statistics.md,
+"""Intervals of the top heads' effects that include the clean mean's own error (docs/statistics.md,
 ``leave_query_out``)."""
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from relfv.language_model import LanguageModel
 
 _N_GROUPS = 8
-"""Of queries that are left out together: about as good as each query by itself, at half the cost
-(docs/statistics.md)."""
+"""Number of groups of queries. The queries of a group are left out together: about as good as leaving out each query by
+itself, at half the cost (docs/statistics.md)."""
 
 
 def with_error_of_means(

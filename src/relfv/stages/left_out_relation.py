@@ -76,8 +76,8 @@ def _in_place(sets: Sequence[Sequence[HeadId]], means: MeanActivations) -> list[
 
 
 def judge_left_out(tried: Sequence[Tried], prompts: Prompts, compared: Sequence[int], own_layer: int) -> dict[str, Any]:
-    """The first of ``tried`` has own and others at every layer, the second, where there is one, the random draws at
-    ``compared``."""
+    """The numbers of the vectors. The first of ``tried`` has own and others at every layer, the second, where there is
+    one, the random draws at ``compared``."""
     judged = [judge_vectors(one.effects, prompts, one.names, one.layers) for one in tried]
     per_layer = judged[0]["per_layer"]
     for more in judged[1:]:
@@ -101,7 +101,8 @@ def judge_left_out(tried: Sequence[Tried], prompts: Prompts, compared: Sequence[
 
 
 def judge_in_place(together: Sequence[tuple[Effects, Sequence[str]]], prompts: Prompts) -> dict[str, Any]:
-    """Of ``together`` (effects, names) the first has own and others, the second, where there is one, the draws."""
+    """The numbers of the heads put in place. The first of ``together`` (effects, names) has own and others, the second,
+    where there is one, the random draws."""
     numbers: dict[str, Any] = {}
     for effects, names in together:
         numbers |= judge_vectors(effects, prompts, names)["per_layer"]["0"]

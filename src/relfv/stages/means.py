@@ -47,7 +47,7 @@ def clean_run(work: Work) -> CleanRun:
 
 
 def read_means(path: Path) -> MeanActivations:
-    """``clean_mean`` (layer, head, head_dim) float32; files of other tools may lack ``n_prompts``."""
+    """The ``clean_mean`` of a file, float32 (layer, head, head_dim); files of other tools may lack ``n_prompts``."""
     content = read_tensors(path)
     values = content.get("clean_mean") if isinstance(content, dict) else None
     if not isinstance(values, np.ndarray) or values.ndim != 3 or values.dtype.kind != "f":
@@ -59,7 +59,7 @@ def read_means(path: Path) -> MeanActivations:
 
 MEANS = File("stepD_mean_acts/qid_{q_id}_clean_mean.pt", read_means)
 GLOBAL_MEANS = File("stepD_mean_acts/global_clean_mean.pt", read_means)
-"""The same over the q_ids of the run, which here is one."""
+"""Mean activations over the q_ids of the run, which here is one, so that they are those of ``MEANS``."""
 
 
 # --- the stage -----------------------------------------------------------------------------------------------------

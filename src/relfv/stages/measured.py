@@ -1,5 +1,5 @@
-"""What some trials, taken together, give: clean means, scores of all heads, top heads, vector; and a file of several
-such, each kept as soon as it is made, for a stage that is stopped to go on from."""
+"""Results of some trials, taken together: clean means, scores of all heads, top heads, vector; and a file of several
+such results, each kept as soon as it is made, so that a stage that is stopped can go on from there."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ _RANDOM_LISTS = 10
 
 @dataclass(frozen=True)
 class Measured:
-    """What some trials, taken together, give."""
+    """Results of some trials, taken together."""
 
     means: np.ndarray
     """float32 (layer, head, head_dim): the mean clean activations."""
     scores: np.ndarray
     """float32 (head,): the score of every head that is swept, by layer, then head."""
     heads: tuple[HeadId, ...]
-    """The top k, best first."""
+    """The top k heads, best first."""
     vector: np.ndarray
     """float32 (resid_dim,)."""
 
@@ -50,8 +50,8 @@ class Measured:
 def measured_from(
     model: LanguageModel, means: MeanActivations, deltas: np.ndarray, heads: Sequence[HeadId], settings: Settings
 ) -> Measured:
-    """From the effects ``deltas`` (trial, head) on the score key's measure, ``heads`` sorted. Raises RunError for
-    effects that are not finite."""
+    """The results from the effects ``deltas`` (trial, head) on the score key's measure, ``heads`` sorted. Raises
+    RunError for effects that are not finite."""
     require_finite(deltas, f"{len(deltas)} trials")
     scores = trial_scores(deltas, settings.score_key).mean(0)
     top = tuple(heads[i] for i in np.argsort(-scores, kind="stable")[: settings.topk])
@@ -59,7 +59,7 @@ def measured_from(
 
 
 def measure(work: Work, clean: CleanRun, corrupted: Prompts) -> Measured:
-    """Of prompts as they are run, as StepD and StepE do it."""
+    """The results of clean and corrupted prompts, made as StepD and StepE make theirs."""
     settings, means = work.settings, mean_activations(clean)
     heads, per_pass = heads_to_sweep(work.model, settings), work.trials_per_pass.get("stepD_cie")
     effects = head_effects(work.model, corrupted, means, heads, trials_per_pass=per_pass)
@@ -68,7 +68,7 @@ def measure(work: Work, clean: CleanRun, corrupted: Prompts) -> Measured:
 
 
 def own(work: Work) -> Measured:
-    """Of the frozen trials, from what StepD has written."""
+    """The results of the frozen trials, from what StepD has written."""
     deltas = work.read(METRICS)
     of_measure = deltas.of[measure_of(work.settings.score_key)]
     return measured_from(work.model, work.read(MEANS), of_measure, deltas.heads, work.settings)
@@ -92,8 +92,8 @@ def cosine_of_random_heads(work: Work, several: Sequence[Measured]) -> float | N
 
 
 def read_measured(path: Path) -> tuple[dict[str, Measured], str]:
-    """-> (by name, what they were made from) of a file as ``measured_bytes`` makes it. Raises RunError for any other,
-    or one whose numbers are not as they were written."""
+    """Read a file as ``measured_bytes`` makes it. -> (results by name, what they were made from). Raises RunError for
+    any other, or one whose numbers are not as they were written."""
     arrays, metadata = read_safetensors(path)
     if metadata.get("digest") != _digest(arrays):
         raise RunError(f"{path}: its numbers are not those that were written")
@@ -123,12 +123,13 @@ MeasuredFile = File[tuple[dict[str, Measured], str]]
 
 @dataclass
 class Kept:
-    """Several of a q_id: what an earlier run has made is taken, and each is on disk as soon as it is made."""
+    """Several results of a q_id: those that an earlier run has made are taken, and each is on disk as soon as it is
+    made."""
 
     work: Work
     file: MeasuredFile
     so_far: MeasuredFile
-    """Hidden, and there only until all are made."""
+    """Hidden file with the results made so far, there only until all are made."""
     _before: dict[str, Measured] = field(default_factory=dict)
     _made: dict[str, Measured] = field(default_factory=dict)
 
@@ -142,7 +143,7 @@ class Kept:
             self._before |= there if made_from == self._from else {}
 
     def take(self, name: str, make: Callable[[], Measured]) -> Measured:
-        """That of ``name``, made unless it is there."""
+        """The result of ``name``, made unless it is there."""
         if name in self._before:
             self._made[name] = self._before[name]
         else:
@@ -151,13 +152,13 @@ class Kept:
         return self._made[name]
 
     def finish(self) -> None:
-        """Write the file, of those that were taken."""
+        """Write the file of the results that were taken, and remove the hidden one."""
         self.work.write(self.file, measured_bytes(self._made, self._from))
         self.work.folder.remove(self.so_far)
 
 
 def _made_from(work: Work) -> str:
-    """What they are made from; where it is another now, none may be taken."""
+    """Record of what the results are made from; if it has changed, no earlier result may be taken."""
     files = work.folder.hashes([work.folder.path(file) for file in (TRIALS, MEANS, METRICS, TOP_HEADS)])
     settings = {name: getattr(work.settings, name) for name in IDENTITY}
     return json.dumps([files, settings, work.model_identity])

@@ -107,7 +107,7 @@ def _sweep(work: Work) -> str:
 
 
 def _best_heads(work: Work) -> dict[int, dict[str, Any]]:
-    """Of each layer swept."""
+    """Layer -> its head with the largest mean_delta_p, for each layer swept."""
     best: dict[int, dict[str, Any]] = {}
     for head in work.read(CIE):
         p = head.scores["mean_delta_p"]

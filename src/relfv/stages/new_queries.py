@@ -46,7 +46,7 @@ def trials_of_new_queries(relation: Relation, settings: Settings, asked: Collect
 
 
 def as_snapshot(prompted: list[PromptedTrial]) -> Snapshot:
-    """Their zero-shot and clean prompts."""
+    """The snapshot of some trials, with their zero-shot and clean prompts."""
     questions = [
         Question(
             one.trial.q_id, f"{one.trial.q_id}-new-{one.trial.trial_idx:03d}", one.trial.trial_idx, one.trial.query,
@@ -64,7 +64,8 @@ def as_snapshot(prompted: list[PromptedTrial]) -> Snapshot:
 
 
 def numbers_of(prompts: Prompts, injections: Injections, clean: TokenScores, layer: int) -> dict[str, Any]:
-    """From the vector at every layer of the zero-shot ``prompts`` and the scores of their ``clean`` ones, (prompt,)."""
+    """Numbers from the vector at every layer of the zero-shot ``prompts`` and the scores of their ``clean`` ones,
+    (prompt,)."""
     effects = injections.effects
     zero, p_clean = effects.base.measure("p"), clean.measure("p")
     reached = injections.at_layer(layer).edited[:, 0]
@@ -88,7 +89,7 @@ def numbers_of(prompts: Prompts, injections: Injections, clean: TokenScores, lay
 
 
 def verdict_of(numbers: dict[str, Any], n: int, layer: int) -> str:
-    """What may be said of it, in a sentence or two."""
+    """The verdict on the new queries, in a sentence or two."""
     p, acc, share = numbers["p"], numbers["acc"], numbers["share_of_gap"]
     said = (
         f"On {n} quer{'y' if n == 1 else 'ies'} that no trial asks, at layer {layer}, chosen on others: P "

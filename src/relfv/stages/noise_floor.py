@@ -1,4 +1,5 @@
-"""How large an effect arithmetic alone can make: what stands below it in trial_metrics.jsonl is not a finding.
+"""The noise floor: how large an effect arithmetic alone can make. An effect below it in trial_metrics.jsonl is not a
+finding.
 
 Two ways to see it, on a few heads and trials: a patch that changes nothing (each head is given its own value back),
 and the sweep's effects once more from batches of another shape, which sums in another order, and with less rounding
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 
 N_BEST, N_SPREAD = 3, 5
 N_TRIALS = 3
-"""Few: what these passes cost is mostly their prefixes, and a sweep has 25 of those in all."""
+"""Number of trials measured. They are few: what these passes cost is mostly their prefixes, and a sweep has 25 of those
+in all."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +43,14 @@ class ArithmeticNoise:
     per_pass: int
     """Prompts that shared a forward pass."""
     largest: dict[str, float]
-    """For each of MEASURES the largest absolute difference."""
+    """Measure -> largest absolute difference."""
     median: dict[str, float]
-    """Likewise the median."""
+    """Measure -> median absolute difference."""
 
 
 @dataclass(frozen=True)
 class NoiseFloor:
-    """What arithmetic alone makes of a head's effect on one trial."""
+    """The effects of a head on one trial that arithmetic alone makes."""
 
     heads: tuple[HeadId, ...]
     """The heads measured."""
@@ -72,14 +74,14 @@ def heads_to_probe(ranked: Sequence[ScoredHead]) -> list[HeadId]:
 def measure_noise_floor(
     model: LanguageModel, prompts: Prompts, means: MeanActivations, effects: HeadEffects, ranked: Sequence[ScoredHead]
 ) -> NoiseFloor:
-    """Both ways on the first ``N_TRIALS`` of the corrupted prompts: two passes of few prompts and heads beside a sweep
-    of all.
+    """Measure the noise in both ways on the first ``N_TRIALS`` of the corrupted prompts: two passes of few prompts and
+    heads beside a sweep of all.
 
     ``effects`` are the sweep's, on the same prompts; ``ranked`` are its heads.
     """
     heads = heads_to_probe(ranked)
     n = min(N_TRIALS, len(prompts))
-    # Another number of trials a pass than the sweep's, if that can be with so few.
+    # Take another number of trials a pass than the sweep's, if so few trials allow it.
     per_pass = n if n != effects.effects.per_pass else max(1, n - 1)
     identity = model.engine.sweep_heads(prompts[:n], None, heads, per_pass=per_pass)
     again = model.engine.finer().sweep_heads(prompts[:n], means.values, heads, per_pass=per_pass)

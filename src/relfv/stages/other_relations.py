@@ -1,4 +1,4 @@
-"""Clean prompts of the CSV's other relations: what a head is there on average is what it does whatever the relation
+"""Clean prompts of the CSV's other relations: a head's mean activation there is what it does whatever the relation
 (ablation.py).
 
 They are drawn from the CSV alone, so that no q_id depends on which others have been run; and those that were used are
@@ -29,8 +29,9 @@ N_PROMPTS = 50
 
 
 def trials_of_others(relation: Relation, settings: Settings) -> dict[str, list[Trial]]:
-    """Of every other relation its own first trials, as a run with these settings freezes them: ``N_PROMPTS`` in all,
-    evenly; where the CSV has more relations than that, of as many at random. Empty where no other can be used."""
+    """q_id -> first trials of that other relation, as a run with these settings freezes them: ``N_PROMPTS`` in all,
+    spread evenly over the relations; where the CSV has more relations than that, over as many at random. Empty where no
+    other can be used."""
     others = list(islice(_usable(relation, settings), N_PROMPTS))
     n_each, n_more = divmod(N_PROMPTS, len(others) or 1)
     return {
@@ -47,7 +48,7 @@ def trials_of_others(relation: Relation, settings: Settings) -> dict[str, list[T
 
 def _usable(relation: Relation, settings: Settings) -> Iterator[Relation]:
     """Other relations with rows enough, in a random order; not those that have half of their pairs or more in common
-    with this one, which are no others."""
+    with this one, which do not count as others."""
     own, q_ids = set(relation.pairs), sorted(relation.csv_pairs.keys() - {relation.q_id})
     for q_id in random.Random(f"relfv:other_relations:{settings.seed}:{relation.q_id}").sample(q_ids, len(q_ids)):
         other = Relation(q_id, relation.csv_pairs[q_id], relation.csv_answers)
@@ -59,7 +60,7 @@ def _usable(relation: Relation, settings: Settings) -> Iterator[Relation]:
 
 
 def as_recorded(trials: dict[str, list[Trial]]) -> list[dict[str, Any]]:
-    """An entry a prompt, as ablation.json has them."""
+    """Entries of the prompts for ablation.json, one for each prompt."""
     return [
         {"q_id": q_id, "trial_id": trial.trial_id, "clean_prompt_str": clean_text(trial)}
         for q_id, its in sorted(trials.items())
@@ -74,13 +75,13 @@ def clean_text(trial: Trial) -> str:
 
 @dataclass(frozen=True)
 class OtherRelations:
-    """What heads are on prompts of other relations."""
+    """Mean activations of heads on prompts of other relations."""
 
     means: torch.Tensor | None
     """float32 (layer, head, head_dim): z at the last token, mean over the prompts; None where there are none."""
     record: dict[str, Any]
-    """For the file: why there are none, how many prompts, of which relations, their text, and by trial_id the tokens
-    that are fed after it, as in that relation's own run, where there are any."""
+    """Entry for the file: why there are none, how many prompts, of which relations, their text, and by trial_id the
+    tokens that are fed after it, as in that relation's own run, where there are any."""
 
 
 def measure_others(work: Work) -> OtherRelations:

@@ -20,13 +20,13 @@ AVERAGED = [name for name in COLUMNS if not name.startswith("mean_delta_p_")]
 
 @dataclass(frozen=True, kw_only=True)
 class Measured(Ability):
-    """What the files of one finished relation give."""
+    """The numbers of one finished relation, from its files."""
 
     name: str
     scored: tuple[ScoredHead, ...]
-    """By layer, then head; the same heads in every relation."""
+    """The scored heads, by layer, then head; the same heads in every relation."""
     top: tuple[HeadId, ...]
-    """Its own top heads, best first."""
+    """The relation's own top heads, best first."""
     n_trials: int
     vector: np.ndarray
     """float32 (resid_dim,)"""
@@ -41,26 +41,27 @@ class OverRelations:
     """Heads over relations; arrays are (head,) in the order of ``scored``."""
 
     scored: tuple[ScoredHead, ...]
-    """By layer, then head; scores are means over relations, ``n_trials`` the trials of all."""
+    """The scored heads, by layer, then head; scores are means over relations, ``n_trials`` the trials of all."""
     se: np.ndarray
-    """Of the score key's mean: from the spread over relations. Infinite for one relation, as the interval is."""
+    """Standard error of the score key's mean, from the spread over relations. Infinite for one relation, as the
+    interval is."""
     low: np.ndarray
     high: np.ndarray
     p_value: np.ndarray
-    """Two-sided, by sign flips of relations."""
+    """Two-sided p-value, by sign flips of relations."""
     fdr: np.ndarray
     n_positive: np.ndarray
-    """int: relations in which the score is above 0."""
+    """int: number of relations in which the score is above 0."""
     n_in_own_top: np.ndarray
-    """int: relations among whose own top heads it is."""
+    """int: number of relations that have the head among their own top heads."""
     stability: Stability
-    """Of the top k under resampling of relations."""
+    """Stability of the top k under resampling of relations."""
     score_key: str
     k: int
 
     @property
     def ranked(self) -> list[ScoredHead]:
-        """Best first."""
+        """The scored heads, best first."""
         return rank_heads(self.scored, self.score_key)
 
     @property

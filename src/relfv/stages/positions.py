@@ -42,9 +42,9 @@ CLASSES = {
     "query": "the last token of the query",
     "last": "the prompt's last token, as in StepD",
 }
-"""Of tokens."""
+"""Classes of tokens: name -> description."""
 N_DRAWS = 5
-"""Of random heads."""
+"""Number of draws of random heads."""
 _PROMPTS_A_PASS = 8
 _MEANING = (
     "On the corrupted prompts of the trials heads are set, at the tokens of one class, to their mean over the clean "
@@ -70,13 +70,14 @@ def places_in(text: str, ends: Sequence[int]) -> dict[str, list[int]]:
 
 
 def _token_at(char: int, ends: Sequence[int]) -> int:
-    """Of the tokens that end first at or after ``char`` the last: the bytes of one letter all end with it."""
+    """Index of the last of the tokens that end first at or after ``char``: the bytes of one letter all end with it."""
     end = min(one for one in ends if one >= char)
     return max(i for i, one in enumerate(ends) if one == end)
 
 
 def places_of(work: Work, texts: Sequence[str], prompts: Prompts) -> list[dict[str, list[int]]]:
-    """Of each prompt the tokens of each class. Raises InputError for prompts of another form than the spec's."""
+    """The tokens of each class in each prompt, by index. Raises InputError for prompts of another form than the
+    spec's."""
     found = []
     for text, ids in zip(texts, prompts.ids, strict=True):
         places = places_in(text, work.model.tokens.ends(text)) | {"last": [len(ids) - 1]}
@@ -90,7 +91,7 @@ def places_of(work: Work, texts: Sequence[str], prompts: Prompts) -> list[dict[s
 
 
 def slots_of(places: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
-    """Of each class its slots: indices into its tokens and those of the classes before it, one after the other."""
+    """Class -> its slots: indices into the tokens of all classes, put one after the other."""
     slots, start = {}, 0
     for name, tokens in places.items():
         slots[name] = tuple(range(start, start + len(tokens)))
@@ -99,7 +100,7 @@ def slots_of(places: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
 
 
 def in_slots(places: Sequence[Mapping[str, Sequence[int]]]) -> list[list[int]]:
-    """(prompt, slot): the tokens."""
+    """(prompt, slot): the index of each slot's token in the prompt."""
     return [[token for tokens in its.values() for token in tokens] for its in places]
 
 
@@ -125,7 +126,8 @@ def clean_means(work: Work, prompts: Prompts, places: Sequence[Sequence[int]]) -
 def versions_of(
     slots: Mapping[str, tuple[int, ...]], top: Sequence[HeadId], draws: Sequence[Sequence[HeadId]]
 ) -> list[tuple[str, AtTokens]]:
-    """What is tried, by name: ``label, top`` and ``label, random`` all at once, ``label, 3.5`` one head alone."""
+    """The versions that are tried, with their names: ``label, top`` and ``label, random`` all at once, ``label, 3.5``
+    one head alone."""
     from relfv.engine.reference import AtTokens
 
     sets = [("top", tuple(top)), *(("random", tuple(heads)) for heads in draws[:N_DRAWS])]
@@ -134,12 +136,12 @@ def versions_of(
 
 
 def name_of(head: HeadId) -> str:
-    """``3.5``: layer and head."""
+    """Name of a head, its layer and its number: ``3.5``."""
     return f"{head.layer}.{head.head}"
 
 
 def verdict_of(document: Mapping[str, Any]) -> str:
-    """What the numbers say, in a sentence or two."""
+    """The verdict on the numbers of positions.json, in a sentence or two."""
     p, tops = [document[of]["mean_p"] for of in ("corrupted", "clean")], {}
     for name, of in document["together"].items():
         share, random_heads = of["top"]["share_of_gap"], of.get("random", {}).get("share_of_gap")

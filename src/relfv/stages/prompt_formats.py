@@ -33,8 +33,8 @@ def with_formats(settings: Settings) -> Settings:
 
 
 def resolved_formats(asked: str) -> str:
-    """``arrow,mine.json``, or what this gave before, as one JSON object; empty for none. Raises InputError, naming the
-    format and what is wrong."""
+    """The formats asked for, as in ``arrow,mine.json`` or an earlier result of this function, as one JSON object; empty
+    for none. Raises InputError, naming the format and what is wrong."""
     if asked.lstrip().startswith("{"):
         defined = _checked(_parsed(asked, "--formats"), "--formats")
     else:

@@ -21,20 +21,20 @@ class PromptFormat:
 
     name: str
     prompt: str
-    """A pair: ``{input}``, then one space and ``{output}``; a query is what stands before that space."""
+    """Form of a pair: ``{input}``, then one space and ``{output}``; a query is what stands before that space."""
     separator: str = "\n"
-    """After each demo."""
+    """Text after each demo."""
     introduction: str = ""
-    """Before everything."""
+    """Text before everything else."""
     demos: bool = True
-    """False: clean prompts have the introduction and no demos, corrupted ones neither."""
+    """Whether clean prompts have demos. If not, they have the introduction and no demos, corrupted ones neither."""
 
     def clean(self, demos: Sequence[WordPair], query: str) -> str:
         """The introduction, the demos, then the query, with no trailing space."""
         return f"{self.introduction}{self._shown(demos)}{self._asked(query)}"
 
     def corrupted(self, demos: Sequence[WordPair], query: str) -> str:
-        """The same with corrupted ``demos``; without any the query alone."""
+        """The prompt as in ``clean`` with corrupted ``demos``; in a format without demos, the query alone."""
         return self.clean(demos, query) if self.demos else self._asked(query)
 
     def zero_shot(self, query: str) -> str:
@@ -80,7 +80,7 @@ def prompts_to_read(
 
 
 class AnswerTokens:
-    """Which token tells each answer of a relation: with the target ``first`` the first (Todd et al. 2024), with
+    """The token that identifies each answer of a relation: with the target ``first`` the first (Todd et al. 2024), with
     ``distinguishing`` the first that no other answer shares."""
 
     def __init__(
@@ -91,7 +91,8 @@ class AnswerTokens:
 
     @cached_property
     def _of(self) -> dict[str, Target]:
-        """By answer. Its tokens do not depend on what stands further in front of it than the end of the prompt."""
+        """Answer -> target. An answer's tokens do not depend on what stands further in front of it than the end of the
+        prompt."""
         first_with = {pair.output: pair for pair in reversed(self._relation.pairs)}
         in_order = dict.fromkeys(pair.output for pair in self._relation.pairs)
         return {
@@ -115,7 +116,7 @@ class AnswerTokens:
         )
 
     def collisions(self) -> list[tuple[int, list[str]]]:
-        """Answers that begin with what another one is told by: its score cannot tell them apart.
+        """Answers that begin with the tokens that identify another one: their scores cannot tell them apart.
 
         -> (the token that is scored, the distinct answers that share it and what is fed before it), for each token
         shared by at least two.
@@ -147,6 +148,6 @@ def _n_shared(one: Target, other: Target) -> int:
 
 
 def _told_by(other: Target, target: Target) -> int | None:
-    """The token that tells ``other`` after what is fed for ``target``; None if it begins in another way."""
+    """The token that identifies ``other`` after what is fed for ``target``; None if it begins in another way."""
     fits = (*other.space_ids, *other.answer_ids[: target.n_fed]) == target.fed_ids
     return other.answer_ids[target.n_fed] if fits and len(other.answer_ids) > target.n_fed else None

@@ -1,5 +1,5 @@
-"""Are the trials enough? The same relation from several independent draws of trials (draws.py), on request: how alike
-heads, scores and vectors are, and how that grows with the number of trials."""
+"""Several independent draws of a relation's trials (draws.py), on request, to see whether the trials are enough: how
+alike heads, scores and vectors are, and how that grows with the number of trials."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ MEANING = {
 
 
 def ladder(draws: Mapping[int, Sequence[Measured]]) -> list[dict[str, Any]]:
-    """For each number of trials, ascending, that has two draws or more: how alike they are (agreement.py)."""
+    """Agreement of the draws (agreement.py) for each number of trials, ascending, that has two draws or more."""
     return [
         {
             "n_trials": n_trials,
@@ -78,7 +78,7 @@ def verdict(document: Mapping[str, Any]) -> str:
 
 
 def _alike(rung: Mapping[str, Any], k: int, *, interval: bool = False) -> str:
-    """The same vector to cosine 0.97 (95% CI 0.95 to 0.99) and 16.2 of 20 heads."""
+    """Words such as "the same vector to cosine 0.97 (95% CI 0.95 to 0.99) and 16.2 of 20 heads"."""
     cosine, shared = rung["cosine"], rung["heads_shared"]
     words = f"{'the same vector to ' * interval}cosine {_short(cosine['mean'])}" if cosine else "a vector of zeros"
     if interval and cosine and cosine["low"] is not None:
@@ -87,7 +87,7 @@ def _alike(rung: Mapping[str, Any], k: int, *, interval: bool = False) -> str:
 
 
 def _short(cosine: float) -> str:
-    """Two digits, or as many as tell it from 1."""
+    """The cosine with two decimals, or with four from 0.995."""
     return f"{cosine:.2f}" if cosine < 0.995 else f"{cosine:.4f}"
 
 

@@ -22,7 +22,7 @@ COLUMNS = [
     "clean_mean_norm",
     *(f"mean_delta_p_{name}" for name in ("se", "ci_low", "ci_high", "p_value", "fdr", "queries_behind_half")),
 ]
-"""Of cie_scores.csv and aie_scores.csv, after those that say which head it is."""
+"""Columns of cie_scores.csv and aie_scores.csv, after those that say which head it is."""
 
 
 def score_heads(effects: HeadEffects, means: MeanActivations, queries: Sequence[int]) -> list[ScoredHead]:
@@ -56,7 +56,7 @@ def _norms(means: MeanActivations, heads: Sequence[HeadId]) -> np.ndarray:
 
 
 def uncertainty(delta_p: np.ndarray, queries: Sequence[int]) -> dict[str, np.ndarray]:
-    """Of effects (trial, head) what is known of their mean -> columns (head,)."""
+    """Effects (trial, head) -> columns (head,) on the uncertainty of their mean over trials."""
     mean, p_value = clustered_mean(delta_p, queries), sign_flip_p_values(delta_p, queries)
     return {
         "mean_delta_p_se": mean.se,
@@ -69,7 +69,7 @@ def uncertainty(delta_p: np.ndarray, queries: Sequence[int]) -> dict[str, np.nda
 
 
 def rank_heads(scored: Iterable[ScoredHead], score_key: str) -> list[ScoredHead]:
-    """Best first; equal scores by layer, then head."""
+    """The heads ranked, best first; equal scores by layer, then head."""
     return sorted(scored, key=lambda head: (-head.scores[score_key], head.id))
 
 
@@ -120,11 +120,11 @@ def require_score(scored: Sequence[ScoredHead], score_key: str, path: Path) -> N
 
 CIE = File("cie_scores.csv", read_scores)
 AIE = File("aie_scores.csv", read_scores)
-"""Over the q_ids of the run, here one, best first."""
+"""Scores over the q_ids of the run, here one, best first."""
 
 
 def cells_of(scored: Sequence[ScoredHead]) -> dict[HeadId, list[str]]:
-    """By head its numbers as both tables have them, in the order of COLUMNS."""
+    """Head -> its numbers as text, as both tables have them, in the order of COLUMNS."""
     flat = digits(np.array([[head.scores[name] for name in COLUMNS] for head in scored]).ravel())
     starts = range(0, len(flat), len(COLUMNS))
     return {head.id: flat[start : start + len(COLUMNS)] for head, start in zip(scored, starts, strict=True)}

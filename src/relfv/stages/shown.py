@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shown:
-    """The trials in one format."""
+    """The frozen trials in one prompt format."""
 
     format: PromptFormat
     few_shot: Snapshot
     zero_shot: Snapshot
-    """Of the queries that Step6 evaluates."""
+    """Zero-shot prompts of the queries that Step6 evaluates."""
     zero_shot_prompts: Prompts
     clean: CleanRun
     corrupted_prompts: Prompts

@@ -31,7 +31,7 @@ IN_WORDS = {
 """Name -> how it is called in figures and on the page."""
 N_PERMUTATIONS = 10_000
 _ALL_UP_TO = 7
-"""Relations: 5,040 orders."""
+"""Number of relations up to which all their orders are tried: 7 have 5,040."""
 
 
 def similarities(relations: Sequence[Measured], universal: Sequence[HeadId], score_key: str) -> dict[str, np.ndarray]:
@@ -52,7 +52,7 @@ def _centred_cosines(rows: np.ndarray) -> np.ndarray:
 
 
 def agreement(matrices: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-    """``mantel`` of every pair of them."""
+    """The result of ``mantel`` for every pair of ``matrices``."""
     return [{"a": a, "b": b, **mantel(matrices[a], matrices[b])} for a, b in itertools.combinations(matrices, 2)]
 
 
@@ -70,7 +70,7 @@ def mantel(one: np.ndarray, other: np.ndarray) -> dict[str, Any]:
     i, j = np.triu_indices(n, 1)
     if n < 3 or not (np.isfinite(one[i, j]).all() and np.isfinite(other[i, j]).all()):
         return unknown
-    # Ties of rounding are ties: a permuted matrix has the same entries, and so the same ranks.
+    # Values that differ only by rounding are ties: a permuted matrix has the same entries, and so the same ranks.
     ranks = [stats.rankdata(np.round(matrix[i, j], 12)) for matrix in (one, other)]
     centred = [rank - rank.mean() for rank in ranks]
     scale = math.sqrt(float(centred[0] @ centred[0]) * float(centred[1] @ centred[1]))
@@ -88,7 +88,7 @@ def mantel(one: np.ndarray, other: np.ndarray) -> dict[str, Any]:
 
 
 def _orders(n: int) -> np.ndarray:
-    """int (order, n), the first as it is."""
+    """Orders of n relations, int (order, n), the first of them unchanged."""
     if n <= _ALL_UP_TO:
         return np.array(list(itertools.permutations(range(n))))
     rng = np.random.default_rng(n)

@@ -15,7 +15,7 @@ _LARGEST_TOKEN_ID = 2**31 - 1
 
 
 def read_snapshot(path: Path, *, with_demos: bool) -> Snapshot:
-    """sampled_trials.json (``with_demos``), or its zero-shot twin.
+    """Read sampled_trials.json (``with_demos``), or its zero-shot twin.
 
     Raises InputError if it is missing, RunError, naming the trial and the key, if something in it is not as it should
     be.
@@ -26,7 +26,7 @@ def read_snapshot(path: Path, *, with_demos: bool) -> Snapshot:
 
 
 def snapshot_of(document: Any, path: Path, *, with_demos: bool) -> Snapshot:
-    """The same of a file's content; ``path`` is what errors name."""
+    """The snapshot from the content of a file of frozen trials; ``path`` is what errors name."""
     trials = document.get("trials") if isinstance(document, dict) else None
     if not isinstance(trials, list) or not isinstance(document.get("meta"), dict):
         raise RunError(f"{path}: is not a trial snapshot; expected meta and trials as StepD writes them")
@@ -44,7 +44,8 @@ def snapshot_of(document: Any, path: Path, *, with_demos: bool) -> Snapshot:
 
 
 def _clusters(questions: Sequence[Question]) -> tuple[int, ...]:
-    """Rows that have the same input count as one query: a pair that stands in the CSV twice is no two observations."""
+    """The cluster of each question. Rows that have the same input count as one query: a pair that stands in the CSV
+    twice is no two observations."""
     first: dict[tuple[str, str], int] = {}
     inputs = [(question.q_id, question.query.input) for question in questions]
     for number, (word, question) in enumerate(zip(inputs, questions, strict=True)):
@@ -54,7 +55,7 @@ def _clusters(questions: Sequence[Question]) -> tuple[int, ...]:
 
 
 def target_keys(target: Target, accepted: Sequence[tuple[str, int | None]]) -> dict[str, Any]:
-    """What a trial of either file says of its answer's tokens."""
+    """The keys on a trial's answer tokens, as both files have them."""
     return {
         "target_first_token_id": target.token_id,
         "answer_ids": list(target.answer_ids),
@@ -67,7 +68,7 @@ def target_keys(target: Target, accepted: Sequence[tuple[str, int | None]]) -> d
 
 
 class _Trial:
-    """One trial of a file, read key by key."""
+    """Reader of one trial of a file, key by key."""
 
     def __init__(self, path: Path, number: int, values: Any) -> None:
         self._path, self._number = path, number
@@ -80,7 +81,7 @@ class _Trial:
             *(self._checked(f"query.{side}", words.get(side), str, "a text") for side in ("input", "output"))
         )
         q_id = self.text("q_id")
-        if not is_q_id(q_id):  # file names are made of it
+        if not is_q_id(q_id):  # file names are made from the q_id
             raise self._wrong("q_id", q_id, "a q_id")
         row = self._values.get("query_source_index")
         return Question(
@@ -121,7 +122,7 @@ class _Trial:
         return tuple(self._token(key, one) for one in self._list(key, "token ids"))
 
     def _list(self, key: str, of: str) -> list[Any]:
-        """Empty where the key is missing, as in the snapshots of other tools."""
+        """The list at ``key``; empty where the key is missing, as in the snapshots of other tools."""
         return self._checked(key, self._values.get(key, []), list, f"a list of {of}")
 
     def _number_of(self, key: str) -> int:

@@ -1,4 +1,4 @@
-"""What a stage is, and what it works on.
+"""The classes of a stage: its declaration (``Stage``), its steps (``Step``), and the q_id it works on (``Work``).
 
 Order, resume, which settings may still be chosen, what ``relfv verify`` checks and what the documentation lists all
 follow from the declarations: a ``Stage`` names the files it reads and writes, the settings it uses, and how to run it.
@@ -26,28 +26,29 @@ T = TypeVar("T")
 
 @dataclass
 class Work:
-    """One q_id while its stages run."""
+    """A q_id while its stages run: its folder, its settings, the model, and what its stages share."""
 
     folder: QidFolder
     settings: Settings
     opened: Callable[[], LanguageModel]
-    """Gives the model, which is not opened before a stage asks for it."""
+    """Function that gives the model; it is not called before a stage asks for the model."""
     layers: Sequence[int] = ()
     """All layers of the model."""
     trials_per_pass: MutableMapping[str, int] = field(default_factory=dict)
-    """How many prompts shared a forward pass, by the kind of pass. Batch shapes change low-order bits, so a pass that
+    """Kind of pass -> number of prompts that shared a forward pass. Batch shapes change low-order bits, so a pass that
     is repeated takes the number that it was first made with; stages write theirs here."""
     relation: Relation | None = None
     """The rows that trials are drawn from; only the stage that freezes the trials needs them."""
     csv_sha256: str = ""
     model_identity: str = ""
-    """What the fingerprint knows the model by; empty where there is no fingerprint."""
+    """Identity of the model in the fingerprint; empty where there is no fingerprint."""
     name: str = ""
-    """The relation in words, where there are some."""
+    """The relation in words; empty where the CSV has none."""
     pace: Pace = field(default_factory=lambda: Pace(1))
-    """Is told which stage runs."""
+    """Estimate of the time left; it is told which stage runs."""
     meanwhile: Callable[[], None] = lambda: None
-    """Called once by a stage while a GPU computes for long and the host would wait: what others left for then."""
+    """Function with work that others left for later. A stage calls it once while a GPU computes for long and the host
+    would wait."""
     _made: dict[Callable[..., Any], Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -57,11 +58,11 @@ class Work:
 
     @property
     def q_id(self) -> str:
-        """Its q_id."""
+        """The q_id of ``folder``."""
         return self.folder.q_id
 
     def once(self, make: Callable[[Work], T]) -> T:
-        """``make(self)``, made the first time it is asked for: what several stages share."""
+        """The result of ``make(self)``, made when first asked for and then shared by several stages."""
         if make not in self._made:
             self._made[make] = make(self)
         return self._made[make]
@@ -91,44 +92,48 @@ def _opened(work: Work) -> LanguageModel:
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that two files of a finished q_id should agree on."""
+    """A check of something that two files of a finished q_id should agree on."""
 
     path: Path
-    """The file to name where they do not."""
+    """The file to name if they do not agree."""
     expected: str
     holds: bool
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of every q_id, or of every layer of every q_id."""
+    """Declaration of a stage, which every q_id, or every layer of every q_id, goes through."""
 
     name: str
-    """As in qid_status.json; of a stage with a step for each layer without the layer's number."""
+    """Name of the stage in qid_status.json; for a stage with a step for each layer, without the layer's number."""
     about: str
-    """What it does, in one line."""
+    """Description of the stage in one line."""
     run: Callable[..., str]
     """Called with a Work, and the layer where each layer has a step; reads, computes, writes, and returns its result in
     a few words for the log."""
     reads: tuple[File[Any], ...] = ()
     writes: tuple[File[Any], ...] = ()
     settings: tuple[str, ...] = ()
-    """The fields of Settings that it uses itself. Those of the stages whose files it reads count as its own, too."""
+    """The fields of Settings that the stage itself uses. Those of the stages whose files it reads count as its own,
+    too."""
     agrees: Callable[[QidFolder, QidStatus], Iterator[Finding]] | None = None
-    """For ``relfv verify``: what its files must agree on, with others and with the q_id's status."""
+    """Checks for ``relfv verify``: what the stage's files must agree on, with other files and with the q_id's
+    status."""
     per_layer: bool = False
     """Whether each layer has a step of its own."""
     asked: Callable[[Settings], Any] | None = None
-    """Of a stage that a q_id is complete without: the part of the settings that asks for it, falsy where none does."""
+    """Part of the settings that asks for the stage, falsy where none does; None for a stage without which no q_id is
+    complete."""
     extra: bool = False
-    """Whether it is beyond the spec, and left out with ``--extras none``."""
+    """Whether the stage is beyond the spec, and left out with ``--extras none``."""
     made_for: Callable[[QidFolder, Relation, Settings], bool] | None = None
-    """Of a stage that also reads the CSV's other relations: whether its files were made from their present rows."""
+    """Whether the stage's files were made from the present rows of the CSV's other relations; None for a stage that
+    does not read these."""
     prompts: Callable[[Settings], int] | None = None
-    """How many prompts it sweeps over all heads. None: its time grows with the evaluated prompts if it reads these, and
-    with the trials if not."""
+    """Number of prompts that the stage sweeps over all heads. None: its time grows with the evaluated prompts if it
+    reads these, and with the trials if not."""
     share: float = 0.0
-    """Of a q_id's time, as a rule: what the time left rests on before a stage has been timed."""
+    """Share of a q_id's time that this stage usually takes; used for the time left before a stage has been timed."""
 
     def step(self, layer: int | None = None) -> Step:
         """The stage for one q_id: at ``layer``, if it has a step for each."""
@@ -144,19 +149,21 @@ class Step:
 
     @property
     def name(self) -> str:
-        """As in qid_status.json."""
+        """Name of the step in qid_status.json: the stage's, followed by the layer where there is one."""
         return self.stage.name if self.layer is None else f"{self.stage.name}{self.layer}"
 
     def run(self, work: Work) -> str:
-        """Do it. -> the result in a few words."""
+        """Run the stage for this step. -> its result in a few words."""
         return self.stage.run(work) if self.layer is None else self.stage.run(work, self.layer)
 
     def inputs(self, folder: QidFolder, layers: Sequence[int]) -> list[Path]:
-        """What it reads of what is there, in the order of its declaration; of files that each layer has, all."""
+        """The existing files that the step reads, in the order of their declaration; of files that each layer has,
+        all."""
         return [path for path in self._paths(self.stage.reads, folder, layers) if path.exists()]
 
     def outputs(self, folder: QidFolder, layers: Sequence[int]) -> list[Path]:
-        """What it has written, likewise."""
+        """The existing files that the step writes, in the same order; of files that each layer has, those of its own
+        layer, if it has one."""
         at = layers if self.layer is None else [self.layer]
         return [path for path in self._paths(self.stage.writes, folder, at) if path.exists()]
 

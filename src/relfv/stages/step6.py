@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 PREFIX = "step6_layer_"
-"""Of the stage's name at each layer."""
+"""Beginning of the stage's name at each layer."""
 
 # --- files ---------------------------------------------------------------------------------------------------------
 
@@ -56,7 +56,7 @@ def _write(work: Work, layer: int, *, results: Any, summary: Any, rows: Sequence
 
 
 def _make_folders(work: Work) -> None:
-    """Those of all layers, with one wait for the disk."""
+    """Make the folders of all layers, with one wait for the disk."""
     make_folders(work.folder.path(EVAL_META, layer).parent for layer in work.layers)
 
 
@@ -99,7 +99,7 @@ def _inject(work: Work, layer: int) -> str:
 
 
 def _summaries(work: Work) -> list[dict[str, float]]:
-    """Of each layer."""
+    """The summary numbers of each layer."""
     return summaries(work.once(injections).effects, work.once(evaluated_prompts).right)
 
 
@@ -124,7 +124,7 @@ def _meta(work: Work, layer: int) -> dict[str, Any]:
 
 
 def _meta_of_all(work: Work) -> dict[str, Any]:
-    """With room, in its place, for what differs from layer to layer."""
+    """The metadata that all layers share, with None in the place of what differs from layer to layer."""
     settings, facts = work.settings, work.model.facts()
     return {
         "model": facts["model"],
@@ -167,7 +167,7 @@ def _edited(work: Work) -> dict[str, np.ndarray]:
 
 
 def _rows_of_all(work: Work) -> list[dict[str, Any]]:
-    """A row a prompt, with room, in its place, for what differs from layer to layer."""
+    """A row for each prompt, with None in the place of what differs from layer to layer."""
     trials, tokens, base = work.once(evaluated), work.model.tokens, work.once(injections).effects.base
     before, rows = base.measures(), []
     asked = zip(trials.questions, trials.prompts, base.top_id.tolist(), strict=True)

@@ -1,4 +1,4 @@
-"""What may be concluded of a q_id, in numbers (summary.json); verdict.py puts them into words."""
+"""The conclusions on a q_id, in numbers (summary.json); verdict.py puts them into words."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def conclusions(
     layer: int,
     score_key: str = "mean_delta_p",
 ) -> dict[str, Any]:
-    """From top_heads.json, controls.json and head_stability.json the numbers that the verdict rests on, and the
+    """The numbers that the verdict rests on, from top_heads.json, controls.json and head_stability.json, and the
     verdict.
 
     ``layer`` is the best by ``score_key`` of step6_all_layers_summary.json, and stands for the best in every file.
@@ -50,12 +50,12 @@ def conclusions(
     best = layers.index(str(layer))
     at_best = controls["per_layer"][layers[best]]
     there = {name: _effect(prompts, name, [layers[best]]) for name in controls["meaning"] if name in at_best}
-    # Some are at the best layer alone, which may be one of those compared.
+    # Some controls are at the best layer alone, which may be one of the compared layers.
     everywhere = set(controls["meaning"]).intersection(*(controls["per_layer"][layer] for layer in compared))
     effects = {name: _effect(prompts, name, compared) for name in there if name in everywhere}
     zero, clean = np.array(prompts["p_zero_shot"]), np.array(prompts["p_clean"])
     gap = Gap(zero, clean, prompts["query_source_index"])
-    # The function vector's share is that of a layer chosen for it.
+    # The function vector's share allows for its layer having been chosen.
     shares = {name: gap.share(effect, 0) for name, effect in there.items()}
     shares["fv"] = gap.share(_effect(prompts, "fv", layers), best)
     if "held_out" in effects:
@@ -126,7 +126,7 @@ def _effect(prompts: Mapping[str, Any], name: str, layers: Sequence[str]) -> np.
 
 
 def _by_layer(prompts: Mapping[str, Any], key: str, layers: Sequence[str]) -> np.ndarray:
-    """(prompt, layer)"""
+    """(prompt, layer): the numbers of ``key``."""
     return np.array([prompts[key][layer] for layer in layers], dtype=np.float64).T
 
 
@@ -156,8 +156,8 @@ def _conclude(work: Work) -> str:
 
 
 def _of_clean_prompts(work: Work, layer: int) -> dict[str, Any]:
-    """Whether the model can do the relation, and the numbers of what it answers right. Where scored tokens do not tell
-    answers apart, answers.json has whole ones, and they are what is right."""
+    """Numbers on whether the model can do the relation, and on what it answers right. Where scored tokens do not tell
+    answers apart, the whole answers of answers.json decide what is right."""
     trials, whole = work.read(TRIALS), work.read(ANSWERS).get("clean_prompts")
     if whole:
         right = [max(row["begins"], row["exact"]) for row in whole]

@@ -1,4 +1,5 @@
-"""Other strengths and other numbers of heads than the spec's, on request: how much hangs on ``alpha`` and ``k``."""
+"""Sweeps over other strengths and other numbers of heads than the spec's, on request, to see how much hangs on
+``alpha`` and ``k``."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ CAUTION = (
 
 @dataclass(frozen=True)
 class Swept:
-    """One vector of a sweep, and how many times it is added."""
+    """One vector of a sweep, with the factor alpha by which it is added after each layer."""
 
     kind: str
     """``alpha``, ``alpha_relative`` or ``k``."""
@@ -46,12 +47,12 @@ class Swept:
 
     @property
     def name(self) -> str:
-        """``alpha 0.5``."""
+        """Name of the entry, such as ``alpha 0.5``."""
         return f"{self.kind} {self.value}"
 
     @property
     def added(self) -> np.ndarray:
-        """float32 (layer, resid_dim)."""
+        """float32 (layer, resid_dim): alpha times the vector."""
         return self.alpha[:, None] * self.vector
 
 

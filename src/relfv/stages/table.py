@@ -60,7 +60,7 @@ STAGES: tuple[Stage, ...] = (
     attribution.STAGE,
 )
 STEP_D = (trials.STAGE, means.STAGE, cie.STAGE)
-"""What the spec calls StepD."""
+"""The stages that the spec calls StepD."""
 
 
 def steps(layers: Sequence[int], *, of: Iterable[Stage] = STAGES, extras: bool = True) -> list[Step]:
@@ -75,7 +75,7 @@ def asked_for(settings: Settings) -> list[Stage]:
 
 
 def shares(extras: bool = True) -> dict[str, float]:
-    """Of the stages that make a q_id complete, in order: what part of its time each takes as a rule."""
+    """Stage -> share of a q_id's time that it usually takes, for the stages that make a q_id complete, in order."""
     return {step.stage.name: step.stage.share for step in steps((0,), extras=extras)}
 
 
@@ -128,5 +128,5 @@ def free_settings(status: QidStatus, chosen_by: Iterable[Stage]) -> set[str]:
 
 
 def file_named(name: str, q_id: str) -> File[Any] | None:
-    """The file of the contract that ``name``, relative to ``artifacts/``, is."""
+    """The file of the contract with this ``name``, relative to ``artifacts/``; None if there is none."""
     return next((file for file in makers() if file.is_named(name, q_id)), None)

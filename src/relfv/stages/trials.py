@@ -27,9 +27,9 @@ from relfv.types import PromptedTrial, Relation, Snapshot, Trial, WordPair
 log = logging.getLogger(__name__)
 
 Corruption = Literal["derange", "shuffle", "random", "other"]
-"""Labels of corrupted demos: the demos' own, no one in its place (``derange``) or anyhow (``shuffle``, Todd et al.
-2024); drawn with replacement from the relation's answers (``random``), or from the CSV's other relations (``other``):
-of two labels a derangement teaches the inverse relation, these teach none."""
+"""Ways to make the labels of corrupted demos: the demos' own, none in its place (``derange``) or in any order
+(``shuffle``, Todd et al. 2024); drawn with replacement from the relation's answers (``random``), or from the CSV's
+other relations (``other``): of two labels a derangement teaches the inverse relation, these teach none."""
 
 _ATTEMPTS = 200
 
@@ -145,7 +145,8 @@ def _fewest_in_place(labels: list[str], right: Sequence[Collection[str]]) -> lis
 
 
 def read_trials(path: Path) -> Snapshot:
-    """sampled_trials.json. Raises InputError if it is missing, RunError, naming key and trial, if it is not one."""
+    """Read sampled_trials.json. Raises InputError if it is missing, RunError, naming key and trial, if it is not
+    one."""
     return read_snapshot(path, with_demos=True)
 
 
@@ -218,7 +219,7 @@ def _trial(item: PromptedTrial) -> dict[str, Any]:
 def _freeze(work: Work) -> str:
     """Sample the trials and write the snapshot, read-only from here on."""
     relation, tokens = work.relation, work.model.tokens
-    assert relation is not None  # given wherever StepD runs
+    assert relation is not None  # whatever runs StepD gives it
     prompted, document = draw(relation, work.settings, tokens, csv_sha256=work.csv_sha256)
     length, notes = longest_prompt(prompted, tokens, work.model.context)
     _warn(work.q_id, prompted, document["meta"]["first_token_collisions"])

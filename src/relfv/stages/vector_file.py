@@ -25,7 +25,7 @@ from relfv.store.status import QidStatus
 from relfv.types import Question
 
 KIND = "relfv function vector 1"
-"""What the metadata says the file is; the number grows when a key changes its meaning."""
+"""Kind of file that the metadata names; the number grows when a key changes its meaning."""
 VECTOR, PART = "function_vector", "by_layer."
 """Names of the arrays: the vector, and its part from the heads of each layer, before the layer's number."""
 _OTHER_WORDS = ("a", "7", "\u00e9t\u00e9")
@@ -44,14 +44,14 @@ def frame_of(tokens: Tokens, questions: Sequence[Question]) -> tuple[list[int], 
 
 
 def _shared(rows: Sequence[Sequence[int]]) -> list[int]:
-    """What all of them begin with."""
+    """The items that all ``rows`` begin with."""
     columns = takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))
     return [column[0] for column in columns]
 
 
 def spaces_of(questions: Sequence[Question]) -> dict[str, list[int]]:
-    """What is fed after the prompt's text, where answers begin with tokens of white space alone: under an empty key
-    what most prompts get, and by query what others do."""
+    """Token ids that are fed after the prompt's text, where answers begin with tokens of white space alone: under an
+    empty key those of most prompts, and by query those of the others."""
     by_query = {question.query.input: question.target.space_ids for question in questions}
     usual = Counter(by_query.values()).most_common(1)[0][0]
     return {"": list(usual), **{word: list(ids) for word, ids in by_query.items() if ids != usual}}
@@ -83,7 +83,7 @@ def _write(work: Work) -> str:
 
 
 def _metadata(work: Work, layer: int) -> Mapping[str, str]:
-    """Values are text, since the format knows no others; lists and objects as JSON."""
+    """The metadata of the file. Values are text, since the format knows no others; lists and objects as JSON."""
     model, questions, top = work.model, work.read(ZERO_SHOT_TRIALS).questions, work.read(TOP_HEADS)
     begins, ends = frame_of(model.tokens, questions)
     return {

@@ -1,7 +1,7 @@
 """The verdict of summary.json: a few sentences that are never stronger than its numbers.
 
-Each sentence is a function of the document that gives one thought, or nothing where the numbers do not allow it. What
-it needs, summary.py puts into the document.
+Each sentence is a function of the document that gives one thought, or nothing where the numbers do not allow it.
+summary.py puts what these functions need into the document.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from relfv.stats import LEVEL
 
 HELD_OUT = "held_out, layer_chosen_by_others"
 NOTHING = 0.05
-"""Of the gap: a vector whose mean share is surely smaller does nothing."""
+"""Share of the gap: a vector whose mean share is surely smaller does nothing."""
 
 Numbers = Mapping[str, Any]
 
 
 def verdict(numbers: Numbers) -> str:
-    """What the content of summary.json says, in words."""
+    """The verdict: the content of summary.json in words."""
     of_tokens = OF_SHARES if tells_apart(numbers) else ()
     sentences = (ability_sentence, leading_sentence, _heads, *of_tokens, trial_sentences)
     return " ".join(said for said in (sentence(numbers) for sentence in sentences) if said)
@@ -121,7 +121,7 @@ OF_SHARES: tuple[Callable[[Numbers], str], ...] = (
     carrier_sentences,
     stratum_sentence,
 )
-"""What rests on scores of single tokens: said only where those tell answers apart."""
+"""Sentences that rest on scores of single tokens; they are said only where those tell answers apart."""
 
 
 def _does_nothing(numbers: Numbers) -> bool:

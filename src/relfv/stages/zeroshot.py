@@ -33,7 +33,7 @@ def trials_to_evaluate(zero_shot: Snapshot, n_eval: int, *, allow_duplicates: bo
 
 
 def read_zero_shot_trials(path: Path) -> Snapshot:
-    """sampled_trials_zeroshot.json. Raises InputError if it is missing, RunError if it is not one."""
+    """Read sampled_trials_zeroshot.json. Raises InputError if it is missing, RunError if it is not one."""
     return read_snapshot(path, with_demos=False)
 
 
@@ -71,12 +71,12 @@ def evaluated(work: Work) -> Snapshot:
 
 
 def evaluated_of(zero_shot: Snapshot, settings: Settings) -> Snapshot:
-    """The same of any snapshot, under ``settings``."""
+    """The trials of any zero-shot snapshot that Step6 evaluates under ``settings``."""
     return trials_to_evaluate(zero_shot, settings.n_eval, allow_duplicates=settings.allow_query_duplicates)
 
 
 def evaluated_prompts(work: Work) -> Prompts:
-    """Their prompts as token ids (``work.once(evaluated_prompts)``)."""
+    """The prompts of the evaluated trials as token ids (``work.once(evaluated_prompts)``)."""
     return work.tokenised(work.once(evaluated))
 
 

@@ -1,1 +1,1 @@
-"""Files and what is known of them: written whole or not at all, locked, hashed, recorded."""
+"""Files and the records about them: written whole or not at all, locked, hashed, recorded."""

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Write files so that they appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ T = TypeVar("T")
 
 _TEMP_PREFIX, _TEMP_SUFFIX = ".relfv-", ".tmp"
 REPLACED = ".replaced-"
-"""In the names of what was moved aside."""
+"""Part of the names of files and folders that were moved aside."""
 
 _TRIES = 5
 _cannot_sync: set[int] = set()
-"""Devices of which it was said that their folders cannot be synced."""
+"""Devices for which a warning that their folders cannot be synced has been logged."""
 _MOST_BYTES = 4 << 30
-"""No artifact is larger; what is comes from somebody else and would fill the memory."""
+"""Largest file that is read, in bytes. No artifact is larger; a larger file comes from somebody else and would fill the
+memory."""
 
 
 def write_atomic(path: Path, data: bytes, *, read_only: bool = False) -> Path:
@@ -70,7 +71,7 @@ _REMEDIES = {
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """A failed write of ``path`` as a RunError that says what to do."""
+    """While open, turn a failed write of ``path`` into a RunError that says what to do."""
     try:
         yield
     except OSError as problem:
@@ -78,7 +79,7 @@ def explained(path: Path) -> Iterator[None]:
 
 
 def remedy(problem: OSError) -> str:
-    """What a user can do about a failed write."""
+    """Advice to a user about a failed write."""
     return _REMEDIES.get(problem.errno or 0, "check the path, the disk and its permissions, then run again")
 
 
@@ -102,7 +103,7 @@ def make_folder(folder: Path) -> None:
 
 
 def make_folders(folders: Iterable[Path]) -> None:
-    """The same of several, with one fsync for those of one parent."""
+    """Create several folders as ``make_folder`` does, with one fsync for those of one parent."""
     new = [folder for folder in folders if not folder.is_dir()]
     parents = {folder.parent: None for folder in new}
     for parent in parents:
@@ -129,7 +130,7 @@ def replacing(paths: Sequence[Path], *, read_only: bool = False) -> Iterator[lis
         with ExitStack() as opened:
             files: list[BinaryIO] = []
             for path in paths:
-                opened.enter_context(explained(path))  # to close a file writes what a full disk did not take before
+                opened.enter_context(explained(path))  # closing writes buffered data, for which the disk may be full
                 files.append(opened.enter_context(_again(lambda: _new(folder, temporaries, read_only=read_only))))
             yield files
             for path, file in zip(paths, files, strict=True):
@@ -141,7 +142,7 @@ def replacing(paths: Sequence[Path], *, read_only: bool = False) -> Iterator[lis
         for path, temporary in zip(paths, temporaries, strict=True):
             with explained(path):
                 _again(lambda path=path, temporary=temporary: temporary.replace(path))
-    except BaseException:  # an interrupt, too, must not leave half a file about
+    except BaseException:  # an interrupt must not leave half a file either
         for temporary in temporaries:
             with suppress(OSError):
                 temporary.unlink()
@@ -151,7 +152,7 @@ def replacing(paths: Sequence[Path], *, read_only: bool = False) -> Iterator[lis
 
 
 def _new(folder: Path, temporaries: list[Path], *, read_only: bool) -> BinaryIO:
-    """A new file of a new name, the last of ``temporaries``."""
+    """Create a file with a new random name, the last of ``temporaries``."""
     path = folder / f"{_TEMP_PREFIX}{secrets.token_hex(8)}{_TEMP_SUFFIX}"
     temporaries.append(path)
     try:
@@ -216,10 +217,10 @@ def remove_temporaries(folder: Path, *, below: bool = True) -> None:
 
 
 def temporaries(folder: Path, *, below: bool = True) -> list[Path]:
-    """What a process is writing in ``folder``, or was when it was killed."""
+    """Temporary files that a process is writing in ``folder``, or was when it was killed."""
     pattern = f"{_TEMP_PREFIX}*{_TEMP_SUFFIX}"
     found = folder.rglob(pattern) if below else folder.glob(pattern)
-    return [path for path in found if path.is_symlink() or not path.is_dir()]  # no folder is ours
+    return [path for path in found if path.is_symlink() or not path.is_dir()]  # relfv makes no temporary folders
 
 
 def read_bytes(path: Path) -> bytes:
@@ -257,7 +258,7 @@ def sha256_bytes(data: bytes) -> str:
 
 
 def require_temporary_folder() -> None:
-    """Raise RunError where there is none: PyTorch asks for it as soon as it is imported."""
+    """Raise RunError where there is no temporary folder: PyTorch asks for it as soon as it is imported."""
     import tempfile
 
     try:
@@ -273,7 +274,7 @@ def _sync_folder(folder: Path) -> None:
     except OSError as problem:
         if problem.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
-        # CIFS and some FUSE drives cannot: content is synced all the same, and names when the drive sees fit.
+        # CIFS and some FUSE drives cannot sync folders: contents are synced all the same, names when the drive decides.
         if (device := os.fstat(descriptor).st_dev) not in _cannot_sync:
             _cannot_sync.add(device)
             said = "%s: this drive cannot sync folders (%s); a power cut, and nothing else, may lose the newest files"
@@ -283,7 +284,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _again(act: Callable[[], T]) -> T:
-    """``act``; an interrupted system call (EINTR), which some drives pass on, is tried again a few times."""
+    """Call ``act``; an interrupted system call (EINTR), which some drives pass on, is tried again a few times."""
     for _ in range(_TRIES - 1):
         with suppress(InterruptedError):
             return act()

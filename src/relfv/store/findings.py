@@ -1,4 +1,4 @@
-"""What was found of a model when it was opened, kept in the user's cache folder for the next time.
+"""Cache of findings about a model, made when it was opened and kept in the user's cache folder for the next time.
 
 It only saves time: a file that is missing, damaged or cannot be written is as none. Each finding is a file of its own,
 so that processes need not wait for one another.
@@ -20,18 +20,18 @@ from relfv.store.formats import read_json, sealed_bytes, unsealed
 log = logging.getLogger(__name__)
 
 VARIABLE = "RELFV_CACHE"
-"""The environment variable that names another folder."""
+"""Environment variable that names another cache folder."""
 
 
 class Findings:
-    """By all that they rest on, their basis."""
+    """Cached findings, each stored under its basis: everything that it rests on."""
 
     def __init__(self, *, afresh: bool = False) -> None:
-        """With ``afresh`` nothing is taken over from earlier."""
+        """Open the cache; ``afresh`` ignores findings from earlier."""
         self._afresh = afresh
 
     def get(self, basis: Mapping[str, Any]) -> dict[str, Any] | None:
-        """What was found on exactly this basis, if it was."""
+        """The finding on exactly this basis, or None."""
         if self._afresh:
             return None
         try:
@@ -43,7 +43,7 @@ class Findings:
         return content.get("finding") if content.get("basis") == json.loads(_text(basis)) else None
 
     def keep(self, basis: Mapping[str, Any], finding: Mapping[str, Any]) -> None:
-        """It is kept where the cache folder can be written."""
+        """Store a finding under its basis, if the cache folder can be written."""
         content = {"basis": dict(basis), "finding": dict(finding)}
         try:
             write_atomic(_path(basis), sealed_bytes(json.loads(_text(content))))
@@ -52,8 +52,8 @@ class Findings:
 
 
 def cache_folder() -> Path:
-    """The user's, for relfv: $RELFV_CACHE, else $XDG_CACHE_HOME/relfv, else ~/.cache/relfv. Raises RuntimeError where
-    the user has no home."""
+    """The user's cache folder for relfv: $RELFV_CACHE, else $XDG_CACHE_HOME/relfv, else ~/.cache/relfv. Raises
+    RuntimeError where the user has no home."""
     if own := os.environ.get(VARIABLE):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "relfv"

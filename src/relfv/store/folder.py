@@ -27,8 +27,8 @@ from relfv.store.locks import lock
 T = TypeVar("T")
 _WAIT_S = 60.0
 _SETTLED_NS = 50_000_000
-"""A file that was changed this recently may change again within the same tick of the file system's clock: of disks of
-today, and of NFS on top of them."""
+"""Nanoseconds: a file that was changed this recently may change again within the same tick of the file system's clock,
+that of today's disks and of NFS on top of them."""
 
 
 @dataclass(frozen=True)
@@ -36,22 +36,22 @@ class File(Generic[T]):
     """One file of the artifact contract."""
 
     name: str
-    """Its path in ``artifacts/``, with ``{q_id}`` and ``{layer}`` where it has them and ``*`` for what differs from run
-    to run."""
+    """Path in ``artifacts/``, with ``{q_id}`` and ``{layer}`` where it has them and ``*`` for what differs from run to
+    run."""
     read: Callable[[Path], T]
-    """Its reader. Raises RelfvError for a file that is not what it should be."""
+    """Reader of the file. Raises RelfvError for a file that is not what it should be."""
 
     @property
     def per_layer(self) -> bool:
-        """Whether each layer has one."""
+        """Whether each layer has a file of its own."""
         return "{layer}" in self.name
 
     def named(self, q_id: str, layer: int | None = None) -> str:
-        """Its path for one q_id and, if each layer has one, layer."""
+        """The path for one q_id and, if each layer has a file, one layer."""
         return self.name.format(q_id=q_id, layer=layer)
 
     def is_named(self, name: str, q_id: str) -> bool:
-        """Whether ``name``, relative to ``artifacts/``, is this file of some layer."""
+        """Whether ``name``, relative to ``artifacts/``, is this file for some layer."""
         return _pattern(self.name, q_id).fullmatch(name) is not None
 
 
@@ -62,8 +62,8 @@ def _pattern(name: str, q_id: str) -> re.Pattern[str]:
 
 
 def is_of_a_qid(folder: Path) -> bool:
-    """Whether ``folder`` is a q_id's. A relation, too, may hold a folder ``artifacts``: that of the q_id of this name;
-    and a relation may have this name."""
+    """Whether ``folder`` is a q_id's. A relation's folder may hold a folder ``artifacts``, too: that of a q_id with
+    this name; and a relation may have this name."""
     inside = folder / "artifacts"
     if not inside.is_dir():
         return False
@@ -71,7 +71,7 @@ def is_of_a_qid(folder: Path) -> bool:
 
 
 def was_moved_aside(name: str) -> bool:
-    """Whether a q_id's folder was given this dated name by relfv: no q_id has one."""
+    """Whether relfv gave a q_id's folder this dated name when it moved it aside: no q_id has such a name."""
     return REPLACED in name
 
 
@@ -82,13 +82,13 @@ class QidFolder:
     artifacts: Path
     q_id: str
     elsewhere: Mapping[File[Any], Path] = field(default_factory=dict)
-    """Where the files are that a single command reads from, or writes to, another place."""
+    """Paths of the files that a single command reads from, or writes to, another place."""
     _parsed: dict[Path, tuple[str, Any]] = field(default_factory=dict, repr=False, compare=False)
-    """By path the hash and the content of what was read or written last: several stages read the same files."""
+    """Hash and content of files that were read or written, by path, since several stages read the same files."""
     _digests: dict[Path, str] = field(default_factory=dict, repr=False, compare=False)
-    """By path the hash of the bytes that were written or read last."""
+    """Hash of the bytes that were written or read last, by path."""
     _states: dict[Path, tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)
-    """By path what the file system said of it when that hash was taken; nothing if it had just been written."""
+    """State of each file in the file system when its hash was taken, by path; missing if it had just been written."""
     _located: dict[tuple[File[Any], int | None], Path] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -98,12 +98,13 @@ class QidFolder:
 
     @property
     def lock(self) -> Path:
-        """Held by whoever writes into this q_id's folder."""
+        """Path of the lock that whoever writes into this q_id's folder holds."""
         folder = self.artifacts.resolve().parent
         return folder.parent / ".locks" / f"{folder.name}.lock"
 
     def path(self, file: File[Any], layer: int | None = None) -> Path:
-        """Where ``file`` is; of a name with ``*`` that is not ``located`` yet the file that is there, if one is."""
+        """The path of ``file``; for a name with ``*`` that is not ``located`` yet, the path of the file that is there,
+        if one is."""
         if (file, layer) in self._located:
             return self._located[file, layer]
         if file in self.elsewhere:
@@ -115,7 +116,7 @@ class QidFolder:
         return path
 
     def locate(self, file: File[Any], layer: int | None, name: str) -> Path:
-        """Say which name the ``*`` of a file stands for. -> its path."""
+        """Set which name the ``*`` of a file stands for. -> its path."""
         path = self._located[file, layer] = self.path(file, layer).with_name(name)
         return path
 
@@ -129,11 +130,11 @@ class QidFolder:
         return self.read_at(self.path(file, layer), file)
 
     def read_at(self, path: Path, file: File[T]) -> T:
-        """The same of a ``path`` that is ``file``."""
+        """The content of the file at ``path``, read and cached as ``read`` does with ``file``."""
         try:
             digest = self._digest(path)
         except OSError:
-            return file.read(path)  # which says what is wrong
+            return file.read(path)  # the reader says what is wrong
         known = self._parsed.get(path)
         if known is None or known[0] != digest:
             known = self._parsed[path] = digest, file.read(path)
@@ -168,8 +169,8 @@ class QidFolder:
             self._digests[path], self._states[path] = sha256_bytes(data), ()
 
     def hashes(self, paths: Iterable[Path]) -> dict[str, str]:
-        """Path relative to ``artifacts/`` -> sha256, of the bytes that this process has written or read there, which
-        need not be read for it once more, or else of the file's."""
+        """Hashes of files, path relative to ``artifacts/`` -> sha256: of the bytes that this process has written or
+        read there, which saves reading the file once more, or else of the file's."""
         inside = f"{self.artifacts}/"
         return {str(path).removeprefix(inside): self._digests.get(path) or require_hash(path) for path in paths}
 

@@ -1,4 +1,4 @@
-"""The forms that artifacts have on disk: JSON, JSON lines, CSV and tensors, to bytes and back.
+"""Encode artifacts for disk, as JSON, JSON lines, CSV and tensors, and read them back.
 
 Floats keep every digit, so a stage that reads its input and one that has it in memory give the same bytes. Readers
 raise InputError for a file that is not there and RunError, with the path, for one that is not what it should be.
@@ -31,32 +31,32 @@ _SMALL_OR_LARGE = re.compile(rb" (-?(?:0\.0000\d+|\d[\d.]*e-?\d+))(?=,?\n)")
 
 
 def json_bytes(value: Any) -> bytes:
-    """Indented UTF-8 JSON in reading order; NaN and infinities are refused, since JSON has none."""
+    """Encode as indented UTF-8 JSON in reading order; NaN and infinities are refused, since JSON has none."""
     try:
         data = orjson.dumps(value, option=_INDENTED)
-    except TypeError:  # keys that are numbers, numbers of more than 64 bits
+    except TypeError:  # keys that are numbers, or numbers of more than 64 bits
         return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
-    if b"null" in data:  # may have been NaN
+    if b"null" in data:  # null may have been NaN, which this refuses
         json.dumps(value, allow_nan=False)
-    # A line that ends in a digit is a number's. Very small and large ones as Python writes them: 1e-05, not 0.00001.
+    # Write very small and large numbers as Python does, 1e-05 and not 0.00001. Only lines of a number end in a digit.
     return _SMALL_OR_LARGE.sub(lambda found: f" {float(found[1])!r}".encode(), b" " + data)[1:]
 
 
 def jsonl_bytes(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    """One JSON object a line."""
+    """Encode as JSON lines, one object on each line."""
     return "".join(_on_a_line(row) + "\n" for row in rows).encode()
 
 
 def csv_bytes(rows: Iterable[Sequence[str]]) -> bytes:
-    """Comma-separated lines, the header first."""
+    """Encode as CSV: comma-separated lines, the header first."""
     buffer = io.StringIO(newline="")
     csv.writer(buffer, lineterminator="\n").writerows(rows)
     return buffer.getvalue().encode()
 
 
 def csv_cell(value: Any) -> str:
-    """A value as a table has it: floats with every digit, nothing for None, and before words that a spreadsheet would
-    take for a formula an apostrophe, which is how spreadsheets mark a cell as text."""
+    """Format a value for a table: floats with every digit, nothing for None, and an apostrophe before words that a
+    spreadsheet would take for a formula, which is how spreadsheets mark a cell as text."""
     if isinstance(value, float):  # most are
         return repr(value)
     if isinstance(value, str):
@@ -65,8 +65,9 @@ def csv_cell(value: Any) -> str:
 
 
 def digits(values: np.ndarray) -> list[str]:
-    """float64 (n,), each in the fewest digits that give it back; what is not finite, which JSON has not, as CSV has it:
-    ``inf``, ``nan``. Tens of thousands take ``repr`` longer than the GPU takes for the effects that they are."""
+    """Format numbers, float64 (n,), each in the fewest digits that give it back; values that are not finite, which JSON
+    lacks, become ``inf`` or ``nan`` as in CSV. For tens of thousands, ``repr`` takes longer than the GPU takes to
+    compute the effects."""
     text = orjson.dumps(np.ascontiguousarray(values, np.float64), option=orjson.OPT_SERIALIZE_NUMPY)
     written = text[1:-1].decode().split(",")
     for i in np.flatnonzero(~np.isfinite(values)):
@@ -75,7 +76,7 @@ def digits(values: np.ndarray) -> list[str]:
 
 
 def tensor_bytes(content: Mapping[str, Any]) -> bytes:
-    """A ``.pt`` file that ``torch.load(weights_only=True)`` opens; NumPy arrays become tensors."""
+    """Encode as a ``.pt`` file that ``torch.load(weights_only=True)`` opens; NumPy arrays become tensors."""
     import torch
 
     def as_tensors(value: Any) -> Any:
@@ -89,17 +90,17 @@ def tensor_bytes(content: Mapping[str, Any]) -> bytes:
 
 
 def finite(value: float) -> float | None:
-    """``value``, or None, which JSON has, for infinities and NaN, which it has not."""
+    """``value``, or None in place of infinities and NaN, which JSON does not have."""
     return float(value) if math.isfinite(value) else None
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file."""
+    """Read the content of a JSON file."""
     return _read(path, "JSON", json.loads)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines. RunError names the first line that is none."""
+    """Read the objects of a file of JSON lines. RunError names the first line that is no object."""
 
     def parse(data: bytes) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []
@@ -114,12 +115,12 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file by the names of its header."""
+    """Read the rows of a CSV file, as dicts by the names of its header."""
     return _read(path, "CSV", lambda data: list(csv.DictReader(io.StringIO(data.decode()))))
 
 
 def read_tensors(path: Path) -> Any:
-    """The content of a ``.pt`` file, its tensors as NumPy arrays. No code of the file is run.
+    """Read the content of a ``.pt`` file, its tensors as NumPy arrays. No code of the file is run.
 
     Files as relfv writes them are read without torch, which takes seconds to import; any other kind by
     ``torch.load(weights_only=True)``.
@@ -135,35 +136,35 @@ def read_tensors(path: Path) -> Any:
 
 
 def sealed_bytes(content: dict[str, Any]) -> bytes:
-    """``content`` as JSON with a hash of itself as its last key, for a file that no status vouches for."""
+    """Encode ``content`` as JSON with a hash of itself as its last key, for a file that no status vouches for."""
     return with_seal(json_bytes(content))
 
 
 def with_seal(rest: bytes) -> bytes:
-    """JSON whose last line is its object's closing brace, with its own hash as the last key."""
+    """Add a hash of ``rest`` as the last key of its JSON, whose last line is the object's closing brace."""
     return rest.removesuffix(b"\n}\n") + f',\n  "{SEAL}": "{sha256_bytes(rest)}"\n}}\n'.encode()
 
 
 SEAL = "sha256_of_the_rest"
-"""The key of a file's hash of itself."""
+"""The key under which a file holds a hash of itself."""
 
 
 def is_as_sealed(data: bytes) -> bool:
     """Whether ``data`` are bytes as ``sealed_bytes`` wrote them, by their text alone: to encode JSON again takes ten
-    times as long. One that was only laid out anew is for ``unsealed``."""
+    times as long. A file that was only laid out anew needs ``unsealed``."""
     rest, _, seal = data.rpartition(f',\n  "{SEAL}": "'.encode())
     return seal == sha256_bytes(rest + b"\n}\n").encode() + b'"\n}\n'
 
 
 def unsealed(content: dict[str, Any], path: Path, *, older: bool = False) -> dict[str, Any]:
-    """What was sealed, of what was read from ``path``. Raises RunError if it is not as it was written, or its seal is
-    gone; ``older`` is for what an earlier version wrote without one."""
+    """Check the hash of ``content``, which was read from ``path``. -> the content without it. Raises RunError if it is
+    not as it was written, or its hash is gone; ``older`` allows what an earlier version wrote without one."""
     rest = {key: value for key, value in content.items() if key != SEAL}
     if SEAL not in content and older:
         return rest
     try:
         holds = content.get(SEAL) == sha256_bytes(json_bytes(rest))
-    except ValueError:  # NaN, which parses and is never written
+    except ValueError:  # NaN, which json parses but relfv never writes
         holds = False
     if not holds:
         raise RunError(f"{path}: has been changed since it was written: it does not match its {SEAL}")
@@ -194,7 +195,8 @@ _DTYPES = {
 
 
 def _unzipped(data: bytes) -> Any:
-    """What ``torch.save`` packed: a zip of one pickle, and the bytes of each tensor beside it."""
+    """Read the content of a file that ``torch.save`` wrote: a zip of one pickle, and the bytes of each tensor beside
+    it."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
         folder = name.removesuffix("data.pkl")
@@ -202,7 +204,7 @@ def _unzipped(data: bytes) -> Any:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows tensors of the dtypes above and ordinary containers, and refuses everything else."""
+    """Unpickler that knows tensors of the dtypes above and ordinary containers, and refuses everything else."""
 
     def __init__(self, pickled: bytes, stored: Callable[[str], bytes]) -> None:
         super().__init__(io.BytesIO(pickled))

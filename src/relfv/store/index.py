@@ -1,4 +1,4 @@
-"""What was made of each q_id's files, kept for as long as they are as they were: by their sizes, times and inodes.
+"""Cache of values made from each q_id's files, valid while the files' sizes, times and inodes do not change.
 
 To read and check the statuses of 10,000 q_ids takes many seconds, to ask the file system about them less than one.
 What a disk changes by itself moves none of these: ``relfv verify`` reads every byte, always.
@@ -23,17 +23,17 @@ from relfv.store.formats import is_as_sealed, with_seal
 log = logging.getLogger(__name__)
 
 FEWEST = 100
-"""q_ids. Fewer are read in no time, so of them nothing is kept on disk."""
+"""Least number of q_ids for which anything is kept on disk: fewer are read in no time."""
 _VERSION = f"{__version__}, {ALGORITHM_VERSION}"
-"""Of what is kept: others say other things of a q_id."""
+"""Version of the cached values: another version of relfv makes other ones."""
 
 
 class Index:
-    """Of a relation's ``folder``. It only saves time: without its file, or where that is damaged or cannot be written,
-    everything is read again."""
+    """Cached values of the q_ids of a relation's ``folder``. It only saves time: without its file, or where that is
+    damaged or cannot be written, everything is read again."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        """``name`` is for what is kept, which JSON must hold."""
+        """Open the cache ``name``, for values that JSON can hold."""
         self._path = folder / ".locks" / f".{name}.json"
         self._now: dict[str, Any] = {}
 
@@ -47,8 +47,8 @@ class Index:
             return {}
 
     def of(self, q_id: str, state: str, make: Callable[[], Any], lasts: Callable[[Any], bool] = lambda _: True) -> Any:
-        """What is kept of a q_id in this ``state_of`` the files that it is made from; else what ``make`` gives, kept
-        where it ``lasts`` while they are so."""
+        """The cached value of a q_id for this ``state_of`` the files that it is made from; else what ``make`` gives,
+        which is kept if ``lasts`` says that it stays right while the files do not change."""
         known = self.known(q_id, state)
         value = make() if known is None else known
         if lasts(value):
@@ -56,16 +56,16 @@ class Index:
         return value
 
     def known(self, q_id: str, state: str) -> Any:
-        """What is kept of it in this state; None if nothing is."""
+        """The cached value of a q_id for this state; None if there is none."""
         found = self._now.get(q_id) or self._on_disk.get(q_id)
         return found[1] if found and found[0] == state else None
 
     def keep(self, q_id: str, state: str, value: Any) -> None:
-        """``state`` is to be taken before the files are read."""
+        """Store a value. Take ``state`` before the files are read."""
         self._now[q_id] = [state, value]
 
     def write(self) -> None:
-        """Keep for the next command what this one asked for."""
+        """Keep the values that this command asked for, for the next one."""
         if len(self._now) < FEWEST or self._now == self._on_disk:
             return
         try:
@@ -77,7 +77,7 @@ class Index:
 
 
 def state_of(files: Iterable[str], basis: str = "") -> str:
-    """A hash of what the file system says of ``files``, and of what else a value rests on."""
+    """Hash of what the file system says about ``files``, and of ``basis``, anything else that a value rests on."""
     return sha256_bytes(repr((basis, *map(_state, files))).encode())
 
 

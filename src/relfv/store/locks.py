@@ -18,7 +18,8 @@ from relfv.store.files import explained, make_folder, remove_temporaries
 
 _SHARED_WAIT_S = 60.0
 _BLINK_S = 0.3
-"""Somebody who only looks (``held_by``) has a lock for an instant, which is no reason to leave a q_id out."""
+"""Seconds to keep trying: a process that only looks (``held_by``) has a lock for an instant, which is no reason to
+leave a q_id out."""
 
 
 @contextmanager
@@ -40,7 +41,7 @@ def lock(path: Path, *, wait_s: float = _BLINK_S, needed: bool = True) -> Iterat
                 yield _holder(file) or "another process"
                 return
             time.sleep(0.05)
-        with suppress(OSError):  # a full disk: the lock holds all the same, and is nameless
+        with suppress(OSError):  # on a full disk the lock holds, without its holder's name
             os.ftruncate(file.fileno(), 0)
             os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield None
@@ -48,8 +49,8 @@ def lock(path: Path, *, wait_s: float = _BLINK_S, needed: bool = True) -> Iterat
 
 @contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """For the files right in ``folder`` that all runs share (manifest, page): one process writes at a time, what a
-    killed one left half-written is removed first, and others wait. Raises RunError after a minute."""
+    """While open, be the only writer of the files directly in ``folder`` that all runs share (manifest, page): others
+    wait, and files that a killed process left half-written are removed first. Raises RunError after a minute."""
     # No q_id begins with a dot, so no q_id's lock has this name.
     # Where there are no locks, q_ids are shared out by --shard, whose runs write none of these files.
     with lock(folder / ".locks" / ".shared.lock", wait_s=_SHARED_WAIT_S, needed=False) as holder:
@@ -60,19 +61,19 @@ def sole_writer(folder: Path) -> Iterator[None]:
 
 
 def require_locks(folder: Path) -> None:
-    """Raise RunError where the file system has none: once, and not for every q_id."""
+    """Raise RunError where the file system has no locks: once, and not for every q_id."""
     with lock(folder / ".locks" / ".shared.lock", wait_s=0.0):
         pass
 
 
 def held_by(path: Path) -> str | None:
-    """Who holds this lock, or None. The lock itself is asked: a process number may be another one's by now, and says
-    nothing of another container or host."""
+    """The holder of this lock, or None. The lock itself is asked: a process number may be another one's by now, and
+    says nothing about another container or host."""
     try:
         _require_file(path)
         with path.open() as file:
             return None if _locked(file, shared=True) else _holder(file) or "another process"
-    except (OSError, RunError):  # nobody has ever locked it, or nobody can
+    except (OSError, RunError):  # it was never locked, or cannot be
         return None
 
 
@@ -89,7 +90,7 @@ def _locked(file: IO[str], *, shared: bool = False, needed: bool = True) -> bool
     try:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as problem:
-        if problem.errno in (errno.EWOULDBLOCK, errno.EACCES):  # fcntl's word for it, which NFS and SMB pass on
+        if problem.errno in (errno.EWOULDBLOCK, errno.EACCES):  # EACCES is what fcntl says, through NFS and SMB
             return False
         if not needed:
             return True
@@ -102,7 +103,7 @@ def _locked(file: IO[str], *, shared: bool = False, needed: bool = True) -> bool
 
 
 def _holder(file: IO[str]) -> str:
-    """Who wrote their name into a lock's file; empty if it cannot be read (on SMB a locked file cannot)."""
+    """The name that the holder wrote into a lock's file; empty if it cannot be read (on SMB a locked file cannot)."""
     try:
         file.seek(0)
         return file.read().strip()

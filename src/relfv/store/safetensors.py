@@ -17,11 +17,11 @@ from relfv.errors import InputError, RunError
 from relfv.store.files import read_bytes
 
 _ALIGNMENT = 8
-"""Where arrays begin, as the library does it."""
+"""Number of bytes of which the arrays' start is a multiple, as the library does it."""
 
 
 def safetensors_bytes(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
-    """Arrays, as float32, and what is said of them, in the order given."""
+    """Encode arrays, as float32, and their metadata, in the order given."""
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     stored, end = [], 0
     for name, array in arrays.items():
@@ -35,8 +35,8 @@ def safetensors_bytes(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, s
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """-> (float32 arrays by name, metadata). Raises InputError if there is no such file, RunError if it is none of
-    float32 arrays."""
+    """Read a file. -> (float32 arrays by name, metadata). Raises InputError if there is no such file, RunError if it is
+    not a safetensors file of float32 arrays."""
     try:
         data = read_bytes(path)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""``qid_status.json``: where a q_id stands, and which files each finished stage has promised.
+"""``qid_status.json``: the state of a q_id, and the files that each finished stage has promised.
 
 A stage is done when its files are there and match the sha256 recorded here; the record is written after them.
 """
@@ -28,7 +28,7 @@ from relfv.store.formats import SEAL, is_as_sealed, sealed_bytes, unsealed
 State = Literal["pending", "running", "completed", "failed", "skipped"]
 HashOf = Callable[[Path], str | None]
 STATUS_FILE = "qid_status.json"
-_FORMAT = 2  # 1, which did not say so, had no hash of itself
+_FORMAT = 2  # format 1, which did not state its number, had no hash of itself
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -39,15 +39,16 @@ def now() -> str:
 
 @dataclass
 class StageRecord:
-    """One stage of one q_id."""
+    """Record of one stage of one q_id."""
 
     status: str
     started_at: str
     finished_at: str | None = None
     files: dict[str, str] = field(default_factory=dict)
-    """What it wrote: path relative to ``artifacts/`` -> sha256."""
+    """Files that the stage wrote: path relative to ``artifacts/`` -> sha256."""
     inputs: dict[str, str] = field(default_factory=dict)
-    """What it read, likewise. A stage whose inputs have changed since is out of date, whoever changed them."""
+    """Files that the stage read: path relative to ``artifacts/`` -> sha256. A stage whose inputs have changed since is
+    out of date, whoever changed them."""
 
 
 @dataclass
@@ -65,31 +66,32 @@ class QidStatus:
     stages: dict[str, StageRecord] = field(default_factory=dict)
     q_row_count: int = 0
     other_files: dict[str, str] = field(default_factory=dict)
-    """What a command was told to make here under a name of its own: path relative to ``artifacts/`` -> sha256."""
+    """Files that a command was told to make here under names of their own: path relative to ``artifacts/`` ->
+    sha256."""
     updated_at: str = ""
     is_sealed: bool = True
-    """False for one of an earlier version, which has no hash of itself."""
+    """False for a status of an earlier version, which has no hash of itself."""
     trials_per_pass: dict[str, int] = field(default_factory=dict)
-    """By the kind of pass (stepD_cie, stepE_heads, stepE, step6, ...) how many prompts shared a forward pass. Batch
-    shapes change low-order bits, so a stage that is repeated, on whatever device, uses the number it was first made
-    with."""
+    """Number of prompts that shared a forward pass, by the kind of pass (stepD_cie, stepE_heads, stepE, step6, ...).
+    Batch shapes change low-order bits, so a stage that is repeated, on whatever device, uses the number it was first
+    made with."""
     name: str = ""
-    """The relation in words, as the CSV has them now. No part of the experiment."""
+    """Name of the relation in words, as the CSV has it now. It is no part of the experiment."""
     reused_stepd: str | None = None
     """The ``artifacts`` folder that StepD's files were copied from."""
 
     @property
     def path(self) -> Path:
-        """``artifacts/qid_status.json``."""
+        """Path of the file, ``artifacts/qid_status.json``."""
         return self.artifacts_dir / STATUS_FILE
 
     def set(self, status: State, reason: str | None = None) -> None:
-        """Change the state and write it."""
+        """Change the state and write the file."""
         self.status, self.reason = status, reason
         self.write()
 
     def write(self) -> None:
-        """Write atomically, with a hash of itself."""
+        """Write the file atomically, with a hash of itself."""
         departures, self.updated_at = self.settings.departures(), now()
         content = {
             "status_format": _FORMAT,
@@ -114,7 +116,7 @@ class QidStatus:
         write_atomic(self.path, sealed_bytes(content))
 
     def has_results(self) -> bool:
-        """True if any stage has left files: what another experiment must not be mixed with."""
+        """True if any stage has left files, which results of another experiment must not be mixed with."""
         return any(record.files for record in self.stages.values())
 
     def begin(self, stage: str, *, write: bool = True) -> None:
@@ -172,7 +174,7 @@ class QidStatus:
 
 
 class DamagedStatus(RunError):
-    """The record that a folder's results are trusted by is missing or damaged."""
+    """Error: the status that a folder's results are trusted by is missing or damaged."""
 
     def __init__(self, path: Path, what: str) -> None:
         super().__init__(
@@ -183,7 +185,7 @@ class DamagedStatus(RunError):
 
 
 class NewerStatus(RunError):
-    """What is in a folder is whole, and a newer relfv wrote it."""
+    """Error: the folder is whole, but a newer relfv wrote it."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(
@@ -213,7 +215,7 @@ def read_status(artifacts_dir: Path) -> QidStatus | None:
             values = unsealed(values, path, older="status_format" not in values)
         if values.get("status_format", 0) > _FORMAT:
             raise NewerStatus(path)
-        if not is_q_id(values["q_id"]):  # file names are made of it
+        if not is_q_id(values["q_id"]):  # file names are made from the q_id
             raise ValueError(f"q_id {values['q_id']!r} is none")
         status = QidStatus(
             artifacts_dir=artifacts_dir,
@@ -244,7 +246,8 @@ def read_status(artifacts_dir: Path) -> QidStatus | None:
 
 @lru_cache(maxsize=16)
 def _settings(config: bytes) -> Settings:
-    """Made and checked once: thousands of q_ids have the same. By their text, since 1 and 1.0 are equal and differ."""
+    """Make and check settings, once for each text, since thousands of q_ids have the same. The text is compared, since
+    1 and 1.0 are equal and differ."""
     return Settings.from_json(orjson.loads(config))
 
 
@@ -262,7 +265,7 @@ def fields_of(folder: Path, q_ids: Iterable[str]) -> dict[str, dict[str, Any]]:
 def read_status_of_results(artifacts_dir: Path) -> QidStatus | None:
     """``read_status``, but files without a status are a DamagedStatus: the status comes first and never goes."""
     status = read_status(artifacts_dir)
-    # A hidden file is a temporary of a write under way, or none of ours.
+    # A hidden file is a temporary of a write under way, or not relfv's.
     if status is None and artifacts_dir.is_dir() and any(p.name[0] != "." for p in artifacts_dir.iterdir()):
         raise DamagedStatus(artifacts_dir / STATUS_FILE, "is missing")
     return status

@@ -1,4 +1,4 @@
-"""Where q_ids are: the statuses below a results root, a relation's folder or a q_id's."""
+"""Find q_ids: the statuses below a results root, a relation's folder or a q_id's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from relfv.store.status import STATUS_FILE, QidStatus, read_status
 def find_statuses(root: Path) -> list[Path]:
     """Artifacts folders below ``root`` that have a status: given a results root, a relation's folder or a q_id's."""
     found = []
-    for folder in _with_status(str(root), depth=2):  # as text: of thousands, every Path takes its time
+    for folder in _with_status(str(root), depth=2):  # as text: making thousands of Paths takes time
         above, _, name = folder.rpartition("/")
         if not was_moved_aside(name):
             found.append((above.rpartition("/")[2], natural_key(name), folder))
@@ -24,18 +24,18 @@ def find_statuses(root: Path) -> list[Path]:
 
 
 def has_q_ids(folder: Path) -> bool:
-    """Whether a q_id is right in a relation's ``folder``."""
+    """Whether a relation's ``folder`` directly holds a q_id."""
     places = _with_status(str(folder), depth=1)
     return any(Path(place) != folder and not was_moved_aside(Path(place).name) for place in places)
 
 
 def artifacts_in(folder: Path) -> list[Path]:
-    """Of the q_ids right in a relation's ``folder``."""
+    """Artifacts folders of the q_ids directly in a relation's ``folder``."""
     return [path for path in find_statuses(folder) if path.parent.parent == folder]
 
 
 def statuses_in(folder: Path, say: Callable[[RelfvError], None] | None = None) -> list[QidStatus]:
-    """Of the q_ids right in a relation's ``folder``; ``say`` is told why one cannot be read."""
+    """Statuses of the q_ids directly in a relation's ``folder``; ``say`` is told why one cannot be read."""
     statuses = []
     for artifacts_dir in artifacts_in(folder):
         try:
@@ -58,5 +58,5 @@ def _with_status(folder: str, depth: int) -> Iterator[str]:
 
 
 def natural_key(text: str) -> list[tuple[int, int | str]]:
-    """Sorts Q2 before Q10."""
+    """Key that sorts Q2 before Q10."""
     return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", text) if part]

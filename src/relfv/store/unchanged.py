@@ -1,4 +1,5 @@
-"""Which q_ids nobody has touched since they were last read, hashed and found to have all that was asked for.
+"""Cache of the q_ids that nobody has touched since they were last read, hashed and found to have all that was asked
+for.
 
 To hash the files of 10,000 q_ids takes minutes; to look at their sizes, times and inodes takes seconds. What a disk
 changes by itself moves none of these: ``relfv verify`` reads every byte, always.
@@ -20,30 +21,30 @@ from relfv.store.locks import sole_writer
 log = logging.getLogger(__name__)
 
 _FILE = ".locks/.unchanged.json"
-"""Below a relation's folder. It only saves time: without it everything is hashed again."""
+"""Path below a relation's folder. The file only saves time: without it everything is hashed again."""
 _FEWEST = 100
-"""q_ids. Fewer are hashed in no time, so there nothing is kept."""
+"""Least number of q_ids for which anything is kept: fewer are hashed in no time."""
 
 
 class Unchanged:
-    """Of a relation's ``folder``."""
+    """The q_ids of a relation's ``folder`` that were found complete and have not changed since."""
 
     def __init__(self, folder: Path, *, keep: bool = True) -> None:
-        """With ``keep`` False it is only looked at."""
+        """Read what is known; with ``keep`` False the file is never written."""
         self._folder, self._keep = folder, keep
         self._noted: dict[str, str] = {}
         self._known = self._on_disk()
 
     def state(self, q_id: str, asked: str) -> str:
-        """A hash of what the file system says of all files of a q_id but logs, and of what was ``asked`` for. To be
-        taken before they are read."""
+        """Hash of what the file system says about all files of a q_id but logs, and of what was ``asked`` for. Take it
+        before the files are read."""
         top = str(self._folder / q_id)
         logs = f"{top}/logs/"
         stats = []
         for entry in entries_below(top):
             path = entry.path
             if entry.is_dir(follow_symlinks=False):
-                stats.append((path[len(top) :],))  # what is in it is listed itself
+                stats.append((path[len(top) :],))  # a folder's contents are listed themselves
             elif not path.startswith(logs):
                 with suppress(FileNotFoundError):  # another run's temporary, gone since it was listed
                     stat = entry.stat(follow_symlinks=False)
@@ -51,17 +52,17 @@ class Unchanged:
         return sha256_bytes(repr((asked, sorted(stats))).encode())
 
     def holds(self, q_id: str, asked: str) -> bool:
-        """Whether a q_id was found to have all that is ``asked`` for, and is as it was then."""
+        """Whether a q_id was found to have all that is ``asked`` for, and has not changed since."""
         is_known = q_id in self._known and not (self._folder / q_id).is_symlink()
         return is_known and self._known[q_id] == self.state(q_id, asked)
 
     def note(self, q_id: str, state: str) -> None:
-        """It was found so, in this state."""
+        """Note that a q_id was found complete in this state."""
         self._noted[q_id] = state
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """What was noted is written when this ends, however it ends."""
+        """While open, collect notes; they are written when this ends, however it ends."""
         try:
             yield
         finally:

@@ -1,4 +1,5 @@
-"""In which arithmetic a model computes. This module is the package's only door: nothing outside imports from behind it.
+"""The arithmetic in which a model computes. This module is the package's only door: nothing outside imports from behind
+it.
 
 An ``Arithmetic`` belongs to one model and does four things for the engines: it runs the model, multiplies copies of
 last tokens, attends, and reads out logits. The words of this package:
@@ -51,31 +52,32 @@ class Arithmetic:
     """Linear layers that ``exact`` multiplies in pieces."""
     pieces: Pieces = field(default_factory=Pieces)
     fusions: Fusions | None = None
-    """What kernels replace in the model; None if no kernel may run, be it in attention or read-out."""
+    """Modules that kernels replace in the model; None if no kernel may run, be it in attention or read-out."""
     over_likeliest: bool = False
     """Whether a CPU reads copies out over the tokens that are likeliest in copy 0, where the vocabulary is large."""
 
     @classmethod
     def with_kernels(cls, model: Any, arch: Architecture, precision: Precision) -> Arithmetic:
-        """With all pieces and kernels that fit ``model``, which must be on the device where it will run."""
+        """The arithmetic of ``model``, which must be on the device where it will run, with all pieces and kernels that
+        fit."""
         linears = tuple(module for module in model.modules() if takes_pieces(module, arch.device))
         return cls(model, arch, precision, linears=linears, fusions=recognise(model, arch))
 
     def plain(self) -> Arithmetic:
-        """The same without pieces and kernels."""
+        """Copy without pieces and kernels."""
         return replace(self, linears=(), fusions=None)
 
     def in_float32(self) -> Arithmetic:
-        """The same code with float32's rounding and no more, to judge it by: three pieces throughout."""
+        """Copy that runs the same code with float32's rounding and no more, to judge it by: three pieces throughout."""
         return replace(self, precision="exact", pieces=FLOAT32)
 
     def finer(self) -> Arithmetic:
-        """The same with differences in at least two pieces: for effects that are not small, and to measure rounding."""
+        """Copy with differences in at least two pieces: for effects that are not small, and to measure rounding."""
         return replace(self, pieces=replace(self.pieces, difference=max(2, self.pieces.difference)))
 
     def over_likeliest_tokens(self) -> Arithmetic:
-        """Itself, or where the vocabulary is most of what a pass costs, the same with copies read out over copy 0's
-        likeliest tokens: for edits whose effect need not be known to the last digit (logits.py says what is left
+        """Copy that reads copies out over copy 0's likeliest tokens, where the vocabulary is most of what a pass costs;
+        else this arithmetic. For edits whose effect need not be known to the last digit (logits.py says what is left
         out)."""
         device: Any = self.arch.lm_head.weight.device
         return replace(self, over_likeliest=True) if logits.in_tiles(self.arch.lm_head, device) else self
@@ -86,14 +88,15 @@ class Arithmetic:
         return self.fusions is None and not self._in_pieces
 
     def facts(self) -> dict[str, str | bool]:
-        """For records: ``products``, what linear layers multiply in, and ``kernels``, whether kernels run."""
+        """Facts for records: ``products``, what linear layers multiply in, and ``kernels``, whether kernels run."""
         in_pieces = "bf16 pieces of float32" if self._in_pieces else "float32"
         products = "the checkpoint's dtype" if self.precision == "fast" else in_pieces
         return {"products": products, "kernels": self.fusions is not None}
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """While open, forward passes of the model compute so, without gradients. Everything below happens within it."""
+        """While open, forward passes of the model compute in this arithmetic, without gradients. Everything below
+        happens within it."""
         whole = Whole(self.pieces.whole, self.pieces.depth)
         forwards: list[Any] = [(linear, whole.forward(linear)) for linear in self._in_pieces]
         forwards += [(linear, partial(unpacked_product, linear)) for linear in self._packed]
@@ -110,9 +113,9 @@ class Arithmetic:
 
     @contextmanager
     def multiplying_copies(self, n_copies: int | None = None) -> Iterator[None]:
-        """While open, what linear layers get are copies, and is multiplied as base and differences where in pieces. In
-        the end of the one pass there will be ``n_copies``: hidden states that leave a block have room for them
-        (blocks.py); of passes in step, None, each has its own place."""
+        """While open, the inputs of linear layers are copies, and are multiplied as base and differences where in
+        pieces. At the end of the one pass there will be ``n_copies``: hidden states that leave a block have room for
+        them (blocks.py). With None, for passes in step, each pass has its own place."""
         differences = Differences(self.pieces)
         forwards: list[Any] = [(linear, differences.forward(linear)) for linear in self._in_pieces]
         with replaced([*forwards, *self._fused(differences, Stream(n_copies) if n_copies else None)]):
@@ -143,8 +146,8 @@ class Arithmetic:
         return attend_plainly(*tensors, lengths, key_bias=None if key_bias is None else key_bias.float(), **settings)
 
     def read_out(self, hidden: torch.Tensor, targets: torch.Tensor) -> logits.Scores:
-        """For copies (N, C, resid_dim), final and normed: logit and log-probability of ``targets`` (N,), and the most
-        probable token. Each (N, C): float32, float32, int64."""
+        """Read out copies (N, C, resid_dim), final and normed: -> logit and log-probability of ``targets`` (N,), and
+        the most probable token. Each (N, C): float32, float32, int64."""
         pieces = self.pieces if self.arch.lm_head in self._in_pieces else None
         return logits.score(
             self.arch,

@@ -30,8 +30,8 @@ _STUB = "relfv_stub"
 
 
 class Stream:
-    """Where hidden states of copies lie between blocks: in one piece of memory, with room for all copies that the pass
-    will have in the end, so that those which are there need not move when others come."""
+    """Memory for the hidden states of copies between blocks: one piece, with room for all copies that the pass will
+    have in the end, so that those which are there need not move when others come."""
 
     def __init__(self, n_copies: int) -> None:
         self._n_copies = n_copies
@@ -46,13 +46,13 @@ class Stream:
         return there[:, : x.shape[1]]
 
     def holds(self, x: torch.Tensor) -> bool:
-        """Whether these hidden states lie in it."""
+        """Whether the hidden states ``x`` lie in this memory."""
         there = self._memory
         return there is not None and (there.data_ptr(), there.stride()) == (x.data_ptr(), x.stride())
 
 
 _streams = WeakSet[Stream]()
-"""Of the passes that are open: one, as a rule."""
+"""Streams of the passes that are open: one, as a rule."""
 
 
 def with_room(x: torch.Tensor, count: int) -> torch.Tensor | None:
@@ -65,20 +65,20 @@ def with_room(x: torch.Tensor, count: int) -> torch.Tensor | None:
 
 @dataclass(frozen=True)
 class PreNorm:
-    """y + mlp(norm_2(y)), where y = x + attention(norm_1(x)). ``norms`` and ``mlp`` are fusion.py's."""
+    """Pre-norm block: y + mlp(norm_2(y)), where y = x + attention(norm_1(x)). ``norms`` and ``mlp`` are fusion.py's."""
 
     module: Any
     out_proj: nn.Linear
     norms: tuple[Any, Any]
     mlp: Any
     may_wait: Set[int] | None
-    """What ``what_may_wait`` says of its attention."""
+    """Result of ``what_may_wait`` for the block's attention."""
 
     def forward(
         self, hidden_states: torch.Tensor, *, of_copies: bool = False, stream: Stream | None = None, **given: Any
     ) -> torch.Tensor:
-        """What the module does, with the sum after attention and the second norm in one kernel. Of copies, the result
-        is in their ``stream``."""
+        """Compute what the module does, with the sum after attention and the second norm in one kernel. For copies, the
+        result is in their ``stream``."""
         x = hidden_states
         if self._watched():
             return type(self.module).forward(self.module, x, **given)
@@ -89,7 +89,7 @@ class PreNorm:
         return x + written if stream is None else kernels.add(x, written, stream.like(x))
 
     def forward_in_pieces(self, products: Whole, stream: Stream | None) -> Callable[..., torch.Tensor]:
-        """The same where all its linear layers multiply in pieces."""
+        """Replacement of ``forward`` where all linear layers of the block multiply in pieces."""
         joined_late = self.may_wait if products.of_copies else None
 
         def forward(hidden_states: torch.Tensor, **given: Any) -> torch.Tensor:
@@ -108,18 +108,18 @@ class PreNorm:
         return forward
 
     def _attend(self, x: torch.Tensor, given: dict[str, Any], joined_late: Set[int] | None) -> torch.Tensor:
-        """What attention adds to ``x``. With ``joined_late`` rotation waits for its kernel, and so does joining what
-        these linear layers give, if they may."""
+        """Output of attention, to be added to the residual stream. With ``joined_late`` rotation waits for attention's
+        kernel, and so does joining what these linear layers give, if they may."""
         with nullcontext() if joined_late is None or self.may_wait is None else late.waiting(joined_late):
             return self.module.self_attn(hidden_states=x, **given)[0]
 
     @cached_property
     def linears(self) -> list[nn.Linear]:
-        """All that the block multiplies by."""
+        """All linear layers of the block."""
         return [module for module in self.module.modules() if isinstance(module, nn.Linear)]
 
     def _watched(self) -> bool:
-        """Whether somebody wants to see what is not made here: anything but the input of ``out_proj``."""
+        """Whether a hook asks for something that is not made here: anything but the input of ``out_proj``."""
         return any(m._forward_hooks or (m is not self.out_proj and m._forward_pre_hooks) for m in self._inside)
 
     @cached_property
@@ -134,11 +134,11 @@ def as_pre_norm(
     ``rotaries`` are the Python modules whose rotary function has a kernel."""
     first, attention, second, mlp = (getattr(module, name, None) for name in _PARTS)
     known = id(first) in norms and id(second) in norms and id(mlp) in mlps
-    known = known and not any("forward" in vars(part) for part in (module, attention))  # somebody else's
+    known = known and not any("forward" in vars(part) for part in (module, attention))  # replaced by other code
     try:
         if not known or not _is_wired(module) or not _reads_by_linears_alone(attention, out_proj):
             return None
-    except Exception:  # as in fusion.py: one that cannot take such inputs, whatever it raises, is something else
+    except Exception:  # as in fusion.py: a module that fails on such inputs, in any way, is another
         return None
     assert isinstance(out_proj, nn.Linear)
     by_kernel = hasattr(attention, "config") and sys.modules.get(type(attention).__module__) in rotaries
@@ -167,8 +167,8 @@ def _is_wired(module: Any) -> bool:
 
 
 def _reads_by_linears_alone(attention: Any, out_proj: nn.Module) -> bool:
-    """Whether attention looks at its input through linear layers alone, and returns what ``out_proj`` gives as it is:
-    with what these say given, the input may be anything."""
+    """Whether attention reads its input through linear layers alone, and returns what ``out_proj`` gives as it is:
+    where the outputs of these layers are given, the input may be anything."""
     n_tokens, outcome, read, given = 3, torch.zeros(1), list[torch.Tensor](), list[torch.Tensor]()
     device = next(attention.parameters()).device
 
@@ -224,8 +224,8 @@ def what_may_wait(attention: Any, out_proj: nn.Module) -> frozenset[int] | None:
     ALL_ATTENTION_FUNCTIONS[_STUB] = attend
     attention.config._attn_implementation = _STUB
     try:
-        # One that calls its parts in another way, whatever it raises, is something else. What is changed in place is
-        # counted outside of inference mode alone.
+        # A module that calls its parts in another way, whatever it raises, is something else. PyTorch counts changes in
+        # place outside of inference mode alone.
         own = replaced([(file, rotate)], "apply_rotary_pos_emb")
         with torch.inference_mode(False), suppress(Exception), replaced(stubs), own:
             type(attention).forward(

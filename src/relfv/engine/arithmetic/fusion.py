@@ -1,4 +1,4 @@
-"""Which modules of a model have a kernel, and putting the kernels in their place while a pass runs.
+"""Finding the modules of a model that have a kernel, and putting the kernels in their place while a pass runs.
 
 A module is recognised by what it computes, not by its class: it is run on random numbers beside the formula that the
 kernel implements, and keeps its own code unless the two agree. So an unknown family gets the kernels that fit it.
@@ -27,7 +27,7 @@ from relfv.models.streaming import brought
 
 _AGREE = 1e-5
 _SIZES = (1e-3, 1.0, 100.0)
-"""Of the random inputs: a norm's epsilon shows on small ones, a clamp on large ones."""
+"""Sizes of the random inputs: a norm's epsilon shows on small ones, a clamp on large ones."""
 
 _FORMULAS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
@@ -38,42 +38,43 @@ _FORMULAS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @dataclass(frozen=True)
 class Norm:
-    """x / rms(x) * (weight + offset)."""
+    """RMS norm: x / rms(x) * (weight + offset)."""
 
     module: Any
     eps: float
     offset: float
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """What the module does, in one kernel."""
+        """Compute what the module does, in one kernel."""
         return kernels.rms_norm(x, self.module.weight, self.eps, self.offset)
 
 
 @dataclass(frozen=True)
 class GatedMLP:
-    """down(act(gate(x)) * up(x))."""
+    """Gated MLP: down(act(gate(x)) * up(x))."""
 
     module: Any
     activation: str
 
     @property
     def linears(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
-        """gate, up, down."""
+        """The linear layers gate, up and down."""
         return self.module.gate_proj, self.module.up_proj, self.module.down_proj
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """What the module does, with the elementwise part in one kernel."""
+        """Compute what the module does, with the elementwise part in one kernel."""
         gate, up, down = self.linears
         return down(kernels.gate(gate(x), up(x), self.activation))
 
     def forward_in_pieces(self, products: Whole) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The same where all its linear layers multiply in pieces, and gate and up stay in them."""
+        """Replacement of ``forward`` where all linear layers of the MLP multiply in pieces, and gate and up stay in
+        them."""
         return lambda x: products.gated(*self.linears, self.activation, x) if x.dim() == 3 else self.forward(x)
 
 
 @dataclass(frozen=True)
 class Fusions:
-    """What was recognised in one model."""
+    """Modules and functions of one model that were recognised as having a kernel."""
 
     norms: tuple[Norm, ...] = ()
     mlps: tuple[GatedMLP, ...] = ()
@@ -87,7 +88,7 @@ class Fusions:
     def forwards(
         self, products: Whole, in_pieces: Sequence[nn.Linear], stream: Stream | None = None
     ) -> list[tuple[nn.Module, Callable[..., torch.Tensor]]]:
-        """Replacements of the MLPs and blocks whose linear layers are all ``in_pieces``; of copies, of all blocks."""
+        """Replacements of the MLPs and blocks whose linear layers are all ``in_pieces``; for copies, of all blocks."""
         known = {id(linear) for linear in in_pieces}
         blocks = [(block, known.issuperset(map(id, block.linears))) for block in self.blocks]
         return [
@@ -117,7 +118,8 @@ class Fusions:
 
 
 def recognise(model: nn.Module, arch: Architecture) -> Fusions | None:
-    """Look through ``model``, which must be on the device where it will run. None where kernels cannot run."""
+    """Find what kernels can replace in ``model``, which must be on the device where it will run. None where kernels
+    cannot run."""
     if not kernels.usable(arch.lm_head.weight):  # type: ignore[arg-type]
         return None
     device = arch.device
@@ -132,7 +134,7 @@ def recognise(model: nn.Module, arch: Architecture) -> Fusions | None:
         namespaces = {sys.modules.get(type(module).__module__) for module in arch.blocks[0].modules()}
         rotaries = [namespace for namespace in namespaces if rotates_halves(namespace, arch)]
         known_norms, known_mlps = ({id(part.module): part for part in parts} for parts in (norms, mlps))
-        # Where a part of a head is rotated, the family's own function does it, and nothing may wait for it.
+        # Where only part of a head is rotated, the family's own function does it, and rotation may not wait.
         widths = {2 * len(of) for name, of in model.named_buffers() if name.endswith("inv_freq")}
         whole = rotaries if widths <= {arch.head_dim} else []
         found = [
@@ -209,7 +211,8 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Ten
 
 
 def _rotation_by_kernel(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The rotary function is not a module: its name in the family's file is bound to the kernel."""
+    """Replacement of the rotary function ``original`` by a kernel. It is not a module: its name in the family's file is
+    bound to the kernel."""
 
     def rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *more: Any, **named: Any) -> Any:
         if more or named or q.dim() != 4 or cos.dim() != 3 or cos.shape[-1] != q.shape[-1]:

@@ -20,11 +20,11 @@ from relfv.engine.arithmetic import kernels
 
 @dataclass
 class _Waiting:
-    """In the attention that runs now."""
+    """Steps that wait in the attention that runs now."""
 
     linears: Set[int]
     bases: dict[int, torch.Tensor] = field(default_factory=dict)
-    """(N, width), by the address of the differences that they belong to."""
+    """Bases, (N, width), by the address of the differences that they belong to."""
     angles: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
@@ -44,7 +44,7 @@ def waiting(linears: Set[int]) -> Iterator[None]:
 
 
 def waits_for(linear: nn.Linear) -> bool:
-    """Whether its bases and differences are to stay apart."""
+    """Whether bases and differences of ``linear``'s outputs are to stay apart."""
     return _now is not None and id(linear) in _now.linears
 
 
@@ -56,7 +56,8 @@ def apart(differences: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
 
 
 def rotates(cos: torch.Tensor, sin: torch.Tensor) -> bool:
-    """Whether rotation by these, (N or 1, 1, head_dim), waits."""
+    """Whether rotation by ``cos`` and ``sin``, (N or 1, 1, head_dim), waits for attention's kernel; if so, they are
+    kept for it."""
     if _now is None:
         return False
     assert cos.shape[1] == 1  # all copies are of one token
@@ -65,7 +66,7 @@ def rotates(cos: torch.Tensor, sin: torch.Tensor) -> bool:
 
 
 def taken(*heads: torch.Tensor) -> dict[str, Any]:
-    """What attention's kernel has to do with query, key and value (N, heads, C, head_dim) first."""
+    """Arguments for the steps that attention's kernel does first on query, key and value (N, heads, C, head_dim)."""
     if _now is None:
         return {}
     assert _now.angles or not _now.bases, "differences alone would pass for heads"

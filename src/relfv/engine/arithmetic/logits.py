@@ -1,4 +1,4 @@
-"""From copies' final hidden states through the vocabulary to three numbers a copy, in chunks of rows."""
+"""Read-out of copies: from final hidden states through the vocabulary to three numbers a copy, in chunks of rows."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from relfv.models.packed import weight_of
 _CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 2 << 30}
 """Memory for one chunk's float32 logits and their temporaries."""
 _TILE_ROWS, _TILE_TOKENS = 512, 2048
-"""Of a CPU's tiles: 4 MiB of logits, which its cache still holds when they are read again."""
+"""Rows and tokens of a CPU's tiles: 4 MiB of logits, which its cache still holds when they are read again."""
 
 N_LIKELIEST = 4096
-"""Tokens that ``over_likeliest`` reads: of a vocabulary of 262,144 a 64th."""
+"""Likeliest tokens that ``over_likeliest`` reads: 1/64 of a vocabulary of 262,144."""
 N_OTHERS = 2048
-"""Further tokens that stand for all others."""
+"""Further tokens that ``over_likeliest`` reads, which stand for all others."""
 _FLATTENED = 0.7
-"""The power of their probabilities by which these are chosen. With 1 hardly any is one that an edit makes likely, and P
-comes out too high; with less, what is likely already is known less well. Measured: docs/statistics.md."""
+"""Power of the probabilities by which the ``N_OTHERS`` tokens are chosen. With 1 hardly any is one that an edit makes
+likely, and P comes out too high; with less, what is likely already is known less well. Measured: docs/statistics.md."""
 
 Scores = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Logit and log-probability of the target, and the most probable token."""
@@ -41,7 +41,8 @@ def score(
     may_use_kernels: bool,
     over_likeliest: bool = False,
 ) -> Scores:
-    """As ``Arithmetic.read_out``. ``pieces`` is None where ``lm_head`` does not multiply in pieces."""
+    """Score copies as ``Arithmetic.read_out`` does. ``pieces`` is None where ``lm_head`` does not multiply in
+    pieces."""
     n_prompts, n_copies, _ = hidden.shape
     if in_tiles(arch.lm_head, hidden.device):
         if over_likeliest and n_copies > 1:
@@ -88,14 +89,14 @@ def _tiles(arch: Architecture, rows: torch.Tensor) -> _Chunks:
 
 
 def _score_in_tiles(arch: Architecture, rows: torch.Tensor, targets: torch.Tensor) -> Scores:
-    """Of ``rows`` (R, resid_dim) and their ``targets`` (R,)."""
+    """Scores of ``rows`` (R, resid_dim) for their ``targets`` (R,), read out in tiles."""
     logit, largest = torch.empty(len(rows)), torch.full((len(rows),), -torch.inf)
     top, sums = torch.zeros(len(rows), dtype=torch.int64), []
     for start, logits in _tiles(arch, rows):
         here = ((targets >= start) & (targets < start + logits.shape[1])).nonzero()[:, 0]
         logit[here] = logits[here, targets[here] - start]
         of_tile = logits.amax(dim=1)
-        # Where the most probable token is, few rows have to ask: of equal logits the first, as argmax takes.
+        # Few rows have to look for a new most probable token; of equal logits it is the first, as in argmax.
         higher = (of_tile > largest).nonzero()[:, 0]
         top[higher] = start + logits[higher].argmax(dim=1)
         largest = torch.maximum(of_tile, largest)
@@ -104,9 +105,9 @@ def _score_in_tiles(arch: Architecture, rows: torch.Tensor, targets: torch.Tenso
 
 
 def _score_over_likeliest(arch: Architecture, hidden: torch.Tensor, targets: torch.Tensor) -> Iterator[Scores]:
-    """Of each prompt's copies (N, C, resid_dim), over its target, the ``N_LIKELIEST`` tokens that are likeliest without
-    an edit, and ``N_OTHERS`` of the others, which tell what an edit multiplies the sum over all of those by: importance
-    sampling, at even steps of the cumulated chances and so without random numbers.
+    """Scores of each prompt's copies (N, C, resid_dim) over fewer tokens: its target, the ``N_LIKELIEST`` tokens that
+    are likeliest without an edit, and ``N_OTHERS`` of the others. The last tell what an edit multiplies the sum over
+    all others by: importance sampling, at even steps of the cumulated chances and so without random numbers.
 
     A token that only an edit makes likely is either not among them, and P is read too high, or stands there for others
     as well, and P is read too low (docs/statistics.md has the sizes).
@@ -134,7 +135,7 @@ def _score_over_likeliest(arch: Architecture, hidden: torch.Tensor, targets: tor
 def _raw_logits(
     arch: Architecture, hidden: torch.Tensor, pieces: Pieces | None, may_use_kernels: bool
 ) -> tuple[torch.Tensor, _Chunks]:
-    """What ``lm_head`` makes of the copies, as two float32 parts to be added: one of each prompt, (N, V), or (1, V) if
+    """Output of ``lm_head`` for the copies, as two float32 parts to be added: one of each prompt, (N, V), or (1, V) if
     it is the same for all, and chunks of rows, (start, (R, V)), in the order of the copies."""
     head = arch.lm_head
     rows = hidden.reshape(-1, hidden.shape[-1])

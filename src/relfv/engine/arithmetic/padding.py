@@ -1,4 +1,4 @@
-"""Which tokens of a batch are real: of prompts of one relation a tenth is padding, which need not be multiplied."""
+"""The real tokens of a batch: a tenth of a batch of one relation's prompts is padding, which need not be multiplied."""
 
 from __future__ import annotations
 

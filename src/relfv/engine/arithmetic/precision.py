@@ -74,7 +74,8 @@ def mode_of(
 
 
 def _units(model: nn.Module, arch: Architecture) -> list[nn.Module]:
-    """What is widened as a whole: each block, and each module outside the blocks that holds bf16 or fp16 tensors."""
+    """Modules that are widened as a whole: each block, and each module outside the blocks that holds bf16 or fp16
+    tensors."""
     units: list[nn.Module] = list(arch.blocks)
     inside = {id(module) for block in arch.blocks for module in block.modules()}
     for module in model.modules():
@@ -123,7 +124,7 @@ def _widened(unit: nn.Module, low: Sequence[torch.Tensor]) -> Iterator[None]:
     else:
         kept = []
         widen, narrow = _swappers(low, kept)
-        # Inside the hooks that a streamed block has from its opening: its weights come first and go last.
+        # These run inside the hooks that a streamed block has from its opening: its weights come first and go last.
         handles = [
             unit.register_forward_pre_hook(widen),
             unit.register_forward_hook(narrow, always_call=True, prepend=True),

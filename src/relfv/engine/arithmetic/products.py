@@ -49,9 +49,10 @@ class Pieces:
 
 
 FLOAT32 = Pieces(whole=3, base=3, difference=3, depth=512)
-"""Enough everywhere to be float32 in everything but name. A matrix unit cuts each of its additions short, so its error
-grows with their number: on an H100 2e-6 of a product of 2,048 inputs and 1.6e-5 of 28,672, where float32's is 3e-7 and
-8e-7. It is alike for all copies of a token; but 80 random layers, 8,192 wide, made 5e-3 nats of it, and 1e-4 so."""
+"""Pieces that make products float32 in everything but name. A matrix unit cuts each of its additions short, so its
+error grows with their number: on an H100 2e-6 of a product of 2,048 inputs and 1.6e-5 of 28,672, where float32's is
+3e-7 and 8e-7. It is alike for all copies of a token; but 80 random layers, 8,192 wide, made 5e-3 nats of it, and 1e-4
+so."""
 
 
 def takes_pieces(module: nn.Module, device: torch.device) -> TypeGuard[nn.Linear]:
@@ -148,7 +149,7 @@ class Whole:
     def _gated(
         self, gate: nn.Linear, up: nn.Linear, down: nn.Linear, activation: str, rows: torch.Tensor, shape: torch.Size
     ) -> torch.Tensor:
-        """From rows of pieces to rows of products."""
+        """Rows of products of a gated MLP, from rows of pieces."""
         gate_rows, up_rows = self._product(rows, weight_of(gate)), self._product(rows, weight_of(up))
         places = self._places(rows, shape)
         laid = self._laid(shape) if places is None else (1, len(places))
@@ -206,7 +207,7 @@ class Differences(Whole):
     def forward(self, linear: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
         """The replacement of ``linear.forward``: (N, C, in) -> (N, C, out)."""
         copies, whole = super().forward(linear), self._whole.forward(linear)
-        # What is not laid out as copies: tokens on their way to experts, say.
+        # ``whole`` is for inputs that are not laid out as copies, such as tokens on their way to experts.
         return lambda x: copies(x) if x.dim() == 3 else whole(x)
 
     def _joined(self, rows: torch.Tensor, linear: nn.Linear, shape: torch.Size) -> torch.Tensor:
@@ -223,7 +224,7 @@ class Differences(Whole):
         """All copies are multiplied."""
 
     def base(self, rows: torch.Tensor, linear: nn.Linear, n_prompts: int) -> torch.Tensor:
-        """From rows of pieces the outputs of the bases alone: (N, out)."""
+        """Outputs of the bases alone, (N, out), from rows of pieces."""
         pieces = rows[len(rows) - self._base * n_prompts :]
         out = self._product(pieces, weight_of(linear)).view(self._base, n_prompts, -1).sum(0)
         return out if linear.bias is None else out + linear.bias
@@ -231,8 +232,8 @@ class Differences(Whole):
     def products(
         self, rows: torch.Tensor, linear: nn.Linear, n_rows: int, parts: Sequence[slice]
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """From rows of pieces the outputs of the differences alone, for some of the ``n_rows`` copies at a time:
-        (start, (R, out))."""
+        """Outputs of the differences alone, from rows of pieces, for some of the ``n_rows`` copies at a time: (start,
+        (R, out))."""
         weight = weight_of(linear)
         for part in parts:
             starts = [i * n_rows + part.start for i in range(self._difference)]

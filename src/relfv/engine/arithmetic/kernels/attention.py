@@ -13,7 +13,7 @@ from relfv.engine.arithmetic.kernels.formulas import SHAPES, tanh
 
 @triton.jit
 def _cut(x):
-    """float32 into three bf16 pieces that sum to it."""
+    """Cut float32 numbers into three bf16 pieces that sum to them."""
     first = x.to(tl.bfloat16)
     rest = x - first.to(tl.float32)
     second = rest.to(tl.bfloat16)
@@ -22,8 +22,8 @@ def _cut(x):
 
 @triton.jit
 def _dot(a, a_2, a_3, b, EXACT: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """a @ b (or its transpose); ``a`` is cut already. Of products of pieces those that float32 would see, the smallest
-    first: six bf16 products take less time than the three TF32 ones of the same numbers."""
+    """Compute a @ b (or its transpose); ``a`` is cut already. It sums the products of pieces that float32 would see,
+    the smallest first: six bf16 products take less time than the three TF32 ones of the same numbers."""
     if EXACT:
         b, b_2, b_3 = _cut(b)
         if TRANSPOSED:
@@ -43,7 +43,7 @@ def _whole(
     x, at, base, base_at, cos, sin, columns, mask,
     HEAD_DIM: tl.constexpr, ROTATED: tl.constexpr, BASED: tl.constexpr,
 ):  # fmt: skip
-    """Rows of queries, keys or values, which are whole when they have been rotated and their base is added to them."""
+    """Load rows of queries, keys or values, rotated and with their base added where that has waited."""
     value = tl.load(x + at[:, None] + columns[None, :], mask=mask, other=0.0)
     if ROTATED:
         paired = (columns + HEAD_DIM // 2) % HEAD_DIM
@@ -81,7 +81,7 @@ def _attend_kernel(
     own_in_base = (prompt * tl.num_programs(1) + kv_head) * HEAD_DIM + tl.zeros_like(head)
     query = _whole(q, prompt * q_prompt + head * q_head + copies * q_copy, q_base, in_base, cos, sin, columns, mask,
                    HEAD_DIM, ROTATED, BASED)  # fmt: skip
-    # Before the prefix: while that is read, registers hold the queries' pieces and not themselves.
+    # Before the prefix is read: from then on registers hold the queries' pieces, not the queries.
     own_key = _whole(k, prompt * k_prompt + kv_head * k_head + copies * k_copy, k_base, own_in_base, cos, sin, columns,
                      mask, HEAD_DIM, ROTATED, BASED)  # fmt: skip
     own = tl.sum(query.to(tl.float32) * own_key.to(tl.float32), 1) * scale

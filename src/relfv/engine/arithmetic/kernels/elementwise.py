@@ -1,4 +1,4 @@
-"""What modules do between products: gates, RMS norms, rotary embeddings."""
+"""Kernels for what modules do between products: gates, RMS norms, rotary embeddings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _gate_kernel(gate, up, out, count, KIND: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _in_room(n_copies, room):
-    """Where the program's row is if each prompt has ``room`` for more than its copies."""
+    """Index of the program's row where each prompt has ``room`` rows, of which its copies are the first."""
     row = tl.program_id(0).to(tl.int64)
     return row // n_copies * room + row % n_copies
 

@@ -1,4 +1,4 @@
-"""What several kernels call."""
+"""Functions that several kernels call."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def _tile(n_copies, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _places(places, prompt, copies, room, n_copies, PLACED: tl.constexpr):
-    """Where copies are among the rows of hidden states, ``room`` of them to a prompt."""
+    """Rows of copies among the rows of hidden states, ``room`` of them to a prompt."""
     if PLACED:
         return tl.load(places + copies, mask=copies < n_copies, other=0)
     return prompt * room + copies
@@ -57,7 +57,8 @@ def _sum_pieces(raw, rows, n_rows, columns, width, mask, PIECES: tl.constexpr):
 
 @triton.jit
 def _shared(raw, bias, row, n_prompts, columns, width, BASE: tl.constexpr, HAS_BIAS: tl.constexpr):
-    """What all copies of a prompt have in common: the product of its base, which begins at ``row``, and the bias."""
+    """Part that all copies of a prompt have in common: the product of its base, which begins at ``row``, and the
+    bias."""
     total = tl.zeros(columns.shape, tl.float32)
     if BASE:
         total += _sum_pieces(raw, row, n_prompts, columns, width, columns < width, BASE)
@@ -236,7 +237,7 @@ def norm_differences(
     bias: torch.Tensor | None = None,
     places: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (N, C, d), float32, plus what ``added`` has in rows of products and ``bias``: itself, and rows of pieces of
+    """Sum of x (N, C, d), float32, of what ``added`` has in rows of products, and of ``bias``; and rows of pieces of
     its RMS norm, at ``places`` alone. Writes over ``added``."""
     n_prompts, n_copies, width = _sizes(x, places)
     x = x if x.stride()[1:] == (width, 1) else x.contiguous()
