@@ -69,20 +69,6 @@ def test_the_same_numbers_give_the_same_bytes() -> None:
     assert with_it != without
 
 
-def words_png(places: list[int], title: str, *, lasting: bool) -> bytes:
-    canvas = Canvas(120, 60)
-    canvas.rectangle(10, 25, 100, 10, face="white")
-    for at in places:
-        canvas.words(at, 10, f"tick {at}", lasting=lasting)
-    canvas.words(10, 45, title)
-    return canvas.to_bytes()
-
-
-def test_words_that_pages_share_are_on_each_of_them_where_they_belong() -> None:
-    pages = [([10, 60], "one"), ([10, 60], "two"), ([20], "two"), ([10, 60], "one")]
-    assert [words_png(*page, lasting=True) for page in pages] == [words_png(*page, lasting=False) for page in pages]
-
-
 def reddest(image: np.ndarray) -> np.ndarray:
     """Mean (row, column) of strong red, left of the colour bar."""
     image = image[:, : int(image.shape[1] * 0.75), :3]

@@ -15,12 +15,12 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.artist import Artist
-from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.path import Path as Outline
-from matplotlib.transforms import Affine2D, Bbox
+from matplotlib.transforms import Affine2D
 
 SCREEN_DPI = 110.0
 Points = Sequence[tuple[float, float]]
@@ -31,9 +31,6 @@ _RC: dict[Any, Any] = {
     "svg.hashsalt": "relfv",
     "text.hinting": "none",  # takes a fifth of the time
 }
-_kept: dict[Any, Any] = {}
-"""Rendered pages that hold only words which other pages share, by the page's size and by which words stand where."""
-_MOST_KEPT = 8
 
 
 class Canvas:
@@ -43,8 +40,6 @@ class Canvas:
         """An empty page of ``width`` x ``height`` points; ``title`` and ``about`` go into the file's metadata."""
         self.width, self.height, self.title, self.about = width, height, title, about
         self._strokes: list[Callable[[Any, float], None]] = []
-        self._lasting: dict[Callable[[Any, float], None], Any] = {}
-        """The strokes that stand on other pages, too, each with the values it depends on."""
 
     def rectangle(self, x: float, y: float, wide: float, high: float, **style: Any) -> None:
         """Draw a box, with ``face`` and ``edge`` colours as they are given; see ``line`` for the rest."""
@@ -110,11 +105,10 @@ class Canvas:
 
     def words(
         self, x: float, y: float, text: str, size: float = 8.0, *, align: float = 0.0, up: bool = False,
-        colour: str = "black", lasting: bool = False,
+        colour: str = "black",
     ) -> None:  # fmt: skip
         """Write ``text`` on a baseline through (x, y); ``align`` 0 begins there, 0.5 is centred, 1 ends there; ``up``
-        turns it to read upwards. ``lasting`` marks words that touch nothing else and are the same on page after page:
-        PNGs have them drawn once, since words are half of what a picture takes."""
+        turns it to read upwards."""
         font, text, before = _font(size), _drawable(text), align * text_width(text, size)
 
         def stroke(renderer: Any, scale: float) -> None:
@@ -127,29 +121,12 @@ class Canvas:
             pen.restore()
 
         self._strokes.append(stroke)
-        if lasting:
-            self._lasting[stroke] = x, y, text, size, align, up, colour
 
     def stroke(self, renderer: Any) -> None:
         """Draw everything on the page with ``renderer``."""
         scale = renderer.points_to_pixels(1.0)
-        drawn = self._begin(renderer, scale) if isinstance(renderer, RendererAgg) else {}
         for stroke in self._strokes:
-            if stroke not in drawn:
-                stroke(renderer, scale)
-
-    def _begin(self, renderer: RendererAgg, scale: float) -> Mapping[Callable[[Any, float], None], Any]:
-        """Begin the page with a rendered picture of the lasting words. -> these words."""
-        page = renderer.width, renderer.height, scale, *self._lasting.values()
-        if page in _kept:
-            renderer.restore_region(_kept[page])
-        else:
-            for stroke in self._lasting:
-                stroke(renderer, scale)
-            if len(_kept) >= _MOST_KEPT:
-                _kept.clear()
-            _kept[page] = renderer.copy_from_bbox(Bbox.from_bounds(0, 0, renderer.width, renderer.height))
-        return self._lasting
+            stroke(renderer, scale)
 
     def to_bytes(self, kind: str = "png", *, dpi: float = SCREEN_DPI) -> bytes:
         """The page as ``png``, ``svg`` or ``pdf``; ``dpi`` is that of PNGs, and of cells in the other two."""

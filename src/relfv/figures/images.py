@@ -261,5 +261,5 @@ def _legend(page: Page) -> None:
     x = max(4.0, (canvas.width - sum(widths)) / 2)
     for (words, style), width in zip(_KEY, widths, strict=True):
         canvas.line([(x, 9.0), (x + 24, 9.0)], **style)
-        canvas.words(x + 29, 6.2, words, 8.0, lasting=True)
+        canvas.words(x + 29, 6.2, words, 8.0)
         x += width

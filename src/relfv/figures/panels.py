@@ -50,7 +50,7 @@ class Page:
             self.canvas.words(whole / 2, self._height - 13.0 * (i + 1), line, TITLE, align=0.5)
         for i, line in enumerate(small):
             y = self._height - 13.0 * len(lines) - 9.5 * (i + 1)
-            self.canvas.words(whole / 2, y, line, SMALL, align=0.5, colour=_GREY, lasting=True)
+            self.canvas.words(whole / 2, y, line, SMALL, align=0.5, colour=_GREY)
 
     def places(self) -> list[tuple[float, float]]:
         """The lower left corner of each panel's inside, row by row from the top."""
@@ -71,19 +71,19 @@ def columns_for(n: int, wide: float, high: float) -> int:
 
 def axes(canvas: Canvas, x: float, y: float, wide: float, high: float, across: str, upward: str = "") -> None:
     canvas.rectangle(x, y, wide, high)
-    canvas.words(x + wide / 2, y - 22, across, 8.5, align=0.5, lasting=True)
+    canvas.words(x + wide / 2, y - 22, across, 8.5, align=0.5)
     if upward:
-        canvas.words(x - 22, y + high / 2, upward, 8.5, align=0.5, up=True, lasting=True)
+        canvas.words(x - 22, y + high / 2, upward, 8.5, align=0.5, up=True)
 
 
 def tick_below(canvas: Canvas, x: float, y: float, label: str) -> None:
     canvas.line([(x, y), (x, y - 3)])
-    canvas.words(x, y - 11, label, TICK, align=0.5, lasting=True)
+    canvas.words(x, y - 11, label, TICK, align=0.5)
 
 
 def tick_beside(canvas: Canvas, x: float, y: float, label: str) -> None:
     canvas.line([(x, y), (x - 3, y)])
-    canvas.words(x - 5, y - 0.36 * TICK, label, TICK, align=1.0, lasting=True)
+    canvas.words(x - 5, y - 0.36 * TICK, label, TICK, align=1.0)
 
 
 @cache
@@ -120,4 +120,4 @@ def colour_bar(page: Page, limit: float, label: str) -> None:
         canvas.line([(x + 10, at), (x + 13, at)])
         canvas.words(x + 15, at - 0.36 * TICK, f"{value:+g}" if value else "0", TICK)
     label = cut(label, 8.0, max(60.0, high + 20))
-    canvas.words(x + width - 19, y + high / 2, label, 8.0, align=0.5, up=True, lasting=True)
+    canvas.words(x + width - 19, y + high / 2, label, 8.0, align=0.5, up=True)
