@@ -135,6 +135,7 @@ def test_what_does_not_fit_is_refused_in_one_line(opened: Any) -> None:
         "depends on the prompt's text": lambda: relfv.inject(opened, [[1, 2]], ["kitten"], vector),
         "gives no token": lambda: relfv.inject(opened, [[]], [1], vector),
         "prompts are 'Q: dog": lambda: relfv.mean_activations(opened, CLEAN[0]),
+        "2 prompts and 1 targets; expected": lambda: relfv.mean_activations(opened, CLEAN, ["kitten"]),
         "0 prompts and 0 targets": lambda: relfv.mean_activations(opened, []),
         "token id 999999: expected one that the model knows": lambda: relfv.mean_activations(opened, [[999999]]),
         "token id -1": lambda: relfv.inject(opened, PROMPTS, [1, -1], vector),

@@ -15,7 +15,7 @@ from relfv.engine.passes import capture_mlps
 from relfv.engine.readout import joined
 from relfv.engine.reference import naive_together
 from relfv.engine.shared_prefix import SharedPrefixEngine
-from relfv.engine.together import _adding, _removing, _setting, _setting_mlp
+from relfv.engine.together import _adding, _removing, _setting, _setting_mlp, first_edited
 from relfv.models.cards import Cards
 from relfv.types import Effects, HeadId, Prompts
 from zoo import ZOO, backbone_of
@@ -160,3 +160,15 @@ def test_an_edit_is_where_its_layer_computes(kind: Any) -> None:
     edit = kind(backbone, [version], 1, slice(0, 1))
     width = arch.n_heads * arch.head_dim if kind is _setting else arch.resid_dim
     assert edit(torch.zeros(1, 2, width, device=away)).device == away
+
+
+def test_the_first_layer_that_is_edited_is_found_whatever_the_edit() -> None:
+    vectors = torch.zeros(2, 4, 8)
+    vectors[1, 3] = 1.0  # of one prompt alone
+    mlps = torch.full((1, 4, 8), torch.nan)
+    mlps[0, 2] = 0.0  # set to zeros
+    late = Together(added=vectors)
+    assert first_edited([late]) == 3
+    assert first_edited([late, Together(mlps=mlps)]) == 2
+    assert first_edited([late, Together.setting([[HeadId(1, 0)]], torch.zeros(1, 4, 2, 4))]) == 1
+    assert first_edited([Together()]) == 0

@@ -438,11 +438,13 @@ def test_what_waits_for_a_pause_is_done_at_once_on_a_cpu_and_while_a_gpu_compute
     worker.model = replace(model, backbone=replace(model.backbone, device=torch.device("meta")))
     worker.in_a_pause(look)
     assert len(seen) == 1
+    worker.in_a_pause(look)  # no sweep has come since
+    assert len(seen) == 2
     worker.model = model
     assert worker.run("A1") == "completed"
-    assert len(seen) == 2
-    assert "qid_A1_clean_mean.pt" in seen[1]
-    assert "trial_metrics.jsonl" not in seen[1]
+    assert len(seen) == 3
+    assert "qid_A1_clean_mean.pt" in seen[2]
+    assert "trial_metrics.jsonl" not in seen[2]
 
 
 def test_a_damaged_manifest_is_put_aside_and_does_not_stop_a_run(

@@ -11,6 +11,7 @@ import torch
 from folders import arguments
 from parity import assert_close, assert_same_scores
 from relfv.cli import main
+from relfv.engine.arithmetic import logits
 from relfv.engine.base import of_layer_and_prompts
 from relfv.engine.clean import CleanRun, run_clean
 from relfv.language_model import LanguageModel, open_model
@@ -229,3 +230,18 @@ def test_draws_end_early_only_where_one_did_as_well(llama_path: Path, csv_path: 
         n_draws[name] = draws.shape[1]
         assert (n_as_good(draws[:, :N_FIRST_DRAWS], own) > 0) == (draws.shape[1] == N_FIRST_DRAWS)
     assert n_draws == {"random_heads": N_FIRST_DRAWS, "random_heads_scaled": N_DRAWS_OF_HEADS}
+
+
+def test_what_is_read_over_fewer_tokens_is_named(
+    llama_path: Path, csv_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def named() -> list[str]:
+        assert main([*arguments(llama_path, csv_path, tmp_path, "--q_list", "A1"), "--force"]) == 0
+        return json.loads((tmp_path / "pairs/A1/artifacts/step6/controls.json").read_text())["read_in_brief"]
+
+    assert named() == []
+    for number in ("N_LIKELIEST", "N_OTHERS", "_TILE_TOKENS"):
+        monkeypatch.setattr(logits, number, 40)
+    brief = named()
+    assert {"random_heads", "mean_hidden", "random_heads_in_place"} <= {*brief}
+    assert not {"held_out", "as_written", "heads_in_place"} & {*brief}
