@@ -53,7 +53,11 @@ WAYS = [truncate, flip_a_bit, empty, Path.unlink, put_a_folder_there]
 
 
 @pytest.fixture(scope="module")
-def wide(llama_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[list[str], Path]]:
+def wide(
+    llama_path: Path,
+    finished: Path,  # made before: others compare with it, and what is lightened has no words in its pictures
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[list[str], Path]]:
     """A finished run with a q_id for each file to be damaged, lightened like all after it. -> (its arguments but
     --out_root, the relation's folder)"""
     folder = tmp_path_factory.mktemp("wide")
