@@ -117,6 +117,13 @@ def test_what_cannot_be_run_is_refused_in_one_line(csv_path: Path, tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_wrong_in_a_frame_is_not_said_of_a_temporary_file() -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"id": ["../x"], "ex_A": ["a"], "ex_B": ["b"]})
+    with pytest.raises(relfv.InputError, match=r"^relations \(as a CSV\): 1 problem.*line 2"):
+        relfv.run(frame, llama(), make_tokenizer(), out_root=None, **FAST)
+
+
 def test_a_model_that_is_open_here_is_not_shared_out_to_other_devices(csv_path: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="a model given as an object is on a device already"):
         relfv.run(csv_path, llama(), make_tokenizer(), out_root=tmp_path, devices="cpu,cpu", **FAST)

@@ -123,6 +123,14 @@ def test_a_layer_outside_the_model_is_bad_input(finished: Path, llama_path: Path
     assert not (tmp_path / "x").exists()
 
 
+def test_a_negative_layer_is_refused_before_the_model_is_opened(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = step6_inputs(QidFolder(finished / "A1/artifacts", "A1"), tmp_path / "no model here")
+    assert in_process("step6", *flags, "--edit_layer=-1", "--out_dir", tmp_path / "x") == 2
+    assert "--edit_layer -1: layers are counted from 0" in capsys.readouterr().err
+
+
 def test_edit_layer_takes_an_integer_only(finished: Path, llama_path: Path, tmp_path: Path) -> None:
     paths = QidFolder(finished / "A1/artifacts", "A1")
     flags = step6_inputs(paths, llama_path)

@@ -58,6 +58,7 @@ def run(
     keeps = tempfile.TemporaryDirectory(prefix="relfv-") if out_root is None else None
     root = Path(keeps.name if keeps else out_root or "")
     csv_path = _csv_path(relations, root, name)
+    named = _named_for_the_user(csv_path) if keeps and csv_path.parent == root else nullcontext()
     request = RunRequest(
         replace(chosen, relation_csv_path=str(csv_path)),
         None if q_list is None else _q_ids(q_list),
@@ -68,7 +69,7 @@ def run(
         given=given,
         plan=None if plan is None else Path(plan),
     )
-    with _lines_of_the_log(), borrowed(model) if given else nullcontext():
+    with named, _lines_of_the_log(), borrowed(model) if given else nullcontext():
         failed = run_all(request)
     result = Run(root / relation_name(csv_path), keeps)
     if failed:
@@ -101,6 +102,15 @@ def _csv_path(relations: Any, root: Path, name: str) -> Path:
     if path.exists() and path.read_bytes() != data:
         move_aside(path)
     return write_atomic(path, data)
+
+
+@contextmanager
+def _named_for_the_user(csv_path: Path) -> Iterator[None]:
+    """While open, let errors call a temporary ``csv_path`` what the caller passed."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(str(error).replace(str(csv_path), "relations (as a CSV)")) from error
 
 
 @contextmanager

@@ -187,6 +187,8 @@ def run_step6(fv_path: Path, trials_path: Path, edit_layer: int, out_dir: Path, 
     ``completed``."""
     if re.fullmatch(r"layer_\d+", out_dir.name) and out_dir.name != f"layer_{edit_layer}":
         raise InputError(f"--out_dir ends in {out_dir.name}, --edit_layer is {edit_layer}; make them the same layer")
+    if edit_layer < 0:
+        raise InputError(f"--edit_layer {edit_layer}: layers are counted from 0")
     artifacts_dir = out_dir.parent.parent
     inside = out_dir.name == f"layer_{edit_layer}" and out_dir.parent.name == "step6"
     status = read_status(artifacts_dir) if inside else None
