@@ -45,7 +45,7 @@ def clean_means(work: Work) -> dict[int, Any]:
     token. Raises InputError for a model whose MLPs are no modules of their own."""
     import torch
 
-    from relfv.engine.memory import shrinking
+    from relfv.engine.memory import in_passes
     from relfv.engine.passes import capture_mlps
     from relfv.models.mlps import mlps_of
 
@@ -56,11 +56,10 @@ def clean_means(work: Work) -> dict[int, Any]:
             "give one (so it is in OPT, Bloom and Llama 4); expected a model with a module 'mlp' in its blocks"
         )
 
-    def run(size: int) -> list[dict[int, torch.Tensor]]:
-        return [capture_mlps(backbone, prompts.ids[part]) for part in backbone.passes(prompts.ids, size)]
-
     with backbone.running():
-        parts, _ = shrinking(_PROMPTS_A_PASS, run)
+        parts, _ = in_passes(
+            backbone, prompts.ids, _PROMPTS_A_PASS, lambda part: capture_mlps(backbone, prompts.ids[part])
+        )
     return {layer: torch.cat([part[layer] for part in parts]).double().mean(0).float() for layer in parts[0]}
 
 

@@ -108,19 +108,17 @@ def clean_means(work: Work, prompts: Prompts, places: Sequence[Sequence[int]]) -
     """float32 (slot, layer, head, head_dim): z at these tokens of the clean prompts, mean over them."""
     import torch
 
-    from relfv.engine.memory import shrinking
+    from relfv.engine.memory import in_passes
     from relfv.engine.passes import capture_at_tokens
 
     backbone = work.model.backbone
 
-    def run(size: int) -> torch.Tensor:
-        parts = backbone.passes(prompts.ids, size)
-        sums = [capture_at_tokens(backbone, prompts.ids[part], places[part]).double().sum(0) for part in parts]
-        return torch.stack(sums).sum(0)
+    def summed(part: slice) -> torch.Tensor:
+        return capture_at_tokens(backbone, prompts.ids[part], places[part]).double().sum(0)
 
     with backbone.running():
-        total, _ = shrinking(_PROMPTS_A_PASS, run)
-    return (total / len(prompts)).float()
+        sums, _ = in_passes(backbone, prompts.ids, _PROMPTS_A_PASS, summed)
+    return (torch.stack(sums).sum(0) / len(prompts)).float()
 
 
 def versions_of(
