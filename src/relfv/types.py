@@ -285,6 +285,11 @@ class HeadEffects:
     effects: Effects
     """Target scores on the corrupted prompt, unpatched (``base``, (trial,)) and patched (``edited``, (trial, head))."""
 
+    @property
+    def per_pass(self) -> int:
+        """Trials that shared a forward pass."""
+        return self.effects.per_pass
+
 
 @dataclass(frozen=True)
 class ScoredHead:

@@ -161,9 +161,8 @@ def _ablate(work: Work) -> str:
     others = measure_others(work)
     taken = heads_taken(ground, shuffled, others.means, sets) + held_out_taken(ground, shuffled, others.means)
     taken += directions_taken(vectors, shuffled)
-    known, names = work.trials_per_pass.get(STAGE.name), [one.name for one in taken]
-    effects = work.model.engine.edit_together(prompts, [one.version for one in taken], per_pass=known)
-    work.trials_per_pass[STAGE.name] = effects.per_pass
+    names = [one.name for one in taken]
+    effects = work.repeatable(STAGE.name, work.model.engine.edit_together, prompts, [one.version for one in taken])
     gap = Gap(shuffled.scores.measure("p"), effects.base.measure("p"), prompts.clusters)
     numbers = judge_ablations(effects, prompts, names, gap)
     heads = {name: {**_about(draws, cie, lengths), **_of(name, numbers)} for name, draws in sets.items()}

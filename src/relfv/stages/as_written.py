@@ -215,9 +215,7 @@ def edit_at_once(
     for a_pass, (names, some) in versions.items():
         if some:
             engine = exact if a_pass == "step6_at_once" else exact.over_likeliest_tokens()
-            effects = engine.edit_together(prompts, some, per_pass=work.trials_per_pass.get(a_pass))
-            work.trials_per_pass[a_pass] = effects.per_pass
-            done.append((names, effects))
+            done.append((names, work.repeatable(a_pass, engine.edit_together, prompts, some)))
     return done
 
 

@@ -47,11 +47,11 @@ def head_effects(
     means: MeanActivations,
     heads: Sequence[HeadId],
     *,
-    trials_per_pass: int | None = None,
+    per_pass: int | None = None,
 ) -> HeadEffects:
     """On each corrupted prompt set each head, one at a time, to its clean mean and score the target.
 
-    ``trials_per_pass`` None: as many as the engine has room for. Raises InputError if ``means`` is of another shape
+    ``per_pass`` None: as many as the engine has room for. Raises InputError if ``means`` is of another shape
     than the model's heads.
     """
     arch = model.arch
@@ -59,7 +59,7 @@ def head_effects(
     if means.values.shape != shape:
         raise InputError(f"clean means of shape {means.values.shape} do not fit {model.name}, which has {shape}")
     ordered = tuple(sorted(heads))
-    return HeadEffects(ordered, model.engine.sweep_heads(prompts, means.values, ordered, per_pass=trials_per_pass))
+    return HeadEffects(ordered, model.engine.sweep_heads(prompts, means.values, ordered, per_pass=per_pass))
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
@@ -146,8 +146,7 @@ def corrupted_prompts(work: Work) -> Prompts:
 def _sweep(work: Work) -> str:
     model, settings, means = work.model, work.settings, work.read(MEANS)
     prompts = work.once(corrupted_prompts)
-    known = work.trials_per_pass.get("stepD_cie")
-    effects = head_effects(model, prompts, means, heads_to_sweep(model, settings), trials_per_pass=known)
+    effects = work.repeatable(STAGE.name, head_effects, model, prompts, means, heads_to_sweep(model, settings))
     model.engine.prepare(prompts[:N_TRIALS])  # for the noise floor, while a GPU computes the sweep
     work.meanwhile()
     scored = score_heads(effects, means, prompts.clusters)
@@ -158,16 +157,14 @@ def _sweep(work: Work) -> str:
     work.write(CIE, cie_bytes(work.q_id, scored, cells), content=scored)
     work.write(AIE, aie_bytes(ranked, cells), content=without_number)
     floor = measure_noise_floor(model, prompts, means, effects, ranked)
-    per_pass = effects.effects.per_pass
     facts = model.facts()
     arithmetic = {
         name: facts[name] for name in ("engine", "precision", "dtype", "quant", "device", "products", "kernels")
     }
     document = noise_floor_document(
-        floor, work.q_id, trials_per_pass=per_pass, n_heads=len(effects.heads), arithmetic=arithmetic
+        floor, work.q_id, trials_per_pass=effects.per_pass, n_heads=len(effects.heads), arithmetic=arithmetic
     )
     work.write(NOISE_FLOOR, json_bytes(document))
-    work.trials_per_pass["stepD_cie"] = per_pass
     best = ranked[0]
     return (
         f"{len(effects.heads)} heads; best layer {best.id.layer} head {best.id.head}, "

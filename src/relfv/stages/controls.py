@@ -140,13 +140,8 @@ def _try_all(work: Work, ground: Ground, own: Tried) -> tuple[list[Tried], dict[
 
 
 def _inject(work: Work, engine: Engine, kind: str, candidates: Candidates, layers: Sequence[int]) -> Tried:
-    effects = engine.inject(
-        work.once(evaluated_prompts),
-        [work.settings.alpha * part for part in candidates.at(layers)],
-        layers,
-        per_pass=work.trials_per_pass.get(kind),
-    )
-    work.trials_per_pass[kind] = effects.per_pass
+    vectors = [work.settings.alpha * part for part in candidates.at(layers)]
+    effects = work.repeatable(kind, engine.inject, work.once(evaluated_prompts), vectors, layers)
     return Tried(effects, layers, candidates.names)
 
 

@@ -114,9 +114,8 @@ _SO_FAR = File("formats/.vectors_so_far.safetensors", read_measured)
 
 def _target(work: Work, shown: Shown, names: Sequence[str], vectors: np.ndarray) -> dict[str, Any]:
     """The numbers of every format's vector on one format's zero-shot prompts."""
-    prompts, known, name = shown.zero_shot_prompts, work.trials_per_pass.get(STAGE.name), shown.format.name
-    effects = inject_vectors(work.model, prompts, names, vectors, work.settings.alpha, known)
-    work.trials_per_pass[STAGE.name] = effects.per_pass
+    prompts, name = shown.zero_shot_prompts, shown.format.name
+    effects = work.repeatable(STAGE.name, inject_vectors, work.model, prompts, names, vectors, work.settings.alpha)
     reached = effects.edited.measure("p").reshape(len(prompts), -1, len(names))
     mine = names.index(name)
     best = int(reached[:, :, mine].mean(0).argmax())

@@ -119,9 +119,7 @@ def _build(work: Work) -> str:
     top = select_heads(rank_heads(scored, settings.score_key), settings.topk)
     prompts = work.once(corrupted_prompts)
     fv = build_function_vector(model.arch, work.read(MEANS), [head.id for head in top])
-    injections = inject_at_every_layer(
-        model, prompts, fv.total, settings.alpha, trials_per_pass=work.trials_per_pass.get("stepE")
-    )
+    injections = work.repeatable("stepE", inject_at_every_layer, model, prompts, fv.total, settings.alpha)
     heads = _judged(work, top)  # while a GPU computes the injections
     called = [head["distinguishable"] for head in heads if "distinguishable" in head]
     of_calls = evidence_of_list(top, called, len(scored), work.read(TRIALS).clusters) if called else {}
@@ -136,7 +134,6 @@ def _build(work: Work) -> str:
     work.write(TOP_HEADS, json_bytes({"meta": shared, "heads": heads}))
     norm = _write_vector(work, fv, shared)
     work.write(STEP_E_EVAL, json_bytes(_quick_check(work, injections)))
-    work.trials_per_pass["stepE"] = injections.effects.per_pass
     said = f"{len(top)} heads in {len(fv.by_layer)} layers, |FV| {norm:.2f}"
     return f"{said}; {sum(called)} distinguishable from noise" if called else said
 

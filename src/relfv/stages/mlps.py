@@ -74,9 +74,7 @@ def _sweep(work: Work) -> str:
         values = torch.full((1, n_layers, len(mean)), torch.nan)
         values[0, layer] = mean
         versions.append(Together(mlps=values))
-    known = work.trials_per_pass.get(STAGE.name)
-    effects = work.model.engine.edit_together(prompts, versions, per_pass=known)
-    work.trials_per_pass[STAGE.name] = effects.per_pass
+    effects = work.repeatable(STAGE.name, work.model.engine.edit_together, prompts, versions)
     deltas = {m: effects.delta(m) for m in MEASURES}
     columns = {f"mean_delta_{m}": delta.mean(0) for m, delta in deltas.items()}
     columns |= uncertainty(deltas["p"], prompts.clusters)

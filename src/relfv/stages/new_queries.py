@@ -131,9 +131,8 @@ def _measured(work: Work, snapshot: Snapshot, layer: int) -> dict[str, Any]:
     from relfv.engine.clean import run_clean
 
     model, alpha, vector = work.model, work.settings.alpha, work.read(FV)
-    prompts, known = work.tokenised(snapshot), work.trials_per_pass.get(STAGE.name)
-    injections = inject_at_every_layer(model, prompts, vector, alpha, trials_per_pass=known)
-    work.trials_per_pass[STAGE.name] = injections.effects.per_pass
+    prompts = work.tokenised(snapshot)
+    injections = work.repeatable(STAGE.name, inject_at_every_layer, model, prompts, vector, alpha)
     clean = run_clean(model.backbone, work.tokenised(snapshot, clean=True)).scores
     base, reached = injections.effects.base, injections.at_layer(layer).edited[:, 0]
     columns: dict[str, np.ndarray] = {}

@@ -174,10 +174,8 @@ def _measure(work: Work) -> str:
     ground, slots = ground_of(work, prompts.clusters), slots_of(places[0])
     named = versions_of(slots, ground.selected, ground.draws)
     names, versions = [name for name, _ in named], [version for _, version in named]
-    means, known = clean_means(work, clean, in_slots(places_clean)), work.trials_per_pass.get(STAGE.name)
-    engine = ReferenceEngine(work.model.backbone)
-    effects = engine.set_at_tokens(prompts, in_slots(places), means, versions, per_pass=known)
-    work.trials_per_pass[STAGE.name] = effects.per_pass
+    means, engine = clean_means(work, clean, in_slots(places_clean)), ReferenceEngine(work.model.backbone)
+    effects = work.repeatable(STAGE.name, engine.set_at_tokens, prompts, in_slots(places), means, versions)
     scores = work.once(clean_run).scores
     gap = Gap(effects.base.measure("p"), scores.measure("p"), prompts.clusters)
     document = {

@@ -148,16 +148,15 @@ def _curve(work: Work, draws: Sequence[Measured]) -> dict[str, Any]:
     """Every draw's vector, added at every layer to the same zero-shot prompts."""
     prompts, best = work.once(evaluated_prompts), work.read(STEP6_SUMMARY)["best_layer"]
     vectors = np.float32(work.settings.alpha) * np.stack([one.vector for one in draws])
-    known, names = work.trials_per_pass.get(STAGE.name), [str(number) for number in range(len(draws))]
-    effects = work.model.engine.inject(prompts, vectors, range(work.model.arch.n_layers), per_pass=known)
-    work.trials_per_pass[STAGE.name] = effects.per_pass
+    names, model = [str(number) for number in range(len(draws))], work.model
+    effects = work.repeatable(STAGE.name, model.engine.inject, prompts, vectors, range(model.arch.n_layers))
     of_draws = {
         "mean_p": by_layer(effects.edited.measure("p"), names).mean(0),
         "acc": by_layer(effects.edited.correct(prompts.right), names).mean(0),
     }
     per_layer = [
         {name: [finite(value) for value in values[layer]] for name, values in of_draws.items()}
-        for layer in range(work.model.arch.n_layers)
+        for layer in range(model.arch.n_layers)
     ]
     base = effects.base
     return {

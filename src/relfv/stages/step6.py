@@ -65,9 +65,8 @@ def _make_folders(work: Work) -> None:
 
 def injections(work: Work) -> Injections:
     """The vector at every layer of the evaluated prompts (``work.once(injections)``)."""
-    known = work.trials_per_pass.get("step6")
-    prompts = work.once(evaluated_prompts)
-    return inject_at_every_layer(work.model, prompts, work.read(FV), work.settings.alpha, trials_per_pass=known)
+    prompts, fv, alpha = work.once(evaluated_prompts), work.read(FV), work.settings.alpha
+    return work.repeatable("step6", inject_at_every_layer, work.model, prompts, fv, alpha)
 
 
 def _inject(work: Work, layer: int) -> str:
@@ -94,7 +93,6 @@ def _inject(work: Work, layer: int) -> str:
         "results": rows,
     }
     _write(work, layer, results=results, summary=summary, rows=rows, meta=meta)
-    work.trials_per_pass["step6"] = work.once(injections).effects.per_pass
     return f"layer {layer}: P {numbers['mean_p_base']:.3f} -> {numbers['mean_p_with']:.3f}"
 
 

@@ -113,9 +113,8 @@ def _sweep(work: Work) -> str:
     model, settings, prompts = work.model, work.settings, work.once(evaluated_prompts)
     ranked, hidden = rank_heads(work.read(CIE), settings.score_key), work.once(injections).hidden
     swept = swept_vectors(model.arch, work.read(MEANS), ranked, hidden, settings)
-    known = work.trials_per_pass.get(STAGE.name)
     vectors = np.stack([one.added for one in swept], axis=1)[:, None]
-    effects = model.engine.inject(prompts, [vectors], range(model.arch.n_layers), per_pass=known)
+    effects = work.repeatable(STAGE.name, model.engine.inject, prompts, [vectors], range(model.arch.n_layers))
     numbers = judge_vectors(effects, prompts, [one.name for one in swept])
     per_layer = numbers.pop("per_layer")
     document = {
@@ -133,7 +132,6 @@ def _sweep(work: Work) -> str:
         **{kind: [tabulate(per_layer, one, hidden) for one in swept if one.kind == kind] for kind in KINDS},
     }
     work.write(SWEEPS_FILE, json_bytes(document), content=document)
-    work.trials_per_pass[STAGE.name] = effects.per_pass
     return "; ".join(filter(None, (_best(document[kind], kind) for kind in KINDS)))
 
 
