@@ -20,9 +20,9 @@ from relfv.stages.step6_summary import STEP6_SUMMARY
 from relfv.stages.trials import TRIALS
 from relfv.stages.zeroshot import ZERO_SHOT_TRIALS
 from relfv.stats import FDR, called_at_once
-from relfv.store.files import sha256_bytes, sha256_file, write_together
+from relfv.store.files import sha256_file
 from relfv.store.folder import File, QidFolder
-from relfv.store.formats import SEAL, csv_bytes, finite, read_json, sealed_bytes, unsealed
+from relfv.store.formats import SEAL, csv_bytes, finite, read_json, unsealed
 from relfv.types import HeadId
 
 MEANING = {
@@ -169,15 +169,8 @@ def target_origin(root: Path, name: str, others: Sequence[HeadId], algorithm_ver
     }
 
 
-def write_aggregate(root: Path, document: dict[str, Any], beside: Mapping[str, bytes]) -> Path:
-    """Write the files ``beside``, then aggregate.json with their hashes and its own. Call as ``sole_writer``."""
-    content = sealed_bytes({**document, "beside": {name: sha256_bytes(data) for name, data in beside.items()}})
-    files = {root / name: data for name, data in beside.items()}
-    return write_together({**files, root / AGGREGATE: content})[-1]
-
-
 def read_aggregate(root: Path) -> dict[str, Any]:
-    """The document that ``write_aggregate`` wrote, without its own hash. Raises RunError if it is missing or not as it
+    """The document that ``relfv aggregate`` wrote, without its own hash. Raises RunError if it is missing or not as it
     was written."""
     path = root / AGGREGATE
     content = read_json(path)
