@@ -15,7 +15,6 @@ from relfv.errors import InputError
 from relfv.settings import MODEL_SETTINGS
 from relfv.shares import Gap
 from relfv.stages.ablation import untouched
-from relfv.stages.ablation_words import rounded
 from relfv.stages.cie import METRICS, corrupted_prompts
 from relfv.stages.controls import ground_of
 from relfv.stages.function_vector import FV, TOP_HEADS, heads_of
@@ -29,6 +28,7 @@ from relfv.store.folder import File, QidFolder
 from relfv.store.formats import finite, json_bytes, read_json
 from relfv.store.status import QidStatus
 from relfv.types import Effects, HeadId, Prompts
+from relfv.words import percent
 
 if TYPE_CHECKING:
     import torch
@@ -144,8 +144,8 @@ def verdict_of(document: Mapping[str, Any]) -> str:
     for name, of in document["together"].items():
         share, random_heads = of["top"]["share_of_gap"], of.get("random", {}).get("share_of_gap")
         if share:
-            beside = f"; random heads {rounded(random_heads['value'])}" if random_heads else ""
-            value, low, high = (rounded(share[of]) for of in ("value", "low", "high"))
+            beside = f"; random heads {percent(random_heads['value'])}" if random_heads else ""
+            value, low, high = (percent(share[of]) for of in ("value", "low", "high"))
             tops[name] = f"{value} ({low} to {high}{beside})"
     if not tops:
         return f"Right labels bring too little here (P {p[0]:.2f} to {p[1]:.2f}) for shares of it at any token."

@@ -82,7 +82,7 @@ def _alike(rung: Mapping[str, Any], k: int, *, interval: bool = False) -> str:
     cosine, shared = rung["cosine"], rung["heads_shared"]
     words = f"{'the same vector to ' * interval}cosine {_short(cosine['mean'])}" if cosine else "a vector of zeros"
     if interval and cosine and cosine["low"] is not None:
-        words += f" ({LEVEL:.0%} CI {_short(cosine['low'])} to {_short(cosine['high'])})"
+        words += f" ({interval(cosine['low'], cosine['high'], _short)})"
     return f"{words} and {shared['mean']:.1f} of {k} heads"
 
 
