@@ -13,7 +13,7 @@ from relfv.settings import MODEL_SETTINGS
 from relfv.stages.cie import METRICS, corrupted_prompts
 from relfv.stages.means import MEANS
 from relfv.stages.scores import measure_of, trial_scores
-from relfv.stages.stage import Finding, Stage, Work
+from relfv.stages.stage import Check, Stage, Work
 from relfv.stages.trials import TRIALS
 from relfv.store.folder import File, QidFolder
 from relfv.store.formats import finite, json_bytes, read_json
@@ -142,10 +142,10 @@ def _estimate(work: Work) -> str:
     return "; ".join(words)
 
 
-def _agrees(folder: QidFolder, status: QidStatus) -> Iterator[Finding]:
+def _agrees(folder: QidFolder, status: QidStatus) -> Iterator[Check]:
     there = [(head["layer"], head["head"]) for head in folder.read(ATTRIBUTION)["heads"]]
     same = there == [(head.layer, head.head) for head in folder.read(METRICS).heads]
-    yield Finding(folder.path(ATTRIBUTION), "the heads of trial_metrics.jsonl", same)
+    yield Check(folder.path(ATTRIBUTION), "the heads of trial_metrics.jsonl", same)
 
 
 STAGE = Stage(

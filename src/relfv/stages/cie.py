@@ -16,7 +16,7 @@ from relfv.settings import MODEL_SETTINGS, Settings, parse_index_list
 from relfv.stages.means import MEANS
 from relfv.stages.noise_floor import N_TRIALS, NOISE_FLOOR, measure_noise_floor, noise_floor_document
 from relfv.stages.scores import AIE, CIE, aie_bytes, cells_of, cie_bytes, rank_heads, score_heads
-from relfv.stages.stage import Finding, Stage, Work
+from relfv.stages.stage import Check, Stage, Work
 from relfv.stages.trials import TRIALS
 from relfv.store.folder import File, QidFolder
 from relfv.store.formats import digits, json_bytes, read_jsonl
@@ -173,18 +173,18 @@ def _sweep(work: Work) -> str:
     )
 
 
-def _agrees(folder: QidFolder, status: QidStatus) -> Iterator[Finding]:
+def _agrees(folder: QidFolder, status: QidStatus) -> Iterator[Check]:
     n_trials, cie, aie = len(folder.read(TRIALS).questions), folder.read(CIE), folder.read(AIE)
     deltas = folder.read(METRICS)
     same = sorted(head.id for head in cie) == [*deltas.heads] and len(deltas.of["p"]) == n_trials
-    yield Finding(folder.path(METRICS), "one row a trial and head of cie_scores.csv", same)
+    yield Check(folder.path(METRICS), "one row a trial and head of cie_scores.csv", same)
     counted = all(head.n_trials == n_trials for head in cie)
-    yield Finding(folder.path(CIE), "n_trials as in sampled_trials.json", counted)
+    yield Check(folder.path(CIE), "n_trials as in sampled_trials.json", counted)
     scores = [{head.id: head.scores for head in table} for table in (cie, aie)]
     same = scores[0] == scores[1] and len(cie) == len(aie)
-    yield Finding(folder.path(AIE), "the heads and scores of cie_scores.csv", same)
+    yield Check(folder.path(AIE), "the heads and scores of cie_scores.csv", same)
     same = folder.read(NOISE_FLOOR)["trials_per_pass"] == status.trials_per_pass.get("stepD_cie")
-    yield Finding(folder.path(NOISE_FLOOR), "trials_per_pass as in qid_status.json", same)
+    yield Check(folder.path(NOISE_FLOOR), "trials_per_pass as in qid_status.json", same)
 
 
 STAGE = Stage(

@@ -19,7 +19,7 @@ from relfv.stages.leave_query_out import with_error_of_means
 from relfv.stages.means import MEANS, clean_run
 from relfv.stages.noise_floor import NOISE_FLOOR
 from relfv.stages.scores import CIE, rank_heads, require_score, select_heads
-from relfv.stages.stage import Finding, Stage, Work
+from relfv.stages.stage import Check, Stage, Work
 from relfv.stages.trials import TRIALS
 from relfv.store.folder import File, QidFolder
 from relfv.store.formats import finite, json_bytes, read_json, read_tensors, tensor_bytes
@@ -228,21 +228,21 @@ def _quick_check(work: Work, injections: Injections) -> dict[str, Any]:
     }
 
 
-def _agrees(folder: QidFolder, status: QidStatus) -> Iterator[Finding]:
+def _agrees(folder: QidFolder, status: QidStatus) -> Iterator[Check]:
     score_key, topk = status.settings.score_key, status.settings.topk
     scores = {head.id: head.scores[score_key] for head in folder.read(CIE)}
     top = {HeadId(head["layer"], head["head"]): head["rank_score"] for head in folder.read(TOP_HEADS)["heads"]}
     ranked = len(top) == topk and top.items() <= scores.items()
-    yield Finding(folder.path(TOP_HEADS), f"{topk} heads with their {score_key} of cie_scores.csv", ranked)
+    yield Check(folder.path(TOP_HEADS), f"{topk} heads with their {score_key} of cie_scores.csv", ranked)
     same = [HeadId(*head) for head in folder.read(FV_META)["heads"]] == [*top]
-    yield Finding(folder.path(FV_META), "the heads of top_heads.json", same)
+    yield Check(folder.path(FV_META), "the heads of top_heads.json", same)
     fv, parts = folder.read(FV), folder.read(FV_BY_LAYER)
     same = set(parts) == {head.layer for head in top}
-    yield Finding(folder.path(FV_BY_LAYER), "the layers of top_heads.json", same)
+    yield Check(folder.path(FV_BY_LAYER), "the layers of top_heads.json", same)
     # In float64, so that what is left is the rounding of the parts when they were written.
     rest = sum(part.astype(np.float64) for part in parts.values()) - fv.astype(np.float64)
     adds_up = bool(np.linalg.norm(rest) <= 1e-5 * np.linalg.norm(fv.astype(np.float64)))
-    yield Finding(folder.path(FV_BY_LAYER), "parts that sum to fv_global_resid.pt", adds_up)
+    yield Check(folder.path(FV_BY_LAYER), "parts that sum to fv_global_resid.pt", adds_up)
 
 
 STAGE = Stage(

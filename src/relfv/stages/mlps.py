@@ -17,7 +17,7 @@ from relfv.settings import MODEL_SETTINGS
 from relfv.stages.cie import corrupted_prompts
 from relfv.stages.means import clean_prompts
 from relfv.stages.scores import CIE, uncertainty
-from relfv.stages.stage import Finding, Stage, Work
+from relfv.stages.stage import Check, Stage, Work
 from relfv.stages.trials import TRIALS
 from relfv.stats import LEVEL
 from relfv.store.folder import File, QidFolder
@@ -113,10 +113,10 @@ def _best_heads(work: Work) -> dict[int, dict[str, Any]]:
     return best
 
 
-def _agrees(folder: QidFolder, _: QidStatus) -> Iterator[Finding]:
+def _agrees(folder: QidFolder, _: QidStatus) -> Iterator[Check]:
     document = folder.read(MLP_CIE)
     same = document["by_trial"]["query_source_index"] == [*folder.read(TRIALS).clusters]
-    yield Finding(folder.path(MLP_CIE), "the queries of sampled_trials.json", same)
+    yield Check(folder.path(MLP_CIE), "the queries of sampled_trials.json", same)
 
 
 STAGE = Stage(

@@ -21,7 +21,7 @@ from relfv.stages.function_vector import FV, TOP_HEADS, heads_of
 from relfv.stages.judging import judge_vectors, mean_over_draws
 from relfv.stages.means import clean_prompts, clean_run
 from relfv.stages.prompts import PREFIXES, SEPARATORS
-from relfv.stages.stage import Finding, Stage, Work
+from relfv.stages.stage import Check, Stage, Work
 from relfv.stages.trials import TRIALS
 from relfv.stats import LEVEL
 from relfv.store.folder import File, QidFolder
@@ -227,12 +227,12 @@ def _some(numbers: Mapping[str, Any], kept: Sequence[str]) -> dict[str, Any]:
     return {name: numbers[name] for name in kept}
 
 
-def _agrees(folder: QidFolder, _: QidStatus) -> Iterator[Finding]:
+def _agrees(folder: QidFolder, _: QidStatus) -> Iterator[Check]:
     document, path = folder.read(POSITIONS), folder.path(POSITIONS)
     top = [HeadId(head["layer"], head["head"]) for head in document["heads"]]
-    yield Finding(path, "the heads of top_heads.json", top == heads_of(folder.read(TOP_HEADS)))
+    yield Check(path, "the heads of top_heads.json", top == heads_of(folder.read(TOP_HEADS)))
     same = document["by_trial"]["query_source_index"] == [*folder.read(TRIALS).clusters]
-    yield Finding(path, "the queries of sampled_trials.json", same)
+    yield Check(path, "the queries of sampled_trials.json", same)
 
 
 STAGE = Stage(

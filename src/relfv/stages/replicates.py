@@ -15,7 +15,7 @@ from relfv.stages.function_vector import FV, TOP_HEADS, heads_of
 from relfv.stages.judging import by_layer
 from relfv.stages.means import MEANS
 from relfv.stages.measured import Kept, Measured, cosine_of_random_heads, read_measured
-from relfv.stages.stage import Finding, Stage, Work
+from relfv.stages.stage import Check, Stage, Work
 from relfv.stages.step6_summary import STEP6_SUMMARY
 from relfv.stages.trials import STAGE as TRIALS_STAGE
 from relfv.stages.trials import TRIALS
@@ -169,17 +169,17 @@ def _curve(work: Work, draws: Sequence[Measured]) -> dict[str, Any]:
     }
 
 
-def _agrees(folder: QidFolder, status: QidStatus) -> Iterator[Finding]:
+def _agrees(folder: QidFolder, status: QidStatus) -> Iterator[Check]:
     path, document, settings = folder.path(REPLICATES), folder.read(REPLICATES), status.settings
     same = [one["seed"] for one in document["draws"]] == draw_seeds(settings)
-    yield Finding(path, "the draws of qid_status.json", same)
+    yield Check(path, "the draws of qid_status.json", same)
     draws, _ = folder.read(DRAWS)
     full = [draws[draw_name(settings.n_trials_per_q, i)] for i in range(settings.replicates)]
     own = np.array_equal(full[0].vector, folder.read(FV)) and [*full[0].heads] == heads_of(folder.read(TOP_HEADS))
-    yield Finding(folder.path(DRAWS), "the q_id's own heads and vector as draw 0", own)
+    yield Check(folder.path(DRAWS), "the q_id's own heads and vector as draw 0", own)
     there = np.array(document["cosine"], dtype=np.float64)
     same = np.allclose(there, cosines(np.stack([one.vector for one in full])), atol=1e-6, equal_nan=True)
-    yield Finding(path, "the cosines of draws.safetensors", same)
+    yield Check(path, "the cosines of draws.safetensors", same)
 
 
 STAGE = Stage(

@@ -106,7 +106,7 @@ def _opened(work: Work) -> LanguageModel:
 
 
 @dataclass(frozen=True)
-class Finding:
+class Check:
     """A check of something that two files of a finished q_id should agree on."""
 
     path: Path
@@ -131,7 +131,7 @@ class Stage:
     settings: tuple[str, ...] = ()
     """The fields of Settings that the stage itself uses. Those of the stages whose files it reads count as its own,
     too."""
-    agrees: Callable[[QidFolder, QidStatus], Iterator[Finding]] | None = None
+    agrees: Callable[[QidFolder, QidStatus], Iterator[Check]] | None = None
     """Checks for ``relfv verify``: what the stage's files must agree on, with other files and with the q_id's
     status."""
     per_layer: bool = False

@@ -15,7 +15,7 @@ from relfv.stages.injection import length
 from relfv.stages.judging import judge_vectors
 from relfv.stages.means import MEANS
 from relfv.stages.scores import CIE, rank_heads, select_heads
-from relfv.stages.stage import Finding, Stage, Work
+from relfv.stages.stage import Check, Stage, Work
 from relfv.stages.step6 import injections
 from relfv.stages.zeroshot import ZERO_SHOT_TRIALS, evaluated_prompts
 from relfv.store.folder import File, QidFolder
@@ -143,11 +143,11 @@ def _best(entries: Sequence[Mapping[str, Any]], name: str) -> str:
     return f"best of {len(entries)} {name}: {best['value']:g} (P {best['mean_p']:.2f} at layer {best['best_layer']})"
 
 
-def _agrees(folder: QidFolder, status: QidStatus) -> Iterator[Finding]:
+def _agrees(folder: QidFolder, status: QidStatus) -> Iterator[Check]:
     document, settings = folder.read(SWEEPS_FILE), status.settings
     swept = [tuple(entry["value"] for entry in document.get(kind, ())) for kind in KINDS]
     same = swept == [settings.alpha_sweep, settings.alpha_sweep_relative, settings.k_sweep]
-    yield Finding(folder.path(SWEEPS_FILE), "the alphas and k of qid_status.json", same)
+    yield Check(folder.path(SWEEPS_FILE), "the alphas and k of qid_status.json", same)
 
 
 STAGE = Stage(
