@@ -13,7 +13,7 @@ from relfv.stages.function_vector import FV, STEP_E_EVAL, TOP_HEADS, heads_of
 from relfv.stages.left_out_relation import MEANING as LEFT_OUT_MEANING
 from relfv.stages.left_out_relation import over_targets
 from relfv.stages.means import MEANS
-from relfv.stages.over_relations import AVERAGED, Measured, OverRelations
+from relfv.stages.over_relations import AVERAGED, OverRelations, RelationResults
 from relfv.stages.scores import CIE
 from relfv.stages.similarity import MEASURES, agreement, similarities
 from relfv.stages.step6_summary import STEP6_SUMMARY
@@ -40,10 +40,10 @@ MEANING = {
 }
 
 
-def measured(qid: QidFolder, name: str) -> Measured:
+def measured(qid: QidFolder, name: str) -> RelationResults:
     """The numbers of one finished relation, from its files."""
     trials, clean = qid.read(TRIALS), qid.read(STEP_E_EVAL)["reference"]["clean"]
-    return Measured(
+    return RelationResults(
         name=name,
         scored=tuple(sorted(qid.read(CIE), key=lambda head: head.id)),
         top=tuple(heads_of(qid.read(TOP_HEADS))),
@@ -58,7 +58,7 @@ def measured(qid: QidFolder, name: str) -> Measured:
 
 
 def describe_relations(
-    relations: Sequence[Measured], names: Mapping[str, str], included: Collection[str]
+    relations: Sequence[RelationResults], names: Mapping[str, str], included: Collection[str]
 ) -> dict[str, Any]:
     """q_id -> whether the relation is included, and its numbers; ``names`` has each relation in words, where there are
     some."""
@@ -109,7 +109,7 @@ def _errors(heads: OverRelations, i: int) -> dict[str, Any]:
     }
 
 
-def describe_similarity(relations: Sequence[Measured], heads: OverRelations) -> dict[str, Any]:
+def describe_similarity(relations: Sequence[RelationResults], heads: OverRelations) -> dict[str, Any]:
     """Matrices by name, None where a number is not known, and how they agree."""
     matrices = similarities(relations, heads.universal, heads.score_key)
     return {

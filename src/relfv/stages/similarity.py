@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from relfv.stages.cross import compare_directions
-from relfv.stages.over_relations import Measured
+from relfv.stages.over_relations import RelationResults
 from relfv.types import HeadId
 
 MEASURES = {
@@ -34,7 +34,9 @@ _ALL_UP_TO = 7
 """Number of relations up to which all their orders are tried: 7 have 5,040."""
 
 
-def similarities(relations: Sequence[Measured], universal: Sequence[HeadId], score_key: str) -> dict[str, np.ndarray]:
+def similarities(
+    relations: Sequence[RelationResults], universal: Sequence[HeadId], score_key: str
+) -> dict[str, np.ndarray]:
     """Name -> float64 (relation, relation), as MEASURES says; NaN where a relation does not differ from the mean."""
     rows = {
         "vectors": [one.vector for one in relations],
