@@ -15,7 +15,7 @@ from relfv.stages.left_out_relation import over_targets
 from relfv.stages.means import MEANS
 from relfv.stages.over_relations import AVERAGED, OverRelations, RelationResults
 from relfv.stages.scores import CIE
-from relfv.stages.similarity import MEASURES, agreement, similarities
+from relfv.stages.similarity import SIMILARITIES, agreement, similarities
 from relfv.stages.step6_summary import STEP6_SUMMARY
 from relfv.stages.trials import TRIALS
 from relfv.stages.zeroshot import ZERO_SHOT_TRIALS
@@ -33,7 +33,7 @@ MEANING = {
     "in which the head is among the top k, n_in_own_top the number of relations whose own top heads it is one of",
     "left_out": "heads chosen by the other relations' AIE",
     **{f"left_out.{name}": words for name, words in LEFT_OUT_MEANING.items()},
-    "similarity": "; ".join(f"{name}: {words}" for name, words in MEASURES.items())
+    "similarity": "; ".join(f"{name}: {words}" for name, words in SIMILARITIES.items())
     + "; of all but the last the mean over relations is taken away first",
     "agreement": "Spearman's correlation of two of these over pairs of relations, and its one-sided p-value over "
     "orders of the relations (Mantel)",
