@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from relfv.report.page import write_report
-from relfv.runs.plan import Plan
+from relfv.runs.plan import RunPlan
 from relfv.runs.qid import run_step, work_on
 from relfv.settings import Settings
 from relfv.stages.stage import Stage
@@ -78,7 +78,7 @@ class Estimate:
 
 
 def estimate(
-    plan: Plan,
+    plan: RunPlan,
     model: LanguageModel,
     n_eval: Mapping[str, int],
     stages: Mapping[str, AbstractSet[str]],
@@ -135,7 +135,7 @@ def times_as_much(stage: Stage, found: Costs, settings: Settings, n_eval: int) -
     return settings.n_trials_per_q / found.n_trials if TRIALS in (*stage.reads, *stage.writes) else 1.0
 
 
-def measure(plan: Plan, model: LanguageModel, q_id: str, n_trials: int) -> Costs:
+def measure(plan: RunPlan, model: LanguageModel, q_id: str, n_trials: int) -> Costs:
     """Run ``q_id`` with ``n_trials`` of its trials in a temporary folder that is gone afterwards."""
     asked = replace(plan.request.settings, n_trials_per_q=n_trials)
     log.info("measuring on %s with %d of %d trials", q_id, n_trials, plan.request.settings.n_trials_per_q)
