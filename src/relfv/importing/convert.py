@@ -12,7 +12,7 @@ from relfv import __version__
 from relfv.errors import InputError
 from relfv.importing.cleaning import Cleaned, cleaned, q_ids_for
 from relfv.importing.formats import IMPORT_FORMATS, Found, read_relations
-from relfv.relations import file_sha256, load_relations, read_text, relation_name
+from relfv.relations import load_relations, read_text, relation_name
 from relfv.settings import Settings
 from relfv.stages.trials import ineligible_reason
 from relfv.store.files import sha256_bytes, write_atomic
@@ -105,7 +105,7 @@ def _of_source(source: _Source) -> dict[str, Any]:
     form = IMPORT_FORMATS[source.form]
     return {
         "path": source.shown,
-        "sha256": file_sha256(source.path),
+        "sha256": sha256_bytes(source.path.read_bytes()),
         "format": source.form,
         "about": form.about,
         "licence": form.licence,

@@ -16,7 +16,7 @@ from relfv.models.given import GivenModel
 from relfv.models.sources import model_identity
 from relfv.models.stored import resolved
 from relfv.progress import at_work
-from relfv.relations import csv_file, file_sha256, load_relations, relation_name, require_q_ids, rows_sha256
+from relfv.relations import csv_file, load_relations, relation_name, require_q_ids, rows_sha256
 from relfv.report.registered import PLAN
 from relfv.requests import without_requests
 from relfv.runs.figure import has_figures
@@ -27,7 +27,7 @@ from relfv.settings import Settings
 from relfv.stages.prompt_formats import q_ids_with_formats, with_formats
 from relfv.stages.table import STEP_D, is_complete, settings_of
 from relfv.stages.trials import ineligible_reason
-from relfv.store.files import remove_temporaries, require_folder, require_no_links
+from relfv.store.files import remove_temporaries, require_folder, require_no_links, sha256_bytes
 from relfv.store.folder import QidFolder
 from relfv.store.locks import held_by, lock
 from relfv.store.status import STATUS_FILE, DamagedStatus, QidStatus, read_status_of_results
@@ -246,7 +246,7 @@ def make_plan(request: RunRequest) -> RunPlan:
             replace(request, settings=given.resolved(request.settings) if given else resolved(request.settings)),
             folder,
             relations,
-            file_sha256(csv_path),
+            sha256_bytes(csv_path.read_bytes()),
             given.identity() if given else model_identity(request.settings.model, request.settings.revision),
             written,
         )

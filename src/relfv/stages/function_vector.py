@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,16 +25,27 @@ from relfv.stages.trials import TRIALS
 from relfv.store.folder import File, QidFolder
 from relfv.store.formats import finite, json_bytes, read_json, read_tensors, tensor_bytes
 from relfv.store.status import QidStatus
-from relfv.types import MEASURES, FunctionVector, HeadId, MeanActivations, ScoredHead, TokenScores
+from relfv.types import MEASURES, HeadId, MeanActivations, ScoredHead, TokenScores
 
 if TYPE_CHECKING:
     from relfv.engine.writing import Writing
     from relfv.models.architecture import Architecture
 
 
+@dataclass(frozen=True)
+class BuiltVector:
+    """A function vector, and the parts that it was built from."""
+
+    total: np.ndarray
+    """float32 (resid_dim,): the function vector."""
+    by_layer: dict[int, np.ndarray]
+    """layer -> float32 (resid_dim,): the part that this layer's selected heads contribute; the parts sum to total."""
+    heads: tuple[HeadId, ...]
+
+
 def build_function_vector(
     arch: Architecture, means: MeanActivations, heads: Sequence[HeadId], writing: Writing | None = None
-) -> FunctionVector:
+) -> BuiltVector:
     """Sum over ``heads`` of W_O[layer][:, slice of head] @ mean activation, without the output bias.
 
     Summed in float64 and kept as float32 (resid_dim,), as a whole and split by layer. With ``writing`` each part times
@@ -48,7 +60,7 @@ def build_function_vector(
         part = writing.gained(head.layer, part) if writing else part
         by_layer[head.layer] = by_layer.get(head.layer, torch.zeros_like(part)) + part
     total = torch.stack(list(by_layer.values())).sum(0)
-    return FunctionVector(
+    return BuiltVector(
         total=total.float().numpy(),
         by_layer={layer: part.float().numpy() for layer, part in by_layer.items()},
         heads=tuple(heads),
@@ -171,7 +183,7 @@ def _leave_query_out(work: Work, top: Sequence[ScoredHead]) -> list[dict[str, fl
     return [{name: finite(float(values[i])) for name, values in columns.items()} for i in range(len(top))]
 
 
-def _write_vector(work: Work, fv: FunctionVector, shared: Mapping[str, Any]) -> float:
+def _write_vector(work: Work, fv: BuiltVector, shared: Mapping[str, Any]) -> float:
     """Write the three files of the vector. -> its length."""
     arch = work.model.arch
     norm = length(fv.total)
