@@ -39,7 +39,7 @@ from relfv.store.unchanged import Unchanged
 log = logging.getLogger(__name__)
 
 
-def run(request: RunRequest) -> int:
+def run_all(request: RunRequest) -> int:
     """Run all q_ids of ``request``. Returns the exit code: 1 if any failed, else 0.
 
     Raises InputError before anything is computed if the request cannot be run as it is.
