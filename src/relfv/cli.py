@@ -182,12 +182,12 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _import_flags(parser: argparse.ArgumentParser) -> None:
-    from relfv.importing.formats import FORMATS
+    from relfv.importing.formats import IMPORT_FORMATS
 
-    about = "; ".join(f"{name}: {form.about}" for name, form in FORMATS.items())
+    about = "; ".join(f"{name}: {form.about}" for name, form in IMPORT_FORMATS.items())
     parser.add_argument("sources", type=path_flag, nargs="+", help="files, or folders of them")
     parser.add_argument("--out", type=path_flag, required=True, help="the relation CSV to write")
-    parser.add_argument("--format", choices=("auto", *FORMATS), default="auto", help=about)
+    parser.add_argument("--format", choices=("auto", *IMPORT_FORMATS), default="auto", help=about)
     parser.add_argument(
         "--alternatives", default=None, help="what stands between several right answers in one field, such as /"
     )

@@ -133,11 +133,6 @@ def relation_name(path: Path) -> str:
     return name
 
 
-def file_sha256(path: Path) -> str:
-    """sha256 of the file's bytes."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def rows_sha256(relation: Relation, corruption: str = "derange") -> str:
     """sha256 of what a q_id's results depend on in the CSV: its pairs in order, and where labels are drawn from other
     relations, all answers."""

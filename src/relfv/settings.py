@@ -16,7 +16,7 @@ from relfv.errors import InputError
 from relfv.types import MEASURES
 
 SPEC_CSV = Path("datasets/relation/relationA_ex.csv")
-FORMATS = ("png", "svg", "pdf")  # of figures
+FIGURE_FORMATS = ("png", "svg", "pdf")
 SCORE_KEYS = tuple(f"mean_{kind}delta_{m}" for kind in ("", "abs_") for m in MEASURES)
 """What heads may be ranked by."""
 MOST = 100_000
@@ -198,10 +198,9 @@ class Settings:
             raise InputError(
                 f"--extras {self.extras!r}: expected all, none, or some of {', '.join(STUDIES)}, separated by commas"
             )
-        if not set(self.more_formats) <= set(FORMATS):
-            raise InputError(
-                f"--figure_formats {self.figure_formats!r}: expected some of {', '.join(FORMATS)}, separated by commas"
-            )
+        if not set(self.more_formats) <= set(FIGURE_FORMATS):
+            some = ", ".join(FIGURE_FORMATS)
+            raise InputError(f"--figure_formats {self.figure_formats!r}: expected some of {some}, separated by commas")
 
     @property
     def more_formats(self) -> list[str]:

@@ -285,6 +285,11 @@ class HeadEffects:
     effects: Effects
     """Target scores on the corrupted prompt, unpatched (``base``, (trial,)) and patched (``edited``, (trial, head))."""
 
+    @property
+    def per_pass(self) -> int:
+        """Trials that shared a forward pass."""
+        return self.effects.per_pass
+
 
 @dataclass(frozen=True)
 class ScoredHead:
@@ -293,14 +298,3 @@ class ScoredHead:
     id: HeadId
     scores: dict[str, float]
     n_trials: int
-
-
-@dataclass(frozen=True)
-class FunctionVector:
-    """The sum of the selected heads' mean outputs in the residual stream (Todd et al. 2024, eq. 5)."""
-
-    total: np.ndarray
-    """float32 (resid_dim,): the function vector."""
-    by_layer: dict[int, np.ndarray]
-    """layer -> float32 (resid_dim,): the part that this layer's selected heads contribute; the parts sum to total."""
-    heads: tuple[HeadId, ...]

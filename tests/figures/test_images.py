@@ -11,7 +11,7 @@ import pytest
 from relfv.figures import images as figures
 from relfv.figures.canvas import Canvas, cut, text_width, wrapped
 from relfv.figures.images import Curve, Heatmap, caption
-from relfv.settings import FORMATS, Settings
+from relfv.settings import FIGURE_FORMATS, Settings
 from relfv.ticks import even_ticks, whole_ticks
 from relfv.types import HeadId, ScoredHead
 
@@ -109,7 +109,7 @@ def every_figure(about: str = "") -> list[Canvas]:
     ]
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", FIGURE_FORMATS)
 def test_every_figure_has_every_format_with_its_settings_inside_and_no_date(kind: str) -> None:
     about = caption(Settings(model="/a/b/llama-é", dtype="float32"))
     for one, again in zip(every_figure(about), every_figure(about), strict=True):

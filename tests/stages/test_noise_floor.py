@@ -31,7 +31,7 @@ def prompts(model: LanguageModel) -> Prompts:
 def sweep(model: LanguageModel, prompts: Prompts, per_pass: int):  # type: ignore[no-untyped-def]
     means = mean_activations(run_clean(model.backbone, prompts))
     heads = [HeadId(layer, head) for layer in range(3) for head in range(8)]
-    effects = head_effects(model, prompts, means, heads, trials_per_pass=per_pass)
+    effects = head_effects(model, prompts, means, heads, per_pass=per_pass)
     return means, effects, rank_heads(score_heads(effects, means, prompts.clusters), "mean_delta_p")
 
 

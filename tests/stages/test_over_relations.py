@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from measured_relations import HEADS, KEY, measured
-from relfv.stages.over_relations import Measured, heads_of_the_others, over_relations
+from relfv.stages.over_relations import RelationResults, heads_of_the_others, over_relations
 from relfv.types import HeadId
 
 
-def relations(n: int, rng: np.random.Generator, planted: dict[int, float]) -> list[Measured]:
+def relations(n: int, rng: np.random.Generator, planted: dict[int, float]) -> list[RelationResults]:
     """``n`` relations with an effect of each ``planted`` head, and noise and heads of their own."""
     found = []
     for i in range(n):

@@ -83,7 +83,7 @@ def test_a_draw_is_what_an_ordinary_run_with_its_seed_gives(
 def test_the_work_that_is_foretold_is_what_is_done(replicated: Path) -> None:
     done = {(n, i) for n, made in draws_of(replicated).items() for i in made} - {(25, 0)}  # swept by StepD
     assert prompts_swept(Settings(replicates=3)) == sum(n for n, _ in done) == 3 * 15 + 2 * 25 + 50
-    of_few = estimate.Measured(n_trials=6, n_eval=5, seconds={}, n_bytes={}, n_files=0, page_s=0.0, peak_bytes=0)
+    of_few = estimate.Costs(n_trials=6, n_eval=5, seconds={}, n_bytes={}, n_files=0, page_s=0.0, peak_bytes=0)
     whole = Settings(replicates=3)
     assert estimate.times_as_much(STAGE, of_few, whole, 16) == 145 / (3 * 5 + 2 * 6 + 12)
 

@@ -8,13 +8,13 @@ import pytest
 
 from folders import arguments, status
 from relfv.cli import main
-from relfv.store import files, unchanged
+from relfv.store import files, index
 from relfv.store.unchanged import Unchanged
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(unchanged, "_FEWEST", 1)
+    monkeypatch.setattr(index, "FEWEST", 1)
     for name in ("artifacts/step6/a.json", "artifacts/b.csv", "logs/c.log"):
         (tmp_path / "Q1" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "Q1" / name).write_text("0123")
@@ -59,7 +59,7 @@ def test_a_copy_is_hashed_anew(folder: Path, tmp_path: Path) -> None:
 
 
 def test_few_q_ids_leave_nothing_behind(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unchanged, "_FEWEST", 2)
+    monkeypatch.setattr(index, "FEWEST", 2)
     noted(folder)
     assert not (folder / ".locks").exists()
 
@@ -71,7 +71,7 @@ def test_a_run_of_many_q_ids_does_not_hash_them_again_and_still_notices_a_damage
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(unchanged, "_FEWEST", 1)
+    monkeypatch.setattr(index, "FEWEST", 1)
     command = arguments(llama_path, csv_path, tmp_path, "--q_list", "A1", "--extras", "none")
     assert main(command) == 0
     artifacts = tmp_path / "pairs/A1/artifacts"

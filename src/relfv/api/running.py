@@ -49,7 +49,7 @@ def run(
     before anything is computed if it cannot be run so.
     """
     from relfv.runs.plan import RunRequest, devices_from
-    from relfv.runs.run import run as run_all
+    from relfv.runs.run import run_all
 
     require_within("per_card", per_card, 1, MOST_PER_CARD)
     given = None if isinstance(model, str | Path) else GivenModel(model, tokenizer)

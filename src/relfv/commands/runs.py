@@ -103,8 +103,8 @@ def _request(args: argparse.Namespace) -> RunRequest:
 
 
 def run(args: argparse.Namespace) -> int:
-    from relfv.runs import run as of_all
     from relfv.runs.plan import OnRay, devices_from
+    from relfv.runs.run import run_all
 
     if args.devices and getattr(args, "device", ""):
         raise InputError(f"--device {args.device} and --devices {args.devices}: expected one of the two")
@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--ray {args.ray} and --per_card {args.per_card}: use --gpus_per_worker {gpus} for that")
     on_ray = OnRay(args.ray, args.gpus_per_worker, args.workers) if args.ray else None
     where = {"ray": on_ray, "devices": devices_from(args.devices), "per_card": args.per_card}
-    return of_all.run(replace(_request(args), dry_run=args.dry_run, shard=args.shard, plan=args.plan, **where))
+    return run_all(replace(_request(args), dry_run=args.dry_run, shard=args.shard, plan=args.plan, **where))
 
 
 def doctor_flags(parser: argparse.ArgumentParser) -> None:

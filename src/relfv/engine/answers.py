@@ -14,7 +14,7 @@ import torch
 from relfv.engine.arithmetic import replaced
 from relfv.engine.base import Array, Backbone, TokenIds, sent, slices
 from relfv.engine.hooks import called_instead, editing_outputs
-from relfv.engine.memory import shrinking
+from relfv.engine.memory import in_passes
 from relfv.engine.passes import last_hidden, masks_without_waiting, pad_right
 from relfv.engine.readout import logprobs
 
@@ -70,13 +70,11 @@ def score_answers(
     """
     wanted = [min(n, MAX_TOKENS) for n in lengths or map(len, answers)]
 
-    def attempt(size: int) -> list[ScoredAnswer]:
-        parts = backbone.passes(ids, size)
-        scored = [_score(backbone, ids[p], answers[p], wanted[p], injection and injection.of(p)) for p in parts]
-        return list(itertools.chain.from_iterable(scored))
+    def score(part: slice) -> list[ScoredAnswer]:
+        return _score(backbone, ids[part], answers[part], wanted[part], injection and injection.of(part))
 
     with backbone.running():
-        return shrinking(_PROMPTS_A_PASS, attempt)[0]
+        return list(itertools.chain.from_iterable(in_passes(backbone, ids, _PROMPTS_A_PASS, score)[0]))
 
 
 def decode_vector(backbone: Backbone, bos: list[int], vector: Array) -> list[tuple[int, float]]:

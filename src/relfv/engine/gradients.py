@@ -23,7 +23,7 @@ import torch
 
 from relfv.engine.base import Backbone
 from relfv.engine.hooks import editing_inputs, editing_outputs
-from relfv.engine.memory import shrinking
+from relfv.engine.memory import in_passes
 from relfv.engine.passes import last_hidden
 from relfv.types import Prompts
 
@@ -51,13 +51,13 @@ def attribute(
     Raises RunError if memory is too small for one prompt.
     """
     with backbone.arithmetic.with_gradients():
-        (estimates, size) = shrinking(
+        estimates, size = in_passes(
+            backbone,
+            prompts.ids,
             per_pass or _PROMPTS_A_PASS,
-            lambda size: [
-                _estimates(backbone, prompts[part], means, measure) for part in backbone.passes(prompts.ids, size)
-            ],
+            lambda part: _estimates(backbone, prompts[part], means, measure),
         )
-    first, dropped = (torch.cat([estimate[i] for estimate in estimates]) for i in range(2))
+    first, dropped = map(torch.cat, zip(*estimates, strict=True))
     return Attribution(first, dropped, size)
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from relfv.errors import RunError
+
+if TYPE_CHECKING:
+    from relfv.engine.base import Backbone, TokenIds
 
 log = logging.getLogger(__name__)
 
@@ -36,3 +39,9 @@ def shrinking(size: int, attempt: Callable[[int], T], *, release: Callable[[], N
             release()
         torch.cuda.empty_cache()
         log.warning("out of memory: going on with %d prompts at a time", size)
+
+
+def in_passes(backbone: Backbone, prompts: TokenIds, size: int, run: Callable[[slice], T]) -> tuple[list[T], int]:
+    """``run`` on slices of at most ``size`` prompts, as ``Backbone.passes`` and ``shrinking``. -> the results of all
+    slices, and how many prompts shared a pass."""
+    return shrinking(size, lambda size: [run(part) for part in backbone.passes(prompts, size)])

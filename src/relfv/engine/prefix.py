@@ -14,9 +14,17 @@ from relfv.engine.base import Backbone, TokenIds, sent
 from relfv.engine.hooks import editing_inputs
 from relfv.engine.passes import pad_right, padding_of
 from relfv.errors import RunError
+from relfv.models.architecture import text_config
 
 _FEW = 4
 """Number of prompts up to which a prefix takes little memory beside that of all trials."""
+
+
+def bytes_of_token(backbone: Backbone) -> int:
+    """Most bytes that keys and values of one token take in all layers."""
+    arch = backbone.arch
+    kv_heads = getattr(text_config(backbone.model.config), "num_key_value_heads", None) or arch.n_heads
+    return 2 * 4 * arch.n_layers * kv_heads * arch.head_dim
 
 
 class KeptPrefix:

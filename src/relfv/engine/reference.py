@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import nn
@@ -63,12 +64,7 @@ def naive_together(
         return _score_rows(backbone, prompt, target, n_rows=1)
 
 
-def naive_rows(
-    backbone: Backbone,
-    prompt: Sequence[int],
-    target: int,
-    versions: Sequence[Version],
-) -> TokenScores:
+def naive_rows(backbone: Backbone, prompt: Sequence[int], target: int, versions: Sequence[Version]) -> TokenScores:
     """``naive_together`` with each version's activations and vectors, as the rows of one batch; row 0 is untouched.
     Fields are (1 + version,)."""
     inputs: list[_Hooked] = []
@@ -90,46 +86,35 @@ def _edits_of_row(
     mlps: Mapping[int, torch.Tensor] = MappingProxyType({}),
 ) -> tuple[Sequence[_Hooked], Sequence[_Hooked]]:
     """Edits of one row's last token: at the inputs of modules, and at outputs."""
-    dim = backbone.arch.head_dim
+    arch, dim = backbone.arch, backbone.arch.head_dim
 
-    def patching(layer: int) -> Callable[[torch.Tensor], torch.Tensor]:
-        def patch(z: torch.Tensor) -> torch.Tensor:
-            z = z.clone()
-            for head, activation in activations.items():
-                if head.layer == layer:
-                    z[row, -1, head.head * dim : (head.head + 1) * dim] = activation.to(z)
-            return z
+    def editing(edit: Callable[[torch.Tensor, Any], torch.Tensor], by: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+        def on_row(values: torch.Tensor) -> torch.Tensor:
+            values = values.clone()
+            values[row, -1] = edit(values[row, -1], by)
+            return values
 
-        return patch
+        return on_row
 
-    def setting(value: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-        def put(written: torch.Tensor) -> torch.Tensor:
-            written = written.clone()
-            written[row, -1] = value.to(written)
-            return written
+    def patch(z: torch.Tensor, layer: int) -> torch.Tensor:
+        for head, activation in activations.items():
+            if head.layer == layer:
+                z[head.head * dim : (head.head + 1) * dim] = activation.to(z)
+        return z
 
-        return put
+    def remove(hidden: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
+        unit = direction.to(hidden)
+        return hidden - (hidden * unit).sum() * unit
 
-    def removing(direction: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-        def remove(hidden: torch.Tensor) -> torch.Tensor:
-            hidden, unit = hidden.clone(), direction.to(hidden)
-            hidden[row, -1] -= (hidden[row, -1] * unit).sum() * unit
-            return hidden
-
-        return remove
-
-    def adding(vector: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-        def add(hidden: torch.Tensor) -> torch.Tensor:
-            hidden = hidden.clone()
-            hidden[row, -1] += vector.to(hidden)
-            return hidden
-
-        return add
-
-    inputs = [(backbone.arch.out_projs[layer], patching(layer)) for layer in sorted({h.layer for h in activations})]
-    outputs = [(backbone.arch.blocks[layer], removing(direction)) for layer, direction in directions.items()]
-    outputs += [(backbone.arch.blocks[layer], adding(vector)) for layer, vector in vectors.items()]
-    outputs += [(mlps_of(backbone.arch)[layer], setting(value)) for layer, value in mlps.items()]
+    inputs = [(arch.out_projs[layer], editing(patch, layer)) for layer in sorted({h.layer for h in activations})]
+    outputs = [(arch.blocks[layer], editing(remove, direction)) for layer, direction in directions.items()]
+    outputs += [
+        (arch.blocks[layer], editing(lambda hidden, v: hidden + v.to(hidden), vector))
+        for layer, vector in vectors.items()
+    ]
+    outputs += [
+        (mlps_of(arch)[layer], editing(lambda written, v: v.to(written), value)) for layer, value in mlps.items()
+    ]
     return inputs, outputs
 
 

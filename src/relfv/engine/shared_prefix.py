@@ -35,12 +35,12 @@ from relfv.engine.copies import last_tokens, patching_heads, residual_additions,
 from relfv.engine.hooks import turn_of
 from relfv.engine.in_step import NotInStep, Waiting
 from relfv.engine.memory import shrinking
-from relfv.engine.prefix import KeptPrefix, Prefill
+from relfv.engine.prefix import KeptPrefix, Prefill, bytes_of_token
 from relfv.engine.readout import joined, on_the_way, scores_of, sent_back
 from relfv.engine.reference import ReferenceEngine
 from relfv.errors import RunError
 from relfv.models.cards import cards_bytes
-from relfv.models.placement import bytes_of_prompt, bytes_of_token, bytes_waiting, card_bytes
+from relfv.models.placement import bytes_of_prompt, bytes_waiting, card_bytes
 from relfv.progress import counted
 from relfv.types import Effects, HeadId, Prompts, TokenScores
 
@@ -282,7 +282,7 @@ class SharedPrefixEngine:
         have more tokens than a pass has copies, whose memory they take before it, or more to keep than
         ``_PREFIXES``."""
         # Fewer at once would let a second card begin sooner, but later prefixes keep it waiting as long.
-        tokens = min(size * (1 + n_edits), _PREFIXES // bytes_of_token(self.backbone.model.config, self.backbone.arch))
+        tokens = min(size * (1 + n_edits), _PREFIXES // bytes_of_token(self.backbone))
         return size * max(1, tokens // max(len(prompt) for prompt in prompts) // size)
 
     def _prompts_in_step(self, n_edits: int) -> int:

@@ -11,8 +11,8 @@ from typing import Any
 from relfv import __version__
 from relfv.errors import InputError
 from relfv.importing.cleaning import Cleaned, cleaned, q_ids_for
-from relfv.importing.formats import FORMATS, Found, read_relations
-from relfv.relations import file_sha256, load_relations, read_text, relation_name
+from relfv.importing.formats import IMPORT_FORMATS, Found, read_relations
+from relfv.relations import load_relations, read_text, relation_name
 from relfv.settings import Settings
 from relfv.stages.trials import ineligible_reason
 from relfv.store.files import sha256_bytes, write_atomic
@@ -45,9 +45,10 @@ def convert(sources: Sequence[Path], out: Path, *, form: str = "auto", alternati
     read, unread = _read_all(sources, form)
     if not read:
         listed = "; ".join(unread[:_MOST_NAMED]) or "no file that ends in " + ", ".join(_ENDINGS)
-        raise InputError(f"{', '.join(map(str, sources))}: nothing to import: {listed}; formats: {', '.join(FORMATS)}")
+        formats = ", ".join(IMPORT_FORMATS)
+        raise InputError(f"{', '.join(map(str, sources))}: nothing to import: {listed}; formats: {formats}")
     relations = [
-        (source, cleaned(found, FORMATS[source.form].alternatives if alternatives is None else alternatives))
+        (source, cleaned(found, IMPORT_FORMATS[source.form].alternatives if alternatives is None else alternatives))
         for source in read
         for found in source.found
     ]
@@ -101,10 +102,10 @@ def _read_all(sources: Sequence[Path], form: str) -> tuple[list[_Source], list[s
 
 
 def _of_source(source: _Source) -> dict[str, Any]:
-    form = FORMATS[source.form]
+    form = IMPORT_FORMATS[source.form]
     return {
         "path": source.shown,
-        "sha256": file_sha256(source.path),
+        "sha256": sha256_bytes(source.path.read_bytes()),
         "format": source.form,
         "about": form.about,
         "licence": form.licence,

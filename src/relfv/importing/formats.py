@@ -137,7 +137,7 @@ def _csv(text: str, stem: str) -> list[Found] | None:
     return [Found(q_id, q_id, tuple(its), tuple(unreadable.get(q_id, ()))) for q_id, its in pairs.items()]
 
 
-FORMATS = {
+IMPORT_FORMATS = {
     "csv": Format("a relation CSV", "that of the file", _csv),
     "todd": Format(
         "Todd et al. (ICLR 2024), JSON lists of input and output",
@@ -163,8 +163,8 @@ FORMATS = {
 def read_relations(text: str, stem: str, wanted: str) -> tuple[str, list[Found]] | None:
     """Read relations. -> the name of the first format, or of the ``wanted`` one, that ``text`` has, and its relations;
     None if none fits."""
-    for name in FORMATS if wanted == "auto" else [wanted]:
-        found = FORMATS[name].read(text, stem)
+    for name in IMPORT_FORMATS if wanted == "auto" else [wanted]:
+        found = IMPORT_FORMATS[name].read(text, stem)
         if found:
             return name, found
     return None

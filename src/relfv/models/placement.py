@@ -286,12 +286,6 @@ def bytes_waiting(arch: Architecture, n_edits: int) -> int:
     return 4 * (1 + n_edits) * arch.resid_dim
 
 
-def bytes_of_token(config: Any, arch: Architecture) -> int:
-    """Most bytes that keys and values of one token take in all layers."""
-    kv_heads = getattr(text_config(config), "num_key_value_heads", None) or arch.n_heads
-    return 2 * 4 * arch.n_layers * kv_heads * arch.head_dim
-
-
 def _in_layer(name: str) -> str:
     """A tensor's name from the number of its layer on."""
     parts = name.split(".")

@@ -42,7 +42,8 @@ from relfv.stages.verdict import HELD_OUT
 from relfv.store.files import read_bytes, sha256_file
 from relfv.store.folder import File, QidFolder
 from relfv.store.formats import read_json
-from relfv.store.status import STATUS_FILE, QidStatus, fields_of
+from relfv.store.status import STATUS_FILE, QidStatus
+from relfv.store.statuses import fields_of
 
 _SENTENCE_ENDS = re.compile(r"(?<=\.)\s+(?=[A-Z0-9])")
 _LINKED = (

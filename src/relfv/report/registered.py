@@ -104,7 +104,7 @@ def rule_in_words(rule: str | int) -> str:
 
 
 @dataclass(frozen=True)
-class Finding:
+class Outcome:
     """Result of one hypothesis in one q_id, or in a file about all q_ids."""
 
     q_id: str
@@ -116,16 +116,16 @@ class Finding:
 
 @dataclass(frozen=True)
 class Judged:
-    """One hypothesis with all its findings."""
+    """One hypothesis with all its outcomes."""
 
     name: str
     """Name of the hypothesis: H1, H2, ... in the plan's order."""
     says: str
     where: str
     expected: str
-    findings: tuple[Finding, ...]
+    outcomes: tuple[Outcome, ...]
     n_needed: int
-    """Number of findings in which the hypothesis has to hold."""
+    """Number of outcomes in which the hypothesis has to hold."""
     layer: str | int | None
     """The layer rule of its value; see ``layer_of``."""
     is_prediction: bool
@@ -133,13 +133,13 @@ class Judged:
 
     @property
     def n_held(self) -> int:
-        """Number of findings in which the hypothesis held."""
-        return sum(one.state == "held" for one in self.findings)
+        """Number of outcomes in which the hypothesis held."""
+        return sum(one.state == "held" for one in self.outcomes)
 
     @property
     def state(self) -> State:
-        """State of all findings together. A finding that cannot be told may turn either way."""
-        states = [one.state for one in self.findings]
+        """State of all outcomes together. An outcome that cannot be told may turn either way."""
+        states = [one.state for one in self.outcomes]
         if not states:
             return "cannot be told"
         if self.n_held >= self.n_needed:
@@ -155,7 +155,7 @@ def judged(folder: Path, plan: Mapping[str, Any], statuses: Mapping[str, QidStat
     return [_judge(folder, plan, number, statuses, before) for number in range(len(plan.get("hypotheses", [])))]
 
 
-def judged_in(plan: Mapping[str, Any], status: QidStatus) -> list[tuple[str, str, Finding]]:
+def judged_in(plan: Mapping[str, Any], status: QidStatus) -> list[tuple[str, str, Outcome]]:
     """The hypotheses that are about one q_id: name, expected value, and what was found in it."""
     if status.q_id in plan.get("exclusions", {}):
         return []
@@ -177,18 +177,18 @@ def _judge(
     name, path = hypothesis["file"], tuple(hypothesis["value"])
     if name in OF_ALL:
         there = (folder / name).exists()
-        findings = (_finding(hypothesis, "", folder / name if there else None, "the file is not there"),)
+        outcomes = (_outcome(hypothesis, "", folder / name if there else None, "the file is not there"),)
     else:
         q_ids = _q_ids_of(plan, hypothesis, statuses)
-        findings = tuple(_of_qid(hypothesis, q_id, statuses.get(q_id)) for q_id in q_ids)
-    n_needed = hypothesis.get("in_at_least", len(findings))
-    about = [one.q_id for one in findings if one.q_id] or [*plan["registered"]["rows_sha256"]]
+        outcomes = tuple(_of_qid(hypothesis, q_id, statuses.get(q_id)) for q_id in q_ids)
+    n_needed = hypothesis.get("in_at_least", len(outcomes))
+    about = [one.q_id for one in outcomes if one.q_id] or [*plan["registered"]["rows_sha256"]]
     return Judged(
         name=f"H{number + 1}",
         says=hypothesis["says"],
         where=f"{name}: {' → '.join(map(str, path))}",
         expected=_expected(hypothesis),
-        findings=findings,
+        outcomes=outcomes,
         n_needed=n_needed,
         layer=layer_of(name, path),
         is_prediction=not any(q_id in before for q_id in about),
@@ -207,31 +207,31 @@ def _q_ids_of(plan: Mapping[str, Any], hypothesis: Mapping[str, Any], statuses: 
     return [q_id for q_id in every if q_id not in statuses or statuses[q_id].status != "skipped"]
 
 
-def _of_qid(hypothesis: Mapping[str, Any], q_id: str, status: QidStatus | None) -> Finding:
+def _of_qid(hypothesis: Mapping[str, Any], q_id: str, status: QidStatus | None) -> Outcome:
     if status is None:
-        return Finding(q_id, "cannot be told yet", "not run")
+        return Outcome(q_id, "cannot be told yet", "not run")
     if status.status != "completed":
         never = status.status == "skipped"
         state: State = "cannot be told" if never else "cannot be told yet"
-        return Finding(q_id, state, f"{status.status}: {status.reason}" if status.reason else status.status)
+        return Outcome(q_id, state, f"{status.status}: {status.reason}" if status.reason else status.status)
     path = status.artifacts_dir / files_of_a_qid()[hypothesis["file"]].name
-    return _finding(hypothesis, q_id, path if path.exists() else None, f"{path.name} is not there")
+    return _outcome(hypothesis, q_id, path if path.exists() else None, f"{path.name} is not there")
 
 
-def _finding(hypothesis: Mapping[str, Any], q_id: str, path: Path | None, why_none: str) -> Finding:
+def _outcome(hypothesis: Mapping[str, Any], q_id: str, path: Path | None, why_none: str) -> Outcome:
     if path is None:
-        return Finding(q_id, "cannot be told yet", why_none)
+        return Outcome(q_id, "cannot be told yet", why_none)
     try:
         value = value_at(path, tuple(hypothesis["value"]))
     except (LookupError, OSError, RelfvError) as problem:
-        return Finding(q_id, "cannot be told", str(problem.args[0] if problem.args else problem))
+        return Outcome(q_id, "cannot be told", str(problem.args[0] if problem.args else problem))
     if value is None:
-        return Finding(q_id, "cannot be told", "null: relfv claims no number here")
+        return Outcome(q_id, "cannot be told", "null: relfv claims no number here")
     said = f"{value:.4g}" if isinstance(value, float) else str(value)
     try:
-        return Finding(q_id, "held" if _holds(hypothesis, value) else "did not hold", said)
+        return Outcome(q_id, "held" if _holds(hypothesis, value) else "did not hold", said)
     except TypeError:
-        return Finding(q_id, "cannot be told", f"{said[:40]!r} is no number")
+        return Outcome(q_id, "cannot be told", f"{said[:40]!r} is no number")
 
 
 def value_at(path: Path, keys: tuple[str | int, ...]) -> Any:

@@ -78,7 +78,7 @@ def plan_of_qid(folder: Path, status: QidStatus) -> dict[str, Any] | None:
         "excluded": plan.get("exclusions", {}).get(status.q_id, ""),
         "before": seen_before(plan, {status.q_id: status}).get(status.q_id, ""),
         "changed": changed_since(plan, status),
-        "findings": judged_in(plan, status),
+        "outcomes": judged_in(plan, status),
     }
 
 
@@ -127,7 +127,7 @@ def _by_value(of: Mapping[str, str]) -> dict[str, list[str]]:
 def _found(of: Judged) -> dict[str, str]:
     """The q_ids of a hypothesis: by outcome, with their values; those without a value by the reason."""
     kinds: dict[str, list[str]] = {"held": [], "did not hold": []}
-    for one in of.findings:
+    for one in of.outcomes:
         told = one.state in kinds
         kinds.setdefault(one.state if told else one.said, []).append(
             f"{one.q_id}: {one.said}".removeprefix(": ") if told else one.q_id

@@ -26,6 +26,7 @@ from relfv.store.files import sha256_bytes, write_atomic
 from relfv.store.folder import QidFolder
 from relfv.store.index import state_of
 from relfv.store.status import QidStatus
+from relfv.words import percent
 
 MOST_ON_ONE_PAGE = 200
 OWN_PAGES = "q_ids"
@@ -42,7 +43,7 @@ def environment() -> Environment:
     )  # fmt: skip
     environment.filters["number"] = lambda value: "–" if value is None else f"{value:.2f}"
     environment.filters["signed"] = lambda value: "–" if value is None else f"{value:+.2f}"
-    environment.filters["percent"] = lambda share: f"{round(100 * share) + 0}%"
+    environment.filters["percent"] = percent
     environment.filters["visible"] = lambda token: printable(token.replace("\n", "⏎").replace(" ", "·"))
     return environment
 

@@ -1,8 +1,7 @@
 """``relfv aggregate``: results of all relations of a finished tree together.
 
-Like ``relfv cross``: what needs several q_ids lies beside their folders, and is written again after each relation that
-is left out, so that at every instant the files hold all that is done. All but leaving one out comes from files; that is
-kept while what it was made from is what it was, and if nothing of it is missing, the model is never opened.
+All but leaving one relation out comes from files; that is kept while what it was made from is what it was, and if
+nothing of it is missing, the model is never opened.
 """
 
 from __future__ import annotations
@@ -16,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from relfv import ALGORITHM_VERSION
-from relfv.errors import InputError, RelfvError
+from relfv.errors import InputError
 from relfv.logs import show
-from relfv.pace import Pace
-from relfv.progress import at_work, headed
 from relfv.relations import called
 from relfv.report.page import write_pages
 from relfv.report.registered import excluded_in
+from relfv.runs.joint import Joint, found_earlier, only_command
 from relfv.runs.qid import open_for, work_on
 from relfv.runs.several import completed_q_ids, require_alike, shared_settings
 from relfv.settings import Settings
@@ -42,7 +40,6 @@ from relfv.stages.aggregate import (
     read_aggregate,
     relation_origin,
     target_origin,
-    write_aggregate,
 )
 from relfv.stages.aggregate_verdict import verdict
 from relfv.stages.cross import CROSS_SETTINGS
@@ -53,9 +50,8 @@ from relfv.stages.similarity import IN_WORDS
 from relfv.stages.step6_summary import STEP6_SUMMARY
 from relfv.stages.zeroshot import evaluated_prompts
 from relfv.stats import LEVEL
-from relfv.store.files import move_aside, require_no_links, sha256_bytes, sha256_file
+from relfv.store.files import require_no_links
 from relfv.store.folder import QidFolder
-from relfv.store.locks import lock, sole_writer
 from relfv.store.status import QidStatus
 
 if TYPE_CHECKING:
@@ -83,14 +79,12 @@ def aggregate(
         require_no_links(root / ours, below=root)
     statuses = _not_excluded(root, completed_q_ids(root, q_list, below=True))
     require_alike(root, statuses)
-    with lock(root / ".locks" / ".aggregate.lock") as holder:
-        if holder:
-            raise InputError(f"{root / AGGREGATE}: is being written by {holder}; wait for it to end, then run again")
+    with only_command("aggregate", root / AGGREGATE):
         together = _Together(root, statuses, keep_all=keep_all)
         together.write_if_changed()
         if together.waiting and not no_model:
             settings = shared_settings(root, statuses, overlay)
-            together.leave_each_out(open_for(settings))
+            together.judge_waiting(open_for(settings))
     log.info("%s", together.document()["verdict"])
     log.info("report: %s", write_pages(root))
     show(root / AGGREGATE)
@@ -112,11 +106,13 @@ def _not_excluded(root: Path, statuses: Mapping[str, QidStatus]) -> dict[str, Qi
     return kept
 
 
-class _Together:
-    """The relations of one tree, and the files that hold their joint results."""
+class _Together(Joint):
+    """The relations of one tree. A target is a relation that is left out."""
+
+    hashes, doing = "beside", "heads of the other relations"
 
     def __init__(self, root: Path, statuses: Mapping[str, QidStatus], *, keep_all: bool) -> None:
-        self._root, self._statuses, self._all = root, statuses, keep_all
+        self.path, self._statuses, self._all = root / AGGREGATE, statuses, keep_all
         self._settings = next(iter(statuses.values())).settings
         relations = [measured(QidFolder(of.artifacts_dir, of.q_id), name) for name, of in statuses.items()]
         cannot = {one.name: why for one in relations if (why := why_not(one))}
@@ -137,38 +133,14 @@ class _Together:
         }
         self._made_from = {name: sha for one in relations for name, sha in relation_origin(root, one.name).items()}
         self._similarity = describe_similarity(counted, self._heads)
-        self._earlier = self._found()
-        self._targets = {
-            one.name: before
-            for one in counted
-            if (before := self._earlier["left_out"]["targets"].get(one.name) if self._earlier else None)
-            and before["made_from"] == self._origin(one.name)
-        }
-        # Results that took the model to make and no longer fit are kept under a dated name.
-        lost = self._earlier is not None and self._earlier["left_out"]["targets"].keys() - self._targets.keys()
-        self._in_the_way = (root / AGGREGATE).exists() and bool(lost or self._earlier is None)
+        found = found_earlier(self.path, read_aggregate)
+        origins = {name: target_origin(root, name, heads, ALGORITHM_VERSION) for name, heads in self._others.items()}
+        super().__init__(found, found["left_out"]["targets"] if found else {}, origins)
 
-    @property
-    def waiting(self) -> list[str]:
-        """The relations still to be left out."""
-        return [one.name for one in self._counted if one.name not in self._targets]
+    def _tell(self, name: str, seconds: float) -> None:
+        log.info("%s left out in %.1f s", name, seconds)
 
-    def leave_each_out(self, model: LanguageModel) -> None:
-        """Leave out each of the relations that are ``waiting``, one at a time, and write the files after each."""
-        pace = Pace(len(self.waiting))
-        with headed(pace.heading):
-            for name in self.waiting:
-                pace.begin()
-                with at_work(name, "heads of the other relations", pace.begin_stage(""), unit="prompts"):
-                    self._targets[name] = self._left_out(model, name)
-                self._write(self.document())
-                log.info("%s left out in %.1f s", name, pace.seconds())
-                pace.end()
-
-    def _origin(self, name: str) -> dict[str, Any]:
-        return target_origin(self._root, name, self._others[name], ALGORITHM_VERSION)
-
-    def _left_out(self, model: LanguageModel, name: str) -> dict[str, Any]:
+    def _judged(self, model: LanguageModel, name: str) -> dict[str, Any]:
         work = work_on(self._statuses[name], lambda: model)
         own = next(one for one in self._counted if one.name == name)
         prompts, facts = work.once(evaluated_prompts), model.facts()
@@ -185,7 +157,7 @@ class _Together:
         )
         shared = len({*own.top} & {*self._others[name]})
         return {
-            "made_from": self._origin(name),
+            "made_from": self._origins[name],
             "made_by": {key: facts[key] for key in ("engine", "device", "dtype")},
             "n_eval": len(prompts),
             "n_queries": len(set(prompts.clusters)),
@@ -193,24 +165,13 @@ class _Together:
             **found,
         }
 
-    def _found(self) -> dict[str, Any] | None:
-        """The result of an earlier call, if it is there as it was written."""
-        if not (self._root / AGGREGATE).exists():
-            return None
-        try:
-            return read_aggregate(self._root)
-        except RelfvError as problem:
-            log.warning("%s; it is kept under another name and made again", problem)
-            return None
-
     def document(self) -> dict[str, Any]:
         """The content of aggregate.json but for hashes; relations in their folders' order."""
         first = next(iter(self._statuses.values()))
         names = {name: status.name for name, status in self._statuses.items()}
         included = {one.name for one in self._counted}
-        targets = {one.name: self._targets[one.name] for one in self._counted if one.name in self._targets}
         found = {
-            "root": self._root.resolve().name,
+            "root": self.path.parent.resolve().name,
             "meaning": MEANING,
             "model": first.settings.model,
             **{name: first.fingerprint_fields[name] for name in CROSS_SETTINGS},
@@ -221,31 +182,18 @@ class _Together:
             "all": self._all,
             "relations": describe_relations(self._relations, names, included),
             "heads": describe_heads(self._heads, len(self._counted)),
-            "left_out": describe_left_out(targets, self.waiting),
+            "left_out": describe_left_out(self.done, self.waiting),
             "similarity": self._similarity,
             "made_from": self._made_from,
         }
         return {"verdict": verdict(found), **found}
 
-    def write_if_changed(self) -> None:
-        """Write everything that comes from files, if it has changed."""
-        document = self.document()
-        made = {name: sha256_bytes(data) for name, data in self._beside.items()}
-        there = {name: sha256_file(self._root / name) for name in made}
-        if self._earlier != {**document, "beside": made} or there != made:
-            self._write(document)
-
-    def _write(self, document: dict[str, Any]) -> None:
-        # The manifest and the page of a run lie in the same folder: one writer at a time.
-        with sole_writer(self._root):
-            if self._in_the_way:
-                log.info("earlier results are now %s", move_aside(self._root / AGGREGATE))
-                self._in_the_way = False
-            write_aggregate(self._root, document, self._beside)
+    def _beside(self, document: Mapping[str, Any]) -> dict[str, bytes]:
+        return self._table_and_figures
 
     @cached_property
-    def _beside(self) -> dict[str, bytes]:
-        """The table and the figures, which leaving a relation out does not change."""
+    def _table_and_figures(self) -> dict[str, bytes]:
+        """The files beside aggregate.json, which leaving a relation out does not change."""
         return {
             AGGREGATE_CSV: aie_bytes(self._heads, len(self._counted)),
             **_figures(self._heads, self._similarity, [self._statuses[one.name] for one in self._counted]),

@@ -30,7 +30,7 @@ from relfv.errors import DeviceTaken, InputError, RelfvError, RunError
 from relfv.models.memory import available_bytes
 from relfv.models.shared import new_file
 from relfv.progress import Task, at_work, duration, headed
-from relfv.runs.plan import Plan, RunRequest
+from relfv.runs.plan import RunPlan, RunRequest
 from relfv.runs.worker import say_outcome
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def on_devices(request: RunRequest) -> RunRequest:
 class Start:
     """The first message to a worker process."""
 
-    plan: Plan
+    plan: RunPlan
     """The plan; its settings name the process's own device."""
     n_processes: int
     host_bytes: int | None
@@ -144,7 +144,7 @@ class _Member:
 class Crew:
     """The worker processes; made with the model open in all of them."""
 
-    def __init__(self, plan: Plan, n_q_ids: int, check: Callable[[], None]) -> None:
+    def __init__(self, plan: RunPlan, n_q_ids: int, check: Callable[[], None]) -> None:
         """Start as many processes as ``plan`` has devices, but no more than ``n_q_ids``. ``check`` is called while they
         start.
 

@@ -20,7 +20,7 @@ from relfv.logs import printable, show
 from relfv.models.memory import available_bytes
 from relfv.progress import duration
 from relfv.runs.checks import Evidence, Level, Line, check_bos, check_relations
-from relfv.runs.plan import Plan, RunRequest, chosen_relations, make_plan
+from relfv.runs.plan import RunPlan, RunRequest, chosen_relations, make_plan
 from relfv.runs.qid import open_for
 from relfv.runs.rehearsal import REFUSED, more_on_a_card, needs_a_model, outline_for, stages_to_run, what_would_happen
 from relfv.runs.reuse import require_reusable
@@ -68,7 +68,7 @@ class _Visit:
         self.lines: list[Line] = []
         self.problem: InputError | None = None
         """The first error that would stop the run before it begins."""
-        self._plan: Plan | None = None
+        self._plan: RunPlan | None = None
         self._evidence: list[Evidence] = []
         self._would: dict[str, str] = {}
         self._estimate: Estimate | None = None
@@ -117,7 +117,7 @@ class _Visit:
         else:
             self._disk(self._plan)
 
-    def _of_plan(self, plan: Plan) -> None:
+    def _of_plan(self, plan: RunPlan) -> None:
         settings = plan.request.settings
         self._say("model", f"{settings.model} ({plan.model_identity[:40]})")
         for departure in settings.departures():
@@ -136,7 +136,7 @@ class _Visit:
             if self._aloud:  # one line, however long, so that programs can read it
                 show(printable(f"{level}  {q_id:<8} {len(plan.relations[q_id].pairs):>4} rows  {said}"))
 
-    def _of_tokenizer(self, plan: Plan) -> None:
+    def _of_tokenizer(self, plan: RunPlan) -> None:
         from relfv.models.opening import load_tokenizer
 
         settings = plan.request.settings
@@ -146,7 +146,7 @@ class _Visit:
         self._add(check_bos(tokens))
         self._look("tokenizer")
 
-    def _of_outline(self, plan: Plan, outline: Outline | None) -> None:
+    def _of_outline(self, plan: RunPlan, outline: Outline | None) -> None:
         if outline is None:
             self._say("architecture", "only its weights can tell")
             return
@@ -172,7 +172,7 @@ class _Visit:
         said = "; ".join([f"{outline.n_parameters / 1e6:,.1f} million, {_gb(taken)} {form}", *filter(None, more)])
         self._say("weights", said)
 
-    def _measure(self, plan: Plan, todo: list[Evidence]) -> None:
+    def _measure(self, plan: RunPlan, todo: list[Evidence]) -> None:
         from relfv.runs.estimate import estimate
 
         n_eval = {
@@ -199,7 +199,7 @@ class _Visit:
         kernels = "with" if facts["kernels"] else "without"
         self._say("arithmetic", f"{model.precision}: multiplies in {facts['products']}, {kernels} fused kernels")
 
-    def _of_estimate(self, plan: Plan, model: LanguageModel, of: Estimate, free: int | None) -> None:
+    def _of_estimate(self, plan: RunPlan, model: LanguageModel, of: Estimate, free: int | None) -> None:
         n, all_trials = of.measured.n_trials, plan.request.settings.n_trials_per_q
         self._say(
             "time",
@@ -219,7 +219,7 @@ class _Visit:
         )
         self._disk(plan, of)
 
-    def _disk(self, plan: Plan, of: Estimate | None = None) -> None:
+    def _disk(self, plan: RunPlan, of: Estimate | None = None) -> None:
         there = next(folder for folder in (plan.folder.absolute(), *plan.folder.absolute().parents) if folder.is_dir())
         free = shutil.disk_usage(there).free
         needed = f"about {_gb(of.disk_bytes)} in {of.n_files} files; " if of else ""

@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from relfv.report.page import write_report
-from relfv.runs.plan import Plan
+from relfv.runs.plan import RunPlan
 from relfv.runs.qid import run_step, work_on
 from relfv.settings import Settings
 from relfv.stages.stage import Stage
@@ -42,7 +42,7 @@ _PAGES_SHARE = 0.1
 
 
 @dataclass(frozen=True)
-class Measured:
+class Costs:
     """Time, disk and memory that one q_id took on its way through the stages."""
 
     n_trials: int
@@ -65,7 +65,7 @@ class Measured:
 class Estimate:
     """Estimate for a whole run, all its q_ids together."""
 
-    measured: Measured
+    measured: Costs
     q_id: str
     seconds: float
     seconds_opening: float
@@ -78,7 +78,7 @@ class Estimate:
 
 
 def estimate(
-    plan: Plan,
+    plan: RunPlan,
     model: LanguageModel,
     n_eval: Mapping[str, int],
     stages: Mapping[str, AbstractSet[str]],
@@ -118,14 +118,14 @@ def estimate(
     )
 
 
-def _scaled(found: Measured, of_stages: Mapping[str, float], settings: Settings, n_eval: int) -> float:
+def _scaled(found: Costs, of_stages: Mapping[str, float], settings: Settings, n_eval: int) -> float:
     """Scale the measured amounts of the stages to a q_id with these settings and so many evaluated prompts, and sum
     them."""
     by_name = {stage.name: stage for stage in STAGES}
     return sum(amount * times_as_much(by_name[name], found, settings, n_eval) for name, amount in of_stages.items())
 
 
-def times_as_much(stage: Stage, found: Measured, settings: Settings, n_eval: int) -> float:
+def times_as_much(stage: Stage, found: Costs, settings: Settings, n_eval: int) -> float:
     """Work of a stage with these settings and so many evaluated prompts, as a multiple of its work when it was
     measured."""
     if stage.prompts:
@@ -135,7 +135,7 @@ def times_as_much(stage: Stage, found: Measured, settings: Settings, n_eval: int
     return settings.n_trials_per_q / found.n_trials if TRIALS in (*stage.reads, *stage.writes) else 1.0
 
 
-def measure(plan: Plan, model: LanguageModel, q_id: str, n_trials: int) -> Measured:
+def measure(plan: RunPlan, model: LanguageModel, q_id: str, n_trials: int) -> Costs:
     """Run ``q_id`` with ``n_trials`` of its trials in a temporary folder that is gone afterwards."""
     asked = replace(plan.request.settings, n_trials_per_q=n_trials)
     log.info("measuring on %s with %d of %d trials", q_id, n_trials, plan.request.settings.n_trials_per_q)
@@ -156,7 +156,7 @@ def measure(plan: Plan, model: LanguageModel, q_id: str, n_trials: int) -> Measu
         began = time.monotonic()
         write_report(there.folder)
         page_s = time.monotonic() - began
-        return Measured(
+        return Costs(
             n_trials,
             len(work.once(evaluated).questions),
             seconds,

@@ -13,7 +13,7 @@ from relfv.errors import InputError
 from relfv.logs import show
 from relfv.relations import called, named
 from relfv.runs.qid import no_model, work_on
-from relfv.settings import FORMATS, Settings
+from relfv.settings import FIGURE_FORMATS, Settings
 from relfv.stages import curve, heatmap
 from relfv.stages.stage import Work
 from relfv.stages.step6_summary import STEP6_SUMMARY
@@ -74,8 +74,8 @@ def figure(request: FigureRequest) -> int:
     """Draw the figure, and show its path. Raises InputError for q_ids that are not there or not done, and for another
     metric or format than there is."""
     kind = request.out.suffix.removeprefix(".").lower()
-    if kind not in FORMATS:
-        raise InputError(f"--out {request.out}: expected a file name that ends in .{', .'.join(FORMATS)}")
+    if kind not in FIGURE_FORMATS:
+        raise InputError(f"--out {request.out}: expected a file name that ends in .{', .'.join(FIGURE_FORMATS)}")
     _require_free(request.out)
     works = [_work_on(status, request) for status in _chosen(request)]
     canvas = _heatmaps(works, request) if request.kind == "heatmap" else _curves(works, request)

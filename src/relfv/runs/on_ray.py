@@ -22,7 +22,7 @@ from typing import Any
 from relfv import __version__
 from relfv.errors import InputError, RelfvError, RunError, in_words
 from relfv.progress import at_work
-from relfv.runs.plan import OnRay, Plan
+from relfv.runs.plan import OnRay, RunPlan
 from relfv.runs.qid import its_own_trouble
 from relfv.runs.ray_worker import RayWorker
 from relfv.runs.worker import say_outcome
@@ -63,7 +63,7 @@ class _Member:
 class RayCrew:
     """The workers on the cluster; made with the model open in the first of them."""
 
-    def __init__(self, plan: Plan, on_ray: OnRay) -> None:
+    def __init__(self, plan: RunPlan, on_ray: OnRay) -> None:
         """Connect and start the workers. Raises InputError where Ray or its cluster is missing, RelfvError if the model
         cannot be opened anywhere."""
         self._plan, self._on = plan, on_ray

@@ -16,7 +16,7 @@ from relfv.models.given import GivenModel
 from relfv.models.sources import model_identity
 from relfv.models.stored import resolved
 from relfv.progress import at_work
-from relfv.relations import csv_file, file_sha256, load_relations, relation_name, require_q_ids, rows_sha256
+from relfv.relations import csv_file, load_relations, relation_name, require_q_ids, rows_sha256
 from relfv.report.registered import PLAN
 from relfv.requests import without_requests
 from relfv.runs.figure import has_figures
@@ -27,7 +27,7 @@ from relfv.settings import Settings
 from relfv.stages.prompt_formats import q_ids_with_formats, with_formats
 from relfv.stages.table import STEP_D, is_complete, settings_of
 from relfv.stages.trials import ineligible_reason
-from relfv.store.files import remove_temporaries, require_folder, require_no_links
+from relfv.store.files import remove_temporaries, require_folder, require_no_links, sha256_bytes
 from relfv.store.folder import QidFolder
 from relfv.store.locks import held_by, lock
 from relfv.store.status import STATUS_FILE, DamagedStatus, QidStatus, read_status_of_results
@@ -91,7 +91,7 @@ def devices_from(text: str) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """A checked request: what a run is to do."""
 
     request: RunRequest
@@ -204,7 +204,7 @@ class Plan:
         for q_id in self.relations:
             require_no_links(self.folder / q_id, below=self.request.out_root)
 
-    def besides(self, q_ids: Collection[str]) -> Plan:
+    def besides(self, q_ids: Collection[str]) -> RunPlan:
         """A copy of this plan without these ``q_ids``."""
         return replace(self, relations={q: relation for q, relation in self.relations.items() if q not in q_ids})
 
@@ -231,7 +231,7 @@ def chosen_relations(request: RunRequest) -> dict[str, Relation]:
     return {q_id: relations[q_id] for q_id in chosen}
 
 
-def make_plan(request: RunRequest) -> Plan:
+def make_plan(request: RunRequest) -> RunPlan:
     """Read and check the CSV and the q_ids asked for. Raises InputError."""
     request = replace(request, settings=with_formats(request.settings))
     csv_path, relations = csv_file(request.settings.relation_csv_path), chosen_relations(request)
@@ -242,17 +242,17 @@ def make_plan(request: RunRequest) -> Plan:
     written = to_register(request, csv_path, folder) if request.plan else None
     given = request.given
     with at_work("reading", f"the CSV, and what {request.settings.model} is, by its hash"):
-        return Plan(
+        return RunPlan(
             replace(request, settings=given.resolved(request.settings) if given else resolved(request.settings)),
             folder,
             relations,
-            file_sha256(csv_path),
+            sha256_bytes(csv_path.read_bytes()),
             given.identity() if given else model_identity(request.settings.model, request.settings.revision),
             written,
         )
 
 
-def require_same_experiment(plan: Plan, besides: Collection[str]) -> None:
+def require_same_experiment(plan: RunPlan, besides: Collection[str]) -> None:
     """Raise InputError if a folder holds results of other settings, rows, model or algorithm, naming what differs."""
     problems, reusable = [], True
     for q_id in plan.relations:

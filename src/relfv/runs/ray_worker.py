@@ -10,7 +10,7 @@ from typing import Any
 
 from relfv import __version__
 from relfv.errors import RunError
-from relfv.runs.plan import Plan
+from relfv.runs.plan import RunPlan
 from relfv.runs.worker import Worker
 
 
@@ -29,7 +29,7 @@ class _Said(logging.Handler):
 class RayWorker:
     """The Ray actor: one worker with an opened model on a node."""
 
-    def __init__(self, plan: Plan, version: str, cwd: str, mark: str) -> None:
+    def __init__(self, plan: RunPlan, version: str, cwd: str, mark: str) -> None:
         self._plan, self._version, self._cwd, self._mark = plan, version, cwd, mark
         self._worker: Worker | None = None
 

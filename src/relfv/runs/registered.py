@@ -32,7 +32,7 @@ from relfv.store.status import now, read_status
 from relfv.types import Relation
 
 if TYPE_CHECKING:
-    from relfv.runs.plan import Plan, RunRequest
+    from relfv.runs.plan import RunPlan, RunRequest
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ def require_same_plan(written: WrittenPlan, folder: Path) -> None:
         )
 
 
-def register(plan: Plan, written: WrittenPlan) -> None:
+def register(plan: RunPlan, written: WrittenPlan) -> None:
     """Write ``<REL>/plan.json``, if it is not there yet. Raises InputError if another plan is there by now."""
     folder, settings = plan.folder, plan.request.settings
     csv_path = csv_file(settings.relation_csv_path)

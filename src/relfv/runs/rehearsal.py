@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 
 from relfv.errors import InputError, RelfvError
 from relfv.models.memory import share_cards
-from relfv.runs.plan import Plan, RunRequest
+from relfv.runs.plan import RunPlan, RunRequest
 from relfv.runs.qid import has_extras, missing_requests, require_frozen_trials, with_extras_of
 from relfv.settings import Settings
 from relfv.stages.cie import heads_to_sweep
@@ -101,7 +101,7 @@ def needs_a_model(said: str) -> bool:
     return not said.startswith((SKIPPED, _DONE, REFUSED))
 
 
-def stages_to_run(plan: Plan, q_id: str) -> frozenset[str]:
+def stages_to_run(plan: RunPlan, q_id: str) -> frozenset[str]:
     """Names of the stages that a run would go through for a q_id that it would not refuse."""
     asked, status = plan.request.settings, None
     if not plan.request.force:
@@ -117,7 +117,7 @@ def stages_to_run(plan: Plan, q_id: str) -> frozenset[str]:
     return frozenset({*wanted, *(stage.name for stage in requested)})
 
 
-def what_would_happen(plan: Plan, q_id: str) -> str:
+def what_would_happen(plan: RunPlan, q_id: str) -> str:
     """Say in words what a run would do with a q_id; begins with REFUSED or SKIPPED if it would refuse or skip it."""
     try:
         if reason := plan.skip_reason(q_id):

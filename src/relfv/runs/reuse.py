@@ -13,7 +13,7 @@ from pathlib import Path
 
 from relfv.errors import InputError, RelfvError
 from relfv.relations import named
-from relfv.runs.plan import STEP_D_FIELDS, Plan
+from relfv.runs.plan import STEP_D_FIELDS, RunPlan
 from relfv.stages.table import STEP_D
 from relfv.stages.trials import TRIALS
 from relfv.store.files import read_bytes, sha256_bytes, write_together
@@ -22,7 +22,7 @@ from relfv.store.status import QidStatus, StageRecord, read_status
 log = logging.getLogger(__name__)
 
 
-def require_reusable(plan: Plan) -> None:
+def require_reusable(plan: RunPlan) -> None:
     """Raise InputError if StepD of a q_id in the results to reuse was made with other settings, naming them, or if
     there is none of the q_ids, or that folder is the one that is written to. Without ``--reuse_stepd`` all is fine."""
     there, here = plan.request.reuse_stepd, plan.folder
@@ -46,7 +46,7 @@ def require_reusable(plan: Plan) -> None:
         )
 
 
-def reuse_step_d(plan: Plan, status: QidStatus) -> None:
+def reuse_step_d(plan: RunPlan, status: QidStatus) -> None:
     """Copy StepD's files of ``status``' q_id into its folder, and their record into its status, where they are there
     and whole. Hold the q_id's lock."""
     if plan.request.reuse_stepd is None or status.has_results():
@@ -72,7 +72,7 @@ def reuse_step_d(plan: Plan, status: QidStatus) -> None:
     log.info("%s: StepD is that of %s", status.q_id, source.artifacts_dir)
 
 
-def _status_there(plan: Plan, q_id: str) -> QidStatus | None:
+def _status_there(plan: RunPlan, q_id: str) -> QidStatus | None:
     """Status of the q_id in the results to reuse, which are all results or one relation's. Raises InputError if
     damaged."""
     there = plan.request.reuse_stepd

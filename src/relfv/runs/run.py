@@ -24,7 +24,7 @@ from relfv.runs.doctor import rehearse
 from relfv.runs.manifest import MANIFEST, run_description, sound_manifest, write_manifest
 from relfv.runs.naming import take_names
 from relfv.runs.on_ray import RayCrew
-from relfv.runs.plan import Plan, RunRequest, make_plan, require_same_experiment
+from relfv.runs.plan import RunPlan, RunRequest, make_plan, require_same_experiment
 from relfv.runs.qid import its_own_trouble, loading
 from relfv.runs.registered import register
 from relfv.runs.rehearsal import more_on_a_card, outline_for
@@ -39,7 +39,7 @@ from relfv.store.unchanged import Unchanged
 log = logging.getLogger(__name__)
 
 
-def run(request: RunRequest) -> int:
+def run_all(request: RunRequest) -> int:
     """Run all q_ids of ``request``. Returns the exit code: 1 if any failed, else 0.
 
     Raises InputError before anything is computed if the request cannot be run as it is.
@@ -89,7 +89,7 @@ def run(request: RunRequest) -> int:
 
 
 def _queue(
-    plan: Plan, unreadable: Collection[str], afresh: Collection[str], unchanged: Unchanged
+    plan: RunPlan, unreadable: Collection[str], afresh: Collection[str], unchanged: Unchanged
 ) -> tuple[dict[str, str], list[str]]:
     """-> (q_ids to skip with reasons, q_ids that are not completed and intact, or are to be done ``afresh``)."""
     skipped: dict[str, str] = {}
@@ -107,7 +107,7 @@ def _queue(
     return skipped, todo
 
 
-def _say_queue(plan: Plan, skipped: Mapping[str, str], todo: Sequence[str], n_unreadable: int) -> None:
+def _say_queue(plan: RunPlan, skipped: Mapping[str, str], todo: Sequence[str], n_unreadable: int) -> None:
     if skipped:
         log.info("skipped: %s", named([f"{q_id} ({reason})" for q_id, reason in skipped.items()], "; "))
     if todo:
@@ -115,7 +115,7 @@ def _say_queue(plan: Plan, skipped: Mapping[str, str], todo: Sequence[str], n_un
         log.info("%d q_ids to run, %d completed before, %d skipped", len(todo), done, len(skipped))
 
 
-def _opened(plan: Plan, n_q_ids: int) -> Worker | Crew | RayCrew:
+def _opened(plan: RunPlan, n_q_ids: int) -> Worker | Crew | RayCrew:
     """Open the request's model in the process or processes that will run ``n_q_ids``: this process, several, or a Ray
     cluster.
 
@@ -140,7 +140,7 @@ def _opened(plan: Plan, n_q_ids: int) -> Worker | Crew | RayCrew:
     return RayCrew(plan, request.ray) if request.ray else Worker.opened(plan)
 
 
-def _move_all_aside(plan: Plan) -> None:
+def _move_all_aside(plan: RunPlan) -> None:
     """--force: rename the chosen q_ids' folders, all or none; nothing is deleted."""
     there = [q_id for q_id in plan.relations if (plan.folder / q_id).exists()]
     for move in (False, True):  # nothing is moved before every folder is known to be free
@@ -152,7 +152,7 @@ def _move_all_aside(plan: Plan) -> None:
                     log.info("%s: earlier results moved to %s", q_id, move_aside(plan.folder / q_id))
 
 
-def _move_damaged_aside(plan: Plan, unusable: Collection[str]) -> set[str]:
+def _move_damaged_aside(plan: RunPlan, unusable: Collection[str]) -> set[str]:
     """Move aside results whose status is damaged, which are neither trusted nor overwritten: their folder gets a dated
     name, and the q_id starts afresh. A status that only cannot be read is left alone. -> q_ids left alone, which were
     named in the log."""
@@ -171,7 +171,7 @@ def _move_damaged_aside(plan: Plan, unusable: Collection[str]) -> set[str]:
     return left_alone
 
 
-def _write_waiting(plan: Plan, skipped: Mapping[str, str], todo: Sequence[str]) -> set[str]:
+def _write_waiting(plan: RunPlan, skipped: Mapping[str, str], todo: Sequence[str]) -> set[str]:
     """Write skipped and pending statuses, where they do not say so already. -> q_ids where that failed."""
     failed: set[str] = set()
     for q_id, reason in skipped.items():
@@ -194,7 +194,7 @@ def _write_waiting(plan: Plan, skipped: Mapping[str, str], todo: Sequence[str]) 
 
 
 def _run_todo(
-    plan: Plan, todo: Sequence[str], workers: Worker | Crew | RayCrew, started_at: str, unchanged: Unchanged
+    plan: RunPlan, todo: Sequence[str], workers: Worker | Crew | RayCrew, started_at: str, unchanged: Unchanged
 ) -> int:
     take_names(plan.folder, {q_id: relation for q_id, relation in plan.relations.items() if q_id not in todo})
     description = {**_description(plan, started_at), "model": workers.description}
@@ -228,7 +228,7 @@ def _run_todo(
     return 1 if failed else 0
 
 
-def _description(plan: Plan, started_at: str) -> dict[str, Any]:
+def _description(plan: RunPlan, started_at: str) -> dict[str, Any]:
     """Description of a run for the manifest, without its model."""
     return {
         "started_at": started_at,
@@ -240,7 +240,7 @@ def _description(plan: Plan, started_at: str) -> dict[str, Any]:
     }
 
 
-def _finish_earlier_run(plan: Plan, started_at: str) -> None:
+def _finish_earlier_run(plan: RunPlan, started_at: str) -> None:
     """Finish what a run that was killed after its last q_id left undone: its page, and files that it was just writing.
 
     Where nothing was left undone nothing is touched.

@@ -22,7 +22,7 @@ from relfv.logs import logging_to, show
 from relfv.models.context import TooLong
 from relfv.models.sources import model_identity
 from relfv.models.stored import resolved
-from relfv.relations import csv_file, file_sha256, load_relations, require_q_ids, rows_sha256
+from relfv.relations import csv_file, load_relations, require_q_ids, rows_sha256
 from relfv.runs.qid import no_model, open_for, require_frozen_trials, run_step, run_steps, work_on
 from relfv.runs.recorded import Overlay, noted, recorded, require_free, require_same, settings_within, settled_aloud
 from relfv.settings import FLAGS, Settings
@@ -38,7 +38,7 @@ from relfv.stages.stage import Work
 from relfv.stages.table import STAGES, STEP_D, is_done, settings_of
 from relfv.stages.trials import TRIALS, ineligible_reason
 from relfv.stages.zeroshot import ZERO_SHOT_TRIALS
-from relfv.store.files import require_folder
+from relfv.store.files import require_folder, sha256_bytes
 from relfv.store.folder import File, QidFolder
 from relfv.store.status import QidStatus, read_status, read_status_of_results
 
@@ -76,7 +76,7 @@ def run_step_d(settings: Settings, q_id: str, out_base_dir: Path) -> int:
             return 0
         status.expected_layers = list(range(model.arch.n_layers))
         status.set("running")
-        work = work_on(status, lambda: model, relation=relation, csv_sha256=file_sha256(csv_path))
+        work = work_on(status, lambda: model, relation=relation, csv_sha256=sha256_bytes(csv_path.read_bytes()))
         try:
             with settled_aloud(status):
                 run_steps(status, work, STEP_D)

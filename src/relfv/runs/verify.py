@@ -25,8 +25,7 @@ from relfv.stages.cross import CROSS, CROSS_FIGURE, cross_changes, read_cross
 from relfv.store.files import sha256_file
 from relfv.store.folder import is_of_a_qid, was_moved_aside
 from relfv.store.formats import json_bytes
-from relfv.store.status import fields_of
-from relfv.store.statuses import natural_key
+from relfv.store.statuses import fields_of, natural_key
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from relfv.errors import RelfvError, in_words
 from relfv.logs import printable
 from relfv.report.sections import shown
 from relfv.runs.manifest import MANIFEST, manifest_runs
-from relfv.stages.stage import Finding
+from relfv.stages.stage import Check
 from relfv.stages.table import STAGES, file_named, steps
 from relfv.store.files import sha256_file
 from relfv.store.folder import QidFolder
@@ -187,7 +187,7 @@ def _unparsable(folder: QidFolder, promised: Mapping[str, str]) -> list[Problem]
 def _inconsistent(folder: QidFolder, status: QidStatus) -> list[Problem]:
     """List contradictions between files that are each as they were written."""
     left_out = {stage for stage in STAGES if (stage.asked or stage.extra) and stage.name not in status.stages}
-    checks: list[Callable[[QidFolder, QidStatus], Iterator[Finding]]] = [
+    checks: list[Callable[[QidFolder, QidStatus], Iterator[Check]]] = [
         stage.agrees for stage in STAGES if stage.agrees and stage not in left_out
     ]
     try:
@@ -195,7 +195,7 @@ def _inconsistent(folder: QidFolder, status: QidStatus) -> list[Problem]:
         shown(status.artifacts_dir.parent.parent, status, folder)
     except Exception as problem:
         return [Problem("inconsistent", STATUS_FILE, f"the files' contents do not fit each other ({problem!r})")]
-    findings.append(Finding(status.path, "its settings are those of a run in the manifest", _is_of_a_run(status)))
+    findings.append(Check(status.path, "its settings are those of a run in the manifest", _is_of_a_run(status)))
     return [
         Problem("inconsistent", finding.path.relative_to(folder.artifacts).as_posix(), f"expected: {finding.expected}")
         for finding in findings

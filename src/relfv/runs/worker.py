@@ -24,7 +24,7 @@ from relfv.relations import called
 from relfv.report.sections import MOST_ON_ONE_PAGE, write_own_page
 from relfv.runs.figure import add_figures
 from relfv.runs.manifest import model_description
-from relfv.runs.plan import Plan
+from relfv.runs.plan import RunPlan
 from relfv.runs.qid import add_requests, its_own_trouble, open_for, run_qid, settling, with_extras_of, work_on
 from relfv.runs.rehearsal import require_enough_heads
 from relfv.runs.reuse import reuse_step_d
@@ -41,13 +41,13 @@ log = logging.getLogger(__name__)
 class Worker:
     """One opened model, and the pace at which it works through the plan's q_ids."""
 
-    plan: Plan
+    plan: RunPlan
     model: LanguageModel
     pace: Pace = field(default_factory=lambda: Pace(1))
     _put_off: Callable[[], None] | None = field(default=None, repr=False)
 
     @staticmethod
-    def opened(plan: Plan) -> Worker:
+    def opened(plan: RunPlan) -> Worker:
         """Make a worker by opening the model of the request. Raises InputError if it cannot be opened, or has too few
         heads."""
         if (n := plan.request.processes_a_card) > 1:  # the number includes this process
@@ -185,6 +185,6 @@ class Worker:
             return status.status
 
 
-def say_outcome(plan: Plan, q_id: str, outcome: str, seconds: float) -> None:
+def say_outcome(plan: RunPlan, q_id: str, outcome: str, seconds: float) -> None:
     """Log the outcome of a q_id in one line."""
     log.info("%s %s in %.1f s", called(q_id, plan.relations[q_id].name), outcome, seconds)

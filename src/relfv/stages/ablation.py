@@ -35,7 +35,7 @@ from relfv.stages.judging import judge_vectors, mean_over_draws
 from relfv.stages.means import clean_prompts
 from relfv.stages.other_relations import as_recorded, measure_others, trials_of_others
 from relfv.stages.scores import CIE, measure_of, rank_heads
-from relfv.stages.stage import Finding, Stage, Work
+from relfv.stages.stage import Check, Stage, Work
 from relfv.stages.summary import SUMMARY
 from relfv.stages.trials import TRIALS
 from relfv.stages.verdict import HELD_OUT
@@ -161,9 +161,8 @@ def _ablate(work: Work) -> str:
     others = measure_others(work)
     taken = heads_taken(ground, shuffled, others.means, sets) + held_out_taken(ground, shuffled, others.means)
     taken += directions_taken(vectors, shuffled)
-    known, names = work.trials_per_pass.get(STAGE.name), [one.name for one in taken]
-    effects = work.model.engine.edit_together(prompts, [one.version for one in taken], per_pass=known)
-    work.trials_per_pass[STAGE.name] = effects.per_pass
+    names = [one.name for one in taken]
+    effects = work.repeatable(STAGE.name, work.model.engine.edit_together, prompts, [one.version for one in taken])
     gap = Gap(shuffled.scores.measure("p"), effects.base.measure("p"), prompts.clusters)
     numbers = judge_ablations(effects, prompts, names, gap)
     heads = {name: {**_about(draws, cie, lengths), **_of(name, numbers)} for name, draws in sets.items()}
@@ -232,12 +231,12 @@ def untouched(scores: TokenScores, prompts: Prompts) -> dict[str, float]:
     }
 
 
-def _agrees(folder: QidFolder, _: QidStatus) -> Iterator[Finding]:
+def _agrees(folder: QidFolder, _: QidStatus) -> Iterator[Check]:
     document, path = folder.read(ABLATION), folder.path(ABLATION)
     top = [HeadId(**head) for head in document["heads"]["top"]["heads"]]
-    yield Finding(path, "the heads of top_heads.json", top == heads_of(folder.read(TOP_HEADS)))
+    yield Check(path, "the heads of top_heads.json", top == heads_of(folder.read(TOP_HEADS)))
     same = document["by_prompt"]["query_source_index"] == [*folder.read(TRIALS).clusters]
-    yield Finding(path, "the queries of sampled_trials.json", same)
+    yield Check(path, "the queries of sampled_trials.json", same)
 
 
 def _made_for(folder: QidFolder, relation: Relation, settings: Settings) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from relfv.stages.caveats import tells_apart
 from relfv.stages.verdict import NOTHING
-from relfv.stats import LEVEL
+from relfv.words import percent, with_interval
 
 Numbers = Mapping[str, Any]
 
@@ -29,7 +29,7 @@ def verdict_of_ablation(document: Numbers, summary: Numbers) -> str:
             f"be lost. {falls}."
         )
     parts = [
-        f"{falls}: {_interval(top['share_of_gap'])} of what right labels bring is lost{_beside(heads, 'swapped')}.",
+        f"{falls}: {with_interval(top['share_of_gap'])} of what right labels bring is lost{_beside(heads, 'swapped')}.",
         _conclusion(top["share_of_gap"], document["against_random"]),
         _set_to_means(heads, "other_relations", "Set to their mean over prompts of other relations"),
         _set_to_means(heads, "mean", "Set to their mean over shuffled prompts, which takes the query away, too"),
@@ -47,7 +47,7 @@ def _beside(heads: Numbers, how: str) -> str:
         "random_of_norm": "others that write as much {}",
     }
     shares = {name: heads.get(name, {}).get(how, {}).get("share_of_gap") for name in named}
-    said = [words.format(rounded(share["value"])) for name, words in named.items() if (share := shares[name])]
+    said = [words.format(percent(share["value"])) for name, words in named.items() if (share := shares[name])]
     return f" ({', '.join(said)})" if said else ""
 
 
@@ -63,7 +63,7 @@ def _conclusion(share: Numbers, against: Numbers) -> str:
 
 def _set_to_means(heads: Numbers, how: str, words: str) -> str:
     share = heads["top"].get(how, {}).get("share_of_gap")
-    return f"{words}: {rounded(share['value'])}{_beside(heads, how)}." if share else ""
+    return f"{words}: {percent(share['value'])}{_beside(heads, how)}." if share else ""
 
 
 def _direction(directions: Numbers) -> str:
@@ -75,7 +75,7 @@ def _direction(directions: Numbers) -> str:
         "random_heads": "those of random heads' vectors",
     }
     shares = {name: directions.get(name, {}).get("all_to_mean", {}).get("share_of_gap") for name in named}
-    said = [f"{words} {rounded(share['value'])}" for name, words in named.items() if (share := shares[name])]
+    said = [f"{words} {percent(share['value'])}" for name, words in named.items() if (share := shares[name])]
     how = "Lost where a direction is set, after every layer, to its mean on shuffled prompts"
     return f"{how}: {', '.join(said)}." if said else ""
 
@@ -89,12 +89,3 @@ def _cancellers(heads: Numbers, p: float) -> str:
 
 def _p(numbers: Numbers) -> str:
     return "no finite number" if numbers["mean_p"] is None else f"{numbers['mean_p']:.2f}"
-
-
-def _interval(share: Numbers) -> str:
-    return f"{rounded(share['value'])} ({LEVEL:.0%} CI {rounded(share['low'])} to {rounded(share['high'])})"
-
-
-def rounded(share: float) -> str:
-    """A share in per cent, never -0."""
-    return f"{round(100 * share) + 0}%"

@@ -13,16 +13,16 @@ from relfv.stages.function_vector import FV, STEP_E_EVAL, TOP_HEADS, heads_of
 from relfv.stages.left_out_relation import MEANING as LEFT_OUT_MEANING
 from relfv.stages.left_out_relation import over_targets
 from relfv.stages.means import MEANS
-from relfv.stages.over_relations import AVERAGED, Measured, OverRelations
+from relfv.stages.over_relations import AVERAGED, OverRelations, RelationResults
 from relfv.stages.scores import CIE
-from relfv.stages.similarity import MEASURES, agreement, similarities
+from relfv.stages.similarity import SIMILARITIES, agreement, similarities
 from relfv.stages.step6_summary import STEP6_SUMMARY
 from relfv.stages.trials import TRIALS
 from relfv.stages.zeroshot import ZERO_SHOT_TRIALS
 from relfv.stats import FDR, called_at_once
-from relfv.store.files import sha256_bytes, sha256_file, write_together
+from relfv.store.files import sha256_file
 from relfv.store.folder import File, QidFolder
-from relfv.store.formats import SEAL, csv_bytes, finite, read_json, sealed_bytes, unsealed
+from relfv.store.formats import SEAL, csv_bytes, finite, read_json, unsealed
 from relfv.types import HeadId
 
 MEANING = {
@@ -33,17 +33,17 @@ MEANING = {
     "in which the head is among the top k, n_in_own_top the number of relations whose own top heads it is one of",
     "left_out": "heads chosen by the other relations' AIE",
     **{f"left_out.{name}": words for name, words in LEFT_OUT_MEANING.items()},
-    "similarity": "; ".join(f"{name}: {words}" for name, words in MEASURES.items())
+    "similarity": "; ".join(f"{name}: {words}" for name, words in SIMILARITIES.items())
     + "; of all but the last the mean over relations is taken away first",
     "agreement": "Spearman's correlation of two of these over pairs of relations, and its one-sided p-value over "
     "orders of the relations (Mantel)",
 }
 
 
-def measured(qid: QidFolder, name: str) -> Measured:
+def measured(qid: QidFolder, name: str) -> RelationResults:
     """The numbers of one finished relation, from its files."""
     trials, clean = qid.read(TRIALS), qid.read(STEP_E_EVAL)["reference"]["clean"]
-    return Measured(
+    return RelationResults(
         name=name,
         scored=tuple(sorted(qid.read(CIE), key=lambda head: head.id)),
         top=tuple(heads_of(qid.read(TOP_HEADS))),
@@ -58,7 +58,7 @@ def measured(qid: QidFolder, name: str) -> Measured:
 
 
 def describe_relations(
-    relations: Sequence[Measured], names: Mapping[str, str], included: Collection[str]
+    relations: Sequence[RelationResults], names: Mapping[str, str], included: Collection[str]
 ) -> dict[str, Any]:
     """q_id -> whether the relation is included, and its numbers; ``names`` has each relation in words, where there are
     some."""
@@ -109,7 +109,7 @@ def _errors(heads: OverRelations, i: int) -> dict[str, Any]:
     }
 
 
-def describe_similarity(relations: Sequence[Measured], heads: OverRelations) -> dict[str, Any]:
+def describe_similarity(relations: Sequence[RelationResults], heads: OverRelations) -> dict[str, Any]:
     """Matrices by name, None where a number is not known, and how they agree."""
     matrices = similarities(relations, heads.universal, heads.score_key)
     return {
@@ -169,15 +169,8 @@ def target_origin(root: Path, name: str, others: Sequence[HeadId], algorithm_ver
     }
 
 
-def write_aggregate(root: Path, document: dict[str, Any], beside: Mapping[str, bytes]) -> Path:
-    """Write the files ``beside``, then aggregate.json with their hashes and its own. Call as ``sole_writer``."""
-    content = sealed_bytes({**document, "beside": {name: sha256_bytes(data) for name, data in beside.items()}})
-    files = {root / name: data for name, data in beside.items()}
-    return write_together({**files, root / AGGREGATE: content})[-1]
-
-
 def read_aggregate(root: Path) -> dict[str, Any]:
-    """The document that ``write_aggregate`` wrote, without its own hash. Raises RunError if it is missing or not as it
+    """The document that ``relfv aggregate`` wrote, without its own hash. Raises RunError if it is missing or not as it
     was written."""
     path = root / AGGREGATE
     content = read_json(path)

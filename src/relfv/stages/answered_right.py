@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from relfv.stats import LEVEL, clustered_mean
+from relfv.stats import clustered_mean
 from relfv.store.formats import finite
 from relfv.types import HeadId
+from relfv.words import interval
 
 MIN_QUERIES = 6
 """Smallest number of queries for which numbers are given: with fewer, no flips of their signs give a two-sided p-value
@@ -100,5 +101,5 @@ def stratum_sentence(numbers: Numbers) -> str:
 
 def _beside(of: Numbers) -> str:
     own, every = of["answered_right"], of["all"]
-    interval = f"{LEVEL:.0%} CI {own['ci_low']:+.3f} to {own['ci_high']:+.3f}"
-    return f"{own['mean_delta_p']:+.3f} ({interval}), over all {every['mean_delta_p']:+.3f}"
+    ends = interval(own["ci_low"], own["ci_high"], "{:+.3f}".format)
+    return f"{own['mean_delta_p']:+.3f} ({ends}), over all {every['mean_delta_p']:+.3f}"

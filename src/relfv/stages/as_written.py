@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from relfv.stages.function_vector import build_function_vector
+from relfv.stages.function_vector import BuiltVector, build_function_vector
 from relfv.stages.injection import length
 from relfv.stages.judging import judge_vectors, mean_over_draws
 from relfv.stages.step6 import injections
 from relfv.stages.zeroshot import evaluated_prompts
 from relfv.store.folder import File
 from relfv.store.formats import finite, read_tensors, tensor_bytes
-from relfv.types import Effects, FunctionVector, HeadId, MeanActivations, Prompts
+from relfv.types import Effects, HeadId, MeanActivations, Prompts
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +66,7 @@ def parts_of_sets(
     return parts
 
 
-def vector_as_written(ground: Ground) -> FunctionVector:
+def vector_as_written(ground: Ground) -> BuiltVector:
     """The function vector of what the selected heads write, from the same float32 means as the spec's vector; the same
     digits where nothing stands between the heads and the residual stream."""
     written = MeanActivations(ground.clean.written.mean(0).float().numpy(), len(ground.trial_queries))
@@ -215,9 +215,7 @@ def edit_at_once(
     for a_pass, (names, some) in versions.items():
         if some:
             engine = exact if a_pass == "step6_at_once" else exact.over_likeliest_tokens()
-            effects = engine.edit_together(prompts, some, per_pass=work.trials_per_pass.get(a_pass))
-            work.trials_per_pass[a_pass] = effects.per_pass
-            done.append((names, effects))
+            done.append((names, work.repeatable(a_pass, engine.edit_together, prompts, some)))
     return done
 
 

@@ -13,7 +13,7 @@ from relfv.settings import MODEL_SETTINGS
 from relfv.stages.cie import METRICS, corrupted_prompts
 from relfv.stages.means import MEANS
 from relfv.stages.scores import measure_of, trial_scores
-from relfv.stages.stage import Finding, Stage, Work
+from relfv.stages.stage import Check, Stage, Work
 from relfv.stages.trials import TRIALS
 from relfv.store.folder import File, QidFolder
 from relfv.store.formats import finite, json_bytes, read_json
@@ -112,8 +112,7 @@ def _estimate(work: Work) -> str:
     require_gradients(model)
     measure = measure_of(settings.score_key)
     means = torch.from_numpy(work.read(MEANS).values)
-    known = work.trials_per_pass.get(STAGE.name)
-    found = attribute(model.backbone, prompts, means, measure, per_pass=known)
+    found = work.repeatable(STAGE.name, attribute, model.backbone, prompts, means, measure)
     layers, heads = ([getattr(head, of) for head in deltas.heads] for of in ("layer", "head"))
     first, dropped = (values[:, layers, heads].numpy() for values in (found.first_order, found.dropped))
     exact, k = deltas.of[measure], min(settings.topk, len(deltas.heads))
@@ -135,7 +134,6 @@ def _estimate(work: Work) -> str:
         ],
     }
     work.write(ATTRIBUTION, json_bytes(document), content=document)
-    work.trials_per_pass[STAGE.name] = found.per_pass
     words = [
         f"{name} finds {of['recall']:.0%} of the top {k}, rank correlation "
         + ("unknown" if of["spearman"] is None else f"{of['spearman']:.2f}")
@@ -144,10 +142,10 @@ def _estimate(work: Work) -> str:
     return "; ".join(words)
 
 
-def _agrees(folder: QidFolder, status: QidStatus) -> Iterator[Finding]:
+def _agrees(folder: QidFolder, status: QidStatus) -> Iterator[Check]:
     there = [(head["layer"], head["head"]) for head in folder.read(ATTRIBUTION)["heads"]]
     same = there == [(head.layer, head.head) for head in folder.read(METRICS).heads]
-    yield Finding(folder.path(ATTRIBUTION), "the heads of trial_metrics.jsonl", same)
+    yield Check(folder.path(ATTRIBUTION), "the heads of trial_metrics.jsonl", same)
 
 
 STAGE = Stage(

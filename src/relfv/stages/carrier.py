@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from relfv.shares import Gap, Share
-from relfv.stats import LEVEL
+from relfv.words import percent, with_interval
 
 SHORT = 0.05
 """Share of the hidden state's length: if a vector is a smaller one, the verdict says so."""
@@ -108,9 +108,9 @@ def _heads(carriers: Mapping[str, Any]) -> str:
     if not share:
         return ""
     how = "their mean activations instead of a vector, held out" if held_out else "their mean activations, no vector"
-    words = f"The heads themselves put in place ({how}) close {_interval(share)} of the gap"
+    words = f"The heads themselves put in place ({how}) close {with_interval(share)} of the gap"
     rival = carriers.get("random_heads_in_place")
-    return words + (f", random heads of the same layers {_percent(rival)}." if rival and rival["share_of_gap"] else ".")
+    return words + (f", random heads of the same layers {_share(rival)}." if rival and rival["share_of_gap"] else ".")
 
 
 def _conclusion(numbers: Mapping[str, Any], fv: Mapping[str, float]) -> str:
@@ -138,12 +138,12 @@ def _written(carriers: Mapping[str, Any]) -> str:
     held_out = carriers.get("as_written_held_out, layer_chosen_by_others") or {"share_of_gap": None}
     by_layer = carriers.get("as_written_by_layer_held_out") or carriers["as_written_by_layer"]
     rival = carriers.get("random_heads_as_written")
-    words = f"What they really write, added at layer {own['layer']}, closes {_interval(own['share_of_gap'])}"
+    words = f"What they really write, added at layer {own['layer']}, closes {with_interval(own['share_of_gap'])}"
     if held_out["share_of_gap"]:
-        words += f" ({_percent(held_out)} held out)"
-    words += f"; each layer's part at its own layer {_percent(by_layer)}"
+        words += f" ({_share(held_out)} held out)"
+    words += f"; each layer's part at its own layer {_share(by_layer)}"
     if rival and rival["share_of_gap"]:
-        words += f"; what random heads write {_percent(rival)}"
+        words += f"; what random heads write {_share(rival)}"
         if _highest(rival) >= own["share_of_gap"]["low"]:
             words += ", which reaches the former's interval"
     return words + "."
@@ -163,11 +163,6 @@ def _highest(rival: Mapping[str, Any] | None) -> float:
     return max([rival["share_of_gap"]["high"], *rival["share_of_gap_of_draws"]])
 
 
-def _percent(carrier: Mapping[str, Any]) -> str:
+def _share(carrier: Mapping[str, Any]) -> str:
     share = carrier["share_of_gap"]
-    return f"{round(100 * share['value']) + 0}%" if share else "an unknown share"
-
-
-def _interval(share: Mapping[str, float]) -> str:
-    low, high = (round(100 * share[end]) + 0 for end in ("low", "high"))
-    return f"{round(100 * share['value']) + 0}% ({LEVEL:.0%} CI {low}% to {high}%)"
+    return percent(share["value"]) if share else "an unknown share"

@@ -16,7 +16,7 @@ from relfv.settings import MODEL_SETTINGS, Settings, parse_index_list
 from relfv.stages.means import MEANS
 from relfv.stages.noise_floor import N_TRIALS, NOISE_FLOOR, measure_noise_floor, noise_floor_document
 from relfv.stages.scores import AIE, CIE, aie_bytes, cells_of, cie_bytes, rank_heads, score_heads
-from relfv.stages.stage import Finding, Stage, Work
+from relfv.stages.stage import Check, Stage, Work
 from relfv.stages.trials import TRIALS
 from relfv.store.folder import File, QidFolder
 from relfv.store.formats import digits, json_bytes, read_jsonl
@@ -47,11 +47,11 @@ def head_effects(
     means: MeanActivations,
     heads: Sequence[HeadId],
     *,
-    trials_per_pass: int | None = None,
+    per_pass: int | None = None,
 ) -> HeadEffects:
     """On each corrupted prompt set each head, one at a time, to its clean mean and score the target.
 
-    ``trials_per_pass`` None: as many as the engine has room for. Raises InputError if ``means`` is of another shape
+    ``per_pass`` None: as many as the engine has room for. Raises InputError if ``means`` is of another shape
     than the model's heads.
     """
     arch = model.arch
@@ -59,7 +59,7 @@ def head_effects(
     if means.values.shape != shape:
         raise InputError(f"clean means of shape {means.values.shape} do not fit {model.name}, which has {shape}")
     ordered = tuple(sorted(heads))
-    return HeadEffects(ordered, model.engine.sweep_heads(prompts, means.values, ordered, per_pass=trials_per_pass))
+    return HeadEffects(ordered, model.engine.sweep_heads(prompts, means.values, ordered, per_pass=per_pass))
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
@@ -146,8 +146,7 @@ def corrupted_prompts(work: Work) -> Prompts:
 def _sweep(work: Work) -> str:
     model, settings, means = work.model, work.settings, work.read(MEANS)
     prompts = work.once(corrupted_prompts)
-    known = work.trials_per_pass.get("stepD_cie")
-    effects = head_effects(model, prompts, means, heads_to_sweep(model, settings), trials_per_pass=known)
+    effects = work.repeatable(STAGE.name, head_effects, model, prompts, means, heads_to_sweep(model, settings))
     model.engine.prepare(prompts[:N_TRIALS])  # for the noise floor, while a GPU computes the sweep
     work.meanwhile()
     scored = score_heads(effects, means, prompts.clusters)
@@ -158,16 +157,14 @@ def _sweep(work: Work) -> str:
     work.write(CIE, cie_bytes(work.q_id, scored, cells), content=scored)
     work.write(AIE, aie_bytes(ranked, cells), content=without_number)
     floor = measure_noise_floor(model, prompts, means, effects, ranked)
-    per_pass = effects.effects.per_pass
     facts = model.facts()
     arithmetic = {
         name: facts[name] for name in ("engine", "precision", "dtype", "quant", "device", "products", "kernels")
     }
     document = noise_floor_document(
-        floor, work.q_id, trials_per_pass=per_pass, n_heads=len(effects.heads), arithmetic=arithmetic
+        floor, work.q_id, trials_per_pass=effects.per_pass, n_heads=len(effects.heads), arithmetic=arithmetic
     )
     work.write(NOISE_FLOOR, json_bytes(document))
-    work.trials_per_pass["stepD_cie"] = per_pass
     best = ranked[0]
     return (
         f"{len(effects.heads)} heads; best layer {best.id.layer} head {best.id.head}, "
@@ -176,18 +173,18 @@ def _sweep(work: Work) -> str:
     )
 
 
-def _agrees(folder: QidFolder, status: QidStatus) -> Iterator[Finding]:
+def _agrees(folder: QidFolder, status: QidStatus) -> Iterator[Check]:
     n_trials, cie, aie = len(folder.read(TRIALS).questions), folder.read(CIE), folder.read(AIE)
     deltas = folder.read(METRICS)
     same = sorted(head.id for head in cie) == [*deltas.heads] and len(deltas.of["p"]) == n_trials
-    yield Finding(folder.path(METRICS), "one row a trial and head of cie_scores.csv", same)
+    yield Check(folder.path(METRICS), "one row a trial and head of cie_scores.csv", same)
     counted = all(head.n_trials == n_trials for head in cie)
-    yield Finding(folder.path(CIE), "n_trials as in sampled_trials.json", counted)
+    yield Check(folder.path(CIE), "n_trials as in sampled_trials.json", counted)
     scores = [{head.id: head.scores for head in table} for table in (cie, aie)]
     same = scores[0] == scores[1] and len(cie) == len(aie)
-    yield Finding(folder.path(AIE), "the heads and scores of cie_scores.csv", same)
+    yield Check(folder.path(AIE), "the heads and scores of cie_scores.csv", same)
     same = folder.read(NOISE_FLOOR)["trials_per_pass"] == status.trials_per_pass.get("stepD_cie")
-    yield Finding(folder.path(NOISE_FLOOR), "trials_per_pass as in qid_status.json", same)
+    yield Check(folder.path(NOISE_FLOOR), "trials_per_pass as in qid_status.json", same)
 
 
 STAGE = Stage(

@@ -37,7 +37,7 @@ MEANING = {
     "cosine": "of the two function vectors, where the residual streams are equally wide; of two models' vectors it "
     "says nothing unless one was trained from the other",
 }
-MEASURES = ("p", "acc", "held_out_share")
+COMPARED = ("p", "acc", "held_out_share")
 """Names of the numbers that are given with their difference and its interval."""
 
 
@@ -99,7 +99,7 @@ def _controls(qid: QidFolder, measure: str) -> dict[str, np.ndarray] | None:
 
 
 def compare(one: Side, other: Side) -> dict[str, Any]:
-    """The comparison of ``other`` with ``one`` over the queries that both evaluate: for each of MEASURES the values,
+    """The comparison of ``other`` with ``one`` over the queries that both evaluate: for each of COMPARED the values,
     their difference and its interval; heads and vectors. None stands for what there is no way to know."""
     at = {query: i for i, query in enumerate(other.queries)}
     pairs = [(i, at[query]) for i, query in enumerate(one.queries) if query in at]
@@ -176,7 +176,7 @@ def over_q_ids(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The mean over relations of each difference, with the interval that their spread gives (Student's t); None where
     there are fewer than two."""
     found: dict[str, Any] = {}
-    for measure in MEASURES:
+    for measure in COMPARED:
         known = [row for row in rows if row[f"{measure}_difference"] is not None]
         if len(known) < 2:
             found |= _named(measure, None, None, None, None, None)

@@ -29,7 +29,7 @@ from relfv.stages.function_vector import FV, TOP_HEADS, heads_of
 from relfv.stages.judging import Tried, best_layer, judge_candidates, n_as_good, p_of_draws
 from relfv.stages.means import clean_run
 from relfv.stages.scores import measure_of, trial_scores
-from relfv.stages.stage import Finding, Stage, Work
+from relfv.stages.stage import Check, Stage, Work
 from relfv.stages.step6 import injections
 from relfv.stages.step6_summary import STEP6_SUMMARY
 from relfv.stages.trials import TRIALS
@@ -140,19 +140,14 @@ def _try_all(work: Work, ground: Ground, own: Tried) -> tuple[list[Tried], dict[
 
 
 def _inject(work: Work, engine: Engine, kind: str, candidates: Candidates, layers: Sequence[int]) -> Tried:
-    effects = engine.inject(
-        work.once(evaluated_prompts),
-        [work.settings.alpha * part for part in candidates.at(layers)],
-        layers,
-        per_pass=work.trials_per_pass.get(kind),
-    )
-    work.trials_per_pass[kind] = effects.per_pass
+    vectors = [work.settings.alpha * part for part in candidates.at(layers)]
+    effects = work.repeatable(kind, engine.inject, work.once(evaluated_prompts), vectors, layers)
     return Tried(effects, layers, candidates.names)
 
 
-def _agrees(folder: QidFolder, _: QidStatus) -> Iterator[Finding]:
+def _agrees(folder: QidFolder, _: QidStatus) -> Iterator[Check]:
     path = folder.path(FV_AS_WRITTEN)
-    yield Finding(path, "layers' parts that sum to its vector", parts_add_up(folder.read(FV_AS_WRITTEN)))
+    yield Check(path, "layers' parts that sum to its vector", parts_add_up(folder.read(FV_AS_WRITTEN)))
 
 
 STAGE = Stage(

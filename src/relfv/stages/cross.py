@@ -21,9 +21,9 @@ from relfv.stages.judging import judge_vectors
 from relfv.stages.step6_summary import STEP6_SUMMARY
 from relfv.stages.zeroshot import ZERO_SHOT_TRIALS
 from relfv.stats import LEVEL, best_column_p_value
-from relfv.store.files import sha256_bytes, sha256_file, write_together
+from relfv.store.files import sha256_file
 from relfv.store.folder import QidFolder
-from relfv.store.formats import SEAL, finite, read_json, sealed_bytes, unsealed
+from relfv.store.formats import SEAL, finite, read_json, unsealed
 from relfv.types import Effects, Prompts
 
 if TYPE_CHECKING:
@@ -192,14 +192,8 @@ def cross_origin(folder: Path, target: str, sources: Sequence[str], fields: Mapp
     }
 
 
-def write_cross(folder: Path, document: dict[str, Any], figure: bytes) -> Path:
-    """Write cross_fv.png, then cross_fv.json with the picture's hash and its own. Call as ``sole_writer``."""
-    content = sealed_bytes({**document, "figure": {CROSS_FIGURE: sha256_bytes(figure)}})
-    return write_together({folder / CROSS_FIGURE: figure, folder / CROSS: content})[-1]
-
-
 def read_cross(folder: Path) -> dict[str, Any]:
-    """The document that ``write_cross`` wrote, without its own hash. Raises RunError if it is missing or not as it was
+    """The document that ``relfv cross`` wrote, without its own hash. Raises RunError if it is missing or not as it was
     written."""
     path = folder / CROSS
     content = read_json(path)

@@ -19,7 +19,7 @@ from relfv.stages.measured import Kept, Measured, cosine_of_random_heads, measur
 from relfv.stages.prompt_formats import formats_of, names_of
 from relfv.stages.prompts import SPEC_FORMAT
 from relfv.stages.shown import Shown, shown_in
-from relfv.stages.stage import Finding, Stage, Work
+from relfv.stages.stage import Check, Stage, Work
 from relfv.stages.trials import STAGE as TRIALS_STAGE
 from relfv.stages.trials import TRIALS
 from relfv.stages.zeroshot import ZERO_SHOT_TRIALS
@@ -114,9 +114,8 @@ _SO_FAR = File("formats/.vectors_so_far.safetensors", read_measured)
 
 def _target(work: Work, shown: Shown, names: Sequence[str], vectors: np.ndarray) -> dict[str, Any]:
     """The numbers of every format's vector on one format's zero-shot prompts."""
-    prompts, known, name = shown.zero_shot_prompts, work.trials_per_pass.get(STAGE.name), shown.format.name
-    effects = inject_vectors(work.model, prompts, names, vectors, work.settings.alpha, known)
-    work.trials_per_pass[STAGE.name] = effects.per_pass
+    prompts, name = shown.zero_shot_prompts, shown.format.name
+    effects = work.repeatable(STAGE.name, inject_vectors, work.model, prompts, names, vectors, work.settings.alpha)
     reached = effects.edited.measure("p").reshape(len(prompts), -1, len(names))
     mine = names.index(name)
     best = int(reached[:, :, mine].mean(0).argmax())
@@ -210,18 +209,18 @@ def drawn(document: Mapping[str, Any], title: str) -> Canvas:
     return cross(names, layers, delta_p, title=f"{title}: vectors across prompt formats (own framed, best dotted)")
 
 
-def _agrees(folder: QidFolder, status: QidStatus) -> Iterator[Finding]:
+def _agrees(folder: QidFolder, status: QidStatus) -> Iterator[Check]:
     path, document = folder.path(FORMATS_FILE), folder.read(FORMATS_FILE)
     vectors, _ = folder.read(FORMAT_VECTORS)
     asked = [name for name in names_of(status.settings.formats, status.q_id) if name not in document["left_out"]]
     same = [*document["formats"]] == asked == [*vectors]
-    yield Finding(path, "the formats of qid_status.json", same)
+    yield Check(path, "the formats of qid_status.json", same)
     spec = vectors[SPEC_FORMAT.name]
     same = np.array_equal(spec.vector, folder.read(FV)) and [*spec.heads] == heads_of(folder.read(TOP_HEADS))
-    yield Finding(folder.path(FORMAT_VECTORS), "the q_id's own heads and vector as those of spec", same)
+    yield Check(folder.path(FORMAT_VECTORS), "the q_id's own heads and vector as those of spec", same)
     there = np.array([[of["value"] if of else np.nan for of in row] for row in document["cosine"]])
     same = np.allclose(there, cosines(np.stack([one.vector for one in vectors.values()])), atol=1e-6, equal_nan=True)
-    yield Finding(path, "the cosines of vectors.safetensors", same)
+    yield Check(path, "the cosines of vectors.safetensors", same)
 
 
 STAGE = Stage(

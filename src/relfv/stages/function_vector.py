@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,21 +20,32 @@ from relfv.stages.leave_query_out import with_error_of_means
 from relfv.stages.means import MEANS, clean_run
 from relfv.stages.noise_floor import NOISE_FLOOR
 from relfv.stages.scores import CIE, rank_heads, require_score, select_heads
-from relfv.stages.stage import Finding, Stage, Work
+from relfv.stages.stage import Check, Stage, Work
 from relfv.stages.trials import TRIALS
 from relfv.store.folder import File, QidFolder
 from relfv.store.formats import finite, json_bytes, read_json, read_tensors, tensor_bytes
 from relfv.store.status import QidStatus
-from relfv.types import MEASURES, FunctionVector, HeadId, MeanActivations, ScoredHead, TokenScores
+from relfv.types import MEASURES, HeadId, MeanActivations, ScoredHead, TokenScores
 
 if TYPE_CHECKING:
     from relfv.engine.writing import Writing
     from relfv.models.architecture import Architecture
 
 
+@dataclass(frozen=True)
+class BuiltVector:
+    """A function vector, and the parts that it was built from."""
+
+    total: np.ndarray
+    """float32 (resid_dim,): the function vector."""
+    by_layer: dict[int, np.ndarray]
+    """layer -> float32 (resid_dim,): the part that this layer's selected heads contribute; the parts sum to total."""
+    heads: tuple[HeadId, ...]
+
+
 def build_function_vector(
     arch: Architecture, means: MeanActivations, heads: Sequence[HeadId], writing: Writing | None = None
-) -> FunctionVector:
+) -> BuiltVector:
     """Sum over ``heads`` of W_O[layer][:, slice of head] @ mean activation, without the output bias.
 
     Summed in float64 and kept as float32 (resid_dim,), as a whole and split by layer. With ``writing`` each part times
@@ -48,7 +60,7 @@ def build_function_vector(
         part = writing.gained(head.layer, part) if writing else part
         by_layer[head.layer] = by_layer.get(head.layer, torch.zeros_like(part)) + part
     total = torch.stack(list(by_layer.values())).sum(0)
-    return FunctionVector(
+    return BuiltVector(
         total=total.float().numpy(),
         by_layer={layer: part.float().numpy() for layer, part in by_layer.items()},
         heads=tuple(heads),
@@ -119,9 +131,7 @@ def _build(work: Work) -> str:
     top = select_heads(rank_heads(scored, settings.score_key), settings.topk)
     prompts = work.once(corrupted_prompts)
     fv = build_function_vector(model.arch, work.read(MEANS), [head.id for head in top])
-    injections = inject_at_every_layer(
-        model, prompts, fv.total, settings.alpha, trials_per_pass=work.trials_per_pass.get("stepE")
-    )
+    injections = work.repeatable("stepE", inject_at_every_layer, model, prompts, fv.total, settings.alpha)
     heads = _judged(work, top)  # while a GPU computes the injections
     called = [head["distinguishable"] for head in heads if "distinguishable" in head]
     of_calls = evidence_of_list(top, called, len(scored), work.read(TRIALS).clusters) if called else {}
@@ -136,7 +146,6 @@ def _build(work: Work) -> str:
     work.write(TOP_HEADS, json_bytes({"meta": shared, "heads": heads}))
     norm = _write_vector(work, fv, shared)
     work.write(STEP_E_EVAL, json_bytes(_quick_check(work, injections)))
-    work.trials_per_pass["stepE"] = injections.effects.per_pass
     said = f"{len(top)} heads in {len(fv.by_layer)} layers, |FV| {norm:.2f}"
     return f"{said}; {sum(called)} distinguishable from noise" if called else said
 
@@ -174,7 +183,7 @@ def _leave_query_out(work: Work, top: Sequence[ScoredHead]) -> list[dict[str, fl
     return [{name: finite(float(values[i])) for name, values in columns.items()} for i in range(len(top))]
 
 
-def _write_vector(work: Work, fv: FunctionVector, shared: Mapping[str, Any]) -> float:
+def _write_vector(work: Work, fv: BuiltVector, shared: Mapping[str, Any]) -> float:
     """Write the three files of the vector. -> its length."""
     arch = work.model.arch
     norm = length(fv.total)
@@ -231,21 +240,21 @@ def _quick_check(work: Work, injections: Injections) -> dict[str, Any]:
     }
 
 
-def _agrees(folder: QidFolder, status: QidStatus) -> Iterator[Finding]:
+def _agrees(folder: QidFolder, status: QidStatus) -> Iterator[Check]:
     score_key, topk = status.settings.score_key, status.settings.topk
     scores = {head.id: head.scores[score_key] for head in folder.read(CIE)}
     top = {HeadId(head["layer"], head["head"]): head["rank_score"] for head in folder.read(TOP_HEADS)["heads"]}
     ranked = len(top) == topk and top.items() <= scores.items()
-    yield Finding(folder.path(TOP_HEADS), f"{topk} heads with their {score_key} of cie_scores.csv", ranked)
+    yield Check(folder.path(TOP_HEADS), f"{topk} heads with their {score_key} of cie_scores.csv", ranked)
     same = [HeadId(*head) for head in folder.read(FV_META)["heads"]] == [*top]
-    yield Finding(folder.path(FV_META), "the heads of top_heads.json", same)
+    yield Check(folder.path(FV_META), "the heads of top_heads.json", same)
     fv, parts = folder.read(FV), folder.read(FV_BY_LAYER)
     same = set(parts) == {head.layer for head in top}
-    yield Finding(folder.path(FV_BY_LAYER), "the layers of top_heads.json", same)
+    yield Check(folder.path(FV_BY_LAYER), "the layers of top_heads.json", same)
     # In float64, so that what is left is the rounding of the parts when they were written.
     rest = sum(part.astype(np.float64) for part in parts.values()) - fv.astype(np.float64)
     adds_up = bool(np.linalg.norm(rest) <= 1e-5 * np.linalg.norm(fv.astype(np.float64)))
-    yield Finding(folder.path(FV_BY_LAYER), "parts that sum to fv_global_resid.pt", adds_up)
+    yield Check(folder.path(FV_BY_LAYER), "parts that sum to fv_global_resid.pt", adds_up)
 
 
 STAGE = Stage(

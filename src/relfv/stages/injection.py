@@ -34,6 +34,11 @@ class Injections:
     """Whether the vector is large enough that some logit must change: float32 rightly swallows a vector a millionth of
     the residual stream's size."""
 
+    @property
+    def per_pass(self) -> int:
+        """Prompts that shared a forward pass."""
+        return self.effects.per_pass
+
     @cached_property
     def hidden(self) -> np.ndarray:
         """float64 (layer,): mean over prompts of the length of the untouched hidden state after each layer."""
@@ -69,7 +74,7 @@ class Injections:
 
 
 def inject_at_every_layer(
-    model: LanguageModel, prompts: Prompts, fv: np.ndarray, alpha: float, *, trials_per_pass: int | None = None
+    model: LanguageModel, prompts: Prompts, fv: np.ndarray, alpha: float, *, per_pass: int | None = None
 ) -> Injections:
     """Add alpha * ``fv`` (resid_dim,) after every block. Raises InputError for a vector of another width than the
     model's residual stream."""
@@ -79,7 +84,7 @@ def inject_at_every_layer(
             f"{model.arch.resid_dim} dimensions"
         )
     vectors = (np.float32(alpha) * fv)[None]
-    effects = model.engine.inject(prompts, vectors, range(model.arch.n_layers), per_pass=trials_per_pass)
+    effects = model.engine.inject(prompts, vectors, range(model.arch.n_layers), per_pass=per_pass)
     return Injections(effects, noticeable=abs(alpha) >= 0.01 and bool(fv.any()))
 
 

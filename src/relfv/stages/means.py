@@ -11,7 +11,7 @@ import numpy as np
 
 from relfv.errors import RunError
 from relfv.settings import MODEL_SETTINGS
-from relfv.stages.stage import Finding, Stage, Work
+from relfv.stages.stage import Check, Stage, Work
 from relfv.stages.trials import TRIALS
 from relfv.store.folder import File, QidFolder
 from relfv.store.formats import read_tensors, tensor_bytes
@@ -81,9 +81,9 @@ def _measure(work: Work) -> str:
     return f"{means.n_prompts} clean prompts"
 
 
-def _agrees(folder: QidFolder, status: QidStatus) -> Iterator[Finding]:
+def _agrees(folder: QidFolder, status: QidStatus) -> Iterator[Check]:
     same = len(folder.read(MEANS).values) == len(status.expected_layers)
-    yield Finding(folder.path(MEANS), "as many layers as qid_status.json", same)
+    yield Check(folder.path(MEANS), "as many layers as qid_status.json", same)
 
 
 STAGE = Stage(

@@ -62,7 +62,7 @@ def measure(work: Work, clean: CleanRun, corrupted: Prompts) -> Measured:
     """The results of clean and corrupted prompts, made as StepD and StepE make theirs."""
     settings, means = work.settings, mean_activations(clean)
     heads, per_pass = heads_to_sweep(work.model, settings), work.trials_per_pass.get("stepD_cie")
-    effects = head_effects(work.model, corrupted, means, heads, trials_per_pass=per_pass)
+    effects = head_effects(work.model, corrupted, means, heads, per_pass=per_pass)
     deltas = effects.effects.delta(measure_of(settings.score_key))
     return measured_from(work.model, means, deltas, effects.heads, settings)
 

@@ -17,7 +17,7 @@ from relfv.settings import MODEL_SETTINGS
 from relfv.stages.cie import corrupted_prompts
 from relfv.stages.means import clean_prompts
 from relfv.stages.scores import CIE, uncertainty
-from relfv.stages.stage import Finding, Stage, Work
+from relfv.stages.stage import Check, Stage, Work
 from relfv.stages.trials import TRIALS
 from relfv.stats import LEVEL
 from relfv.store.folder import File, QidFolder
@@ -45,7 +45,7 @@ def clean_means(work: Work) -> dict[int, Any]:
     token. Raises InputError for a model whose MLPs are no modules of their own."""
     import torch
 
-    from relfv.engine.memory import shrinking
+    from relfv.engine.memory import in_passes
     from relfv.engine.passes import capture_mlps
     from relfv.models.mlps import mlps_of
 
@@ -56,11 +56,10 @@ def clean_means(work: Work) -> dict[int, Any]:
             "give one (so it is in OPT, Bloom and Llama 4); expected a model with a module 'mlp' in its blocks"
         )
 
-    def run(size: int) -> list[dict[int, torch.Tensor]]:
-        return [capture_mlps(backbone, prompts.ids[part]) for part in backbone.passes(prompts.ids, size)]
-
     with backbone.running():
-        parts, _ = shrinking(_PROMPTS_A_PASS, run)
+        parts, _ = in_passes(
+            backbone, prompts.ids, _PROMPTS_A_PASS, lambda part: capture_mlps(backbone, prompts.ids[part])
+        )
     return {layer: torch.cat([part[layer] for part in parts]).double().mean(0).float() for layer in parts[0]}
 
 
@@ -75,9 +74,7 @@ def _sweep(work: Work) -> str:
         values = torch.full((1, n_layers, len(mean)), torch.nan)
         values[0, layer] = mean
         versions.append(Together(mlps=values))
-    known = work.trials_per_pass.get(STAGE.name)
-    effects = work.model.engine.edit_together(prompts, versions, per_pass=known)
-    work.trials_per_pass[STAGE.name] = effects.per_pass
+    effects = work.repeatable(STAGE.name, work.model.engine.edit_together, prompts, versions)
     deltas = {m: effects.delta(m) for m in MEASURES}
     columns = {f"mean_delta_{m}": delta.mean(0) for m, delta in deltas.items()}
     columns |= uncertainty(deltas["p"], prompts.clusters)
@@ -116,10 +113,10 @@ def _best_heads(work: Work) -> dict[int, dict[str, Any]]:
     return best
 
 
-def _agrees(folder: QidFolder, _: QidStatus) -> Iterator[Finding]:
+def _agrees(folder: QidFolder, _: QidStatus) -> Iterator[Check]:
     document = folder.read(MLP_CIE)
     same = document["by_trial"]["query_source_index"] == [*folder.read(TRIALS).clusters]
-    yield Finding(folder.path(MLP_CIE), "the queries of sampled_trials.json", same)
+    yield Check(folder.path(MLP_CIE), "the queries of sampled_trials.json", same)
 
 
 STAGE = Stage(

@@ -18,10 +18,10 @@ from relfv.stages.prompts import AnswerTokens, zero_shot_prompt
 from relfv.stages.stage import Stage, Work
 from relfv.stages.step6_summary import STEP6_SUMMARY
 from relfv.stages.trials import TRIALS, trial_of
-from relfv.stats import LEVEL
 from relfv.store.folder import File
 from relfv.store.formats import json_bytes, read_json
 from relfv.types import PromptedTrial, Prompts, Question, Relation, Snapshot, TokenScores, Trial
+from relfv.words import interval, percent
 
 MEANING = {
     "queries": "one prompt for each input of the relation that no frozen trial asks, n_eval of them at most; as demos "
@@ -99,8 +99,8 @@ def verdict_of(numbers: dict[str, Any], n: int, layer: int) -> str:
     if not share:
         return f"{said}; the gap is too small or too uncertain to say what share of it is closed."
     shown = "" if share["low"] > 0 else ", so that it closes any of it is not shown"
-    interval = f"{LEVEL:.0%} CI {share['low']:.0%} to {share['high']:.0%}"
-    return f"{said}; it closes {share['value']:.0%} of the gap ({interval}){shown}."
+    ends = interval(share["low"], share["high"], percent)
+    return f"{said}; it closes {percent(share['value'])} of the gap ({ends}){shown}."
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
@@ -131,9 +131,8 @@ def _measured(work: Work, snapshot: Snapshot, layer: int) -> dict[str, Any]:
     from relfv.engine.clean import run_clean
 
     model, alpha, vector = work.model, work.settings.alpha, work.read(FV)
-    prompts, known = work.tokenised(snapshot), work.trials_per_pass.get(STAGE.name)
-    injections = inject_at_every_layer(model, prompts, vector, alpha, trials_per_pass=known)
-    work.trials_per_pass[STAGE.name] = injections.effects.per_pass
+    prompts = work.tokenised(snapshot)
+    injections = work.repeatable(STAGE.name, inject_at_every_layer, model, prompts, vector, alpha)
     clean = run_clean(model.backbone, work.tokenised(snapshot, clean=True)).scores
     base, reached = injections.effects.base, injections.at_layer(layer).edited[:, 0]
     columns: dict[str, np.ndarray] = {}

@@ -19,7 +19,7 @@ AVERAGED = [name for name in COLUMNS if not name.startswith("mean_delta_p_")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured(Ability):
+class RelationResults(Ability):
     """The numbers of one finished relation, from its files."""
 
     name: str
@@ -70,7 +70,7 @@ class OverRelations:
         return [head.id for head in self.ranked[: self.k]]
 
 
-def over_relations(relations: Sequence[Measured], score_key: str, k: int) -> OverRelations:
+def over_relations(relations: Sequence[RelationResults], score_key: str, k: int) -> OverRelations:
     """AIE of every head: the mean of each relation's score, each relation counting once. At least one relation.
 
     A mean is the correctly rounded sum by the number of relations, so that it does not hang on their order. The
@@ -105,7 +105,7 @@ def over_relations(relations: Sequence[Measured], score_key: str, k: int) -> Ove
     )
 
 
-def heads_of_the_others(relations: Sequence[Measured], target: str, score_key: str, k: int) -> list[HeadId]:
+def heads_of_the_others(relations: Sequence[RelationResults], target: str, score_key: str, k: int) -> list[HeadId]:
     """The top k by AIE over the relations besides ``target``, best first; at least one other."""
     rows = [one.scored for one in relations if one.name != target]
     scored = [

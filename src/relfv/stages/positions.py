@@ -15,20 +15,20 @@ from relfv.errors import InputError
 from relfv.settings import MODEL_SETTINGS
 from relfv.shares import Gap
 from relfv.stages.ablation import untouched
-from relfv.stages.ablation_words import rounded
 from relfv.stages.cie import METRICS, corrupted_prompts
 from relfv.stages.controls import ground_of
 from relfv.stages.function_vector import FV, TOP_HEADS, heads_of
 from relfv.stages.judging import judge_vectors, mean_over_draws
 from relfv.stages.means import clean_prompts, clean_run
 from relfv.stages.prompts import PREFIXES, SEPARATORS
-from relfv.stages.stage import Finding, Stage, Work
+from relfv.stages.stage import Check, Stage, Work
 from relfv.stages.trials import TRIALS
 from relfv.stats import LEVEL
 from relfv.store.folder import File, QidFolder
 from relfv.store.formats import finite, json_bytes, read_json
 from relfv.store.status import QidStatus
 from relfv.types import Effects, HeadId, Prompts
+from relfv.words import percent
 
 if TYPE_CHECKING:
     import torch
@@ -108,19 +108,17 @@ def clean_means(work: Work, prompts: Prompts, places: Sequence[Sequence[int]]) -
     """float32 (slot, layer, head, head_dim): z at these tokens of the clean prompts, mean over them."""
     import torch
 
-    from relfv.engine.memory import shrinking
+    from relfv.engine.memory import in_passes
     from relfv.engine.passes import capture_at_tokens
 
     backbone = work.model.backbone
 
-    def run(size: int) -> torch.Tensor:
-        parts = backbone.passes(prompts.ids, size)
-        sums = [capture_at_tokens(backbone, prompts.ids[part], places[part]).double().sum(0) for part in parts]
-        return torch.stack(sums).sum(0)
+    def summed(part: slice) -> torch.Tensor:
+        return capture_at_tokens(backbone, prompts.ids[part], places[part]).double().sum(0)
 
     with backbone.running():
-        total, _ = shrinking(_PROMPTS_A_PASS, run)
-    return (total / len(prompts)).float()
+        sums, _ = in_passes(backbone, prompts.ids, _PROMPTS_A_PASS, summed)
+    return (torch.stack(sums).sum(0) / len(prompts)).float()
 
 
 def versions_of(
@@ -146,8 +144,8 @@ def verdict_of(document: Mapping[str, Any]) -> str:
     for name, of in document["together"].items():
         share, random_heads = of["top"]["share_of_gap"], of.get("random", {}).get("share_of_gap")
         if share:
-            beside = f"; random heads {rounded(random_heads['value'])}" if random_heads else ""
-            value, low, high = (rounded(share[of]) for of in ("value", "low", "high"))
+            beside = f"; random heads {percent(random_heads['value'])}" if random_heads else ""
+            value, low, high = (percent(share[of]) for of in ("value", "low", "high"))
             tops[name] = f"{value} ({low} to {high}{beside})"
     if not tops:
         return f"Right labels bring too little here (P {p[0]:.2f} to {p[1]:.2f}) for shares of it at any token."
@@ -176,10 +174,8 @@ def _measure(work: Work) -> str:
     ground, slots = ground_of(work, prompts.clusters), slots_of(places[0])
     named = versions_of(slots, ground.selected, ground.draws)
     names, versions = [name for name, _ in named], [version for _, version in named]
-    means, known = clean_means(work, clean, in_slots(places_clean)), work.trials_per_pass.get(STAGE.name)
-    engine = ReferenceEngine(work.model.backbone)
-    effects = engine.set_at_tokens(prompts, in_slots(places), means, versions, per_pass=known)
-    work.trials_per_pass[STAGE.name] = effects.per_pass
+    means, engine = clean_means(work, clean, in_slots(places_clean)), ReferenceEngine(work.model.backbone)
+    effects = work.repeatable(STAGE.name, engine.set_at_tokens, prompts, in_slots(places), means, versions)
     scores = work.once(clean_run).scores
     gap = Gap(effects.base.measure("p"), scores.measure("p"), prompts.clusters)
     document = {
@@ -231,12 +227,12 @@ def _some(numbers: Mapping[str, Any], kept: Sequence[str]) -> dict[str, Any]:
     return {name: numbers[name] for name in kept}
 
 
-def _agrees(folder: QidFolder, _: QidStatus) -> Iterator[Finding]:
+def _agrees(folder: QidFolder, _: QidStatus) -> Iterator[Check]:
     document, path = folder.read(POSITIONS), folder.path(POSITIONS)
     top = [HeadId(head["layer"], head["head"]) for head in document["heads"]]
-    yield Finding(path, "the heads of top_heads.json", top == heads_of(folder.read(TOP_HEADS)))
+    yield Check(path, "the heads of top_heads.json", top == heads_of(folder.read(TOP_HEADS)))
     same = document["by_trial"]["query_source_index"] == [*folder.read(TRIALS).clusters]
-    yield Finding(path, "the queries of sampled_trials.json", same)
+    yield Check(path, "the queries of sampled_trials.json", same)
 
 
 STAGE = Stage(

@@ -15,7 +15,7 @@ from relfv.stages.function_vector import FV, TOP_HEADS, heads_of
 from relfv.stages.judging import by_layer
 from relfv.stages.means import MEANS
 from relfv.stages.measured import Kept, Measured, cosine_of_random_heads, read_measured
-from relfv.stages.stage import Finding, Stage, Work
+from relfv.stages.stage import Check, Stage, Work
 from relfv.stages.step6_summary import STEP6_SUMMARY
 from relfv.stages.trials import STAGE as TRIALS_STAGE
 from relfv.stages.trials import TRIALS
@@ -82,7 +82,7 @@ def _alike(rung: Mapping[str, Any], k: int, *, interval: bool = False) -> str:
     cosine, shared = rung["cosine"], rung["heads_shared"]
     words = f"{'the same vector to ' * interval}cosine {_short(cosine['mean'])}" if cosine else "a vector of zeros"
     if interval and cosine and cosine["low"] is not None:
-        words += f" ({LEVEL:.0%} CI {_short(cosine['low'])} to {_short(cosine['high'])})"
+        words += f" ({interval(cosine['low'], cosine['high'], _short)})"
     return f"{words} and {shared['mean']:.1f} of {k} heads"
 
 
@@ -148,16 +148,15 @@ def _curve(work: Work, draws: Sequence[Measured]) -> dict[str, Any]:
     """Every draw's vector, added at every layer to the same zero-shot prompts."""
     prompts, best = work.once(evaluated_prompts), work.read(STEP6_SUMMARY)["best_layer"]
     vectors = np.float32(work.settings.alpha) * np.stack([one.vector for one in draws])
-    known, names = work.trials_per_pass.get(STAGE.name), [str(number) for number in range(len(draws))]
-    effects = work.model.engine.inject(prompts, vectors, range(work.model.arch.n_layers), per_pass=known)
-    work.trials_per_pass[STAGE.name] = effects.per_pass
+    names, model = [str(number) for number in range(len(draws))], work.model
+    effects = work.repeatable(STAGE.name, model.engine.inject, prompts, vectors, range(model.arch.n_layers))
     of_draws = {
         "mean_p": by_layer(effects.edited.measure("p"), names).mean(0),
         "acc": by_layer(effects.edited.correct(prompts.right), names).mean(0),
     }
     per_layer = [
         {name: [finite(value) for value in values[layer]] for name, values in of_draws.items()}
-        for layer in range(work.model.arch.n_layers)
+        for layer in range(model.arch.n_layers)
     ]
     base = effects.base
     return {
@@ -170,17 +169,17 @@ def _curve(work: Work, draws: Sequence[Measured]) -> dict[str, Any]:
     }
 
 
-def _agrees(folder: QidFolder, status: QidStatus) -> Iterator[Finding]:
+def _agrees(folder: QidFolder, status: QidStatus) -> Iterator[Check]:
     path, document, settings = folder.path(REPLICATES), folder.read(REPLICATES), status.settings
     same = [one["seed"] for one in document["draws"]] == draw_seeds(settings)
-    yield Finding(path, "the draws of qid_status.json", same)
+    yield Check(path, "the draws of qid_status.json", same)
     draws, _ = folder.read(DRAWS)
     full = [draws[draw_name(settings.n_trials_per_q, i)] for i in range(settings.replicates)]
     own = np.array_equal(full[0].vector, folder.read(FV)) and [*full[0].heads] == heads_of(folder.read(TOP_HEADS))
-    yield Finding(folder.path(DRAWS), "the q_id's own heads and vector as draw 0", own)
+    yield Check(folder.path(DRAWS), "the q_id's own heads and vector as draw 0", own)
     there = np.array(document["cosine"], dtype=np.float64)
     same = np.allclose(there, cosines(np.stack([one.vector for one in full])), atol=1e-6, equal_nan=True)
-    yield Finding(path, "the cosines of draws.safetensors", same)
+    yield Check(path, "the cosines of draws.safetensors", same)
 
 
 STAGE = Stage(

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from relfv.stages.cross import compare_directions
-from relfv.stages.over_relations import Measured
+from relfv.stages.over_relations import RelationResults
 from relfv.types import HeadId
 
-MEASURES = {
+SIMILARITIES = {
     "vectors": "cosine of the function vectors",
     "head_outputs": "cosine of the universal heads' clean means (z, one after the other)",
     "effects": "cosine of the effects of all heads (the score key's mean on each)",
@@ -34,8 +34,10 @@ _ALL_UP_TO = 7
 """Number of relations up to which all their orders are tried: 7 have 5,040."""
 
 
-def similarities(relations: Sequence[Measured], universal: Sequence[HeadId], score_key: str) -> dict[str, np.ndarray]:
-    """Name -> float64 (relation, relation), as MEASURES says; NaN where a relation does not differ from the mean."""
+def similarities(
+    relations: Sequence[RelationResults], universal: Sequence[HeadId], score_key: str
+) -> dict[str, np.ndarray]:
+    """Name -> float64 (relation, relation), as in SIMILARITIES; NaN where a relation does not differ from the mean."""
     rows = {
         "vectors": [one.vector for one in relations],
         "head_outputs": [np.concatenate([one.means[head.layer, head.head] for head in universal]) for one in relations],

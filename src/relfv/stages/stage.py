@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from relfv.pace import Pace
 from relfv.settings import Settings
@@ -21,7 +21,16 @@ from relfv.types import Prompts, Relation, Snapshot
 if TYPE_CHECKING:
     from relfv.language_model import LanguageModel
 
+
+class MadeInPasses(Protocol):
+    """A result that says how many prompts shared a forward pass when it was made."""
+
+    @property
+    def per_pass(self) -> int: ...
+
+
 T = TypeVar("T")
+Made = TypeVar("Made", bound=MadeInPasses)
 
 
 @dataclass
@@ -36,7 +45,7 @@ class Work:
     """All layers of the model."""
     trials_per_pass: MutableMapping[str, int] = field(default_factory=dict)
     """Kind of pass -> number of prompts that shared a forward pass. Batch shapes change low-order bits, so a pass that
-    is repeated takes the number that it was first made with; stages write theirs here."""
+    is repeated takes the number that it was first made with (``repeatable``)."""
     relation: Relation | None = None
     """The rows that trials are drawn from; only the stage that freezes the trials needs them."""
     csv_sha256: str = ""
@@ -67,6 +76,12 @@ class Work:
             self._made[make] = make(self)
         return self._made[make]
 
+    def repeatable(self, a_pass: str, run: Callable[..., Made], *args: Any) -> Made:
+        """The result of ``run(*args)``, with as many prompts a pass as this kind of pass was first made with."""
+        made = run(*args, per_pass=self.trials_per_pass.get(a_pass))
+        self.trials_per_pass[a_pass] = made.per_pass
+        return made
+
     def read(self, file: File[T], layer: int | None = None) -> T:
         """The content of one of the q_id's files."""
         return self.folder.read(file, layer)
@@ -91,7 +106,7 @@ def _opened(work: Work) -> LanguageModel:
 
 
 @dataclass(frozen=True)
-class Finding:
+class Check:
     """A check of something that two files of a finished q_id should agree on."""
 
     path: Path
@@ -116,7 +131,7 @@ class Stage:
     settings: tuple[str, ...] = ()
     """The fields of Settings that the stage itself uses. Those of the stages whose files it reads count as its own,
     too."""
-    agrees: Callable[[QidFolder, QidStatus], Iterator[Finding]] | None = None
+    agrees: Callable[[QidFolder, QidStatus], Iterator[Check]] | None = None
     """Checks for ``relfv verify``: what the stage's files must agree on, with other files and with the q_id's
     status."""
     per_layer: bool = False

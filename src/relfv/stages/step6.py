@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from relfv.settings import MODEL_SETTINGS
 from relfv.stages.function_vector import FV
 from relfv.stages.injection import TOKEN_RULE, Injections, inject_at_every_layer, length, summaries
-from relfv.stages.stage import Finding, Stage, Work
+from relfv.stages.stage import Check, Stage, Work
 from relfv.stages.zeroshot import ZERO_SHOT_TRIALS, evaluated, evaluated_prompts
 from relfv.store.files import make_folders
 from relfv.store.folder import File, QidFolder
@@ -65,9 +65,8 @@ def _make_folders(work: Work) -> None:
 
 def injections(work: Work) -> Injections:
     """The vector at every layer of the evaluated prompts (``work.once(injections)``)."""
-    known = work.trials_per_pass.get("step6")
-    prompts = work.once(evaluated_prompts)
-    return inject_at_every_layer(work.model, prompts, work.read(FV), work.settings.alpha, trials_per_pass=known)
+    prompts, fv, alpha = work.once(evaluated_prompts), work.read(FV), work.settings.alpha
+    return work.repeatable("step6", inject_at_every_layer, work.model, prompts, fv, alpha)
 
 
 def _inject(work: Work, layer: int) -> str:
@@ -94,7 +93,6 @@ def _inject(work: Work, layer: int) -> str:
         "results": rows,
     }
     _write(work, layer, results=results, summary=summary, rows=rows, meta=meta)
-    work.trials_per_pass["step6"] = work.once(injections).effects.per_pass
     return f"layer {layer}: P {numbers['mean_p_base']:.3f} -> {numbers['mean_p_with']:.3f}"
 
 
@@ -194,16 +192,16 @@ def _rows_of_all(work: Work) -> list[dict[str, Any]]:
     return rows
 
 
-def _agrees(folder: QidFolder, status: QidStatus) -> Iterator[Finding]:
+def _agrees(folder: QidFolder, status: QidStatus) -> Iterator[Check]:
     for layer in status.expected_layers:
         summary, rows = folder.read(EVAL_SUMMARY, layer), folder.read(EVAL_TRIALS, layer)
-        yield Finding(folder.path(EVAL_TRIALS, layer), "n_eval rows", len(rows) == summary["n_eval"])
+        yield Check(folder.path(EVAL_TRIALS, layer), "n_eval rows", len(rows) == summary["n_eval"])
         path = locate_results(folder, status.settings.model, layer, summary["n_eval"])
         results = folder.read(RESULTS, layer)
         same = (results["summary"], results["results"]) == (summary, rows)
-        yield Finding(path, "the layer's own summary and rows", same)
+        yield Check(path, "the layer's own summary and rows", same)
         same = folder.read(EVAL_META, layer)["edit_layer"] == layer
-        yield Finding(folder.path(EVAL_META, layer), f"edit_layer {layer}", same)
+        yield Check(folder.path(EVAL_META, layer), f"edit_layer {layer}", same)
 
 
 STAGE = Stage(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from relfv.errors import RunError
-from relfv.stages.stage import Finding, Stage, Work
+from relfv.stages.stage import Check, Stage, Work
 from relfv.stages.step6 import EVAL_SUMMARY, RESULTS, locate_results
 from relfv.store.folder import File, QidFolder
 from relfv.store.formats import json_bytes, read_json
@@ -58,14 +58,14 @@ def _put_together(work: Work) -> str:
     )
 
 
-def _agrees(folder: QidFolder, status: QidStatus) -> Iterator[Finding]:
+def _agrees(folder: QidFolder, status: QidStatus) -> Iterator[Check]:
     path, overall = folder.path(STEP6_SUMMARY), folder.read(STEP6_SUMMARY)
-    yield Finding(path, "every layer", overall["completed_layers"] == status.expected_layers)
+    yield Check(path, "every layer", overall["completed_layers"] == status.expected_layers)
     for layer in status.expected_layers:
         summary, entry = folder.read(EVAL_SUMMARY, layer), overall["per_layer"][str(layer)]
         kept = [entry[name] for name in ("acc_base", "acc_with", "score_value")]
         there = [summary[name] for name in ("acc_base", "acc_with", overall["score_key"])]
-        yield Finding(path, f"the numbers of layer {layer}", kept == there)
+        yield Check(path, f"the numbers of layer {layer}", kept == there)
 
 
 STAGE = Stage(

@@ -15,7 +15,7 @@ from relfv.stages.injection import length
 from relfv.stages.judging import judge_vectors
 from relfv.stages.means import MEANS
 from relfv.stages.scores import CIE, rank_heads, select_heads
-from relfv.stages.stage import Finding, Stage, Work
+from relfv.stages.stage import Check, Stage, Work
 from relfv.stages.step6 import injections
 from relfv.stages.zeroshot import ZERO_SHOT_TRIALS, evaluated_prompts
 from relfv.store.folder import File, QidFolder
@@ -113,9 +113,8 @@ def _sweep(work: Work) -> str:
     model, settings, prompts = work.model, work.settings, work.once(evaluated_prompts)
     ranked, hidden = rank_heads(work.read(CIE), settings.score_key), work.once(injections).hidden
     swept = swept_vectors(model.arch, work.read(MEANS), ranked, hidden, settings)
-    known = work.trials_per_pass.get(STAGE.name)
     vectors = np.stack([one.added for one in swept], axis=1)[:, None]
-    effects = model.engine.inject(prompts, [vectors], range(model.arch.n_layers), per_pass=known)
+    effects = work.repeatable(STAGE.name, model.engine.inject, prompts, [vectors], range(model.arch.n_layers))
     numbers = judge_vectors(effects, prompts, [one.name for one in swept])
     per_layer = numbers.pop("per_layer")
     document = {
@@ -133,7 +132,6 @@ def _sweep(work: Work) -> str:
         **{kind: [tabulate(per_layer, one, hidden) for one in swept if one.kind == kind] for kind in KINDS},
     }
     work.write(SWEEPS_FILE, json_bytes(document), content=document)
-    work.trials_per_pass[STAGE.name] = effects.per_pass
     return "; ".join(filter(None, (_best(document[kind], kind) for kind in KINDS)))
 
 
@@ -145,11 +143,11 @@ def _best(entries: Sequence[Mapping[str, Any]], name: str) -> str:
     return f"best of {len(entries)} {name}: {best['value']:g} (P {best['mean_p']:.2f} at layer {best['best_layer']})"
 
 
-def _agrees(folder: QidFolder, status: QidStatus) -> Iterator[Finding]:
+def _agrees(folder: QidFolder, status: QidStatus) -> Iterator[Check]:
     document, settings = folder.read(SWEEPS_FILE), status.settings
     swept = [tuple(entry["value"] for entry in document.get(kind, ())) for kind in KINDS]
     same = swept == [settings.alpha_sweep, settings.alpha_sweep_relative, settings.k_sweep]
-    yield Finding(folder.path(SWEEPS_FILE), "the alphas and k of qid_status.json", same)
+    yield Check(folder.path(SWEEPS_FILE), "the alphas and k of qid_status.json", same)
 
 
 STAGE = Stage(

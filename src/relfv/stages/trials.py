@@ -18,7 +18,7 @@ from relfv.models.tokens import Tokens
 from relfv.settings import Settings
 from relfv.stages.prompts import PREFIXES, SEPARATORS, AnswerTokens, prompts_to_read
 from relfv.stages.snapshot import read_snapshot, target_keys
-from relfv.stages.stage import Finding, Stage, Work
+from relfv.stages.stage import Check, Stage, Work
 from relfv.store.folder import File, QidFolder
 from relfv.store.formats import json_bytes, read_json
 from relfv.store.status import QidStatus
@@ -269,10 +269,10 @@ def _warn(q_id: str, prompted: Sequence[PromptedTrial], collisions: Sequence[Map
         )
 
 
-def _agrees(folder: QidFolder, status: QidStatus) -> Iterator[Finding]:
+def _agrees(folder: QidFolder, status: QidStatus) -> Iterator[Check]:
     questions, n = folder.read(TRIALS).questions, status.settings.n_trials_per_q
     same = [question.q_id for question in questions] == [folder.q_id] * n
-    yield Finding(folder.path(TRIALS), f"{n} trials of {folder.q_id}", same)
+    yield Check(folder.path(TRIALS), f"{n} trials of {folder.q_id}", same)
 
 
 STAGE = Stage(

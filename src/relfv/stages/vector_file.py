@@ -16,7 +16,7 @@ from relfv.models.tokens import Tokens
 from relfv.stages.function_vector import FV, FV_BY_LAYER, TOP_HEADS, heads_of
 from relfv.stages.injection import TOKEN_RULE
 from relfv.stages.prompts import ZERO_SHOT_FORMAT, zero_shot_prompt
-from relfv.stages.stage import Finding, Stage, Work
+from relfv.stages.stage import Check, Stage, Work
 from relfv.stages.step6_summary import STEP6_SUMMARY
 from relfv.stages.zeroshot import ZERO_SHOT_TRIALS
 from relfv.store.folder import File, QidFolder
@@ -108,15 +108,15 @@ def _metadata(work: Work, layer: int) -> Mapping[str, str]:
     }
 
 
-def _agrees(folder: QidFolder, status: QidStatus) -> Iterator[Finding]:
+def _agrees(folder: QidFolder, status: QidStatus) -> Iterator[Check]:
     path, (arrays, metadata) = folder.path(VECTOR_FILE), folder.read(VECTOR_FILE)
-    yield Finding(path, "the vector of fv_global_resid.pt", np.array_equal(arrays[VECTOR], folder.read(FV)))
+    yield Check(path, "the vector of fv_global_resid.pt", np.array_equal(arrays[VECTOR], folder.read(FV)))
     parts = {int(name.removeprefix(PART)): part for name, part in arrays.items() if name.startswith(PART)}
     there = folder.read(FV_BY_LAYER)
     same = parts.keys() == there.keys() and all(np.array_equal(parts[layer], there[layer]) for layer in parts)
-    yield Finding(path, "the parts of fv_by_layer.pt", same)
+    yield Check(path, "the parts of fv_by_layer.pt", same)
     same = metadata["layer"] == str(folder.read(STEP6_SUMMARY)["best_layer"])
-    yield Finding(path, "the best layer of step6_all_layers_summary.json", same)
+    yield Check(path, "the best layer of step6_all_layers_summary.json", same)
 
 
 STAGE = Stage(

@@ -14,7 +14,7 @@ from relfv.stages.answered_right import stratum_sentence
 from relfv.stages.carrier import carrier_sentences
 from relfv.stages.caveats import leading_sentence, tells_apart, trial_sentences
 from relfv.stages.control_vectors import CONTROLS
-from relfv.stats import LEVEL
+from relfv.words import percent, with_interval
 
 HELD_OUT = "held_out, layer_chosen_by_others"
 NOTHING = 0.05
@@ -79,20 +79,20 @@ def _closes(numbers: Numbers) -> str:
     if not share or _does_nothing(numbers):
         return ""
     words = (
-        f"The function vector closes {_percent(share)} of the gap between zero-shot and clean prompts {_where(numbers)}"
-        f"{_unless_shown(share)}"
+        f"The function vector closes {with_interval(share)} of the gap between zero-shot and clean prompts "
+        f"{_where(numbers)}{_unless_shown(share)}"
     )
     held_out = numbers["share_of_gap"].get(HELD_OUT)
     if held_out:
         left_out = "with each query's own trials left out of means, ranking and choice of layer"
-        words += f"; {_percent(held_out)} {left_out}{_unless_shown(held_out)}"
+        words += f"; {with_interval(held_out)} {left_out}{_unless_shown(held_out)}"
     return f"{words}. {_counted(share)}."
 
 
 def _controls(numbers: Numbers) -> str:
     share = numbers["share_of_gap"]
     parts = [
-        f"{control.in_verdict} {_rounded(share[name]['value'])}"
+        f"{control.in_verdict} {percent(share[name]['value'])}"
         for name, control in CONTROLS.items()
         if control.in_verdict and share.get(name)
     ]
@@ -135,18 +135,10 @@ def _where(numbers: Numbers) -> str:
 
 
 def _counted(share: Numbers) -> str:
-    n, closed, up_to = share["n_queries"], share["n_closing_half"], f"up to {_rounded(share['others_up_to'])} of others"
+    n, closed, up_to = share["n_queries"], share["n_closing_half"], f"up to {percent(share['others_up_to'])} of others"
     words = f"{closed} of {n} queries have half of their own gap closed or more"
     return f"{words}; by their number alone, {up_to} may {'not' if 2 * closed >= n else ''}".rstrip()
 
 
 def _unless_shown(share: Numbers) -> str:
     return "" if share["low"] > 0 else ", so that it closes any of it is not shown"
-
-
-def _percent(share: Numbers) -> str:
-    return f"{_rounded(share['value'])} ({LEVEL:.0%} CI {_rounded(share['low'])} to {_rounded(share['high'])})"
-
-
-def _rounded(share: float) -> str:
-    return f"{round(100 * share) + 0}%"

@@ -9,7 +9,7 @@ from typing import Any
 from relfv.settings import Settings
 from relfv.stages.prompts import ZERO_SHOT_FORMAT, zero_shot_prompt
 from relfv.stages.snapshot import read_snapshot, target_keys
-from relfv.stages.stage import Finding, Stage, Work
+from relfv.stages.stage import Check, Stage, Work
 from relfv.stages.trials import TRIALS
 from relfv.store.folder import File, QidFolder
 from relfv.store.formats import json_bytes
@@ -86,12 +86,12 @@ def _take(work: Work) -> str:
     return f"{len(trials.questions)} prompts"
 
 
-def _agrees(folder: QidFolder, status: QidStatus) -> Iterator[Finding]:
+def _agrees(folder: QidFolder, status: QidStatus) -> Iterator[Check]:
     asked = [
         [(question.trial_id, question.query, question.target) for question in folder.read(file).questions]
         for file in (TRIALS, ZERO_SHOT_TRIALS)
     ]
-    yield Finding(folder.path(ZERO_SHOT_TRIALS), "the same queries as sampled_trials.json", asked[0] == asked[1])
+    yield Check(folder.path(ZERO_SHOT_TRIALS), "the same queries as sampled_trials.json", asked[0] == asked[1])
 
 
 STAGE = Stage(

@@ -39,6 +39,9 @@ class Index:
 
     @cached_property
     def _on_disk(self) -> dict[str, Any]:
+        return self._read()
+
+    def _read(self) -> dict[str, Any]:
         try:
             data = read_bytes(self._path)
             content = orjson.loads(data) if is_as_sealed(data) else {}

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import lru_cache
@@ -249,17 +248,6 @@ def _settings(config: bytes) -> Settings:
     """Make and check settings, once for each text, since thousands of q_ids have the same. The text is compared, since
     1 and 1.0 are equal and differ."""
     return Settings.from_json(orjson.loads(config))
-
-
-def fields_of(folder: Path, q_ids: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """The fingerprint fields of each q_id of a relation's ``folder``, empty where no sound status is."""
-    fields: dict[str, dict[str, Any]] = {}
-    for q_id in q_ids:
-        fields[q_id] = {}
-        with suppress(RunError):
-            status = read_status(folder / q_id / "artifacts")
-            fields[q_id] = status.fingerprint_fields if status else {}
-    return fields
 
 
 def read_status_of_results(artifacts_dir: Path) -> QidStatus | None:

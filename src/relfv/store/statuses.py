@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from relfv.errors import RelfvError
+from relfv.errors import RelfvError, RunError
 from relfv.store.folder import was_moved_aside
 from relfv.store.status import STATUS_FILE, QidStatus, read_status
 
@@ -46,6 +47,17 @@ def statuses_in(folder: Path, say: Callable[[RelfvError], None] | None = None) -
             if say:
                 say(problem)
     return statuses
+
+
+def fields_of(folder: Path, q_ids: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """The fingerprint fields of each q_id of a relation's ``folder``, empty where no sound status is."""
+    fields: dict[str, dict[str, Any]] = {}
+    for q_id in q_ids:
+        fields[q_id] = {}
+        with suppress(RunError):
+            status = read_status(folder / q_id / "artifacts")
+            fields[q_id] = status.fingerprint_fields if status else {}
+    return fields
 
 
 def _with_status(folder: str, depth: int) -> Iterator[str]:

@@ -1,39 +1,31 @@
 """Cache of the q_ids that nobody has touched since they were last read, hashed and found to have all that was asked
 for.
 
-To hash the files of 10,000 q_ids takes minutes; to look at their sizes, times and inodes takes seconds. What a disk
-changes by itself moves none of these: ``relfv verify`` reads every byte, always.
+To hash the files of 10,000 q_ids takes minutes; to look at their sizes, times and inodes takes seconds.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from relfv.errors import RelfvError
-from relfv.store.files import entries_below, remove_temporaries, sha256_bytes, write_atomic
-from relfv.store.formats import read_json
+from relfv.store import index
+from relfv.store.files import entries_below, remove_temporaries, sha256_bytes
 from relfv.store.locks import sole_writer
 
 log = logging.getLogger(__name__)
 
-_FILE = ".locks/.unchanged.json"
-"""Path below a relation's folder. The file only saves time: without it everything is hashed again."""
-_FEWEST = 100
-"""Least number of q_ids for which anything is kept: fewer are hashed in no time."""
 
-
-class Unchanged:
+class Unchanged(index.Index):
     """The q_ids of a relation's ``folder`` that were found complete and have not changed since."""
 
     def __init__(self, folder: Path, *, keep: bool = True) -> None:
         """Read what is known; with ``keep`` False the file is never written."""
-        self._folder, self._keep = folder, keep
-        self._noted: dict[str, str] = {}
-        self._known = self._on_disk()
+        super().__init__(folder, "unchanged")
+        self._folder, self._may_write = folder, keep
 
     def state(self, q_id: str, asked: str) -> str:
         """Hash of what the file system says about all files of a q_id but logs, and of what was ``asked`` for. Take it
@@ -53,34 +45,24 @@ class Unchanged:
 
     def holds(self, q_id: str, asked: str) -> bool:
         """Whether a q_id was found to have all that is ``asked`` for, and has not changed since."""
-        is_known = q_id in self._known and not (self._folder / q_id).is_symlink()
-        return is_known and self._known[q_id] == self.state(q_id, asked)
+        is_known = q_id in self._on_disk and not (self._folder / q_id).is_symlink()
+        return is_known and self.known(q_id, self.state(q_id, asked)) is True
 
     def note(self, q_id: str, state: str) -> None:
         """Note that a q_id was found complete in this state."""
-        self._noted[q_id] = state
+        self.keep(q_id, state, True)
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """While open, collect notes; they are written when this ends, however it ends."""
+        """While open, collect notes; they are added to the file when this ends, however it ends."""
         try:
             yield
         finally:
-            if self._noted and self._keep and len(self._known | self._noted) >= _FEWEST:
-                self._write()
-
-    def _write(self) -> None:
-        try:
-            with sole_writer(self._folder):
-                remove_temporaries((self._folder / _FILE).parent)
-                content = {**self._on_disk(), **self._noted}
-                write_atomic(self._folder / _FILE, json.dumps(content).encode())
-        except RelfvError as problem:
-            log.debug("%s", problem)
-
-    def _on_disk(self) -> dict[str, str]:
-        try:
-            content = read_json(self._folder / _FILE)
-        except RelfvError:
-            return {}
-        return content if isinstance(content, dict) else {}
+            if self._now and self._may_write and len(self._on_disk | self._now) >= index.FEWEST:
+                try:
+                    with sole_writer(self._folder):
+                        remove_temporaries(self._path.parent)
+                        self._now = {**self._read(), **self._now}
+                        self.write()
+                except RelfvError as problem:
+                    log.debug("%s", problem)
