@@ -154,6 +154,16 @@ def test_a_list_of_real_heads_is_stable_and_one_of_noise_is_not() -> None:
     assert not np.array_equal(found.in_top_k, top_k_stability(noise, clusters, 20, seed="b").in_top_k)
 
 
+def test_a_list_that_ends_in_a_tie_is_filled_in_the_order_of_heads_and_no_overlap_is_claimed() -> None:
+    values = np.zeros((12, 40))
+    values[:, [5, 30]] = 1.0
+    found = top_k_stability(values, range(12), 4, seed="a")
+    assert found.in_top_k[[0, 1, 5, 30]].tolist() == [1] * 4
+    assert found.in_top_k.sum() == pytest.approx(4)
+    assert np.isnan(found.half_overlap)
+    assert top_k_stability(values, range(12), 2, seed="a").half_overlap == 1
+
+
 def test_overlap_by_chance_is_that_of_random_draws() -> None:
     rng = np.random.default_rng(0)
     drawn = [len(set(rng.permutation(30)[:6]) & set(range(8))) for _ in range(20_000)]

@@ -189,7 +189,12 @@ def overlap_by_chance(shared: int, k_one: int, k_other: int, n: int) -> tuple[fl
 def called_at_once(n_columns: int, n_clusters: int) -> int:
     """How many of ``n_columns`` must have the smallest p-value that flips of ``n_clusters`` signs can give for
     ``false_discovery`` to call them: with few clusters it calls many or none."""
-    return math.ceil(n_columns * max(2 / 2**n_clusters, 1 / N_FLIPS) / FDR)
+    return math.ceil(n_columns * smallest_p_value(n_clusters) / FDR)
+
+
+def smallest_p_value(n_clusters: int) -> float:
+    """The smallest p-value that flips of ``n_clusters`` signs can give."""
+    return max(2 / 2**n_clusters, 1 / N_FLIPS)
 
 
 @dataclass(frozen=True)
@@ -200,7 +205,8 @@ class Stability:
     """Share of bootstrap samples of queries in which the column is among the k best."""
     n_bootstrap: int
     half_overlap: float
-    """Mean share of the k that two halves of the queries have in common, over random halvings; NaN for one query.
+    """Mean share of the k that two halves of the queries have in common, over random halvings; NaN for one query,
+    and where the columns' means do not say which the k best are.
     No bound on anything where the scores of all trials rest on one estimate, such as a clean mean of all of them."""
     n_halvings: int
     chance_overlap: float
@@ -220,7 +226,8 @@ def top_k_stability(
     counts = rng.multinomial(n_clusters, np.full(n_clusters, 1 / n_clusters), size=n_bootstrap)
     in_top = _top_k(counts @ totals / (counts @ sizes)[:, None], k).mean(0)
     overlap = float("nan")
-    if n_clusters > 1:
+    best_first = -np.sort(-totals.sum(0))
+    if n_clusters > 1 and (k == n_columns or best_first[k - 1] > best_first[k]):
         shared = []
         for _ in range(n_halvings):
             order = rng.permutation(n_clusters)
@@ -234,8 +241,7 @@ def top_k_stability(
 
 
 def _top_k(scores: np.ndarray, k: int) -> np.ndarray:
-    """bool (sample, column): the k largest of each row."""
-    best = np.argpartition(-scores, k - 1, axis=1)[:, :k]
-    chosen = np.zeros(scores.shape, dtype=bool)
-    np.put_along_axis(chosen, best, True, axis=1)
-    return chosen
+    """bool (sample, column): the k largest of each row, the first of equal ones, as heads are listed."""
+    last = -np.partition(-scores, k - 1, axis=1)[:, k - 1 : k]
+    above, equal = scores > last, scores == last
+    return above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdims=True)))

@@ -103,7 +103,10 @@ def test_what_the_model_cannot_do_is_left_out_and_said(finished: Path, tmp_path:
 
 def test_the_verdict_names_what_is_counted_against_the_rule_and_that_two_are_few(tree: Path) -> None:
     found = document(tree)
-    assert "2 of 2 relations are counted (--all), A1, B2 among them, which the model cannot do." in found["verdict"]
+    assert (
+        "2 of 2 relations are counted (--all), A1, B2 among them, which the model is not shown to do."
+        in found["verdict"]
+    )
     assert "With 2 relations intervals are wide" in found["verdict"]
     assert "with 2 relations no head can be told from 0" in found["verdict"]
     for q_id in Q_IDS:

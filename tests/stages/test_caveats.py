@@ -75,6 +75,8 @@ def test_few_labels_and_labels_in_place_are_said_with_what_to_choose_instead() -
         "60 of 180 corrupted demos keep a right label; with 2 distinct answers the others teach another relation, such "
         "as the inverse (--corruption random or other draws labels that teach none)."
     )
+    alike = numbers(["yes"] * 20, n_labels_left_in_place=180)
+    assert "180 of 180 corrupted demos keep a right label." in trial_sentences(alike)
     drawn = numbers(["yes", "no"] * 10, n_labels_left_in_place=60, corruption="random")
     assert trial_sentences(drawn) == "60 of 180 corrupted demos keep a right label."
     assert trial_sentences(numbers(WORDS, n_labels_left_in_place=18)) == ""

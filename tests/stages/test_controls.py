@@ -26,9 +26,9 @@ from relfv.stages.control_vectors import (
     compared_layers,
 )
 from relfv.stages.function_vector import build_function_vector
-from relfv.stages.judging import Tried, judge_vectors, n_as_good, p_of_draws
+from relfv.stages.judging import Tried, judge_candidates, judge_vectors, n_as_good, p_of_draws
 from relfv.stages.means import mean_activations
-from relfv.types import Effects, HeadId, MeanActivations, Prompts, TokenScores
+from relfv.types import Effects, HeadId, MeanActivations, Prompts, TokenScores, WordPair
 
 WORDS = ("cat", "cow", "sheep", "goat", "horse", "frog", "bear")
 TEXTS = [f"Q: dog\nA: puppy\n\nQ: {word}\nA:" for word in WORDS]
@@ -245,3 +245,19 @@ def test_what_is_read_over_fewer_tokens_is_named(
     brief = named()
     assert {"random_heads", "mean_hidden", "random_heads_in_place"} <= {*brief}
     assert not {"held_out", "as_written", "heads_in_place"} & {*brief}
+
+
+def test_demos_are_credited_with_what_they_bring_to_the_same_answer() -> None:
+    """One input with two right answers, of which one is asked three times: each zero-shot prompt has its own."""
+    big, little, small = WordPair("big", "little"), WordPair("big", "small"), WordPair("cat", "kitten")
+    asked_clean = [big, little, big, big, small]
+
+    def scored(p: list[float]) -> TokenScores:
+        return TokenScores(torch.tensor(p), torch.tensor(p).log(), torch.zeros(len(p), dtype=torch.int64))
+
+    clean = CleanRun(torch.zeros(5, 1, 1, 1), torch.zeros(1, 1), None, scored([0.5, 0.125, 0.25, 0.75, 1.0]))
+    base = scored([0.1, 0.2, 0.3])
+    tried = Tried(Effects(base=base, edited=base[:, None], per_pass=3), [0], ["fv"])
+    prompts = Prompts([[1]] * 3, [1, 2, 3], [0, 0, 4])
+    judged = judge_candidates([tried], prompts, [big, little, small], clean, asked_clean)
+    assert judged["by_prompt"]["p_clean"] == pytest.approx([0.5, 0.125, 1.0])

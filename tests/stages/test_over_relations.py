@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -54,6 +55,26 @@ def test_shared_heads_are_found_and_a_relations_own_are_not() -> None:
     assert (found.stability.in_top_k[list(planted)] > 0.95).all()
     for one in some:
         assert set(heads_of_the_others(some, one.name, KEY, 3)) == {HEADS[i] for i in planted}
+
+
+def test_absolute_effects_are_no_evidence_of_an_effect() -> None:
+    """They are above 0 in every relation, whatever a head does."""
+    rng = np.random.default_rng(5)
+    some = [with_absolute(one) for one in relations(8, rng, {1: 0.4})]
+    found = over_relations(some, "mean_abs_delta_p", 3)
+    assert found.universal[0] == HEADS[1]
+    assert found.fdr[1] == min(found.fdr)
+    assert (found.p_value <= 0.05).mean() < 0.2
+    assert found.n_positive.min() < 8
+
+
+def with_absolute(one: RelationResults) -> RelationResults:
+    """The same relation, with absolute scores in their column."""
+    heads = (
+        replace(head, scores={**head.scores, "mean_abs_delta_p": abs(head.scores["mean_delta_p"])})
+        for head in one.scored
+    )
+    return replace(one, scored=tuple(heads))
 
 
 def test_without_shared_heads_few_are_called_and_intervals_cover_zero() -> None:

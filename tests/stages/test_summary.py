@@ -221,10 +221,19 @@ def test_a_control_that_overflows_is_left_out() -> None:
 
 
 def test_no_share_is_claimed_where_there_is_no_gap() -> None:
-    assert "Demos do not help this model here" in said(controls(0.4, 0.3, fv=0.6))
+    assert "P is no higher with demos (0.4 without them, 0.3 with)" in said(controls(0.4, 0.3, fv=0.6))
     verdict = said(controls(0.4, 0.42, fv=0.6))
     assert "too small or too uncertain" in verdict
     assert "closes" not in verdict.replace("what share of it the function vector closes", "")
+
+
+def test_with_very_few_queries_no_head_can_be_called() -> None:
+    heads = top()
+    for n_queries, words in ((1, "with 1 query no head can be"), (5, "with 5 queries no head can be")):
+        heads["meta"] |= {"n_distinguishable": 0, "n_called_at_once": 2560, "n_queries": n_queries}
+        assert words in said(controls(0.1, 0.9, fv=0.7), heads=heads)
+    heads["meta"] |= {"n_called_at_once": 40, "n_queries": 10}
+    assert "with 10 queries 40 heads would have to be at once" in said(controls(0.1, 0.9, fv=0.7), heads=heads)
 
 
 def test_what_is_not_known_is_not_said() -> None:

@@ -34,7 +34,7 @@ from relfv.stages.function_vector import FV, TOP_HEADS, heads_of
 from relfv.stages.judging import judge_vectors, mean_over_draws
 from relfv.stages.means import clean_prompts
 from relfv.stages.other_relations import as_recorded, measure_others, trials_of_others
-from relfv.stages.scores import CIE, measure_of, rank_heads
+from relfv.stages.scores import CIE, rank_heads
 from relfv.stages.stage import Check, Stage, Work
 from relfv.stages.summary import SUMMARY
 from relfv.stages.trials import TRIALS
@@ -155,7 +155,7 @@ def shuffled_run(work: Work) -> CleanRun:
 def _ablate(work: Work) -> str:
     settings, prompts, shuffled = work.settings, work.once(clean_prompts), work.once(shuffled_run)
     ground, ranked = ground_of(work, prompts.clusters), rank_heads(work.read(CIE), settings.score_key)
-    cie = {head.id: head.scores[f"mean_delta_{measure_of(settings.score_key)}"] for head in ranked}
+    cie = {head.id: head.scores["mean_delta_p"] for head in ranked}
     lengths = lengths_written(ground)
     sets, vectors = sets_of_heads(ground, [head.id for head in ranked], cie, lengths), directions(ground)
     others = measure_others(work)

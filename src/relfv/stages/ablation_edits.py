@@ -30,8 +30,8 @@ SETS = {
     "top": "the heads of the function vector",
     "top_held_out": "for each prompt ranking of heads, and their mean over shuffled prompts, without its own query's "
     "trials",
-    "writers": "those of them that raise the score on shuffled prompts; only where that is not all",
-    "cancellers": "as many others at most, those that lower the score most (most negative CIE)",
+    "writers": "those of them that raise P on shuffled prompts; only where that is not all",
+    "cancellers": "as many others at most, those that lower P most (most negative CIE)",
     "bottom": "as many others, those of the least |CIE|",
     "random_of_layers": "as many heads of each layer, drawn like random_heads of controls.json; mean over draws",
     "random_of_norm": "for each head another one, not of the function vector, of about the same length of what it "
@@ -66,7 +66,7 @@ def sets_of_heads(
     ground: Ground, ranked: Sequence[HeadId], cie: Mapping[HeadId, float], lengths: Mapping[HeadId, float]
 ) -> dict[str, list[list[HeadId]]]:
     """Name -> draws of that set of heads, for the sets that are not empty. ``ranked`` are all heads swept, best first;
-    ``cie`` their signed scores, ``lengths`` those of what they write."""
+    ``cie`` their CIE (mean_delta_p), ``lengths`` those of what they write."""
     top = list(ground.selected)
     others = [head for head in ranked if head not in set(top)]
     writers = [head for head in top if cie[head] > 0]

@@ -84,7 +84,7 @@ def _cancellers(heads: Numbers, p: float) -> str:
     if "cancellers" not in heads:
         return ""
     n, swapped = heads["cancellers"]["n_heads"], heads["cancellers"]["swapped"]
-    return f"With the {n} heads that lower the answer most swapped instead, P goes from {p:.2f} to {_p(swapped)}."
+    return f"With the {n} other heads that lower P most swapped instead, P goes from {p:.2f} to {_p(swapped)}."
 
 
 def _p(numbers: Numbers) -> str:

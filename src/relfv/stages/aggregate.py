@@ -29,7 +29,8 @@ MEANING = {
     "relations": f"a relation counts where {RULE}; why_not says why it does not, and such a one is left out unless "
     "--all keeps it",
     "heads": "AIE: the mean of each head's score over the relations, each counting once; intervals are Student's t "
-    "over relations, p-values flip the signs of whole relations; in_top_k is the share of resamples of the relations "
+    "over relations, p-values flip the signs of whole relations, of signed effects even where heads are "
+    "ranked by absolute ones; in_top_k is the share of resamples of the relations "
     "in which the head is among the top k, n_in_own_top the number of relations whose own top heads it is one of",
     "left_out": "heads chosen by the other relations' AIE",
     **{f"left_out.{name}": words for name, words in LEFT_OUT_MEANING.items()},

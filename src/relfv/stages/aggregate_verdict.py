@@ -31,10 +31,12 @@ def _counted(document: Mapping[str, Any], n: int) -> str:
     out = [name for name, one in document["relations"].items() if not one["included"]]
     said = f"{n} of {len(document['relations'])} relations are counted"
     if out:
-        said += f"; left out, as ones that the model cannot do: {', '.join(out)}"
+        said += f"; left out, as ones that the model is not shown to do: {', '.join(out)}"
     elif document["all"]:
         cannot = [name for name, one in document["relations"].items() if one["why_not"]]
-        said += f" (--all), {', '.join(cannot)} among them, which the model cannot do" if cannot else " (--all)"
+        said += (
+            f" (--all), {', '.join(cannot)} among them, which the model is not shown to do" if cannot else " (--all)"
+        )
     few = f". With {n} relations intervals are wide" if n < _FEW else ""
     return f"{said}{few}."
 

@@ -113,7 +113,7 @@ def labels_in_place(corruption: Mapping[str, Any]) -> str:
     if not few and kept <= _IN_PLACE * n:
         return ""
     words = f"{kept} of {n} corrupted demos keep a right label"
-    if few:
+    if few and kept < n:
         words += f"; with {distinct} distinct answers the others teach another relation, such as the inverse"
         words += " (--corruption random or other draws labels that teach none)"
     return f"{words}."

@@ -105,9 +105,10 @@ def compare(one: Side, other: Side) -> dict[str, Any]:
     pairs = [(i, at[query]) for i, query in enumerate(one.queries) if query in at]
     here, there = (np.array([pair[side] for pair in pairs], dtype=int) for side in (0, 1))
     clusters = one.clusters[here]
+    shared = {one.queries[i][0].input for i in here}
     found: dict[str, Any] = {
         "n_queries": len(set(clusters.tolist())),
-        "n_queries_of_one_alone": len({*one.queries} ^ {*other.queries}),
+        "n_queries_of_one_alone": len({pair.input for pair, _ in (*one.queries, *other.queries)} - shared),
         "p_zero_shot_a": _mean(one.p_zero_shot[here]),
         "p_zero_shot_b": _mean(other.p_zero_shot[there]),
         "best_layer_a": one.layer,

@@ -33,7 +33,7 @@ from relfv.stages.stage import Check, Stage, Work
 from relfv.stages.step6 import injections
 from relfv.stages.step6_summary import STEP6_SUMMARY
 from relfv.stages.trials import TRIALS
-from relfv.stages.zeroshot import ZERO_SHOT_TRIALS, evaluated_prompts
+from relfv.stages.zeroshot import ZERO_SHOT_TRIALS, evaluated, evaluated_prompts
 from relfv.store.folder import File, QidFolder
 from relfv.store.formats import json_bytes, read_json
 from relfv.store.status import QidStatus
@@ -90,7 +90,14 @@ def _compare(work: Work) -> str:
         },
         "notes": list(model.arch.notes),
         **described,
-        **judge_candidates(tried, prompts, ground.clean, ground.trial_queries, measure_of(settings.score_key)),
+        **judge_candidates(
+            tried,
+            prompts,
+            [question.query for question in work.once(evaluated).questions],
+            ground.clean,
+            [question.query for question in work.read(TRIALS).questions],
+            measure_of(settings.score_key),
+        ),
         "at_once": judge_at_once(at_once, prompts),
     }
     work.write(CONTROLS_FILE, json_bytes(document), content=document)

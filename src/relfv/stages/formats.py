@@ -97,8 +97,8 @@ def verdict(document: Mapping[str, Any]) -> str:
         f"Vectors of {len(names)} formats ({', '.join(names)}) have {words}, and {len(common['heads'])} of "
         f"{document['k']} heads are common to all (by chance {common['mean']:.2g}). On zero-shot prompts of a format "
         f"its own vector changes P by {changes['own']:+.3f} on average, those of other formats by "
-        f"{changes['others']:+.3f}, at the layer that is best for the own one; it is shown to be better in "
-        f"{n_better} of {len(minus)} cases."
+        f"{changes['others']:+.3f}, at the layer that is best for the own one; in {n_better} of {len(minus)} "
+        "cases, each taken alone, the interval of what the own one brings more lies above 0."
     )
 
 
@@ -118,7 +118,7 @@ def _target(work: Work, shown: Shown, names: Sequence[str], vectors: np.ndarray)
     effects = work.repeatable(STAGE.name, inject_vectors, work.model, prompts, names, vectors, work.settings.alpha)
     reached = effects.edited.measure("p").reshape(len(prompts), -1, len(names))
     mine = names.index(name)
-    best = int(reached[:, :, mine].mean(0).argmax())
+    best = int(np.nan_to_num(reached[:, :, mine].mean(0), nan=-np.inf).argmax())
     there = reached[:, best]
     minus = {
         other: clustered_mean(there[:, [mine]] - there[:, [i]], prompts.clusters)

@@ -69,7 +69,7 @@ def evidence_of_list(
         numbers["detectable_mean_delta_p"] = {
             "power": POWER,
             "se": finite(se),
-            "alone": finite(detectable_mean(se, clusters, FDR)),
-            "among_all": finite(detectable_mean(se, clusters, among_all)) if at_once <= n_heads else None,
+            "alone": finite(detectable_mean(se, clusters, FDR)) if se else None,
+            "among_all": finite(detectable_mean(se, clusters, among_all)) if se and at_once <= n_heads else None,
         }
     return numbers

@@ -3,6 +3,7 @@ interval."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ import numpy as np
 
 from relfv.stats import LEVEL, clustered_mean
 from relfv.store.formats import finite
-from relfv.types import Effects, Prompts, TokenScores
+from relfv.types import Effects, Prompts, TokenScores, WordPair
 
 if TYPE_CHECKING:
     from relfv.engine.clean import CleanRun
@@ -85,15 +86,22 @@ def judge_vectors(
 
 
 def judge_candidates(
-    tried: Sequence[Tried], prompts: Prompts, clean: CleanRun, clean_queries: Sequence[int], measure: str = "p"
+    tried: Sequence[Tried],
+    prompts: Prompts,
+    asked: Sequence[WordPair],
+    clean: CleanRun,
+    asked_clean: Sequence[WordPair],
+    measure: str = "p",
 ) -> dict[str, Any]:
     """The numbers of controls.json. The first of ``tried`` has every layer, and the untouched prompts' scores.
 
-    ``clean`` are the clean prompts' scores with their queries, the reference of each prompt's own query. ``measure`` is
-    what layers are compared by: prompt by prompt it is kept beside P.
+    ``clean`` are the clean prompts' scores; ``asked`` and ``asked_clean`` are the rows, input and answer, that prompts
+    and clean prompts ask. A prompt's reference is the mean of the clean prompts that ask the same. ``measure`` is what
+    layers are compared by: prompt by prompt it is kept beside P.
     """
-    p_clean, queries_of_clean = clean.scores.measure("p"), np.asarray(clean_queries)
-    of_query = {query: p_clean[queries_of_clean == query].mean() for query in set(clean_queries)}
+    p_clean: dict[WordPair, list[float]] = defaultdict(list)
+    for pair, p in zip(asked_clean, clean.scores.measure("p").tolist(), strict=True):
+        p_clean[pair].append(p)
     by_prompt = {
         f"{m}_{name}": {
             str(layer): [finite(value) for value in values]
@@ -112,7 +120,7 @@ def judge_candidates(
         "by_prompt": {
             "query_source_index": list(prompts.clusters),
             "p_zero_shot": tried[0].effects.base.measure("p").tolist(),
-            "p_clean": [float(of_query[query]) for query in prompts.clusters],
+            "p_clean": [float(np.mean(p_clean[pair])) for pair in asked],
             **by_prompt,
         },
     }

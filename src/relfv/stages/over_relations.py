@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from relfv.stages.ability import Ability
-from relfv.stages.scores import COLUMNS, rank_heads, select_heads
+from relfv.stages.scores import COLUMNS, measure_of, rank_heads, select_heads
 from relfv.stats import Stability, clustered_mean, false_discovery, sign_flip_p_values, top_k_stability
 from relfv.types import HeadId, ScoredHead
 
@@ -48,10 +48,10 @@ class OverRelations:
     low: np.ndarray
     high: np.ndarray
     p_value: np.ndarray
-    """Two-sided p-value, by sign flips of relations."""
+    """Two-sided p-value that the mean signed effect is 0, by sign flips of relations."""
     fdr: np.ndarray
     n_positive: np.ndarray
-    """int: number of relations in which the score is above 0."""
+    """int: number of relations in which the signed effect is above 0."""
     n_in_own_top: np.ndarray
     """int: number of relations that have the head among their own top heads."""
     stability: Stability
@@ -87,8 +87,10 @@ def over_relations(relations: Sequence[RelationResults], score_key: str, k: int)
         for of_head in zip(*rows, strict=True)
     )
     values = np.array([[head.scores[score_key] for head in row] for row in rows])
+    # An absolute effect is above 0 whatever a head does; whether a head does anything is asked of the effect itself.
+    effects = np.array([[head.scores[f"mean_delta_{measure_of(score_key)}"] for head in row] for row in rows])
     units = range(len(relations))
-    mean, p_value = clustered_mean(values, units), sign_flip_p_values(values, units)
+    mean, p_value = clustered_mean(values, units), sign_flip_p_values(effects, units)
     k = min(k, len(scored))
     return OverRelations(
         scored=scored,
@@ -97,7 +99,7 @@ def over_relations(relations: Sequence[RelationResults], score_key: str, k: int)
         high=mean.high,
         p_value=p_value,
         fdr=false_discovery(p_value),
-        n_positive=(values > 0).sum(0),
+        n_positive=(effects > 0).sum(0),
         n_in_own_top=np.array([sum(head.id in one.top for one in relations) for head in scored]),
         stability=top_k_stability(values, units, k, seed="relfv-aggregate"),
         score_key=score_key,

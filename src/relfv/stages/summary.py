@@ -100,7 +100,7 @@ def _of_heads(top_heads: Mapping[str, Any], stability: Mapping[str, Any] | None)
         "n_heads": len(heads),
         "n_heads_distinguishable": meta.get("n_distinguishable"),
         "n_heads_called_at_once": meta.get("n_called_at_once"),
-        "n_heads_of_few_queries": None if None in behind else sum(n <= FEW_QUERIES for n in behind),
+        "n_heads_of_few_queries": None if None in behind else sum(0 < n <= FEW_QUERIES for n in behind),
         "n_queries_of_trials": meta.get("n_queries"),
         "half_overlap_of_top_heads": stability and stability["half_overlap"],
         "chance_overlap_of_top_heads": stability and stability["chance_overlap"],

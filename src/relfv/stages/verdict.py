@@ -14,6 +14,7 @@ from relfv.stages.answered_right import stratum_sentence
 from relfv.stages.carrier import carrier_sentences
 from relfv.stages.caveats import leading_sentence, tells_apart, trial_sentences
 from relfv.stages.control_vectors import CONTROLS
+from relfv.stats import FDR, smallest_p_value
 from relfv.words import percent, with_interval
 
 HELD_OUT = "held_out, layer_chosen_by_others"
@@ -37,7 +38,9 @@ def _heads(numbers: Numbers) -> str:
     words = f"{called} of the top {n} heads are distinguishable from noise"
     at_once = numbers["n_heads_called_at_once"]
     if not called and at_once and at_once > 1:
-        words += f" (with {numbers['n_queries_of_trials']} queries {at_once} heads would have to be at once)"
+        n_queries = numbers["n_queries_of_trials"]
+        enough = f"{at_once} heads would have to be at once" if smallest_p_value(n_queries) <= FDR else "no head can be"
+        words += f" (with {n_queries} {'query' if n_queries == 1 else 'queries'} {enough})"
     few = numbers["n_heads_of_few_queries"]
     if few:
         words += f"; of {few} of the {n}, half the effect comes from one or two queries"
@@ -54,8 +57,8 @@ def _no_share(numbers: Numbers) -> str:
         return ""
     if p["clean"] - p["zero_shot"] <= 0:
         return (
-            f"Demos do not help this model here (P {p['zero_shot']:.2f} without them, {p['clean']:.2f} with): "
-            "there is no gap for a function vector to close."
+            f"P is no higher with demos ({p['zero_shot']:.2g} without them, {p['clean']:.2g} with): there is no gap here "
+            "for a function vector to close."
         )
     return (
         f"The gap between zero-shot (P {p['zero_shot']:.2f}) and clean prompts with demos ({p['clean']:.2f}) is "
