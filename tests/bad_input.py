@@ -56,7 +56,7 @@ _FOLDER_NAME = "expected 1 to 64 of A-Z a-z 0-9 . _ -, not starting with a dot o
 _HEADER_SAYS = (
     "$CSV: line 1: header is …, which has … columns for the …; expected exactly one of … (any case), as in id,ex_A,ex_B"
 )
-_CONTROL = "$CSV: 1 problem(s): line 2: the input of A1 contains a line break or control character: …; take it out"
+_CONTROL = "$CSV: 1 problem(s): line 2: the input of A1 contains a line break or control character: …; take it out, or let relfv import do so"
 _OUT_OF_REACH = "expected a Hugging Face model folder, a GGUF file, a model in the local cache or on the hub, or 'demo'"
 
 CSV_ROWS = [
@@ -67,6 +67,8 @@ CSV_ROWS = [
     Row("empty", "$CSV: is empty; expected a header id,ex_A,ex_B and one pair a row", csv=""),
     Row("a header and nothing else", "$CSV: no word pairs; expected a header id,ex_A,ex_B and one pair a row", csv=HEADER),
     Row("no header", _HEADER_SAYS, csv="Q1,dog,puppy\nQ1,cat,kitten\n"),
+    Row("Excel's mark of the separator", "$CSV: line 1: is Excel's mark of the separator (sep=…); take this line out", csv="sep=;\n" + GOOD.replace(",", ";")),
+    Row("three columns of other names", "$CSV: line 1: header is …, which has 0 columns for the q_id; …; and 0 columns for the output; expected exactly one of … (any case), as in id,ex_A,ex_B", csv="relation,input,reply\nQ1,a,b\n"),
     Row("a column is missing", _HEADER_SAYS, csv="id,ex_A\nQ1,a\n"),
     Row("a column is there twice", _HEADER_SAYS, csv="id,ex_A,ex_B,input\nQ1,a,b,c\n"),
     Row("bars between columns", _HEADER_SAYS + "; columns are separated by commas, semicolons or tabs", csv=GOOD.replace(",", "|")),
@@ -275,10 +277,11 @@ MODEL_ROWS = [
     Row("an empty one", "--model '': is empty; expected a model folder, a hub id or 'demo'", flags=[("--model", "")]),
     Row("a path that cannot be", "--model …: cannot be opened (…); expected a model folder, a hub id or 'demo'", flags=[("--model", "a\0b"), ("--model", "a" * 5000)]),
     Row("a file", "--model '$CSV': is a file; expected a Hugging Face model folder, a .gguf file or a hub id", flags=[("--model", "$CSV")]),
-    Row("a hub id, and no network", "--model 'someone/nothing': cannot open its config (HF_HUB_OFFLINE is set): …; " + _OUT_OF_REACH, flags=[("--model", "someone/nothing")]),
+    Row("a hub id, and no network", "--model 'someone/nothing': no such folder or file is here, and relfv cannot open its config (HF_HUB_OFFLINE is set): …; " + _OUT_OF_REACH, flags=[("--model", "someone/nothing")]),
     Row("no config", "--model '$MODEL': the folder has no config.json; expected a Hugging Face model folder", model=lambda folder: (folder / "config.json").unlink()),
     Row("a user that is not known", "--model '~nosuchuser/x': cannot be opened (…); expected a model folder, a hub id or 'demo'", flags=[("--model", "~nosuchuser/x")]),
     Row("an adapter whose base model is a number", "$MODEL/adapter_config.json: names no base model; write the base model's folder into base_model_name_or_path", model=_adapter_of_a_number),
+    Row("an encoder", "--model '$MODEL': is an encoder (bert), whose tokens see later ones; expected a decoder that predicts the next token (one of BERT's kin that was trained as such has is_decoder true in its config)", model=_config(model_type="bert")),
     Row("a config of 10,000 layers", "--model '$MODEL': its config asks for 10000 layers; expected at most 2000, so is the config.json damaged?", model=_config(num_hidden_layers=10_000)),
     Row("a config that asks for code from elsewhere (it is not fetched)", "--model '$MODEL': its config asks for attn_implementation 'someone/kernel', which is no part of transformers; expected one of eager, …: take it out of config.json, or allow code from elsewhere by --trust_remote_code", model=_config(attn_implementation="someone/kernel")),
     Row("weights packed in a format whose package is not there", "--model '$MODEL': its weights are packed (gptq), and what reads them is missing on cpu: …", model=_config(quantization_config={"quant_method": "gptq", "bits": 4})),

@@ -228,16 +228,21 @@ def columns_of(path: Path, row: list[str] | None) -> dict[str, int]:
     if row is None:
         raise InputError(f"{path}: is empty; expected a header id,ex_A,ex_B and one pair a row")
     names = [cell.strip().lower() for cell in row]
+    if names and re.fullmatch("sep=.?", names[0]):
+        raise InputError(f"{path}: line 1: is Excel's mark of the separator ({row[0]}); take this line out")
     column: dict[str, int] = {}
+    problems = []
     for wanted, spellings in _COLUMNS.items():
         columns = [index for index, name in enumerate(names) if name in spellings]
         if len(columns) != 1:
-            other = "; columns are separated by commas, semicolons or tabs" if len(row) == 1 else ""
-            raise InputError(
-                f"{path}: line 1: header is {','.join(row)[:120]!r}, which has {len(columns)} columns for the "
-                f"{wanted}; expected exactly one of {', '.join(spellings)} (any case), as in id,ex_A,ex_B{other}"
-            )
-        column[wanted] = columns[0]
+            problems.append(f"{len(columns)} columns for the {wanted}; expected exactly one of {', '.join(spellings)}")
+        column |= {wanted: index for index in columns}
+    if problems:
+        other = "; columns are separated by commas, semicolons or tabs" if len(row) == 1 else ""
+        raise InputError(
+            f"{path}: line 1: header is {','.join(row)[:120]!r}, which has {'; and '.join(problems)} (any case), as in "
+            f"id,ex_A,ex_B{other}"
+        )
     if names.count(_NAME) > 1:
         raise InputError(f"{path}: line 1: {names.count(_NAME)} columns are called name; expected one, or none")
     column |= {_NAME: names.index(_NAME)} if _NAME in names else {}
@@ -263,7 +268,7 @@ def _row_problem(cells: list[str], width: int, column: dict[str, int]) -> str | 
         if not word:
             return f"the {name} of {q_id} is blank"
         if not word.isprintable() and any(unicodedata.category(c) in LINE_BREAKS_AND_CONTROLS for c in word):
-            return f"the {name} of {q_id} contains a line break or control character: {word[:40]!a}; take it out"
+            return f"the {name} of {q_id} contains a line break or control character: {word[:40]!a}; take it out, or let relfv import do so"
     return _name_problem(q_id, cells[column[_NAME]]) if _NAME in column else None
 
 

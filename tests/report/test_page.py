@@ -134,7 +134,7 @@ def test_the_table_of_what_is_enough_says_what_was_not_measured(copied: Path) ->
     html = write_report(copied).read_text()
     text = " ".join(re.sub("<[^>]*>", " ", html).split())
     assert "heads put in place sufficient 50% (20% to 80%)" in text
-    assert "heads set to zero necessary not measured (--extras ablation)" in text
+    assert "heads or the vector's direction taken away necessary not measured (--extras ablation)" in text
 
 
 def status_of_token(folder: Path) -> dict[str, Any]:

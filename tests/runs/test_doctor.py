@@ -90,6 +90,18 @@ def test_what_the_run_would_refuse_is_a_line_and_exit_code_1(
     assert document["estimate"] is None
 
 
+def test_formats_are_looked_at_as_a_run_reads_them(
+    llama_path: Path, csv_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = arguments(llama_path, csv_path, tmp_path / "out", "--q_list", "A1,C3", "--dry_run", "--formats")
+    assert main([*command, "arrow,colon"]) == 0
+    assert "warn  C3" in capsys.readouterr().out  # it will be skipped
+    assert main([*command, "arow"]) != 0
+    said = "".join(capsys.readouterr())
+    assert "--formats 'arow': expected one of" in said
+    assert "JSONDecodeError" not in said
+
+
 def test_relations_are_looked_at_even_where_the_model_is_not_there(
     csv_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

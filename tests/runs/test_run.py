@@ -132,6 +132,15 @@ def test_a_second_run_touches_nothing_and_opens_no_model(
     ["trial_metrics.jsonl", "stepD_cie/noise_floor.json", "cie_scores.csv", "fv_global_resid.pt", "aie_heatmap_A1.png", "step6/layer_1/eval_summary.json", "step6/step6_all_layers_summary.json", "stepD_mean_acts/global_clean_mean.pt"],  # noqa: E501
 )  # fmt: skip
 @pytest.mark.parametrize("how", ["deleted", "truncated"])
+def test_a_run_of_skipped_q_ids_alone_does_not_say_that_everything_is_completed(
+    llama_path: Path, csv_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(llama_path, csv_path, tmp_path, "--q_list", "C3")) == 0
+    said = capsys.readouterr().err
+    assert "there are no results: 0 q_ids done, 1 skipped" in said
+    assert "everything is completed" not in said
+
+
 def test_a_damaged_file_is_noticed_and_made_again_to_the_same_bytes(
     copied: Path, csv_path: Path, llama_path: Path, damage: str, how: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

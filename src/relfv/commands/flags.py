@@ -21,7 +21,9 @@ def add_setting(group: Any, field: str, flag: Flag, name: str) -> None:
     command that works inside a q_id's folder, what that folder was made with."""
     default = getattr(DEFAULTS, field)
     help_text = flag.help + (f"; else ${flag.environment}" if flag.environment else "")
-    options: dict[str, Any] = {"dest": field, "default": argparse.SUPPRESS, "help": f"{help_text} (default: {default})"}
+    options: dict[str, Any] = {"dest": field, "default": argparse.SUPPRESS, "help": help_text}
+    if default not in ("", None):
+        options["help"] += f" (default: {default})"
     if isinstance(default, bool):
         options["action"] = argparse.BooleanOptionalAction
     elif isinstance(default, tuple):

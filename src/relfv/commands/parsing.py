@@ -12,7 +12,12 @@ from relfv.logs import printable, shortened
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Help with defaults beside each flag, and examples at the end, as they are."""
+    """Help with defaults beside each flag that has one, and examples at the end, as they are."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, "", False) or "(default:" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,6 +47,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, printable(shortened(f"{self.prog}: error: {message} (see {self.prog} --help)")) + "\n")
 
 
+_SHORT = 3
+"""Number of letters of words that are too short to look like another: gpu is not a cpu."""
+
+
 def _did_you_mean(words: Iterable[str], known: Sequence[str], cutoff: float) -> str:
-    found = [match for word in words for match in get_close_matches(word, known, n=1, cutoff=cutoff)]
+    found = []
+    for word in words:
+        begun = [one for one in known if one.startswith(word)]
+        close = get_close_matches(word, known, n=1, cutoff=cutoff) if len(word) > _SHORT else []
+        found += begun if len(begun) == 1 else close
     return f"; did you mean {', '.join(found)}?" if found else ""

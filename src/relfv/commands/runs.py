@@ -110,6 +110,10 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--device {args.device} and --devices {args.devices}: expected one of the two")
     if args.devices and args.ray:
         raise InputError(f"--ray {args.ray} and --devices {args.devices}: expected one of the two")
+    if args.workers is not None and not args.ray:
+        raise InputError(
+            f"--workers {args.workers}: is of --ray; expected --ray too, or --devices or --per_card instead"
+        )
     if args.per_card > 1 and args.ray:
         gpus = f"{10_000 // args.per_card / 10_000:g}"  # rounded down: Ray fits one process less of a larger share
         raise InputError(f"--ray {args.ray} and --per_card {args.per_card}: use --gpus_per_worker {gpus} for that")

@@ -32,6 +32,11 @@ def model_class(source: str, name: str, origin: dict[str, Any]) -> tuple[Any, An
         raise unreadable(name, "config", problem) from problem
     _require_sane(name, config, trusted=origin["trust_remote_code"])
     brings_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if not brings_code and _looks_both_ways(config, known):
+        raise InputError(
+            f"--model {name!r}: is an encoder ({config.model_type}), whose tokens see later ones; expected a decoder that "
+            "predicts the next token (one of BERT's kin that was trained as such has is_decoder true in its config)"
+        )
     if config.model_type in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or brings_code:
         return transformers.AutoModelForCausalLM, config
     if config.model_type in known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and not config.is_encoder_decoder:
@@ -41,6 +46,13 @@ def model_class(source: str, name: str, origin: dict[str, Any]) -> tuple[Any, An
         "does not know as a causal language model, nor as a multimodal one with such a model inside; expected a "
         "decoder that predicts the next token"
     )
+
+
+def _looks_both_ways(config: Any, known: Any) -> bool:
+    """True for an encoder of a family, such as BERT's, whose class for causal language models opens it all the same."""
+    in_both = {*known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES} & {*known.MODEL_FOR_MASKED_LM_MAPPING_NAMES}
+    as_decoder = any(getattr(config, name, False) for name in ("is_decoder", "is_encoder_decoder", "causal"))
+    return config.model_type in in_both and not as_decoder
 
 
 def class_within(kind: Any, config: Any) -> Any:

@@ -245,7 +245,8 @@ def unreadable(name: str, what: str, problem: Exception) -> InputError:
             f"https://huggingface.co/{name}, then log in ('hf auth login', or set HF_TOKEN)"
         )
     offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") and not Path(name).exists() else ""
+    here = "" if Path(name).exists() else "no such folder or file is here, and relfv "
     return InputError(
-        f"--model {name!r}: cannot open its {what}{offline}: {first_line(problem)}; "
+        f"--model {name!r}: {here}cannot open its {what}{offline}: {first_line(problem)}; "
         "expected a Hugging Face model folder, a GGUF file, a model in the local cache or on the hub, or 'demo'"
     )

@@ -22,7 +22,15 @@ from relfv.progress import duration
 from relfv.runs.checks import Evidence, Level, Line, check_bos, check_relations
 from relfv.runs.plan import RunPlan, RunRequest, chosen_relations, make_plan
 from relfv.runs.qid import open_for
-from relfv.runs.rehearsal import REFUSED, more_on_a_card, needs_a_model, outline_for, stages_to_run, what_would_happen
+from relfv.runs.rehearsal import (
+    REFUSED,
+    SKIPPED,
+    more_on_a_card,
+    needs_a_model,
+    outline_for,
+    stages_to_run,
+    what_would_happen,
+)
 from relfv.runs.reuse import require_reusable
 from relfv.stages.zeroshot import evaluated_of
 from relfv.store.files import require_temporary_folder
@@ -131,7 +139,7 @@ class _Visit:
         self._would = {q_id: what_would_happen(plan, q_id) for q_id in plan.relations}
         self._say("output", str(plan.folder))
         for q_id, said in self._would.items():
-            level = "fail" if said.startswith(REFUSED) else "pass"
+            level = "fail" if said.startswith(REFUSED) else "warn" if said.startswith(SKIPPED) else "pass"
             self.failed |= level == "fail"
             if self._aloud:  # one line, however long, so that programs can read it
                 show(printable(f"{level}  {q_id:<8} {len(plan.relations[q_id].pairs):>4} rows  {said}"))

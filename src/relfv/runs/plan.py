@@ -223,7 +223,7 @@ def chosen_relations(request: RunRequest) -> dict[str, Relation]:
     relations = load_relations(csv_path)
     chosen = list(relations) if request.q_list is None else list(dict.fromkeys(request.q_list))
     require_q_ids(chosen, relations, "--q_list", csv_path)
-    require_q_ids(q_ids_with_formats(request.settings.formats), relations, "--formats", csv_path)
+    require_q_ids(q_ids_with_formats(with_formats(request.settings).formats), relations, "--formats", csv_path)
     if request.shard:
         i, n = request.shard
         if not (chosen := chosen[i - 1 :: n]):

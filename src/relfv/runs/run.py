@@ -82,9 +82,17 @@ def run_all(request: RunRequest) -> int:
                 take_names(plan.folder, rest.relations)
                 if not request.shard:
                     _finish_earlier_run(plan, started_at)
-                everything = "nothing else to do" if left_alone else "everything is completed"
                 n_done = len(plan.relations) - len(skipped.keys() | left_alone)
-                log.info("%s: %d q_ids done, %d skipped, in %s", everything, n_done, len(skipped), plan.folder)
+                everything = "everything is completed" if n_done else "there are no results"
+                everything = "nothing else to do" if left_alone else everything
+                log.log(
+                    logging.INFO if n_done else logging.WARNING,
+                    "%s: %d q_ids done, %d skipped, in %s",
+                    everything,
+                    n_done,
+                    len(skipped),
+                    plan.folder,
+                )
             return 1 if left_alone else code
 
 

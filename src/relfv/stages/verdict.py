@@ -57,8 +57,8 @@ def _no_share(numbers: Numbers) -> str:
         return ""
     if p["clean"] - p["zero_shot"] <= 0:
         return (
-            f"P is no higher with demos ({p['zero_shot']:.2g} without them, {p['clean']:.2g} with): there is no gap here "
-            "for a function vector to close."
+            f"P is no higher with demos ({p['zero_shot']:.2g} without them, {p['clean']:.2g} with): there is no gap "
+            "here for a function vector to close."
         )
     return (
         f"The gap between zero-shot (P {p['zero_shot']:.2f}) and clean prompts with demos ({p['clean']:.2f}) is "
