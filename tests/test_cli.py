@@ -29,6 +29,8 @@ from relfv.commands.examples import EXAMPLES
             "relfv run: error: unrecognized arguments: --topkk 5; did you mean --topk? (see relfv run --help)",
         ),
         (["run", "--n-eval=5"], "; did you mean --n_eval? (see relfv run --help)"),
+        (["run", "--out", "x"], "; did you mean --out_root? (see relfv run --help)"),
+        (["run", "--workers", "2"], "--workers 2: is of --ray; expected --ray too, or --devices or --per_card instead"),
         (["run", "--precision", "exat"], "; did you mean exact? (see relfv run --help)"),
         (["status", "--topk", "5"], "relfv status: error: unrecognized arguments: --topk (see relfv status --help)"),
         (["status", "a", "--out_root", "b"], "not allowed with argument"),

@@ -236,7 +236,8 @@ def columns_of(path: Path, row: list[str] | None) -> dict[str, int]:
         columns = [index for index, name in enumerate(names) if name in spellings]
         if len(columns) != 1:
             problems.append(f"{len(columns)} columns for the {wanted}; expected exactly one of {', '.join(spellings)}")
-        column |= {wanted: index for index in columns}
+        else:
+            column[wanted] = columns[0]
     if problems:
         other = "; columns are separated by commas, semicolons or tabs" if len(row) == 1 else ""
         raise InputError(
@@ -268,7 +269,8 @@ def _row_problem(cells: list[str], width: int, column: dict[str, int]) -> str | 
         if not word:
             return f"the {name} of {q_id} is blank"
         if not word.isprintable() and any(unicodedata.category(c) in LINE_BREAKS_AND_CONTROLS for c in word):
-            return f"the {name} of {q_id} contains a line break or control character: {word[:40]!a}; take it out, or let relfv import do so"
+            what = f"the {name} of {q_id} contains a line break or control character: {word[:40]!a}"
+            return f"{what}; take it out, or let relfv import do so"
     return _name_problem(q_id, cells[column[_NAME]]) if _NAME in column else None
 
 

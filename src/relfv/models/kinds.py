@@ -34,8 +34,8 @@ def model_class(source: str, name: str, origin: dict[str, Any]) -> tuple[Any, An
     brings_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if not brings_code and _looks_both_ways(config, known):
         raise InputError(
-            f"--model {name!r}: is an encoder ({config.model_type}), whose tokens see later ones; expected a decoder that "
-            "predicts the next token (one of BERT's kin that was trained as such has is_decoder true in its config)"
+            f"--model {name!r}: is an encoder ({config.model_type}), whose tokens see later ones; expected a decoder "
+            "that predicts the next token (one of BERT's kin trained as such has is_decoder true in its config)"
         )
     if config.model_type in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or brings_code:
         return transformers.AutoModelForCausalLM, config
