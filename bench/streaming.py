@@ -37,7 +37,7 @@ from relfv.engine.arithmetic import Arithmetic
 from relfv.engine.base import Backbone
 from relfv.engine.passes import capture_heads
 from relfv.engine.shared_prefix import SharedPrefixEngine
-from relfv.models.architecture import resolve
+from relfv.models.architecture import Architecture, resolve
 from relfv.models.memory import available_bytes
 from relfv.models.opening import load_checkpoint
 from relfv.models.placement import (
@@ -145,7 +145,7 @@ def built(
     noise = random_numbers(max(sizes.blocks) // 2 + (1 << 20), device)
     give_weights(model, arch, noise, device, {*placement.host})
     given = time.perf_counter()
-    free = available_bytes()
+    free = available_bytes(to_share=True)
     distinct = len(placement.host)
     if free is not None and placement.host_bytes > 0.9 * free:
         distinct = int(0.9 * free // max(sizes.blocks))
@@ -212,14 +212,11 @@ def swept(
 ) -> tuple[list[str], float]:
     """A row of the table, and the median of seconds."""
     backbone = replace(backbone, arithmetic=replace(backbone.arithmetic, precision=precision))
-    arch, rng = backbone.arch, random.Random(0)
-    ids = [[rng.randrange(shape["vocab_size"]) for _ in range(rng.randint(65, 85))] for _ in range(N_TRIALS)]
-    prompts = Prompts(ids, [rng.randrange(shape["vocab_size"]) for _ in ids])
-    heads = [HeadId(layer, head) for layer in range(arch.n_layers) for head in range(arch.n_heads)]
+    prompts, heads = asked(backbone.arch, shape)
     with backbone.running():
-        means = capture_heads(backbone, ids)[0].mean(0)
+        means = capture_heads(backbone, prompts.ids)[0].mean(0)
     engine = SharedPrefixEngine(backbone)
-    engine.sweep_heads(prompts[:2], means, heads[:: arch.n_heads])  # kernels are compiled
+    engine.sweep_heads(prompts[:2], means, heads[:: backbone.arch.n_heads])  # kernels are compiled
     seconds, gigabytes, peak, per_pass = [], [], 0.0, 0
     for _ in range(repeats):
         engine = SharedPrefixEngine(backbone)
@@ -234,6 +231,14 @@ def swept(
     numbers = [f"{typical:.2f}", f"{flops(shape) / typical / 1e12:.0f}", f"{peak:.1f}", str(per_pass), f"{moved:.0f}",
                f"{moved / typical:.1f}"]  # fmt: skip
     return [size(shape), precision, blocks, *numbers], typical
+
+
+def asked(arch: Architecture, shape: dict[str, int]) -> tuple[Prompts, list[HeadId]]:
+    """25 random prompts with a target each, the same ones each time, and all heads."""
+    rng = random.Random(0)
+    ids = [[rng.randrange(shape["vocab_size"]) for _ in range(rng.randint(65, 85))] for _ in range(N_TRIALS)]
+    prompts = Prompts(ids, [rng.randrange(shape["vocab_size"]) for _ in ids])
+    return prompts, [HeadId(layer, head) for layer in range(arch.n_layers) for head in range(arch.n_heads)]
 
 
 @contextmanager
