@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import random
 import statistics
 import tempfile
 import time
@@ -30,9 +29,9 @@ from relfv.engine.passes import capture_heads
 from relfv.engine.shared_prefix import SharedPrefixEngine
 from relfv.models.architecture import resolve
 from relfv.models.cards import cards_bytes, shares_of_cards, spread, vocabulary_in_blocks
-from relfv.models.placement import N_TRIALS, bytes_of_prompt, sizes_of
-from relfv.types import Effects, HeadId, Prompts
-from streaming import SMALLER, STD, TINY, WIDE, size, write_checkpoint
+from relfv.models.placement import bytes_of_prompt, sizes_of
+from relfv.types import Effects
+from streaming import SMALLER, STD, TINY, WIDE, asked, size, write_checkpoint
 
 ONE, TWO = [torch.device("cuda", 0)], [torch.device("cuda", 0), torch.device("cuda", 1)]
 
@@ -121,12 +120,9 @@ def give_weights(module: torch.nn.Module, device: torch.device, seed: int) -> No
 
 def swept(backbone: Backbone, shape: dict[str, int], per_pass: int | None) -> tuple[list[str], float, Effects]:
     """A row of the table, the median of seconds, and the effects."""
-    arch, rng = backbone.arch, random.Random(0)
-    ids = [[rng.randrange(shape["vocab_size"]) for _ in range(rng.randint(65, 85))] for _ in range(N_TRIALS)]
-    prompts = Prompts(ids, [rng.randrange(shape["vocab_size"]) for _ in ids])
-    heads = [HeadId(layer, head) for layer in range(arch.n_layers) for head in range(arch.n_heads)]
+    prompts, heads = asked(backbone.arch, shape)
     with backbone.running():
-        means = capture_heads(backbone, ids[:4])[0].mean(0)
+        means = capture_heads(backbone, prompts.ids[:4])[0].mean(0)
     SharedPrefixEngine(backbone).sweep_heads(prompts[:2], means, heads)  # kernels are compiled
     seconds: list[float] = []
     for device in TWO:

@@ -21,6 +21,7 @@ import tempfile
 import time
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from pipeline import sampling_the_gpu
 from shapes import NAMES, model_folder
@@ -63,9 +64,7 @@ def row(out: Path, n_processes: int, flags: list[str], first: dict[str, str]) ->
     for path in out.glob("*/*/artifacts/qid_status.json"):
         status = json.loads(path.read_text())
         per_pass.add(str(status["trials_per_pass"].get("stepD_cie")))
-        both = [[datetime.fromisoformat(stage[key]) for stage in status["stages"].values()]
-                for key in ("started_at", "finished_at")]  # fmt: skip
-        spans.append((min(both[0]), max(both[1])))
+        spans.append(span_of(status))
     begun, ends = min(start for start, _ in spans), sorted(end for _, end in spans)
     later = (ends[-1] - ends[n_processes - 1]).total_seconds() if ends[n_processes:] else 0.0
     during = [sample for sample in samples if begun <= sample[0] <= ends[-1]]
@@ -84,6 +83,15 @@ def row(out: Path, n_processes: int, flags: list[str], first: dict[str, str]) ->
         ", ".join(sorted(per_pass)),
         f"{len(differ)} differ, such as {differ[0]}" if differ else f"yes, {len(found)}",
     ))  # fmt: skip
+
+
+def span_of(status: dict[str, Any]) -> tuple[datetime, datetime]:
+    """When the first stage of a q_id began and its last one ended."""
+    started, finished = (
+        [datetime.fromisoformat(stage[key]) for stage in status["stages"].values()]
+        for key in ("started_at", "finished_at")
+    )
+    return min(started), max(finished)
 
 
 def digests(out: Path) -> dict[str, str]:

@@ -31,6 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from relfv import language_model
 from relfv.cli import main as relfv
+from relfv.engine.base import Backbone
 from relfv.models.opening import Checkpoint, load_tokenizer
 from relfv.models.sources import model_source
 from relfv.models.streaming import Streaming
@@ -55,8 +56,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = args.work or Path(temporary)
         out = Path(temporary) / "out"
-        streaming = made_in_memory(args.shape, work / "model") if args.shape in IN_MEMORY else None
-        model = model_folder(args.shape, work) if streaming is None else str(work / "model")
+        if args.shape in IN_MEMORY:
+            model, streaming = str(work / "model"), made_in_memory(args.shape, work / "model").streaming
+        else:
+            model, streaming = model_folder(args.shape, work), None
         started = time.monotonic()
         with sampling_the_gpu() as busy, measuring_steps(streaming) as spent:
             code = relfv(
@@ -69,7 +72,7 @@ def main() -> None:
         print(table(out, args, seconds, busy, spent))
 
 
-def made_in_memory(shape: str, folder: Path) -> Streaming | None:
+def made_in_memory(shape: str, folder: Path) -> Backbone:
     """A model of this shape where ``--offload auto`` puts it, all streamed on a CPU; opening ``folder``, which has its
     config and a tokenizer, gives it."""
     import transformers
@@ -82,7 +85,7 @@ def made_in_memory(shape: str, folder: Path) -> Streaming | None:
     tokens = load_tokenizer(str(folder), "", trust_remote_code=False)
     made = Checkpoint(backbone.model, tokens, backbone.arch, device, "bfloat16", backbone.streaming)
     language_model.load_checkpoint = lambda *_, **__: made
-    return backbone.streaming
+    return backbone
 
 
 @contextmanager

@@ -37,12 +37,9 @@ from relfv.language_model import LanguageModel, open_model
 from relfv.models.architecture import resolve
 from relfv.types import HeadId, Prompts
 from shapes import NAMES, model_folder
-from streaming import TINY, WIDE
+from streaming import STD, TINY, WIDE
 
 PRECISIONS = ("exact", "fast")
-STD = 0.012
-"""Of the 70B shape's weights: a product then keeps its input's size. With more, 80 random layers amplify rounding, that
-of float32 as well."""
 
 
 def main() -> None:
@@ -175,7 +172,10 @@ def large(args: argparse.Namespace, shape: dict[str, int]) -> str:
         backbone = Backbone(model, arch, device, Arithmetic.with_kernels(model, arch, precision))
         if precision == "exact":
             engine, check = choose_engine(backbone, prompts[:2])
-            print(f"70B shape: made in {made:.0f} s, {engine.name}: {check.reason}", flush=True)
+            facts, rounding = engine.backbone.arithmetic.facts(), f"{check.rounding or 0:.1e}"
+            print(f"70B shape: made in {made:.0f} s, {engine.name}: {check.reason}; {facts}, rounding {rounding}",
+                  flush=True)  # fmt: skip
+        SharedPrefixEngine(backbone).sweep_heads(asked[:2], means, heads[:: arch.n_heads])  # kernels are compiled
         sweep = partial(SharedPrefixEngine(backbone).sweep_heads, asked, means, heads)
         found, seconds, gib = timed(device, 1, sweep, warm=False)
         weights = f"{backbone.weights_on_device / 2**30:.1f}"
