@@ -13,11 +13,11 @@ def percent(share: float) -> str:
     return f"{round(100 * share) + 0}%"
 
 
-def interval(low: float, high: float, write: Callable[[float], str]) -> str:
+def ci(low: float, high: float, write: Callable[[float], str]) -> str:
     """A confidence interval whose ends ``write`` writes: ``95% CI 0.1 to 0.3``."""
     return f"{LEVEL:.0%} CI {write(low)} to {write(high)}"
 
 
 def with_interval(share: Mapping[str, Any]) -> str:
     """A share and its interval: ``12% (95% CI 5% to 19%)``."""
-    return f"{percent(share['value'])} ({interval(share['low'], share['high'], percent)})"
+    return f"{percent(share['value'])} ({ci(share['low'], share['high'], percent)})"

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from relfv.stages.similarity import IN_WORDS
-from relfv.words import interval
+from relfv.words import ci
 
 _FEW = 8
 """Number of relations below which intervals are said to be wide: Student's t of six degrees of freedom is 2.4 standard
@@ -98,7 +98,7 @@ def _signed(of: Mapping[str, Any]) -> str:
 def _ends(of: Mapping[str, Any]) -> str:
     if of["mean"] is None or of["ci_low"] is None:
         return "interval unknown"
-    return f"{of['mean']:+.3f}, {interval(of['ci_low'], of['ci_high'], '{:+.3f}'.format)}"
+    return f"{of['mean']:+.3f}, {ci(of['ci_low'], of['ci_high'], '{:+.3f}'.format)}"
 
 
 def _alike(pairs: Sequence[Mapping[str, Any]], n: int) -> str:

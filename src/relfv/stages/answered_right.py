@@ -15,7 +15,7 @@ import numpy as np
 from relfv.stats import clustered_mean
 from relfv.store.formats import finite
 from relfv.types import HeadId
-from relfv.words import interval
+from relfv.words import ci
 
 MIN_QUERIES = 6
 """Smallest number of queries for which numbers are given: with fewer, no flips of their signs give a two-sided p-value
@@ -101,5 +101,5 @@ def stratum_sentence(numbers: Numbers) -> str:
 
 def _beside(of: Numbers) -> str:
     own, every = of["answered_right"], of["all"]
-    ends = interval(own["ci_low"], own["ci_high"], "{:+.3f}".format)
+    ends = ci(own["ci_low"], own["ci_high"], "{:+.3f}".format)
     return f"{own['mean_delta_p']:+.3f} ({ends}), over all {every['mean_delta_p']:+.3f}"

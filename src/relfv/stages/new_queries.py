@@ -21,7 +21,7 @@ from relfv.stages.trials import TRIALS, trial_of
 from relfv.store.folder import File
 from relfv.store.formats import json_bytes, read_json
 from relfv.types import PromptedTrial, Prompts, Question, Relation, Snapshot, TokenScores, Trial
-from relfv.words import interval, percent
+from relfv.words import ci, percent
 
 MEANING = {
     "queries": "one prompt for each input of the relation that no frozen trial asks, n_eval of them at most; as demos "
@@ -99,7 +99,7 @@ def verdict_of(numbers: dict[str, Any], n: int, layer: int) -> str:
     if not share:
         return f"{said}; the gap is too small or too uncertain to say what share of it is closed."
     shown = "" if share["low"] > 0 else ", so that it closes any of it is not shown"
-    ends = interval(share["low"], share["high"], percent)
+    ends = ci(share["low"], share["high"], percent)
     return f"{said}; it closes {percent(share['value'])} of the gap ({ends}){shown}."
 
 

@@ -25,6 +25,7 @@ from relfv.store.folder import File, QidFolder
 from relfv.store.formats import finite, json_bytes, read_json
 from relfv.store.status import QidStatus
 from relfv.types import Snapshot
+from relfv.words import ci
 
 MEANING = {
     "draws": "draw i has the trials of --seed seed + i; draw 0 is this run's own",
@@ -82,7 +83,7 @@ def _alike(rung: Mapping[str, Any], k: int, *, interval: bool = False) -> str:
     cosine, shared = rung["cosine"], rung["heads_shared"]
     words = f"{'the same vector to ' * interval}cosine {_short(cosine['mean'])}" if cosine else "a vector of zeros"
     if interval and cosine and cosine["low"] is not None:
-        words += f" ({interval(cosine['low'], cosine['high'], _short)})"
+        words += f" ({ci(cosine['low'], cosine['high'], _short)})"
     return f"{words} and {shared['mean']:.1f} of {k} heads"
 
 
