@@ -67,14 +67,15 @@ class Index:
         """Store a value. Take ``state`` before the files are read."""
         self._now[q_id] = [state, value]
 
-    def write(self) -> None:
-        """Keep the values that this command asked for, for the next one."""
-        if len(self._now) < FEWEST or self._now == self._on_disk:
+    def write(self, *, add: bool = False) -> None:
+        """Keep the values that this command asked for, for the next one; ``add`` keeps those of others beside them."""
+        values = {**self._read(), **self._now} if add else dict(self._now)
+        if len(values) < FEWEST or values == self._on_disk:
             return
         try:
-            content = orjson.dumps({"version": _VERSION, "q_ids": self._now})
+            content = orjson.dumps({"version": _VERSION, "q_ids": values})
             write_atomic(self._path, with_seal(content.removesuffix(b"}") + b"\n}\n"))
-            self._on_disk = dict(self._now)
+            self._on_disk = values
         except RelfvError as problem:
             log.debug("%s", problem)
 

@@ -62,7 +62,6 @@ class Unchanged(index.Index):
                 try:
                     with sole_writer(self._folder):
                         remove_temporaries(self._path.parent)
-                        self._now = {**self._read(), **self._now}
-                        self.write()
+                        self.write(add=True)
                 except RelfvError as problem:
                     log.debug("%s", problem)
