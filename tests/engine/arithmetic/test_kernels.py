@@ -41,6 +41,18 @@ def test_split_gives_the_same_pieces() -> None:
     assert_same_pieces(pieces, plainly(split, x, 3))
 
 
+@pytest.mark.parametrize("n", [1, 7, 128, 300])
+def test_rows_to_multiply_come_in_whole_tiles(n: int) -> None:
+    """Or the library would look for its way anew for each number of prompts."""
+    x, weight = random(1, n, 32), random(32)
+    rows = [
+        kernels.split_differences(x, 2, 3),
+        kernels.norm_differences(x, weight, 1e-5, 0.0, 2, 3)[1],
+        kernels.gate_differences(*2 * [torch.zeros(384, 32, device=DEVICE)], None, None, "silu", 1, n, 1, 0),
+    ]
+    assert all(len(some) % 128 == 0 and len(some) >= n for some in rows)
+
+
 def assert_same_pieces(found: torch.Tensor, expected: torch.Tensor) -> None:
     """To the bit, except under the interpreter, which cuts to bf16 instead of rounding."""
     if not INTERPRETED:
