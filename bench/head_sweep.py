@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=None, help="keeps the random model between runs")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each fast way, after one to warm up")
     parser.add_argument("--naive", type=int, default=64, help="forward passes of the naive way to run")
-    parser.add_argument("--by_layer", type=int, default=1, help="trials of the by-layer way to run")
+    parser.add_argument("--by_layer", type=int, default=1, help="trials of the by-layer way to run, 0 for none")
     parser.add_argument("--truth", type=int, default=16, help="heads on which the truth is compared with plain hooks")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -113,11 +113,12 @@ def bench(args: argparse.Namespace, model: LanguageModel) -> str:
     naive_s = plain_s * (n_patches + len(sweep.prompts))
     rows.append(["naive", f"{naive_s:.0f}", "1", "", *naive_errors, f"{args.naive} passes run"])
 
-    some = sweep_part(sweep, args.by_layer)
-    by_layer, seconds, gib = timed(device, 1, lambda: run(ReferenceEngine(fast.plain()), some), warm=False)
-    seconds *= len(sweep.prompts) / args.by_layer
-    rows.append(["by layer", f"{seconds:.1f}", ratio(naive_s, seconds), f"{gib:.1f}", *errors(by_layer, truth, sweep),
-                 f"{args.by_layer} trials run"])  # fmt: skip
+    if args.by_layer:
+        some = sweep_part(sweep, args.by_layer)
+        by_layer, seconds, gib = timed(device, 1, lambda: run(ReferenceEngine(fast.plain()), some), warm=False)
+        seconds *= len(sweep.prompts) / args.by_layer
+        rows.append(["by layer", f"{seconds:.1f}", ratio(naive_s, seconds), f"{gib:.1f}",
+                     *errors(by_layer, truth, sweep), f"{args.by_layer} trials run"])  # fmt: skip
 
     for name, backbone in (("relfv exact", exact), ("relfv fast", fast)):
         found, seconds, gib = timed(device, args.repeats, lambda b=backbone: run(SharedPrefixEngine(b), sweep))

@@ -15,6 +15,7 @@ from torch import nn
 from conftest import ROOT
 from crashes import Fork, Operations
 from relfv.cli import main
+from relfv.models.architecture import Architecture
 from relfv.models.tokens import Tokens
 from relfv.stages.stage import Step
 
@@ -27,7 +28,8 @@ MOST = {
     "tokens embedded": 5146,
     "rows through a block": 81_130,
     "rows through the vocabulary": 11_515,
-    "texts encoded": 125,
+    "calls of the tokenizer": 1,
+    "products of heads with W_O": 56,
     "texts decoded": 80,
     "files read": 206,
     "files written": 77,
@@ -56,8 +58,9 @@ class Counts(Counter[str]):
     def install(self) -> None:
         nn.modules.module.register_module_forward_pre_hook(self._module)
         self._follow(Step)
-        self._watch(Tokens, "_made", "texts encoded")
+        self._watch(Tokens, "_made", "calls of the tokenizer")
         self._watch(Tokens, "joined", "texts decoded")
+        self._watch(Architecture, "project_heads", "products of heads with W_O")
         self._watch(Path, "read_bytes", "files read")
         for asked in ("item", "__bool__", "__int__", "__float__"):  # for which a host waits for its GPU
             self._watch(torch.Tensor, asked, "tensors asked for one number")

@@ -10,6 +10,7 @@ import torch
 
 from conftest import scale_up
 from parity import all_heads, naive_base, naive_injections, naive_sweep, prompts_of_different_length, replacements
+from relfv.engine.answers import score_answers
 from relfv.engine.arithmetic import Arithmetic, Precision, kernels
 from relfv.engine.arithmetic.products import Pieces
 from relfv.engine.attention import Prefix
@@ -130,3 +131,22 @@ def test_a_head_given_its_own_value_has_an_effect_of_exactly_zero(family: str, p
     for variant in (backbone, backbone.plain(), backbone.plain().in_float32()):
         found = SharedPrefixEngine(variant).sweep_heads(Prompts(PROMPTS, [5, 17, 123]), None, all_heads(backbone))
         assert torch.equal(found.edited.logprob, found.base.logprob[:, None].expand_as(found.edited.logprob))
+
+
+@pytest.mark.parametrize("family", [LLAMA, "Mistral: window", "Qwen3: query and key norms"])
+def test_whole_answers_by_the_kernels_are_those_of_plain_pytorch(family: str) -> None:
+    backbone, answers = on_gpu(family).in_float32(), [[5, 9, 7], [11], [3, 30]]
+    found, expected = (score_answers(some, PROMPTS, answers) for some in (backbone, backbone.plain()))
+    assert [one.logprob for one in found] == pytest.approx([one.logprob for one in expected], abs=1e-3)
+
+
+def test_heads_are_projected_without_waiting_for_the_gpu() -> None:
+    arch = on_gpu(LLAMA).arch
+    z = torch.ones(2, 2, arch.head_dim)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = arch.project_heads(1, [0, 2], z)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = sum(arch.project_head(1, head, z[:, 0]) for head in (0, 2))
+    torch.testing.assert_close(found.cpu(), expected)

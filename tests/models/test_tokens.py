@@ -25,6 +25,19 @@ def test_a_token_that_the_tokenizer_puts_at_the_end_is_not_the_last_token_of_the
     assert Tokens(tokenizer).encode("Q: dog\nA:") == plain
 
 
+@pytest.mark.parametrize("bos", [True, False])
+def test_texts_read_ahead_have_the_ids_that_each_has_alone(bos: bool) -> None:
+    texts = [f"Q: {a}\nA:{' ' * n}{b}" for a, b in [*WORDS, *PLACES] for n in (0, 1)]
+    _same_ahead(make_tokenizer(bos=bos), texts)
+
+
+def _same_ahead(tokenizer, texts: list[str]) -> None:  # type: ignore[no-untyped-def]
+    ahead, alone = Tokens(tokenizer), Tokens(tokenizer)
+    ahead.read_ahead(texts)
+    assert {text for text, special in ahead._known if special} >= {*texts}
+    assert [ahead.encode(text) for text in texts] == [alone.encode(text) for text in texts]
+
+
 def test_a_trailing_space_is_not_fed() -> None:
     tokens = Tokens(make_tokenizer())
     assert tokens.encode("Q: dog\nA: ") == tokens.encode("Q: dog\nA:")
@@ -103,6 +116,10 @@ def digits_apart(request: pytest.FixtureRequest) -> Tokens:
     text = [f"Q: {word}\nA: {answer}\n\n" for word in ("otter", "key") for answer in ("5", "17", "puppy")] * 9
     raw.train_from_iterator([*text, "0123456789"], trainer)
     return Tokens(PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<bos>", eos_token="<eos>"))
+
+
+def test_so_have_those_of_tokenizers_that_split_digits_off(digits_apart: Tokens) -> None:
+    _same_ahead(digits_apart.tokenizer, ["Q: otter\nA:", "Q: otter\nA: ", "Q: key\nA: 17", "", "5"])
 
 
 @pytest.mark.parametrize("answer", ["5", "17"])

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from relfv.engine.arithmetic import replaced
+from relfv.engine.attention import attending_within
 from relfv.engine.base import Array, Backbone, TokenIds, sent, slices
 from relfv.engine.hooks import called_instead, editing_outputs
 from relfv.engine.memory import in_passes
@@ -188,7 +189,7 @@ def _hidden(backbone: Backbone, texts: TokenIds, starts: Sequence[int], injectio
     """Final normed hidden states (N, P, resid_dim), the vector added at every token from ``starts[n]`` on."""
     ids, mask, _ = pad_right(texts, backbone.device)
     is_padded = len({*map(len, texts)}) > 1
-    with _adding(backbone, starts, injection), masks_without_waiting(is_padded=is_padded):
+    with _adding(backbone, starts, injection), masks_without_waiting(is_padded=is_padded), attending_within(backbone):
         return backbone.decoder(input_ids=ids, attention_mask=mask, use_cache=False)[0]
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -64,8 +64,8 @@ class _Pass:
     arithmetic: Arithmetic
     prefix: Prefix | None = None
     """Prefix that copies attend to; None in passes over whole prompts, whose tokens attend to those before them."""
-    kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    """Receives keys and values by layer in passes over whole prompts."""
+    kept: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None
+    """Receives keys and values by layer in passes over whole prompts; None where nobody asks for them."""
 
 
 _active: _Pass | None = None
@@ -114,7 +114,7 @@ def shared_prefix_attention(
     _require_usual_shapes(query, key, value)
     layer = int(module.layer_idx) if layer is None else layer  # type: ignore[arg-type]
     prefix = active.prefix
-    if prefix is None:
+    if active.kept is not None:
         active.kept[layer] = _alone(key), _alone(value)
     out = active.arithmetic.attend(
         query,
@@ -193,9 +193,11 @@ def attends_by_kernel(backbone: Backbone) -> bool:
 
 
 @contextmanager
-def attending_within(backbone: Backbone, kept: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
+def attending_within(
+    backbone: Backbone, kept: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None
+) -> Iterator[None]:
     """While open, passes are over whole prompts, padded on the right. Attention is the kernel's where it may be: it
-    needs no mask, and ``kept`` receives each layer's keys and values."""
+    needs no mask, and ``kept`` receives each layer's keys and values, if it is given."""
     with _attending(_Pass(backbone.arithmetic, kept=kept), backbone) if attends_by_kernel(backbone) else nullcontext():
         yield
 

@@ -98,9 +98,10 @@ def capture_heads(backbone: Backbone, prompts: TokenIds) -> tuple[torch.Tensor, 
     captured, reader = _recorder(backbone, prompts)
     with editing_inputs([(projection, reader(layer)) for layer, projection in arch.out_projs.items()]):
         hidden = last_hidden(backbone, prompts)
-    z = torch.zeros(len(prompts), arch.n_layers, arch.n_heads * arch.head_dim)
-    z[:, list(captured)] = torch.stack([*captured.values()], dim=1).cpu()
-    return z.view(len(prompts), arch.n_layers, arch.n_heads, arch.head_dim), hidden
+    z = torch.zeros(len(prompts), arch.n_layers, arch.n_heads * arch.head_dim, device=backbone.device)
+    for layer, of_layer in captured.items():
+        z[:, layer] = of_layer
+    return z.cpu().view(len(prompts), arch.n_layers, arch.n_heads, arch.head_dim), hidden
 
 
 @contextmanager

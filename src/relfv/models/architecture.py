@@ -101,19 +101,20 @@ class Architecture:
         (..., head_dim) -> float64 (..., resid_dim) on the CPU. The bias belongs to the layer and not to any head;
         adding it per head would count it k times.
         """
-        return self.project_heads(layer, [head], activation[..., None, :])
+        return self.project_heads(layer, [head], activation[..., None, :]).cpu()
 
     def project_heads(self, layer: int, heads: Sequence[int], activations: torch.Tensor) -> torch.Tensor:
-        """The sum of ``project_head`` over ``heads``: (..., head, head_dim) -> float64 (..., resid_dim) on the CPU."""
+        """The sum of ``project_head`` over ``heads``: (..., head, head_dim), on the CPU -> float64 (..., resid_dim),
+        on a CUDA device, which is not waited for, or else on the CPU."""
         projection = self.out_projs[layer]
         weight: Any = weight_of(projection) if is_readable(projection) else getattr(projection, "weight", None)
         if isinstance(weight, torch.Tensor) and weight.dtype in _UNSCALED and weight.dim() == 2:
             inputs_first = weight.detach() if _is_conv1d(projection) else weight.detach().T
             by_head = inputs_first.unflatten(0, (self.n_heads, self.head_dim))
-            columns = by_head[torch.tensor(heads, device=weight.device)].flatten(0, 1)
+            columns = torch.cat([by_head[head] for head in heads])
             place = self.device if self.device.type == "cuda" else "cpu"  # not every device has float64
             columns = columns.to(place).double()
-            return (activations.flatten(-2).to(columns.device).double() @ columns).cpu()
+            return activations.flatten(-2).to(place, non_blocking=place != "cpu").double() @ columns
         if activations.dim() > 2:
             return torch.stack([self.project_heads(layer, heads, one) for one in activations])
         starts = [head * self.head_dim for head in heads]

@@ -36,8 +36,7 @@ against the best of them."""
 
 
 def means(activations: torch.Tensor, shares: np.ndarray) -> torch.Tensor:
-    """float32 (set, layer, head, head_dim): means of ``activations`` (trial, layer, head, head_dim) by each set's
-    ``shares`` (set, trial) of the trials."""
+    """float32 (set, ...): means of ``activations`` (trial, ...) by each set's ``shares`` (set, trial) of the trials."""
     import torch
 
     z = activations.double()
@@ -52,25 +51,34 @@ def parts_of_sets(
     projection are read once, and a layer's together."""
     import torch
 
-    arch, clean = ground.arch, ground.clean
-    parts = torch.zeros(arch.n_layers, len(chosen), arch.resid_dim, dtype=torch.float64)
+    arch, writing, queued = ground.arch, ground.clean.writing if written else None, {}
     sets = [frozenset(heads_of_set) for heads_of_set in chosen]
     used = sorted(frozenset().union(*sets))
     for layer, of_layer in groupby(used, key=lambda head: head.layer):
         heads = list(of_layer)
-        z = (clean.written if written else clean.activations)[:, layer, [head.head for head in heads]].double()
+        z = ground.clean.of_heads(heads, written=written)
         mean = (torch.from_numpy(shares) @ z.flatten(1)).view(len(chosen), *z.shape[1:])
         is_chosen = torch.tensor([[head in heads_of_set for head in heads] for heads_of_set in sets])
-        part = arch.project_heads(layer, [head.head for head in heads], mean * is_chosen[..., None])
-        parts[layer] = clean.writing.gained(layer, part) if written and clean.writing else part
+        queued[layer] = arch.project_heads(layer, [head.head for head in heads], mean * is_chosen[..., None])
+    parts = torch.zeros(arch.n_layers, len(chosen), arch.resid_dim, dtype=torch.float64)
+    for layer, part in queued.items():
+        parts[layer] = writing.gained(layer, part.cpu()) if writing else part
     return parts
 
 
 def vector_as_written(ground: Ground) -> BuiltVector:
     """The function vector of what the selected heads write, from the same float32 means as the spec's vector; the same
     digits where nothing stands between the heads and the residual stream."""
-    written = MeanActivations(ground.clean.written.mean(0).float().numpy(), len(ground.trial_queries))
+    means = ground.clean.of_heads(ground.selected, written=True).mean(0).float()
+    written = MeanActivations(_laid(ground, ground.selected, means[None])[0].numpy(), len(ground.trial_queries))
     return build_function_vector(ground.arch, written, ground.selected, ground.clean.writing)
+
+
+def _laid(ground: Ground, heads: Sequence[HeadId], values: torch.Tensor) -> torch.Tensor:
+    """(set, head, head_dim) of these heads -> (set, layer, head, head_dim), 0 for others."""
+    laid = values.new_zeros(len(values), *ground.clean.activations.shape[1:])
+    laid[:, [head.layer for head in heads], [head.head for head in heads]] = values
+    return laid
 
 
 # --- vectors, added after one layer like all controls -----------------------------------------------------------------
@@ -116,18 +124,18 @@ class AtOnce:
 
 
 def _in_place(ground: Ground, _: float) -> list[Together]:
-    return _put([[ground.selected]], means(ground.clean.activations, ground.all_trials(1)))
+    return _put(ground, [[ground.selected]], ground.all_trials(1))
 
 
 def _in_place_held_out(ground: Ground, _: float) -> list[Together]:
     if ground.held_out is None:
         return []
     shares, chosen, prompt = ground.held_out
-    return _put([[chosen[i] for i in prompt]], means(ground.clean.activations, shares)[prompt])
+    return _put(ground, [[chosen[i] for i in prompt]], shares, prompt)
 
 
 def _random_in_place(ground: Ground, _: float) -> list[Together]:
-    return _put([[draw] for draw in ground.draws], means(ground.clean.activations, ground.all_trials(1)))
+    return _put(ground, [[draw] for draw in ground.draws], ground.all_trials(1))
 
 
 def _by_layer(ground: Ground, alpha: float) -> list[Together]:
@@ -147,10 +155,15 @@ def _random_by_layer(ground: Ground, alpha: float) -> list[Together]:
     return _added(_parts(ground, alpha, ground.all_trials(len(draws)), draws))
 
 
-def _put(sets: Sequence[Sequence[Sequence[HeadId]]], values: torch.Tensor) -> list[Together]:
-    """A version for each of ``sets``, which has a set of heads for each prompt, or one for all."""
+def _put(
+    ground: Ground, sets: Sequence[Sequence[Sequence[HeadId]]], shares: np.ndarray, prompt: Any = slice(None)
+) -> list[Together]:
+    """A version for each of ``sets``, which has a set of heads for each prompt, or one for all; their values are means
+    by ``shares`` (set, trial), of which each ``prompt`` takes a set."""
     from relfv.engine.base import Together
 
+    heads = sorted({head for of_prompts in sets for heads in of_prompts for head in heads})
+    values = _laid(ground, heads, means(ground.clean.of_heads(heads), shares))[prompt]
     return [Together.setting(of_prompts, values) for of_prompts in sets]
 
 

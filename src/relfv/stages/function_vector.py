@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,11 +55,13 @@ def build_function_vector(
     import torch
 
     activations = torch.from_numpy(means.values)
-    by_layer: dict[int, torch.Tensor] = {}
-    for head in sorted(heads):
-        part = arch.project_head(head.layer, head.head, activations[head.layer, head.head])
-        part = writing.gained(head.layer, part) if writing else part
-        by_layer[head.layer] = by_layer.get(head.layer, torch.zeros_like(part)) + part
+    of_layers = {
+        layer: [head.head for head in some] for layer, some in groupby(sorted(heads), key=lambda head: head.layer)
+    }
+    queued = {layer: arch.project_heads(layer, some, activations[layer, some]) for layer, some in of_layers.items()}
+    by_layer = {layer: part.cpu() for layer, part in queued.items()}
+    if writing:
+        by_layer = {layer: writing.gained(layer, part) for layer, part in by_layer.items()}
     total = torch.stack(list(by_layer.values())).sum(0)
     return BuiltVector(
         total=total.float().numpy(),

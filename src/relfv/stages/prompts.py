@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import takewhile
 
-from relfv.models.tokens import Tokens
+from relfv.models.tokens import Tokens, fed_text
 from relfv.types import PromptedTrial, Prompts, Relation, Target, Trial, WordPair
 
 PREFIXES = {"input": "Q: ", "output": "A:", "instructions": ""}
@@ -93,11 +93,25 @@ class AnswerTokens:
     def _of(self) -> dict[str, Target]:
         """Answer -> target. An answer's tokens do not depend on what stands further in front of it than the end of the
         prompt."""
+        return {answer: self._tokens.target(prompt, answer) for answer, prompt in self._alone.items()}
+
+    @cached_property
+    def _alone(self) -> dict[str, str]:
+        """Answer -> the first query that has it, as a prompt without demos."""
         first_with = {pair.output: pair for pair in reversed(self._relation.pairs)}
         in_order = dict.fromkeys(pair.output for pair in self._relation.pairs)
-        return {
-            answer: self._tokens.target(self._shown.zero_shot(first_with[answer].input), answer) for answer in in_order
-        }
+        return {answer: self._shown.zero_shot(first_with[answer].input) for answer in in_order}
+
+    def read_ahead(self, trials: Sequence[Trial]) -> None:
+        """Have the tokenizer read in one go what ``prompted`` and ``collisions`` will ask for."""
+        asked = [(prompt, answer) for answer, prompt in self._alone.items()]
+        texts = [self._shown.corrupted(trial.demos_corrupted, trial.query.input) for trial in trials]
+        for trial in trials:
+            clean = self._shown.clean(trial.demos_clean, trial.query.input)
+            asked += [(clean, answer) for answer in self._relation.answers_to(trial.query.input)]
+        for prompt, answer in asked:
+            texts += [fed_text(prompt), f"{fed_text(prompt)} ", f"{fed_text(prompt)} {answer}"]
+        self._tokens.read_ahead(texts)
 
     def prompted(self, trial: Trial) -> PromptedTrial:
         """The clean and the corrupted prompt of a trial, its target, and what else is right."""

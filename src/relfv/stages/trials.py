@@ -165,6 +165,7 @@ def draw(
         corruption=settings.corruption,  # type: ignore[arg-type]
     )
     answers = AnswerTokens(relation, tokens, settings.target)
+    answers.read_ahead(trials)
     prompted = [answers.prompted(trial) for trial in trials]
     collisions = [
         {"token_id": token, "token": tokens.text(token), "answers": alike} for token, alike in answers.collisions()

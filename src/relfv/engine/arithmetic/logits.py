@@ -144,7 +144,8 @@ def _raw_logits(
     if pieces is not None and isinstance(head, nn.Linear):
         differences = Differences(pieces)
         split = differences.split(hidden.float())
-        return differences.base(split, head, len(hidden)), differences.products(split, head, len(rows), chunks)
+        base = differences.base(split, head, len(rows), len(hidden))
+        return base, differences.products(split, head, len(rows), chunks)
     nothing = torch.zeros(1, vocabulary, device=hidden.device)
     if may_use_kernels and hidden.dtype == torch.bfloat16 and takes_bf16(head, hidden.device):
         base = nothing if head.bias is None else head.bias.float()[None]  # type: ignore[union-attr]

@@ -136,7 +136,8 @@ class Whole:
         else:
             n_differences = self._difference * n_prompts * n_copies
             out = rows[:n_differences].view(self._difference, n_prompts, n_copies, -1).sum(0)
-            shared = rows[n_differences:].view(self._base, n_prompts, 1, -1).sum(0) if self._base else 0
+            bases = rows[n_differences:][: self._base * n_prompts]
+            shared = bases.view(self._base, n_prompts, 1, -1).sum(0) if self._base else 0
             out = out + (shared if bias is None else shared + bias)
             out = out if places is None or into is None else into.index_copy_(1, places, out)
         return out.view(*shape[:-1], -1)
@@ -213,7 +214,7 @@ class Differences(Whole):
     def _joined(self, rows: torch.Tensor, linear: nn.Linear, shape: torch.Size) -> torch.Tensor:
         if self._difference > 1 or not late.waits_for(linear):
             return super()._joined(rows, linear, shape)
-        differences, pieces = rows.split([shape[:-1].numel(), self._base * shape[0]])
+        differences, pieces = rows[: shape[:-1].numel()], rows[shape[:-1].numel() :]
         base = kernels.join_differences(pieces, linear.bias, 1, shape[0], self._base, 0)
         return late.apart(differences.view(*shape[:-1], -1), base[0])
 
@@ -223,9 +224,9 @@ class Differences(Whole):
     def _places(self, x: torch.Tensor, shape: torch.Size) -> None:
         """All copies are multiplied."""
 
-    def base(self, rows: torch.Tensor, linear: nn.Linear, n_prompts: int) -> torch.Tensor:
-        """Outputs of the bases alone, (N, out), from rows of pieces."""
-        pieces = rows[len(rows) - self._base * n_prompts :]
+    def base(self, rows: torch.Tensor, linear: nn.Linear, n_rows: int, n_prompts: int) -> torch.Tensor:
+        """Outputs of the bases alone, (N, out), from rows of pieces of ``n_rows`` copies."""
+        pieces = rows[self._difference * n_rows :][: self._base * n_prompts]
         out = self._product(pieces, weight_of(linear)).view(self._base, n_prompts, -1).sum(0)
         return out if linear.bias is None else out + linear.bias
 

@@ -4,6 +4,10 @@ Rows of pieces come in one order everywhere: the first pieces of all copies, pro
 so on, ``difference`` in all, then as many groups of bases as ``base`` says. With ``base`` 0 there are no differences:
 the rows are pieces of the numbers themselves. Those may be some of many: ``places`` (R,) then says where each row is
 among the tokens, and nothing is computed of the others.
+
+Behind them are spare rows up to a whole number of tiles, which nobody writes or reads. The library that multiplies
+looks for its way anew for each number of rows, which takes the host longer than a short product takes a GPU; and every
+q_id has numbers of its own, of tokens and of prompts.
 """
 
 from __future__ import annotations
@@ -18,6 +22,8 @@ from relfv.engine.arithmetic.kernels.formulas import SHAPES, activate
 
 _ROWS = 16
 _COLUMNS = 256
+_TILE = 128
+"""Rows that matrix units multiply at once, however few there are."""
 
 
 @triton.jit
@@ -166,12 +172,12 @@ def _norm_differences_kernel(
 
 
 def split_differences(x: torch.Tensor, difference: int, base: int, places: torch.Tensor | None = None) -> torch.Tensor:
-    """float32 (N, C, d) -> bf16 (difference * N * C + base * N, d): pieces of x - x[:, :1], then of x[:, 0]; without
-    ``base`` pieces of x, of (1, C, d) those at ``places`` alone."""
+    """float32 (N, C, d) -> bf16 rows, difference * N * C + base * N and spare ones: pieces of x - x[:, :1], then of
+    x[:, 0]; without ``base`` pieces of x, of (1, C, d) those at ``places`` alone."""
     n_prompts, n_copies, width = _sizes(x, places)
     x = x.contiguous()
     rows = difference * n_prompts * n_copies + base * n_prompts
-    out = torch.empty(rows, width, dtype=torch.bfloat16, device=x.device)
+    out = _in_tiles(rows, x)
     _split_differences_kernel[_grid(n_prompts, n_copies, width)](
         x, x if places is None else places, out, n_prompts, n_copies, n_prompts * n_copies, width,
         difference, base, places is not None, _ROWS, _COLUMNS,
@@ -242,7 +248,7 @@ def norm_differences(
     n_prompts, n_copies, width = _sizes(x, places)
     x = x if x.stride()[1:] == (width, 1) else x.contiguous()
     n_rows = n_prompts * n_copies
-    out = torch.empty(difference * n_rows + base * n_prompts, width, dtype=torch.bfloat16, device=x.device)
+    out = _in_tiles(difference * n_rows + base * n_prompts, x)
     sums = x if added is None else added
     # A few copies to a program, or it would read the base as often as copies.
     rows, block = 8 if base else 1, triton.next_power_of_2(width)
@@ -253,6 +259,11 @@ def norm_differences(
         num_warps=min(16, max(1, block // 1024)),
     )  # fmt: skip
     return x if added is None else sums[:n_rows].view(n_prompts, n_copies, width), out
+
+
+def _in_tiles(n_rows: int, x: torch.Tensor) -> torch.Tensor:
+    """Room for rows as wide as ``x``, and spare ones."""
+    return torch.empty(n_rows + -n_rows % _TILE, x.shape[-1], dtype=torch.bfloat16, device=x.device)
 
 
 def _sizes(x: torch.Tensor, places: torch.Tensor | None) -> tuple[int, int, int]:
