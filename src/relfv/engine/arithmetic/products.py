@@ -32,6 +32,7 @@ import torch
 from torch import nn
 
 from relfv.engine.arithmetic import kernels, late
+from relfv.engine.arithmetic.matmul import product
 from relfv.engine.arithmetic.padding import places_in
 from relfv.models.packed import is_readable, weight_dtype, weight_of
 
@@ -53,7 +54,6 @@ FLOAT32 = Pieces(whole=3, base=3, difference=3, depth=512)
 error grows with their number: on an H100 2e-6 of a product of 2,048 inputs and 1.6e-5 of 28,672, where float32's is
 3e-7 and 8e-7. It is alike for all copies of a token; but 80 random layers, 8,192 wide, made 5e-3 nats of it, and 1e-4
 so."""
-
 
 def takes_pieces(module: nn.Module, device: torch.device) -> TypeGuard[nn.Linear]:
     """True for a linear layer that can multiply in pieces on ``device``, and whose ``forward`` is nobody else's."""
@@ -278,13 +278,3 @@ def split(x: torch.Tensor, pieces: int) -> torch.Tensor:
         parts.append(x.bfloat16())
         x = x - parts[-1].float()
     return torch.cat(parts)
-
-
-def product(rows: torch.Tensor, weight: torch.Tensor, depth: int | None = None) -> torch.Tensor:
-    """bf16 (R, in) and (out, in) -> float32 (R, out), accumulated in float32, over ``depth`` inputs at a time."""
-    if depth and depth < rows.shape[1]:
-        parts = zip(rows.split(depth, 1), weight.split(depth, 1), strict=True)
-        return functools.reduce(torch.Tensor.add_, (product(*part) for part in parts))
-    if rows.is_cuda:
-        return torch.mm(rows, weight.t(), out_dtype=torch.float32)
-    return rows.float() @ weight.float().t()
