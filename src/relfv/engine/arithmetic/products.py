@@ -55,6 +55,7 @@ error grows with their number: on an H100 2e-6 of a product of 2,048 inputs and 
 3e-7 and 8e-7. It is alike for all copies of a token; but 80 random layers, 8,192 wide, made 5e-3 nats of it, and 1e-4
 so."""
 
+
 def takes_pieces(module: nn.Module, device: torch.device) -> TypeGuard[nn.Linear]:
     """True for a linear layer that can multiply in pieces on ``device``, and whose ``forward`` is nobody else's."""
     return takes_bf16(module, device) and "forward" not in vars(module)
