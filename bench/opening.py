@@ -49,8 +49,8 @@ print(json.dumps([*row, ended - imported, time.time() - float(sys.argv[4])]))
 print(f"{model.engine.name}: {model.check.said}")
 """
 COLUMNS = (
-    "process", "import torch and transformers, s", "import relfv, s", "rest of weights, s", "kernels, s", "self-check, s",
-    "rest of opening, s", "opening, s", "all, from the start of the process, s", "self-check",
+    "process", "import torch and transformers, s", "import relfv, s", "rest of weights, s", "kernels, s",
+    "self-check, s", "rest of opening, s", "opening, s", "all, from the start of the process, s", "self-check",
 )  # fmt: skip
 
 

@@ -77,8 +77,8 @@ def test_a_model_that_looks_along_the_token_axis_outside_attention_is_rejected(
 def test_a_self_check_takes_no_pass_for_what_another_has_shown() -> None:
     """Of each prompt alone, one pass with all interventions in its rows, and one that is read for heads and logits."""
     model, prompts = llama(300), prompts_of_different_length()[0][:2]
-    shapes = []
-    model.model.register_forward_hook(lambda _, __, output: shapes.append(tuple(output[0].shape[:2])))
+    shapes: list[tuple[int, ...]] = []
+    model.get_submodule("model").register_forward_hook(lambda _, __, output: shapes.append(tuple(output[0].shape[:2])))
     choose_engine(plain_backbone(model), prompts)
     longest, shortest = (f(map(len, prompts)) for f in (max, min))
     rows = max(n for n, _ in shapes)

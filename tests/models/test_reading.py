@@ -106,7 +106,7 @@ def test_damaged_files_end_no_differently_and_leave_no_thread_behind(
         weights.write_bytes(whole[:-100] if damage == "cut" else b"\xff" * 64 + whole[64:])
     kind, config = model_class(str(tmp_path), "it", {"trust_remote_code": False})
     assert read_first(kind, tmp_path, config, {}) is None
-    asked = {"revision": "", "device": "cpu", "dtype": "auto", "quant": "none", "offload": "auto"}
+    asked: dict[str, Any] = {"revision": "", "device": "cpu", "dtype": "auto", "quant": "none", "offload": "auto"}
     with pytest.raises(InputError, match="cannot open its model"):
         load_checkpoint(str(tmp_path), "auto", exact=True, trust_remote_code=False, **asked)
     assert threading.active_count() == before
