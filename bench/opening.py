@@ -1,5 +1,6 @@
 """How long a model takes to open, in processes of their own: the first pays for what a machine has not compiled yet,
-and makes the self-check, whose finding the others take from the cache.
+and makes the self-check, whose finding the others take from the cache. Weights are read beside other work: "rest of
+weights" is what is waited for after it.
 
 python bench/opening.py --shape llama-3.1-8b     # on a GPU with 20 GB or more
 python bench/opening.py --shape demo             # on any machine
@@ -48,8 +49,8 @@ print(json.dumps([*row, ended - imported, time.time() - float(sys.argv[4])]))
 print(f"{model.engine.name}: {model.check.said}")
 """
 COLUMNS = (
-    "process", "import torch and transformers, s", "import relfv, s", "weights, s", "kernels, s", "self-check, s",
-    "rest of opening, s", "opening, s", "all, from the start of the process, s", "self-check",
+    "process", "import torch and transformers, s", "import relfv, s", "rest of weights, s", "kernels, s",
+    "self-check, s", "rest of opening, s", "opening, s", "all, from the start of the process, s", "self-check",
 )  # fmt: skip
 
 

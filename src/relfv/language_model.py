@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from relfv.engine.arithmetic import Arithmetic, Precision
+from relfv.engine.arithmetic import Arithmetic, Precision, first_use
 from relfv.engine.base import Backbone, Engine
 from relfv.engine.remembered import Findings, remembered
 from relfv.engine.selfcheck import SelfCheck, choose_engine
@@ -104,6 +104,7 @@ def open_model(
             offload=offload,
             exact=precision == "exact",
             trust_remote_code=trust_remote_code,
+            meanwhile=first_use,
         )
     if before is None:
         return _with_engine(name, spec, checkpoint, quant, precision, started)

@@ -74,6 +74,19 @@ def test_a_model_that_looks_along_the_token_axis_outside_attention_is_rejected(
     assert check.reference_error < TOLERANCE
 
 
+def test_a_self_check_takes_no_pass_for_what_another_has_shown() -> None:
+    """Of each prompt alone, one pass with all interventions in its rows, and one that is read for heads and logits."""
+    model, prompts = llama(300), prompts_of_different_length()[0][:2]
+    shapes: list[tuple[int, ...]] = []
+    model.get_submodule("model").register_forward_hook(lambda _, __, output: shapes.append(tuple(output[0].shape[:2])))
+    choose_engine(plain_backbone(model), prompts)
+    longest, shortest = (f(map(len, prompts)) for f in (max, min))
+    rows = max(n for n, _ in shapes)
+    assert shapes.count((rows, longest)) == shapes.count((rows, shortest)) == 1
+    assert shapes.count((1, shortest)) == 1
+    assert len(shapes) == 10  # and prompts in one batch, one token fewer, copies three times, what attention writes
+
+
 def test_a_limit_that_only_the_models_mask_knows_is_found_on_prompts_that_are_shorter() -> None:
     """Llama 4 attends within chunks of 8192 tokens: no comparison of short prompts could tell."""
     config = tf.Llama4TextConfig(

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import json
 import threading
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from safetensors.torch import load_file, save_file
 
 from conftest import llama
 from relfv.errors import InputError
 from relfv.models.kinds import model_class
 from relfv.models.opening import _loaded, _old_transformers, _read_first, load_checkpoint, quiet_transformers
-from relfv.models.reading import _Lane, _Piece, files_to_read, read_onto
+from relfv.models.reading import _Lane, _Piece, files_to_read, read_onto, reading
 from zoo import ZOO
 
 CPU = torch.device("cpu")
 BUILDS = {name: ZOO[name].build for name in ("GPT-2: Conv1D, learned positions",)}
 BUILDS |= {family: next(a.build for a in ZOO.values() if a.family == family) for family in ("Mixtral", "LLaVA")}
+
+
+def read_first(kind: Any, folder: Path, config: Any, options: dict[str, Any]) -> Any:
+    with reading(folder, config, CPU) as read:
+        return _read_first(kind, config, options, read)
 
 
 def both_ways(folder: Path, **options: Any) -> tuple[Any, Any]:
@@ -29,7 +36,7 @@ def both_ways(folder: Path, **options: Any) -> tuple[Any, Any]:
     dtype = {"torch_dtype" if _old_transformers() else "dtype": options.pop("dtype", "auto")}
     options = {"device_map": {"": "cpu"}, "output_loading_info": True, "ignore_mismatched_sizes": True, **dtype}
     with quiet_transformers():
-        return _read_first(kind, folder, config, CPU, options), _loaded(kind, str(folder), options)
+        return read_first(kind, folder, config, options), _loaded(kind, str(folder), options)
 
 
 def assert_same(ours: Any, theirs: Any) -> None:
@@ -66,7 +73,7 @@ def test_tensors_larger_than_a_piece_arrive_whole_and_in_their_dtypes(tmp_path: 
     }
     save_file(stored, tmp_path / "a.safetensors", {"format": "pt"})
     save_file({"other": torch.arange(7.0)}, tmp_path / "b.safetensors", {"format": "pt"})
-    read = read_onto(CPU, [tmp_path / "a.safetensors", tmp_path / "b.safetensors"])
+    read = read_onto(CPU, [tmp_path / "a.safetensors", tmp_path / "b.safetensors"], threading.Event())
     expected = {**load_file(tmp_path / "a.safetensors"), **load_file(tmp_path / "b.safetensors")}
     assert read.keys() == expected.keys()
     assert all(
@@ -79,9 +86,9 @@ def test_what_is_out_of_the_ordinary_is_left_to_transformers(llama_path: Path, t
     assert files_to_read(llama_path, config, CPU) == [llama_path / "model.safetensors"]
     assert files_to_read(tmp_path, config, CPU) == []
     (tmp_path / "pytorch_model.bin").touch()
-    assert _read_first(kind, tmp_path, config, CPU, {}) is None
+    assert read_first(kind, tmp_path, config, {}) is None
     save_file({"model.norm.weight": torch.ones(48, dtype=torch.int8)}, tmp_path / "model.safetensors", {"format": "pt"})
-    assert _read_first(kind, tmp_path, config, CPU, {}) is None
+    assert read_first(kind, tmp_path, config, {}) is None
 
 
 @pytest.mark.parametrize("damage", ["cut", "header", "missing"])
@@ -98,8 +105,8 @@ def test_damaged_files_end_no_differently_and_leave_no_thread_behind(
     else:
         weights.write_bytes(whole[:-100] if damage == "cut" else b"\xff" * 64 + whole[64:])
     kind, config = model_class(str(tmp_path), "it", {"trust_remote_code": False})
-    assert _read_first(kind, tmp_path, config, CPU, {}) is None
-    asked = {"revision": "", "device": "cpu", "dtype": "auto", "quant": "none", "offload": "auto"}
+    assert read_first(kind, tmp_path, config, {}) is None
+    asked: dict[str, Any] = {"revision": "", "device": "cpu", "dtype": "auto", "quant": "none", "offload": "auto"}
     with pytest.raises(InputError, match="cannot open its model"):
         load_checkpoint(str(tmp_path), "auto", exact=True, trust_remote_code=False, **asked)
     assert threading.active_count() == before
@@ -111,3 +118,16 @@ def test_a_file_that_is_cut_while_it_is_read_is_an_error(tmp_path: Path) -> None
     piece = _Piece(path, path.stat().st_size - 8, torch.empty(16, dtype=torch.uint8))
     with pytest.raises(OSError, match="ends within its tensors"):
         _Lane().carry(CPU, piece)
+
+
+def test_reading_ends_with_what_it_was_for_and_leaves_no_thread_behind(tmp_path: Path) -> None:
+    save_file({f"t{i}": torch.ones(5 << 20) for i in range(20)}, tmp_path / "model.safetensors", {"format": "pt"})
+    before = threading.active_count()
+    with (
+        pytest.raises(InputError, match="no tokenizer"),
+        reading(tmp_path, tf.LlamaConfig(dtype=torch.float32), CPU) as read,
+    ):
+        raise InputError("no tokenizer")
+    assert threading.active_count() == before
+    with pytest.raises(CancelledError):
+        read()

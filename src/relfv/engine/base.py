@@ -53,6 +53,11 @@ class Backbone:
         with current, self.arithmetic.running():
             yield
 
+    @property
+    def devices(self) -> Sequence[torch.device]:
+        """All devices that the model computes on."""
+        return self.cards.devices if self.cards else [self.device]
+
     def device_of(self, layer: int) -> torch.device:
         """Device on which the block ``layer`` computes."""
         return self.cards.of_layer[layer] if self.cards else self.device
@@ -107,7 +112,7 @@ class Backbone:
         there: dict[torch.device, int] = {}
         for parameter in self.model.parameters():
             there[parameter.device] = there.get(parameter.device, 0) + parameter.nbytes
-        most = max(there.get(device, 0) for device in (self.cards.devices if self.cards else [self.device]))
+        most = max(there.get(device, 0) for device in self.devices)
         return most + (self.streaming.slot_bytes if self.streaming else 0)
 
 

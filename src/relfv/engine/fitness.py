@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from relfv.engine.arithmetic import widened
 from relfv.engine.base import Backbone, TokenIds
 from relfv.engine.hooks import editing_outputs
-from relfv.engine.passes import capture_heads
+from relfv.engine.passes import capture_heads, last_hidden, reading_heads
 from relfv.errors import RunError
 from relfv.models.packed import is_opaque
 from relfv.models.streaming import brought
-from relfv.types import Prompts
 
 TOLERANCE = 1e-3
 """Largest accepted difference in log-probability (nats), float32 both ways, as a share of the intervention's effect
@@ -47,12 +47,15 @@ class Alone:
     """Shape of each block's output, or the name of its type where it is no tensor."""
     last: torch.Tensor
     """(1, token, resid_dim): output of the last block."""
+    logprobs: torch.Tensor
+    """float32 (token id,), on the CPU: what the model itself makes of ``final``."""
 
 
 def run_alone(backbone: Backbone, prompt: Sequence[int]) -> Alone:
-    """Run one pass over ``prompt`` alone, and read its blocks and heads."""
+    """Run one pass of the whole model over ``prompt`` alone, and read its blocks, heads and logits."""
     shapes: list[tuple[int, ...] | str] = [""] * backbone.arch.n_layers
     last: dict[int, torch.Tensor] = {}
+    final: list[torch.Tensor] = []
 
     def reader(layer: int) -> Callable[[torch.Tensor], None]:
         def read(hidden: torch.Tensor) -> None:
@@ -61,10 +64,15 @@ def run_alone(backbone: Backbone, prompt: Sequence[int]) -> Alone:
 
         return read
 
+    def read_final(output: Any) -> None:  # a tensor, or an output of transformers that begins with one
+        final.append(output[:, -1] if isinstance(output, torch.Tensor) else output[0][:, -1])
+
     readers = [(block, reader(layer)) for layer, block in enumerate(backbone.arch.blocks)]
-    with backbone.running(), editing_outputs(readers):
-        z, final = capture_heads(backbone, [prompt])
-    return Alone(z[0], final, shapes, last[0])
+    with backbone.running(), editing_outputs([*readers, (backbone.decoder, read_final)]):
+        with reading_heads(backbone, [prompt]) as heads:
+            ids = torch.tensor([list(prompt)], device=backbone.device)
+            logits = backbone.model(input_ids=ids, use_cache=False).logits[0, -1].float()
+        return Alone(heads()[0], final[0], shapes, last[0], logits.log_softmax(-1).cpu())
 
 
 def check_blocks(backbone: Backbone, prompt: Sequence[int], alone: Alone) -> None:
@@ -81,7 +89,10 @@ def check_blocks(backbone: Backbone, prompt: Sequence[int], alone: Alone) -> Non
                 f"{name}: block {layer} passes on {shape}, expected one residual stream, {expected}, to which a vector "
                 "can be added at one token; this model cannot be measured correctly"
             )
-    gap = _relative(alone.last[:, :-1], run_alone(backbone, prompt[:-1]).last)
+    shorter: list[torch.Tensor] = []
+    with backbone.running(), editing_outputs([(backbone.arch.blocks[-1], shorter.append)]):
+        last_hidden(backbone, [prompt[:-1]])
+    gap = _relative(alone.last[:, :-1], shorter[0])
     if gap > RELATIVE_TOLERANCE and not is_packed(backbone):  # NaN is named by the check of logits
         raise RunError(
             f"{name} lets tokens see later ones (one more token changes those before it by {gap:.2g}); expected a "
@@ -89,16 +100,11 @@ def check_blocks(backbone: Backbone, prompt: Sequence[int], alone: Alone) -> Non
         )
 
 
-def readout_gap(backbone: Backbone, prompts: Prompts, logprobs: torch.Tensor) -> float:
-    """Compare the model's own log-probability of each target with relfv's, ``logprobs`` (prompt,): the largest
+def readout_gap(alone: Sequence[Alone], targets: Sequence[int], logprobs: torch.Tensor) -> float:
+    """Compare the model's own log-probability of each prompt's target with relfv's, ``logprobs`` (prompt,): the largest
     difference, infinite for NaN."""
-    own = []
-    for prompt, target in zip(prompts.ids, prompts.targets, strict=True):
-        with backbone.running():
-            ids = torch.tensor([list(prompt)], device=backbone.device)
-            logits = backbone.model(input_ids=ids, use_cache=False).logits[0, -1].float()
-        own.append(float(logits.log_softmax(-1)[target]))
-    return float((torch.tensor(own) - logprobs).abs().nan_to_num(nan=torch.inf).max())
+    own = torch.stack([of.logprobs[target] for of, target in zip(alone, targets, strict=True)])
+    return float((own - logprobs).abs().nan_to_num(nan=torch.inf).max())
 
 
 def require_readout(backbone: Backbone, gap: float) -> None:
@@ -117,7 +123,7 @@ def check_projection(backbone: Backbone, z: torch.Tensor, layers: list[int]) -> 
     """
     arch = backbone.arch
     for layer in layers:
-        parts = torch.stack([arch.project_head(layer, head, z[layer, head]) for head in range(arch.n_heads)]).sum(0)
+        parts = arch.project_heads(layer, range(arch.n_heads), z[layer])
         rows = torch.stack([z[layer].flatten(), torch.zeros(arch.n_heads * arch.head_dim)])[:, None]
         with backbone.running(), brought(arch.out_projs[layer], backbone.device), widened(arch.out_projs[layer]):
             out = arch.out_projs[layer](rows.to(backbone.device)).cpu().double()[:, 0]

@@ -89,19 +89,28 @@ def last_hidden(backbone: Backbone, prompts: TokenIds) -> torch.Tensor:
 
 
 def capture_heads(backbone: Backbone, prompts: TokenIds) -> tuple[torch.Tensor, torch.Tensor]:
-    """z of every head at the last token, and the final hidden state there.
-
-    -> float32 (N, layer, head, head_dim) on the CPU, zero in layers without attention, and (N, resid_dim) on the
-    device.
-    """
-    arch = backbone.arch
-    captured, reader = _recorder(backbone, prompts)
-    with editing_inputs([(projection, reader(layer)) for layer, projection in arch.out_projs.items()]):
+    """z of every head at the last token, as in ``reading_heads``, and the final hidden state there, (N, resid_dim) on
+    the device."""
+    with reading_heads(backbone, prompts) as heads:
         hidden = last_hidden(backbone, prompts)
-    z = torch.zeros(len(prompts), arch.n_layers, arch.n_heads * arch.head_dim, device=backbone.device)
-    for layer, of_layer in captured.items():
-        z[:, layer] = of_layer
-    return z.cpu().view(len(prompts), arch.n_layers, arch.n_heads, arch.head_dim), hidden
+    return heads(), hidden
+
+
+@contextmanager
+def reading_heads(backbone: Backbone, prompts: TokenIds) -> Iterator[Callable[[], torch.Tensor]]:
+    """While open, a forward pass over ``prompts`` records z of every head at the last token; yields a function that
+    gives it: float32 (N, layer, head, head_dim) on the CPU, zero in layers without attention."""
+    arch = backbone.arch
+    seen, reader = _recorder(backbone, prompts)
+
+    def heads() -> torch.Tensor:
+        z = torch.zeros(len(prompts), arch.n_layers, arch.n_heads * arch.head_dim, device=backbone.device)
+        for layer, of_layer in seen.items():
+            z[:, layer] = of_layer
+        return z.cpu().unflatten(-1, (arch.n_heads, arch.head_dim))
+
+    with editing_inputs([(projection, reader(layer)) for layer, projection in arch.out_projs.items()]):
+        yield heads
 
 
 @contextmanager

@@ -82,7 +82,7 @@ def _own_code() -> list[Path]:
 def basis(backbone: Backbone, prompts: TokenIds) -> dict[str, Any]:
     """Everything that a self-check of ``backbone`` on ``prompts`` depends on, beside the files that the model was read
     from: code, libraries, hardware, and how the model is laid out and computes."""
-    model, arithmetic, devices = backbone.model, backbone.arithmetic, backbone.cards and backbone.cards.devices
+    model, arithmetic = backbone.model, backbone.arithmetic
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     return {
         "relfv": [relfv.__version__, relfv.ALGORITHM_VERSION, _hash_of(_own_code())],
@@ -93,7 +93,7 @@ def basis(backbone: Backbone, prompts: TokenIds) -> dict[str, Any]:
         "where": str(backbone.streaming.placement if backbone.streaming else backbone.cards),
         "arithmetic": [arithmetic.precision, arithmetic.facts(), arithmetic.is_plain],
         "architecture": [backbone.arch.family, list(backbone.arch.notes)],
-        "devices": [_described(device) for device in devices or [backbone.device]],
+        "devices": [_described(device) for device in backbone.devices],
         "system": platform.platform(),
         "processor": [_processor(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()],
         "switches": [

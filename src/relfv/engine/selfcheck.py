@@ -113,10 +113,10 @@ def _checked_interventions(float32: Backbone, prompts: TokenIds) -> Intervention
         alone = [run_alone(float32, prompt) for prompt in prompts]
         check_blocks(float32, prompts[0], alone[0])
         trial = interventions(float32, prompts, alone)
-        gap = readout_gap(float32, trial.prompts, trial.truth.base.logprob)
+        gap = readout_gap(alone, trial.prompts.targets, trial.truth.base.logprob)
         if gap > TOLERANCE and trial.in_rows:
             trial = trial.one_by_one(float32)
-            gap = readout_gap(float32, trial.prompts, trial.truth.base.logprob)
+            gap = readout_gap(alone, trial.prompts.targets, trial.truth.base.logprob)
         require_readout(float32, gap)
         check_projection(float32, trial.z[0], sorted({head.layer for head in trial.heads}))
         check_capture(float32, prompts, trial.z)

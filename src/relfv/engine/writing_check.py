@@ -34,13 +34,13 @@ def writing_error(backbone: Backbone, prompt: Sequence[int], layers: Sequence[in
         clean = run_clean(backbone, Prompts([prompt], [0]))
     errors = []
     for layer in layers:
-        parts = [arch.project_head(layer, h, clean.activations[0, layer, h]) for h in range(arch.n_heads)]
+        parts = arch.project_heads(layer, range(arch.n_heads), clean.activations[0, layer])
         with backbone.running(), brought(arch.out_projs[layer], backbone.device), widened(arch.out_projs[layer]):
             zero = torch.zeros(1, 1, arch.n_heads * arch.head_dim, device=backbone.device)
             bias = arch.out_projs[layer](zero).cpu().double()[0, 0]
         writing = clean.writing
         assert writing
-        expected = writing.factors[0, layer] * writing.gained(layer, torch.stack([*parts, bias]).sum(0))
+        expected = writing.factors[0, layer] * writing.gained(layer, parts + bias)
         start, end, inputs, outputs = seen[layer](arch.resid_dim)
         found = [*(x - start for x in inputs), *(end - start - y for y in outputs)]
         scale = max(float(expected.norm()), 1e-3 * float(start.norm()))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from relfv.errors import DeviceTaken, InputError
@@ -59,15 +61,16 @@ def taken(devices: list[torch.device]) -> list[torch.device]:
     return devices
 
 
-def still_computes(device: torch.device) -> bool:
-    """Whether this process can go on with ``device``: after some errors of a kernel CUDA refuses everything until the
-    process ends."""
-    try:
-        torch.ones(1, device=device).item()
-    except torch.OutOfMemoryError:
-        return True
-    except RuntimeError:
-        return False
+def still_compute(devices: Iterable[torch.device]) -> bool:
+    """Whether this process can go on with all ``devices``: after some errors of a kernel CUDA refuses everything until
+    the process ends."""
+    for device in devices:
+        try:
+            torch.ones(1, device=device).item()
+        except torch.OutOfMemoryError:
+            continue
+        except RuntimeError:
+            return False
     return True
 
 

@@ -11,10 +11,9 @@ from __future__ import annotations
 import copy
 import gc
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from relfv.models.gguf import DTYPE, read_tokenizer
 from relfv.models.kinds import class_within, model_class
 from relfv.models.memory import fits_widened
 from relfv.models.placement import foreseen
-from relfv.models.reading import files_to_read, read_onto
+from relfv.models.reading import reading
 from relfv.models.size import check_size
 from relfv.models.sources import dtype_name, location, model_source, snapshot, unreadable, weights_source
 from relfv.models.streaming import Streaming, stream
@@ -66,12 +65,13 @@ def load_checkpoint(
     offload: str,
     exact: bool,
     trust_remote_code: bool,
+    meanwhile: Callable[[torch.device], None] | None = None,
 ) -> Checkpoint:
     """Load tokenizer and weights, and find the model's parts under ``spec``.
 
     ``exact``: on a CPU that has the memory, weights of 16 bits are held in float32: the same numbers, which need not be
-    widened again for every pass. Raises InputError if the model cannot be found or read, the spec does not fit it, or
-    the device cannot do what is asked.
+    widened again for every pass. ``meanwhile`` is called with a card while weights are read onto it. Raises InputError
+    if the model cannot be found or read, the spec does not fit it, or the device cannot do what is asked.
     """
     places = taken(choose_devices(device))
     place = places[0]
@@ -84,10 +84,13 @@ def load_checkpoint(
     place_of, origin = location(source, asked)
     origin = {**origin, "trust_remote_code": trust_remote_code}
     dtype = DTYPE if dtype == "auto" and "gguf_file" in origin else dtype
-    with quiet_transformers():
+    with quiet_transformers(), ExitStack() as stack:
         # the config first, or its errors would be blamed on the tokenizer, which reads it, too
         kind, config = model_class(place_of, name, origin)
         check_size(name, source, text_config(config), place, torch_dtype(dtype))
+        read = None
+        if len(places) == 1 and offload in ("auto", "none") and _may_read(config, place, quant, origin):
+            read = stack.enter_context(reading(snapshot(source, asked), config, place, torch_dtype(dtype)))
         placement = foreseen(
             name, spec, snapshot(source, asked), kind, config, offload=offload, device=place, dtype=torch_dtype(dtype),
             quant=quant, trust_remote_code=trust_remote_code,
@@ -102,7 +105,9 @@ def load_checkpoint(
             tokenizer = _load_tokenizer(str(adapter.folder), name, {"trust_remote_code": trust_remote_code})
         else:
             tokenizer = _load_tokenizer(place_of, name, origin)
-        model = _load_weights(kind, place_of, name, config, loaded_on, dtype, quant, origin)
+        if read and meanwhile:
+            meanwhile(place)
+        model = _load_weights(kind, place_of, name, config, loaded_on, dtype, quant, origin, read)
     if adapter:
         model = merged(model, adapter, loaded_on).eval().requires_grad_(False)
     arch = resolve(model, spec)
@@ -173,6 +178,7 @@ def _load_weights(
     dtype: str,
     quant: str,
     origin: dict[str, Any],
+    read: Callable[[], dict[str, torch.Tensor]] | None,
 ) -> Any:
     options: dict[str, Any] = {"torch_dtype" if _old_transformers() else "dtype": torch_dtype(dtype) or "auto"}
     options["device_map"] = {"": str(place)}
@@ -190,11 +196,9 @@ def _load_weights(
             options["quantization_config"] = as_object(unpacked)
     # For tensors that are missing or of another shape transformers draws random ones, with a warning at most.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    is_plain = not unpacked and not format_of(config) and quant == "none" and "gguf_file" not in origin
-    may_read = is_plain and place.type == "cuda" and not origin["trust_remote_code"]
-    read = _read_first(kind, snapshot(source, origin.get("revision")), config, place, options) if may_read else None
+    first = _read_first(kind, config, options, read) if read and place.type == "cuda" else None
     try:
-        model, loading_info = read or _loaded(kind, source, {**origin, **options})
+        model, loading_info = first or _loaded(kind, source, {**origin, **options})
     except torch.OutOfMemoryError:
         raise InputError(
             f"--model {name!r} does not fit on {place}; use --dtype bf16, --quant 8bit or 4bit, or a larger device"
@@ -208,15 +212,21 @@ def _load_weights(
     return model.eval().requires_grad_(False)
 
 
-def _read_first(kind: Any, folder: Path, config: Any, place: torch.device, options: dict[str, Any]) -> Any:
+def _may_read(config: Any, place: torch.device, quant: str, origin: dict[str, Any]) -> bool:
+    """Whether the weights are ordinary ones that go onto a card."""
+    is_plain = not unpacking(config) and not format_of(config) and quant == "none" and "gguf_file" not in origin
+    return is_plain and place.type == "cuda" and not origin["trust_remote_code"]
+
+
+def _read_first(kind: Any, config: Any, options: dict[str, Any], read: Callable[[], dict[str, torch.Tensor]]) -> Any:
     """Load the model as ``_loaded`` does, but faster: from weights that are in their place already (reading.py). None
     where that cannot be; ``_loaded`` then says why, if it cannot, either."""
     try:
-        wanted = options.get("dtype", options.get("torch_dtype"))
-        own, files = class_within(kind, config), files_to_read(folder, config, place, wanted)
-        if own is None or not files:
+        own, weights = class_within(kind, config), read()
+        if own is None or not weights:
             return None
-        loaded = own.from_pretrained(None, config=config, state_dict=read_onto(place, files), **options)
+        loaded = own.from_pretrained(None, config=config, state_dict=weights, **options)
+        del weights
         torch.cuda.empty_cache()  # transformers has made room for them, where they are not
         return loaded
     except Exception as problem:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +27,25 @@ _PIECE = 16 << 20
 """Bytes on their way at a time in each thread."""
 _THREADS = 8
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+@contextmanager
+def reading(
+    folder: Path, config: Any, device: torch.device, wanted: Any = "auto"
+) -> Iterator[Callable[[], dict[str, torch.Tensor]]]:
+    """While open, a thread reads the ``files_to_read``. Yields a function, to be called once, that waits for it and
+    gives what ``read_onto`` gives, nothing without such files; it raises what they raise."""
+    ended = threading.Event()
+
+    def read() -> dict[str, torch.Tensor]:
+        return read_onto(device, files_to_read(folder, config, device, wanted), ended)
+
+    with ThreadPoolExecutor(1, "weights") as pool:
+        try:
+            begun = [pool.submit(read)]
+            yield lambda: begun.pop().result()  # what is read is not kept here, too
+        finally:
+            ended.set()
 
 
 def files_to_read(folder: Path, config: Any, device: torch.device, wanted: Any = "auto") -> list[Path]:
@@ -60,10 +81,11 @@ class _Piece(NamedTuple):
     """uint8 (byte,): memory that the piece goes to."""
 
 
-def read_onto(device: torch.device, files: list[Path]) -> dict[str, torch.Tensor]:
+def read_onto(device: torch.device, files: list[Path], ended: threading.Event) -> dict[str, torch.Tensor]:
     """The tensors in safetensors ``files``, by name, on ``device``.
 
-    Raises an error for a file that is damaged, or holds tensors that are not of floating point or not PyTorch's."""
+    Raises an error for a file that is damaged, or holds tensors that are not of floating point or not PyTorch's, and
+    CancelledError once ``ended`` is set."""
     found, pieces = dict[str, torch.Tensor](), list[_Piece]()
     for path in files:
         with safe_open(path, framework="pt") as file:  # looks whether header and file fit together
@@ -81,7 +103,9 @@ def read_onto(device: torch.device, files: list[Path]) -> dict[str, torch.Tensor
     with ThreadPoolExecutor(_THREADS, "weights") as pool:
         carried = pool.map(partial(lane.carry, device), pieces)
         for _ in zip(carried, counted(pieces, lambda piece: len(piece.target) >> 20), strict=True):
-            pass
+            if ended.is_set():
+                pool.shutdown(cancel_futures=True)
+                raise CancelledError
     return found
 
 

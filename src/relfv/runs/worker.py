@@ -76,10 +76,10 @@ class Worker:
                 yield q_id, outcome
 
     def still_computes(self) -> bool:
-        """Whether the device still computes, after a failure."""
-        from relfv.models.devices import still_computes
+        """Whether all the model's devices still compute, after a failure."""
+        from relfv.models.devices import still_compute
 
-        return still_computes(self.model.backbone.device)
+        return still_compute(self.model.backbone.devices)
 
     def in_a_pause(self, do: Callable[[], None]) -> None:
         """Call ``do`` in a pause of this process: while a GPU computes the next q_id's sweep; on a CPU, where there is

@@ -30,6 +30,7 @@ from torch import nn
 from relfv.engine.arithmetic import kernels, late, logits
 from relfv.engine.arithmetic.attention import attend_plainly
 from relfv.engine.arithmetic.blocks import Stream, with_room
+from relfv.engine.arithmetic.first_use import first_use
 from relfv.engine.arithmetic.fusion import Fusions, recognise
 from relfv.engine.arithmetic.padding import leaving_out_padding
 from relfv.engine.arithmetic.precision import Mode, Precision, mode_of, whole_widened, widened
@@ -38,7 +39,7 @@ from relfv.engine.arithmetic.replacing import replaced
 from relfv.models.architecture import Architecture
 from relfv.models.packed import is_readable, unpacked_product
 
-__all__ = ["Arithmetic", "Precision", "leaving_out_padding", "replaced", "widened", "with_room"]
+__all__ = ["Arithmetic", "Precision", "first_use", "leaving_out_padding", "replaced", "widened", "with_room"]
 
 
 @dataclass(frozen=True)

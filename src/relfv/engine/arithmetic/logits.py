@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from relfv.engine.arithmetic import kernels
-from relfv.engine.arithmetic.products import Differences, Pieces, product, takes_bf16
+from relfv.engine.arithmetic.matmul import product
+from relfv.engine.arithmetic.products import Differences, Pieces, takes_bf16
 from relfv.models.architecture import Architecture
 from relfv.models.packed import weight_of
 

@@ -32,6 +32,7 @@ import torch
 from torch import nn
 
 from relfv.engine.arithmetic import kernels, late
+from relfv.engine.arithmetic.matmul import product
 from relfv.engine.arithmetic.padding import places_in
 from relfv.models.packed import is_readable, weight_dtype, weight_of
 
@@ -279,13 +280,3 @@ def split(x: torch.Tensor, pieces: int) -> torch.Tensor:
         parts.append(x.bfloat16())
         x = x - parts[-1].float()
     return torch.cat(parts)
-
-
-def product(rows: torch.Tensor, weight: torch.Tensor, depth: int | None = None) -> torch.Tensor:
-    """bf16 (R, in) and (out, in) -> float32 (R, out), accumulated in float32, over ``depth`` inputs at a time."""
-    if depth and depth < rows.shape[1]:
-        parts = zip(rows.split(depth, 1), weight.split(depth, 1), strict=True)
-        return functools.reduce(torch.Tensor.add_, (product(*part) for part in parts))
-    if rows.is_cuda:
-        return torch.mm(rows, weight.t(), out_dtype=torch.float32)
-    return rows.float() @ weight.float().t()
