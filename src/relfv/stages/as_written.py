@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from relfv.progress import doing
 from relfv.stages.function_vector import build_function_vector
 from relfv.stages.injection import length
 from relfv.stages.judging import judge_vectors, mean_over_draws
@@ -215,7 +216,8 @@ def edit_at_once(
     for a_pass, (names, some) in versions.items():
         if some:
             engine = exact if a_pass == "step6_at_once" else exact.over_likeliest_tokens()
-            effects = engine.edit_together(prompts, some, per_pass=work.trials_per_pass.get(a_pass))
+            with doing(f"{len(some)} edits at once: {', '.join(dict.fromkeys(names))}"):
+                effects = engine.edit_together(prompts, some, per_pass=work.trials_per_pass.get(a_pass))
             work.trials_per_pass[a_pass] = effects.per_pass
             done.append((names, effects))
     return done

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from relfv.progress import doing
 from relfv.settings import MODEL_SETTINGS
 from relfv.stages.as_written import (
     AT_ONCE,
@@ -140,12 +141,14 @@ def _try_all(work: Work, ground: Ground, own: Tried) -> tuple[list[Tried], dict[
 
 
 def _inject(work: Work, engine: Engine, kind: str, candidates: Candidates, layers: Sequence[int]) -> Tried:
-    effects = engine.inject(
-        work.once(evaluated_prompts),
-        [work.settings.alpha * part for part in candidates.at(layers)],
-        layers,
-        per_pass=work.trials_per_pass.get(kind),
-    )
+    names = ", ".join(dict.fromkeys(candidates.names))
+    with doing(f"{len(candidates.names)} vectors after {len(layers)} layers each: {names}"):
+        effects = engine.inject(
+            work.once(evaluated_prompts),
+            [work.settings.alpha * part for part in candidates.at(layers)],
+            layers,
+            per_pass=work.trials_per_pass.get(kind),
+        )
     work.trials_per_pass[kind] = effects.per_pass
     return Tried(effects, layers, candidates.names)
 
