@@ -20,7 +20,7 @@ from conftest import ROOT
 from folders import arguments
 from relfv import progress
 from relfv.pace import Pace
-from relfv.progress import Task, at_hand, at_work, counted
+from relfv.progress import Task, at_hand, at_layer, at_work, counted, doing
 
 IMPATIENT = (
     "import sys; from relfv import progress; progress.SILENCE_S = progress.REFRESH_S = 0.05; "
@@ -96,6 +96,15 @@ def test_a_loop_says_how_much_is_done_and_what_is_left_of_it() -> None:
             assert list(counted([1, 2])) == [1, 2]
             assert (at_hand(), inner.total, task.total) == (inner, 0, 6)
     assert at_hand() is None
+
+
+def test_the_part_of_the_work_and_the_layer_are_told_while_they_last() -> None:
+    with at_work("stage", "what it does") as task:
+        with doing("one part of it"):
+            at_layer("layer 7 of 18")
+            assert (task.about, task.said()) == ("one part of it", "layer 7 of 18, 0 s so far")
+        at_layer("")
+        assert (task.about, task.said()) == ("what it does", "0 s so far")
 
 
 def test_time_left_of_a_stage_is_by_what_is_counted_or_by_what_it_took_before() -> None:

@@ -44,6 +44,8 @@ class Task:
     done: int = 0
     total: int = 0
     started: float = field(default_factory=time.monotonic)
+    layer: str = ""
+    """Where a pass over the model is: ``layer 7 of 18``; empty where that is not told."""
 
     def seconds(self) -> float:
         """Seconds since the work began."""
@@ -61,10 +63,12 @@ class Task:
         return self.seconds() * (1 / share - 1) if share and share < 0.99 else None
 
     def said(self) -> str:
-        """Progress in words: ``12 of 25 prompts, 40 s so far, 43 s left``."""
+        """Progress in words: ``12 of 25 prompts, layer 7 of 18, 40 s so far, 43 s left``."""
         counted = f"{self.done} of {self.total} {self.unit}, " if self.total else ""
-        left = self.left_s()
-        return f"{counted}{duration(self.seconds())} so far" + ("" if left is None else f", {duration(left)} left")
+        left, layer = self.left_s(), f"{self.layer}, " if self.layer else ""
+        return f"{counted}{layer}{duration(self.seconds())} so far" + (
+            "" if left is None else f", {duration(left)} left"
+        )
 
 
 def duration(seconds: float) -> str:
@@ -101,6 +105,23 @@ def counted(parts: Sequence[T], size: Callable[[T], int] = lambda _: 1) -> Itera
     for part in parts:
         yield part
         task.done += size(part)
+
+
+@contextmanager
+def doing(words: str) -> Iterator[None]:
+    """While open, the work at hand is described by ``words``: the part of it that is being done."""
+    task = at_hand() or Task("", "")
+    before, task.about = task.about, words
+    try:
+        yield
+    finally:
+        task.about = before
+
+
+def at_layer(words: str) -> None:
+    """Note where a pass over the model is, such as ``layer 7 of 18``; empty once none is under way."""
+    if task := at_hand():
+        task.layer = words
 
 
 def at_hand() -> Task | None:

@@ -10,10 +10,13 @@ from transformers import AttentionMaskInterface, DynamicCache
 
 from parity import assert_close
 from relfv.engine.answers import score_answers
+from relfv.engine.arithmetic import logits
 from relfv.engine.clean import run_clean
 from relfv.engine.passes import masks_without_waiting
 from relfv.engine.prefix import Prefill
+from relfv.engine.shared_prefix import SharedPrefixEngine
 from relfv.language_model import open_model
+from relfv.progress import at_work
 from relfv.types import Prompts
 
 PROMPTS = [[5, 6, 7, 8, 9], [11, 12, 13]]
@@ -76,3 +79,41 @@ def test_models_that_run_beside_in_another_thread_see_their_own_padding(llama_pa
         assert torch.equal(other.submit(logits).result(), alone)
         assert not torch.equal(logits(), alone)
     assert torch.equal(logits(), alone)
+
+
+def test_what_is_read_in_brief_is_found_once_for_some_prompts_whichever_pass_comes_first(
+    llama_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = open_model(str(llama_path), device="cpu")
+    for name, value in {"_TILE_TOKENS": 16, "N_LIKELIEST": 20, "N_OTHERS": 10}.items():
+        monkeypatch.setattr(logits, name, value)
+    brief, vectors = model.engine.over_likeliest_tokens(), torch.ones(2, model.arch.resid_dim)
+    head, whole = model.arch.lm_head.weight, list[int]()
+    linear = torch.nn.functional.linear
+
+    def counted(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if weight.untyped_storage().data_ptr() == head.untyped_storage().data_ptr():  # type: ignore[union-attr]
+            whole.append(len(rows) * len(weight))
+        return linear(rows, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", counted)
+    prompts = Prompts(PROMPTS, [5, 6])
+    brief.inject(prompts, vectors[:1], [0])
+    after = brief.inject(prompts, vectors, [0, 1])
+    assert sum(whole) == len(PROMPTS) * len(head)  # type: ignore[arg-type]
+    alone = SharedPrefixEngine(brief.backbone).inject(prompts, vectors, [0, 1])
+    assert torch.equal(after.edited.logprob, alone.edited.logprob)
+    brief.inject(Prompts(PROMPTS, [7, 8]), vectors, [0])
+    assert sum(whole) == 3 * len(PROMPTS) * len(head)  # type: ignore[arg-type]
+
+
+def test_a_pass_on_a_cpu_tells_which_layer_it_is_in(llama_path: Path) -> None:
+    model, told = open_model(str(llama_path), device="cpu"), list[str]()
+    with at_work("stage", "") as task:
+        handles = [block.register_forward_hook(lambda *_: told.append(task.layer)) for block in model.arch.blocks]
+        run_clean(model.backbone, Prompts(PROMPTS, [5, 6]))
+        for handle in handles:
+            handle.remove()
+        assert not task.layer
+    n_layers = model.arch.n_layers
+    assert told == [f"layer {layer} of {n_layers}" for layer in range(1, n_layers + 1)]

@@ -21,7 +21,7 @@ from relfv.engine.arithmetic import Arithmetic
 from relfv.models.architecture import Architecture, text_config
 from relfv.models.cards import Cards
 from relfv.models.streaming import Streaming
-from relfv.progress import counted
+from relfv.progress import at_layer, counted
 from relfv.types import Effects, HeadId, Prompts
 
 TokenIds = Sequence[Sequence[int]]
@@ -50,13 +50,28 @@ class Backbone:
         """The context in which every forward pass happens: no gradients, and ``arithmetic``."""
         # Kernels start on the current device, whichever their tensors are on.
         current = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
-        with current, self.arithmetic.running():
+        with current, self.arithmetic.running(), self._told_by_layer():
             yield
 
     @property
     def devices(self) -> Sequence[torch.device]:
         """All devices that the model computes on."""
         return self.cards.devices if self.cards else [self.device]
+
+    @contextmanager
+    def _told_by_layer(self) -> Iterator[None]:
+        """While open, passes tell progress which layer they are in, on a CPU, where one may take minutes."""
+        blocks = self.arch.blocks if self.device.type == "cpu" else ()
+        handles = [
+            block.register_forward_pre_hook(lambda *_, layer=layer: at_layer(f"layer {layer} of {len(blocks)}"))
+            for layer, block in enumerate(blocks, start=1)
+        ]
+        try:
+            yield
+        finally:
+            at_layer("")
+            for handle in handles:
+                handle.remove()
 
     def device_of(self, layer: int) -> torch.device:
         """Device on which the block ``layer`` computes."""

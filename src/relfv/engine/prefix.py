@@ -1,20 +1,25 @@
-"""Keys and values of all tokens but the last, run once and kept for the passes over the last one."""
+"""What passes over the last tokens of prompts have in common, made once and kept: keys and values of all other
+tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import DynamicCache
 
-from relfv.engine.attention import Prefix, attending_within, attends_by_kernel
+from relfv.engine.arithmetic import Likeliest
+from relfv.engine.attention import Prefix, attending_to, attending_within, attends_by_kernel
 from relfv.engine.base import Backbone, TokenIds, sent
+from relfv.engine.copies import last_tokens, run_last_tokens
 from relfv.engine.hooks import editing_inputs
 from relfv.engine.passes import pad_right, padding_of
 from relfv.errors import RunError
 from relfv.models.architecture import text_config
+from relfv.types import Prompts
 
 _FEW = 4
 """Number of prompts up to which a prefix takes little memory beside that of all trials."""
@@ -27,12 +32,20 @@ def bytes_of_token(backbone: Backbone) -> int:
     return 2 * 4 * arch.n_layers * kv_heads * arch.head_dim
 
 
+@dataclass
+class _Kept:
+    prompts: tuple[tuple[int, ...], ...]
+    prefix: Prefix
+    likeliest: dict[tuple[int, ...], Likeliest] = field(default_factory=dict)
+    """By the prompts' targets: the tokens over which their copies are read out in brief."""
+
+
 class KeptPrefix:
     """Keeps the prefix of the last pass, since a q_id's stages run the same prompts several times. The prefix of a few
     prompts, such as the noise floor's between two passes over all trials, is kept beside it."""
 
     def __init__(self) -> None:
-        self._last: dict[bool, tuple[tuple[tuple[int, ...], ...], Prefix]] = {}
+        self._last: dict[bool, _Kept] = {}
         """Prompts and their prefix, by whether they are at most ``_FEW`` prompts."""
 
     def of(self, backbone: Backbone, prompts: TokenIds) -> Prefix:
@@ -45,13 +58,27 @@ class KeptPrefix:
     def found(self, prompts: TokenIds) -> Prefix | None:
         """The prefix of ``prompts`` if it is kept; if not, the one in its place is released, before there are two."""
         wanted, few = tuple(map(tuple, prompts)), len(prompts) <= _FEW
-        if few in self._last and self._last[few][0] != wanted:
+        if few in self._last and self._last[few].prompts != wanted:
             del self._last[few]
-        return self._last[few][1] if few in self._last else None
+        return self._last[few].prefix if few in self._last else None
 
     def keep(self, prompts: TokenIds, prefix: Prefix) -> None:
         """Keep ``prefix`` for later passes over ``prompts``."""
-        self._last[len(prompts) <= _FEW] = tuple(map(tuple, prompts)), prefix
+        self._last[len(prompts) <= _FEW] = _Kept(tuple(map(tuple, prompts)), prefix)
+
+    def likeliest(self, backbone: Backbone, prompts: Prompts) -> Likeliest | None:
+        """The tokens over which copies of ``prompts``, whose prefix is kept, are read out, if not over all. They come
+        from a pass without edits: the same for every pass over these prompts, and made once. Call inside
+        ``running``."""
+        if not backbone.arithmetic.over_likeliest:
+            return None
+        kept, targets = self._last[len(prompts) <= _FEW], tuple(prompts.targets)
+        if targets not in kept.likeliest:
+            last, lengths = last_tokens(backbone, prompts.ids), kept.prefix.lengths
+            with attending_to(kept.prefix, backbone), backbone.arithmetic.multiplying_copies(1):
+                unedited = run_last_tokens(backbone, last, lengths)[:, 0]
+            kept.likeliest[targets] = backbone.arithmetic.likeliest(unedited, sent(targets, unedited.device))
+        return kept.likeliest[targets]
 
     def forget(self) -> None:
         """Release the kept prefixes."""

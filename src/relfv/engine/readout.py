@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from relfv.engine.arithmetic import Likeliest
 from relfv.engine.base import Backbone, sent
 from relfv.types import TokenScores
 
@@ -23,9 +24,12 @@ def read_targets(backbone: Backbone, hidden: torch.Tensor, targets: Sequence[int
     return on_the_way(scores_of(backbone, hidden, targets))()
 
 
-def scores_of(backbone: Backbone, hidden: torch.Tensor, targets: Sequence[int]) -> TokenScores:
-    """Score as ``read_targets`` does, on the device and without waiting for it."""
-    logit, logprob, top = backbone.arithmetic.read_out(hidden, sent(list(targets), hidden.device))
+def scores_of(
+    backbone: Backbone, hidden: torch.Tensor, targets: Sequence[int], likeliest: Likeliest | None = None
+) -> TokenScores:
+    """Score as ``read_targets`` does, on the device and without waiting for it; ``likeliest`` as in
+    ``Arithmetic.read_out``."""
+    logit, logprob, top = backbone.arithmetic.read_out(hidden, sent(list(targets), hidden.device), likeliest)
     return TokenScores(logit=logit, logprob=logprob, top_id=top)
 
 

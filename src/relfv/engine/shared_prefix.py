@@ -29,6 +29,7 @@ from itertools import groupby
 
 import torch
 
+from relfv.engine.arithmetic import Likeliest
 from relfv.engine.attention import Prefix, attending_to
 from relfv.engine.base import Array, Backbone, Together, TokenIds, Vectors, in_parts, prompt_chunks, slices
 from relfv.engine.copies import last_tokens, patching_heads, residual_additions, run_last_tokens, version_edits
@@ -157,23 +158,19 @@ class SharedPrefixEngine:
         return Effects.to_come(size, arrived)
 
     def _pass(
-        self,
-        prompts: Prompts,
-        part: slice,
-        together: int,
-        n_edits: int,
-        edits: AbstractContextManager[None],
+        self, prompts: Prompts, part: slice, together: int, n_edits: int, edits: AbstractContextManager[None]
     ) -> TokenScores:
         """Run the pass over the N prompts in ``part``, whose prefixes are among those that are run ``together``: ->
         fields (N, 1 + n_edits), on the device; column 0 is the baseline."""
         first = part.start // together * together
-        prompts, others = prompts[part], prompts.ids[first : first + together]
-        last = last_tokens(self.backbone, prompts.ids)
+        others, part = prompts[first : first + together], slice(part.start - first, part.stop - first)
+        last = last_tokens(self.backbone, others.ids[part])
         with self.backbone.running():
-            prefix = self.kept.of(self.backbone, others)[part.start - first : part.stop - first]
+            prefix = self.kept.of(self.backbone, others.ids)[part]
+            likeliest = self.kept.likeliest(self.backbone, others)
             with attending_to(prefix, self.backbone), self.backbone.arithmetic.multiplying_copies(1 + n_edits), edits:
                 hidden = run_last_tokens(self.backbone, last, prefix.lengths)
-            return self._scores(hidden, prompts.targets, n_edits)
+            return self._scores(hidden, others.targets[part], n_edits, likeliest and likeliest[part])
 
     def _all_in_step(
         self,
@@ -252,11 +249,13 @@ class SharedPrefixEngine:
             lambda layer: attending_to(prefixes.of_layer(layer)[of_these], backbone),
         )
 
-    def _scores(self, hidden: torch.Tensor, targets: Sequence[int], n_edits: int) -> TokenScores:
+    def _scores(
+        self, hidden: torch.Tensor, targets: Sequence[int], n_edits: int, likeliest: Likeliest | None = None
+    ) -> TokenScores:
         """Scores of the copies at the end of a pass."""
         if hidden.shape[1] != 1 + n_edits:
             raise RunError(f"the pass ended with {hidden.shape[1]} copies of the last token, not {1 + n_edits}")
-        return scores_of(self.backbone, hidden, targets)
+        return scores_of(self.backbone, hidden, targets, likeliest)
 
     def _passes_at_once(self) -> int:
         """Passes that may be under way when another is waited for."""

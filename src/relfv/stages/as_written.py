@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from relfv.progress import doing
 from relfv.stages.function_vector import BuiltVector, build_function_vector
 from relfv.stages.injection import length
 from relfv.stages.judging import judge_vectors, mean_over_draws
@@ -228,7 +229,8 @@ def edit_at_once(
     for a_pass, (names, some) in versions.items():
         if some:
             engine = exact if a_pass == "step6_at_once" else exact.over_likeliest_tokens()
-            done.append((names, work.repeatable(a_pass, engine.edit_together, prompts, some)))
+            with doing(f"{len(some)} edits at once: {', '.join(dict.fromkeys(names))}"):
+                done.append((names, work.repeatable(a_pass, engine.edit_together, prompts, some)))
     return done
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from relfv.progress import doing
 from relfv.settings import MODEL_SETTINGS
 from relfv.stages.as_written import (
     AT_ONCE,
@@ -148,7 +149,9 @@ def _try_all(work: Work, ground: Ground, own: Tried) -> tuple[list[Tried], dict[
 
 def _inject(work: Work, engine: Engine, kind: str, candidates: Candidates, layers: Sequence[int]) -> Tried:
     vectors = [work.settings.alpha * part for part in candidates.at(layers)]
-    effects = work.repeatable(kind, engine.inject, work.once(evaluated_prompts), vectors, layers)
+    names = ", ".join(dict.fromkeys(candidates.names))
+    with doing(f"{len(candidates.names)} vectors after {len(layers)} layers each: {names}"):
+        effects = work.repeatable(kind, engine.inject, work.once(evaluated_prompts), vectors, layers)
     return Tried(effects, layers, candidates.names)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from relfv.progress import doing
 from relfv.stats import ClusteredMean, clustered_mean, mean_with_left_out
 from relfv.types import HeadId, Prompts
 
@@ -57,7 +58,8 @@ def with_error_of_means(
         some = order[start : start + at_once]
         columns = [heads[i] for i in some for _ in means_of]
         values = torch.cat([means_of @ activations[:, heads[i].layer, heads[i].head].double() for i in some]).float()
-        effects = engine.sweep_heads(prompts, values, columns, per_pass=per_pass)
+        with doing(f"how far the top heads' effects rest on single queries: heads {start + 1} to {start + len(some)}"):
+            effects = engine.sweep_heads(prompts, values, columns, per_pass=per_pass)
         per_pass = effects.per_pass
         p = effects.edited.measure("p").reshape(len(prompts), len(some), len(means_of))
         without[:, some] += np.einsum("gt,thg->gh", shares, p[..., :-1] - p[..., -1:])

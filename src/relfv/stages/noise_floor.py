@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from relfv.errors import RunError
+from relfv.progress import doing
 from relfv.store.folder import File
 from relfv.store.formats import read_json
 from relfv.types import (
@@ -83,8 +84,9 @@ def measure_noise_floor(
     n = min(N_TRIALS, len(prompts))
     # Take another number of trials a pass than the sweep's, if so few trials allow it.
     per_pass = n if n != effects.effects.per_pass else max(1, n - 1)
-    identity = model.engine.sweep_heads(prompts[:n], None, heads, per_pass=per_pass)
-    again = model.engine.finer().sweep_heads(prompts[:n], means.values, heads, per_pass=per_pass)
+    with doing("noise floor: patches that change nothing, and effects once more in batches of another shape"):
+        identity = model.engine.sweep_heads(prompts[:n], None, heads, per_pass=per_pass)
+        again = model.engine.finer().sweep_heads(prompts[:n], means.values, heads, per_pass=per_pass)
     columns = [effects.heads.index(head) for head in heads]
     differences = {m: again.delta(m) - effects.effects.delta(m)[:n, columns] for m in MEASURES}
     return NoiseFloor(

@@ -72,9 +72,9 @@ def large(monkeypatch: pytest.MonkeyPatch) -> Architecture:
 
 def read(arch: Architecture, hidden: torch.Tensor, targets: list[int], over_likeliest: bool) -> logits.Scores:
     with torch.inference_mode():
-        found = logits.score(
-            arch, hidden, torch.tensor(targets), pieces=None, may_use_kernels=False, over_likeliest=over_likeliest
-        )
+        wanted = torch.tensor(targets)
+        some = logits.likeliest_tokens(arch, hidden[:, 0], wanted) if over_likeliest else None
+        found = logits.score(arch, hidden, wanted, pieces=None, may_use_kernels=False, likeliest=some)
     return tuple(values.clone() for values in found)  # type: ignore[return-value]
 
 

@@ -32,6 +32,7 @@ from relfv.engine.arithmetic.attention import attend_plainly
 from relfv.engine.arithmetic.blocks import Stream, with_room
 from relfv.engine.arithmetic.first_use import first_use
 from relfv.engine.arithmetic.fusion import Fusions, recognise
+from relfv.engine.arithmetic.logits import Likeliest
 from relfv.engine.arithmetic.padding import leaving_out_padding
 from relfv.engine.arithmetic.precision import Mode, Precision, mode_of, whole_widened, widened
 from relfv.engine.arithmetic.products import FLOAT32, Differences, Pieces, Whole, takes_pieces
@@ -39,7 +40,9 @@ from relfv.engine.arithmetic.replacing import replaced
 from relfv.models.architecture import Architecture
 from relfv.models.packed import is_readable, unpacked_product
 
-__all__ = ["Arithmetic", "Precision", "first_use", "leaving_out_padding", "replaced", "widened", "with_room"]
+__all__ = [
+    "Arithmetic", "Likeliest", "Precision", "first_use", "leaving_out_padding", "replaced", "widened", "with_room",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -146,17 +149,26 @@ class Arithmetic:
         assert lengths is not None
         return attend_plainly(*tensors, lengths, key_bias=None if key_bias is None else key_bias.float(), **settings)
 
-    def read_out(self, hidden: torch.Tensor, targets: torch.Tensor) -> logits.Scores:
+    def likeliest(self, unedited: torch.Tensor, targets: torch.Tensor) -> Likeliest:
+        """The tokens over which ``read_out`` reads copies, where ``over_likeliest`` says so, of prompts with these
+        final, normed hidden states, ``unedited`` (N, resid_dim). Call inside ``running``."""
+        return logits.likeliest_tokens(self.arch, unedited, targets)
+
+    def read_out(
+        self, hidden: torch.Tensor, targets: torch.Tensor, likeliest: Likeliest | None = None
+    ) -> logits.Scores:
         """Read out copies (N, C, resid_dim), final and normed: -> logit and log-probability of ``targets`` (N,), and
-        the most probable token. Each (N, C): float32, float32, int64."""
-        pieces = self.pieces if self.arch.lm_head in self._in_pieces else None
+        the most probable token. Each (N, C): float32, float32, int64. Where ``over_likeliest`` says so the tokens are
+        the ``likeliest``, by default those of copy 0."""
+        if self.over_likeliest and hidden.shape[1] > 1:
+            likeliest = likeliest or self.likeliest(hidden[:, 0], targets)
         return logits.score(
             self.arch,
             hidden,
             targets,
-            pieces=pieces,
+            pieces=self.pieces if self.arch.lm_head in self._in_pieces else None,
             may_use_kernels=self.fusions is not None,
-            over_likeliest=self.over_likeliest,
+            likeliest=likeliest,
         )
 
     def _fused(self, products: Whole, stream: Stream | None = None) -> list[Any]:

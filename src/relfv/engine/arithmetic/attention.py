@@ -40,11 +40,13 @@ def attend_plainly(
     lse = scores.logsumexp(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
     o_prefix = (scores - lse).exp() @ v_prefix.float()
 
-    own_key = key.float().repeat_interleave(group, dim=1).reshape_as(q)
-    own_value = value.float().repeat_interleave(group, dim=1).reshape(n, kv_heads, group * copies, -1)
-    s_own = _capped((q * own_key).sum(-1, keepdim=True) * scale, softcap)
-    out = o_prefix + torch.sigmoid(s_own - lse) * (own_value - o_prefix)
-    out = out.reshape(n, n_heads, copies, -1)
+    # A group's queries share the own key and value, which are never laid out for each of them.
+    of_group = (n, kv_heads, group, copies)
+    s_own = (q.view(*of_group, head_dim) * key.float()[:, :, None]).sum(-1)
+    s_own = _capped(s_own.view_as(lse) * scale, softcap)
+    weight = torch.sigmoid(s_own - lse).view(*of_group, 1)
+    out = torch.lerp(o_prefix.view(*of_group, -1), value.float()[:, :, None], weight)
+    out = out.view(n, n_heads, copies, -1)
     if sinks is not None:
         total = torch.logaddexp(lse, s_own).reshape(n, n_heads, copies, 1)
         out = out * torch.sigmoid(total - sinks.float().view(1, n_heads, 1, 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -18,11 +19,13 @@ _CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 2 << 30}
 """Memory for one chunk's float32 logits and their temporaries."""
 _TILE_ROWS, _TILE_TOKENS = 512, 2048
 """Rows and tokens of a CPU's tiles: 4 MiB of logits, which its cache still holds when they are read again."""
+_FEW_ROWS = 32
+"""Rows whose logits of a large vocabulary are whole in memory, several times over."""
 
 N_LIKELIEST = 4096
-"""Likeliest tokens that ``over_likeliest`` reads: 1/64 of a vocabulary of 262,144."""
+"""Likeliest tokens that ``likeliest_tokens`` gives: 1/64 of a vocabulary of 262,144."""
 N_OTHERS = 2048
-"""Further tokens that ``over_likeliest`` reads, which stand for all others."""
+"""Further tokens that it gives, which stand for all others."""
 _FLATTENED = 0.7
 """Power of the probabilities by which the ``N_OTHERS`` tokens are chosen. With 1 hardly any is one that an edit makes
 likely, and P comes out too high; with less, what is likely already is known less well. Measured: docs/statistics.md."""
@@ -33,6 +36,25 @@ Scores = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 _Chunks = Iterator[tuple[int, torch.Tensor]]
 
 
+@dataclass(frozen=True)
+class Likeliest:
+    """The tokens that stand for all others where copies of N prompts are read out in brief, and what they say of the
+    others without an edit."""
+
+    tokens: torch.Tensor
+    """int64 (N, 1 + N_LIKELIEST + N_OTHERS): the target, the ``N_LIKELIEST`` tokens that are likeliest without an edit,
+    and ``N_OTHERS`` of the others."""
+    rest: torch.Tensor
+    """float32 (N, 1): log of the sum over all others, without an edit."""
+    shares: torch.Tensor
+    """float32 (N, N_OTHERS): log of the share of that sum that each of the ``N_OTHERS`` stands for, less its logit, so
+    that with an edit the sum has grown by the sum of these shares."""
+
+    def __getitem__(self, part: slice) -> Likeliest:
+        """Those of some of the prompts."""
+        return Likeliest(self.tokens[part], self.rest[part], self.shares[part])
+
+
 def score(
     arch: Architecture,
     hidden: torch.Tensor,
@@ -40,14 +62,14 @@ def score(
     *,
     pieces: Pieces | None,
     may_use_kernels: bool,
-    over_likeliest: bool = False,
+    likeliest: Likeliest | None = None,
 ) -> Scores:
-    """Score copies as ``Arithmetic.read_out`` does. ``pieces`` is None where ``lm_head`` does not multiply in
-    pieces."""
+    """Score copies as ``Arithmetic.read_out`` does, over the ``likeliest`` tokens if they are given. ``pieces`` is None
+    where ``lm_head`` does not multiply in pieces."""
     n_prompts, n_copies, _ = hidden.shape
+    if likeliest:
+        return _together(_score_over_likeliest(arch, hidden, likeliest), n_prompts, n_copies)
     if in_tiles(arch.lm_head, hidden.device):
-        if over_likeliest and n_copies > 1:
-            return _together(_score_over_likeliest(arch, hidden, targets), n_prompts, n_copies)
         rows = hidden.flatten(0, 1).split(_TILE_ROWS)
         wanted = targets.repeat_interleave(n_copies).split(_TILE_ROWS)
         tiled = [_score_in_tiles(arch, *part) for part in zip(rows, wanted, strict=True)]
@@ -105,32 +127,42 @@ def _score_in_tiles(arch: Architecture, rows: torch.Tensor, targets: torch.Tenso
     return logit, logit - torch.stack(sums, dim=1).logsumexp(dim=1), top
 
 
-def _score_over_likeliest(arch: Architecture, hidden: torch.Tensor, targets: torch.Tensor) -> Iterator[Scores]:
-    """Scores of each prompt's copies (N, C, resid_dim) over fewer tokens: its target, the ``N_LIKELIEST`` tokens that
-    are likeliest without an edit, and ``N_OTHERS`` of the others. The last tell what an edit multiplies the sum over
-    all others by: importance sampling, at even steps of the cumulated chances and so without random numbers.
+def likeliest_tokens(arch: Architecture, unedited: torch.Tensor, targets: torch.Tensor) -> Likeliest:
+    """The tokens over which copies are read out of prompts with these final, normed hidden states ``unedited``
+    (N, resid_dim). The ``N_OTHERS`` are importance sampling, at even steps of the cumulated chances and so without
+    random numbers."""
+    parts = [_likeliest(arch, *some) for some in zip(unedited.split(_FEW_ROWS), targets.split(_FEW_ROWS), strict=True)]
+    return Likeliest(*map(torch.cat, zip(*map(astuple, parts), strict=True)))
+
+
+def _likeliest(arch: Architecture, unedited: torch.Tensor, targets: torch.Tensor) -> Likeliest:
+    base = torch.cat([logits for _, logits in _tiles(arch, unedited)], dim=1)
+    wanted = base.scatter(1, targets[:, None], torch.inf)  # the target comes first, whatever its logit
+    first = wanted.topk(1 + N_LIKELIEST, dim=1).indices
+    rest = base.scatter_(1, first, -torch.inf).logsumexp(dim=1, keepdim=True)
+    chances = (_FLATTENED * base).log_softmax(dim=1)
+    upto = chances.exp().cumsum(1, dtype=torch.float64)
+    places = (torch.arange(N_OTHERS, dtype=torch.float64) + 0.5) / N_OTHERS * upto[:, -1:]
+    others = torch.searchsorted(upto, places).clamp_(max=base.shape[1] - 1)  # past the end where a logit is NaN
+    chance = chances.gather(1, others)
+    shares = -chance - (base.gather(1, others) - chance).logsumexp(1, keepdim=True)
+    return Likeliest(torch.cat([first, others], dim=1), rest, shares)
+
+
+def _score_over_likeliest(arch: Architecture, hidden: torch.Tensor, likeliest: Likeliest) -> Iterator[Scores]:
+    """Scores of each prompt's copies (N, C, resid_dim) over fewer tokens.
 
     A token that only an edit makes likely is either not among them, and P is read too high, or stands there for others
     as well, and P is read too low (docs/statistics.md has the sizes).
     """
     head: Any = arch.lm_head
-    base = torch.cat([logits for _, logits in _tiles(arch, hidden[:, 0])], dim=1)
-    wanted = base.scatter(1, targets[:, None], torch.inf)  # the target comes first, whatever its logit
-    likeliest = wanted.topk(1 + N_LIKELIEST, dim=1).indices
-    rest = base.scatter_(1, likeliest, -torch.inf).logsumexp(dim=1)
-    for copies, first, unedited, sum_of_rest in zip(hidden, likeliest, base, rest, strict=True):
-        chances = (_FLATTENED * unedited).log_softmax(dim=0)
-        upto = chances.exp().cumsum(0, dtype=torch.float64)
-        places = (torch.arange(N_OTHERS, dtype=torch.float64) + 0.5) / N_OTHERS * upto[-1]
-        others = torch.searchsorted(upto, places).clamp_(max=len(upto) - 1)  # past the end where a logit is NaN
-        tokens = torch.cat([first, others])
+    for copies, tokens, rest, shares in zip(hidden, likeliest.tokens, likeliest.rest, likeliest.shares, strict=True):
         bias = None if head.bias is None else head.bias[tokens].float()
         weight = head.weight.index_select(0, tokens).float()  # a quarter of the time that [tokens] takes
         logits = arch.final_logits(nn.functional.linear(copies.float(), weight, bias))
-        of_first, of_others = logits.tensor_split([len(first)], dim=1)
-        times = (of_others - chances[others]).logsumexp(1) - (unedited[others] - chances[others]).logsumexp(0)
-        total = torch.logaddexp(of_first.logsumexp(dim=1), sum_of_rest + times)
-        yield of_first[:, 0], of_first[:, 0] - total, first[of_first.argmax(dim=1)]
+        of_first, of_others = logits.tensor_split([1 + N_LIKELIEST], dim=1)
+        total = torch.logaddexp(of_first.logsumexp(dim=1), rest + (of_others + shares).logsumexp(dim=1))
+        yield of_first[:, 0], of_first[:, 0] - total, tokens[of_first.argmax(dim=1)]
 
 
 def _raw_logits(
