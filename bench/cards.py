@@ -31,6 +31,7 @@ from relfv.models.architecture import resolve
 from relfv.models.cards import cards_bytes, shares_of_cards, spread, vocabulary_in_blocks
 from relfv.models.placement import bytes_of_prompt, sizes_of
 from relfv.types import Effects
+from shapes import llama_config
 from streaming import SMALLER, STD, TINY, WIDE, asked, size, write_checkpoint
 
 ONE, TWO = [torch.device("cuda", 0)], [torch.device("cuda", 0), torch.device("cuda", 1)]
@@ -85,9 +86,9 @@ def compared(shape: dict[str, int], passes: list[int]) -> list[list[str]]:
 
 def built(shape: dict[str, int], devices: list[torch.device]) -> Backbone:
     """The model of this shape, on these devices."""
-    config = transformers.LlamaConfig(**shape, dtype="bfloat16", tie_word_embeddings=False)
+    config = llama_config(shape)
     with torch.device("meta"):
-        model: Any = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+        model: Any = transformers.LlamaForCausalLM(config).to(torch.bfloat16)  # type: ignore[arg-type]
     model = model.eval().requires_grad_(False)
     arch = resolve(model, "llama3")
     one = bytes_of_prompt(arch, arch.n_heads * arch.n_layers)

@@ -141,7 +141,8 @@ def coverage_table(model: LanguageModel, relation: Relation, args: argparse.Name
         n_queries.append(len(set(trials.prompts.clusters)))
         for name, mean in (("own", trials.mean()), ("true", true_mean)):
             deltas = effects(model, trials, mean)[0]
-            now, p_value = (of(deltas, trials.prompts.clusters) for of in (clustered_mean, sign_flip_p_values))
+            clusters = trials.prompts.clusters
+            now, p_value = clustered_mean(deltas, clusters), sign_flip_p_values(deltas, clusters)
             found.setdefault(name, []).append(Estimate(now.mean, now.se, now.df, p_value))
             if name == "own" and args.leave_out:
                 left_out, _ = with_error_of_means(model, trials.prompts, trials.z, all_heads(model), deltas)

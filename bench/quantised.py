@@ -36,7 +36,7 @@ from relfv.engine.shared_prefix import SharedPrefixEngine
 from relfv.language_model import LanguageModel, open_model
 from relfv.models.architecture import resolve
 from relfv.types import HeadId, Prompts
-from shapes import NAMES, model_folder
+from shapes import NAMES, llama_config, model_folder
 from streaming import STD, TINY, WIDE
 
 PRECISIONS = ("exact", "fast")
@@ -187,7 +187,7 @@ def large(args: argparse.Namespace, shape: dict[str, int]) -> str:
 
 def packed_model(shape: dict[str, int], device: torch.device) -> Any:
     """A Llama with random weights whose blocks' linear layers bitsandbytes has packed in 4 bit."""
-    config = transformers.LlamaConfig(**{**shape, "num_hidden_layers": 1}, dtype="bfloat16", tie_word_embeddings=False)
+    config = llama_config({**shape, "num_hidden_layers": 1})
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -207,7 +207,7 @@ def packed_model(shape: dict[str, int], device: torch.device) -> Any:
 
 def pack(block: torch.nn.Module) -> torch.nn.Module:
     """``block`` with its linear layers drawn anew and packed."""
-    from bitsandbytes.nn import Linear4bit, Params4bit
+    from bitsandbytes.nn import Linear4bit, Params4bit  # type: ignore[attr-defined]
 
     for parent in list(block.modules()):
         for name, linear in list(parent.named_children()):
@@ -217,7 +217,8 @@ def pack(block: torch.nn.Module) -> torch.nn.Module:
                 packed = Linear4bit(
                     linear.in_features, linear.out_features, bias=False, quant_type="nf4", device="meta"
                 )
-                packed.weight = Params4bit(weight.data, requires_grad=False, quant_type="nf4")._quantize(weight.device)
+                weights = Params4bit(weight.data, requires_grad=False, quant_type="nf4")  # type: ignore[call-arg]
+                packed.weight = weights._quantize(weight.device)
                 setattr(parent, name, packed)
     return block
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -47,6 +49,11 @@ SHAPES = {
     ),
 }  # fmt: skip
 NAMES = ("demo", *SHAPES)
+
+
+def llama_config(shape: Mapping[str, Any]) -> transformers.LlamaConfig:
+    """Config of a bf16 Llama of these sizes."""
+    return transformers.LlamaConfig(**shape, dtype="bfloat16", tie_word_embeddings=False)
 
 
 def model_folder(shape: str, work: Path) -> str:

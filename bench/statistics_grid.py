@@ -257,13 +257,14 @@ def _calls(
             of_query[:, :N_REAL] += rng.uniform(0.5, 2, N_REAL) * rng.lognormal(0, 1, (n, N_REAL))
         scale = rng.lognormal(0, 0.7, (n, 1))
         values = (scale * of_query)[queries] + 0.3 * scale[queries] * noise(rng, (N_TRIALS, N_HEADS))
-        mean = clustered_mean(values, queries)
+        clusters = queries.tolist()
+        mean = clustered_mean(values, clusters)
         t = np.divide(np.abs(mean.mean), mean.se, out=np.zeros(N_HEADS), where=mean.se > 0)
         by_t = 2 * stats.t.sf(t, mean.df)
-        for p_values, kept in zip((by_t, sign_flip_p_values(values, queries)), found, strict=True):
+        for p_values, kept in zip((by_t, sign_flip_p_values(values, clusters)), found, strict=True):
             called = false_discovery(p_values) <= FDR
             n_called = max(1, called.sum())
-            kept.append([called.any(), called[:N_REAL].mean(), called[N_REAL:].sum() / n_called])
+            kept.append([float(called.any()), called[:N_REAL].mean(), called[N_REAL:].sum() / n_called])
     return tuple(np.mean(kept, axis=0).tolist() for kept in found)  # type: ignore[return-value]
 
 

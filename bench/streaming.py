@@ -53,6 +53,7 @@ from relfv.models.placement import (
 from relfv.models.sources import model_source
 from relfv.models.streaming import Streaming, _Block, stream
 from relfv.types import HeadId, Prompts
+from shapes import llama_config
 
 WIDE = {
     "vocab_size": 128256, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
@@ -133,9 +134,9 @@ def built(
 ) -> tuple[Backbone, Placement]:
     """The model of this shape with random weights where ``offload`` puts them."""
     started = time.perf_counter()
-    config = transformers.LlamaConfig(**shape, dtype="bfloat16", tie_word_embeddings=False)
+    config = llama_config(shape)
     with torch.device("meta"):
-        model: Any = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+        model: Any = transformers.LlamaForCausalLM(config).to(torch.bfloat16)  # type: ignore[arg-type]
     model = model.eval().requires_grad_(False)
     arch = resolve(model, "llama3")
     sizes = sizes_of(model, arch, None, converted=False)
@@ -286,7 +287,7 @@ def from_disk(args: argparse.Namespace, shape: dict[str, int], device: torch.dev
 
 def write_checkpoint(folder: Path, shape: dict[str, int], device: torch.device) -> int:
     """A file a layer and one for the rest, in the layout of Hugging Face models. -> bytes."""
-    config = transformers.LlamaConfig(**shape, dtype="bfloat16", tie_word_embeddings=False)
+    config = llama_config(shape)
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
     files: dict[str, dict[str, Any]] = {}
