@@ -49,6 +49,8 @@ test-as-any-cpu: export ATEN_CPU_CAPABILITY := default
 test-as-any-cpu: export MKL_CBWR := COMPATIBLE
 test-with-two-threads: export OMP_NUM_THREADS := 2
 test-with-two-threads: export OMP_WAIT_POLICY := PASSIVE
+# What CI leaves out of the two that add nearly as the default does; any-cpu, the farthest from it, runs all.
+test-as-avx2 test-with-two-threads: export PYTEST_ADDOPTS = $(CPU_FEWER)
 
 $(CPUS): setup
 	$(PYTEST) -q $(CPU_TESTS)

@@ -61,9 +61,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-reference", action="store_true", help="write docs/reference/ from the code")
     parser.addoption("--write-schemas", action="store_true", help="write the JSON Schemas from their declarations")
     parser.addoption("--write-families", action="store_true", help="write docs/families.md from what the tests find")
-    parser.addoption("--kills", type=int, default=30, help="how many times test_crashes kills a run")
+    parser.addoption("--kills", type=int, default=20, help="how many times test_crashes kills a run")
     parser.addoption("--cuts", type=int, default=100, help="after how many power cuts it looks at what is left")
-    parser.addoption("--faults", type=int, default=12, help="in how many trees it fails an operation on a file")
+    parser.addoption("--faults", type=int, default=8, help="in how many trees it fails an operation on a file")
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from conftest import ROOT
+from crashes import Fork
 from folders import arguments, status
 from relfv.cli import main
 from relfv.store import files
@@ -46,8 +47,15 @@ def test_a_closed_stdout_is_no_failure_and_a_full_one_is_one_line(finished: Path
 @pytest.mark.slow
 def test_a_run_whose_stdout_is_closed_is_complete(llama_path: Path, csv_path: Path, tmp_path: Path) -> None:
     small = ("--q_list", "A1", "--topk", "2", "--n_trials_per_q", "2")
-    done = relfv(">&-", *arguments(llama_path, csv_path, tmp_path, *small))
-    assert done.returncode == 0, done.stderr
+
+    def run() -> int:
+        """As Python begins where a shell has closed descriptor 1."""
+        os.close(1)
+        sys.stdout = None  # type: ignore[assignment]
+        return main(arguments(llama_path, csv_path, tmp_path, *small))
+
+    process = Fork(run, tmp_path / "said")
+    assert process.wait() == 0, process.said()
     assert status(tmp_path / "pairs", "A1")["status"] == "completed"
 
 

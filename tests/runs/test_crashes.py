@@ -170,7 +170,7 @@ def test_interrupted_at_random_instants_it_says_so_and_resumes_to_the_same_bytes
     job: Job, tmp_path: Path, number: int, code: int
 ) -> None:
     rng, interrupts = random.Random(number), 0
-    while interrupts < 12:
+    while interrupts < 8:
         out = tmp_path / f"out{interrupts}"
         while True:
             before = finished_work(out)
@@ -194,7 +194,7 @@ def test_interrupted_at_random_instants_it_says_so_and_resumes_to_the_same_bytes
 
 def test_two_runs_at_once_do_every_stage_once_whenever_they_meet(job: Job, tmp_path: Path) -> None:
     rng = random.Random(0)
-    for number in range(12):
+    for number in range(8):
         out = tmp_path / f"out{number}"
         first = job.start(out)
         if number % 2:

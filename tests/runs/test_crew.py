@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from crashes import Fork
+from crashes import Fork, with_forked_members
 from folders import arguments, contents, status
 from relfv.cli import main
 from relfv.runs.crew import on_devices
@@ -25,23 +25,24 @@ from relfv.runs.rehearsal import more_on_a_card, outline_for
 from relfv.settings import Settings
 
 TWO = ("--device", "cpu", "--per_card", "2")
-REFUSING = """
-import torch
-def refusing(why):
-    def refuse(*_, **__): raise RuntimeError(why)
-    return refuse
-"""
 
 
 @pytest.fixture
 def started(csv_path: Path, llama_path: Path, tmp_path: Path) -> Callable[..., Fork]:
-    """A run by two processes, in a process of its own."""
+    """A run by two processes, in a process of its own, of which they are forks; ``first`` is called in the first."""
 
-    def start(*flags: str) -> Fork:
+    def start(*flags: str, first: Callable[[], None] = lambda: None) -> Fork:
         command = arguments(llama_path, csv_path, tmp_path, *TWO, *flags)
-        return Fork(lambda: main(command), tmp_path / "said")
+        return Fork(lambda: with_forked_members(lambda: main(command), first), tmp_path / "said")
 
     return start
+
+
+def refusing(why: str) -> Callable[..., None]:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError(why)
+
+    return refuse
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +76,11 @@ def is_alive(pid: int) -> bool:
 
 @pytest.mark.slow
 def test_a_killed_process_leaves_its_q_id_to_another_and_every_byte_is_as_in_one_process(
-    started: Callable[..., Fork], by_one: Path, tmp_path: Path
+    llama_path: Path, csv_path: Path, by_one: Path, tmp_path: Path
 ) -> None:
-    folder, process = tmp_path / "pairs", started()
+    """Here the processes are started as a user's are."""
+    command = arguments(llama_path, csv_path, tmp_path, *TWO)
+    folder, process = tmp_path / "pairs", Fork(lambda: main(command), tmp_path / "said")
     wait_for(folder / "A1/artifacts/stepD_mean_acts", process)
     killed = holder(folder, "A1")
     assert killed != process.pid
@@ -136,27 +139,13 @@ def test_processes_end_with_the_one_that_started_them(started: Callable[..., For
     assert status(folder, "A1")["status"] == "pending"
 
 
-@pytest.fixture
-def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Code for the first process that a run starts, before relfv is there."""
-
-    def become(code: str) -> None:
-        (folder := tmp_path / "faults").mkdir()
-        first = f"import os\ntry: os.mkdir({str(folder / 'one')!r})\nexcept OSError: pass\nelse: import fault\n"
-        (folder / "sitecustomize.py").write_text(first)
-        (folder / "fault.py").write_text(REFUSING + code)
-        monkeypatch.syspath_prepend(folder)
-
-    return become
-
-
 @pytest.mark.slow
 def test_a_card_that_lets_in_one_process_only_has_one(
-    faulty: Callable[[str], None], started: Callable[..., Fork], by_one: Path, tmp_path: Path
+    started: Callable[..., Fork], by_one: Path, tmp_path: Path
 ) -> None:
     """As CUDA says it where the compute mode is exclusive, in three lines."""
-    faulty("torch.ones = refusing('CUDA error: CUDA-capable device(s) is/are busy or unavailable\\nCompile with\\n')")
-    process = started("--extras", "none")
+    busy = refusing("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nCompile with\n")
+    process = started("--extras", "none", first=lambda: setattr(torch, "ones", busy))
     code, said = process.wait(120), process.said()
     assert code == 0, said
     (line,) = [line for line in said.splitlines() if "WARNING" in line]
@@ -169,18 +158,22 @@ def test_a_card_that_lets_in_one_process_only_has_one(
 
 @pytest.mark.slow
 def test_a_process_whose_device_refuses_everything_leaves_its_q_id_to_another(
-    faulty: Callable[[str], None], started: Callable[..., Fork], tmp_path: Path
+    started: Callable[..., Fork], tmp_path: Path
 ) -> None:
     """As CUDA does after an illegal access, until the process ends: nothing else fails in it."""
-    faulty(
-        "import pathlib\nreplace = pathlib.Path.replace\n"
-        "def once(a, b):\n"
-        "    if not str(b).endswith('trial_metrics.jsonl'): return replace(a, b)\n"
-        "    torch.ones = refusing('CUDA error: an illegal memory access was encountered')\n"
-        "    torch.ones()\n"
-        "pathlib.Path.replace = once\n"
-    )
-    process = started("--extras", "none")
+
+    def fail_at_metrics() -> None:
+        replace = Path.replace
+
+        def once(path: Path, target: Path) -> Path:
+            if str(target).endswith("trial_metrics.jsonl"):
+                torch.ones = refusing("CUDA error: an illegal memory access was encountered")
+                torch.ones()
+            return replace(path, target)
+
+        Path.replace = once
+
+    process = started("--extras", "none", first=fail_at_metrics)
     code, said = process.wait(120), process.said()
     assert code == 0, said
     (q_id,) = re.findall(r"ERROR: (\w+) failed: RuntimeError: CUDA error: an illegal memory access", said)
@@ -190,7 +183,7 @@ def test_a_process_whose_device_refuses_everything_leaves_its_q_id_to_another(
 
 @pytest.mark.slow
 def test_a_model_that_cannot_be_opened_is_one_line_and_leaves_everything_as_it_was(
-    llama_path: Path, csv_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    llama_path: Path, csv_path: Path, tmp_path: Path
 ) -> None:
     damaged = tmp_path / "model"
     shutil.copytree(llama_path, damaged)
@@ -198,7 +191,8 @@ def test_a_model_that_cannot_be_opened_is_one_line_and_leaves_everything_as_it_w
     weights.write_bytes(weights.read_bytes()[:-1000])
     command = arguments(damaged, csv_path, tmp_path / "out", "--devices", "cpu,cpu", "--force")
     (there := tmp_path / "out/pairs/A1").mkdir(parents=True)
-    code, said = main(command), capsys.readouterr().err
+    process = Fork(lambda: with_forked_members(lambda: main(command)), tmp_path / "said")
+    code, said = process.wait(120), process.said()
     assert code == 2, said
     (line,) = [line for line in said.splitlines() if "ERROR" in line]
     assert f"--model '{damaged}'" in line

@@ -127,11 +127,6 @@ def test_a_second_run_touches_nothing_and_opens_no_model(
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
-@pytest.mark.parametrize(
-    "damage",
-    ["trial_metrics.jsonl", "stepD_cie/noise_floor.json", "cie_scores.csv", "fv_global_resid.pt", "aie_heatmap_A1.png", "step6/layer_1/eval_summary.json", "step6/step6_all_layers_summary.json", "stepD_mean_acts/global_clean_mean.pt"],  # noqa: E501
-)  # fmt: skip
-@pytest.mark.parametrize("how", ["deleted", "truncated"])
 def test_a_run_of_skipped_q_ids_alone_does_not_say_that_everything_is_completed(
     llama_path: Path, csv_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -141,6 +136,19 @@ def test_a_run_of_skipped_q_ids_alone_does_not_say_that_everything_is_completed(
     assert "everything is completed" not in said
 
 
+@pytest.mark.parametrize(
+    ("how", "damage"),
+    [
+        ("deleted", "trial_metrics.jsonl"),
+        ("truncated", "stepD_cie/noise_floor.json"),
+        ("truncated", "cie_scores.csv"),
+        ("deleted", "fv_global_resid.pt"),
+        ("truncated", "aie_heatmap_A1.png"),
+        ("deleted", "step6/layer_1/eval_summary.json"),
+        ("truncated", "step6/step6_all_layers_summary.json"),
+        ("deleted", "stepD_mean_acts/global_clean_mean.pt"),
+    ],
+)
 def test_a_damaged_file_is_noticed_and_made_again_to_the_same_bytes(
     copied: Path, csv_path: Path, llama_path: Path, damage: str, how: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

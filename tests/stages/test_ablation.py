@@ -15,15 +15,14 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT
 from folders import arguments, contents, rewrite
 from head_statistics import mixed
 from parity import largest, rounding
+from planted import RELATIONS, leave_one_head_after_layer_1
 from relfv.cli import main
 from relfv.engine.passes import capture_heads, reading_blocks
 from relfv.engine.reference import naive_together
 from relfv.language_model import open_model
-from relfv.relations import load_relations
 from relfv.report.written_tables import statuses_of, table_of
 from relfv.settings import Settings
 from relfv.stages.ablation_edits import drawn_by_length, ladder, sets_of_heads
@@ -31,9 +30,6 @@ from relfv.stages.ablation_words import verdict_of_ablation
 from relfv.stages.other_relations import trials_of_others
 from relfv.stages.trials import ineligible_reason
 from relfv.types import HeadId
-from test_validation import leave_one_head_after_layer_1
-
-RELATIONS = load_relations(ROOT / "datasets/relation/relationA_ex.csv")
 
 
 def test_a_finished_q_id_gets_what_plain_hooks_find_and_nothing_else_changes(

@@ -10,6 +10,7 @@ import torch
 
 from folders import arguments, contents
 from parity import largest, rounding
+from planted import RELATIONS, leave_one_head_after_layer_1
 from relfv.cli import main
 from relfv.engine.hooks import editing_inputs
 from relfv.engine.reference import AtTokens, ReferenceEngine, naive_baseline
@@ -22,7 +23,6 @@ from relfv.stages.stage import Work
 from relfv.stages.table import STEP_D
 from relfv.store.folder import QidFolder
 from relfv.types import HeadId, Prompts
-from test_validation import RELATIONS, leave_one_head_after_layer_1
 from zoo import ZOO, backbone_of
 
 POSITIONS = "stepD_positions/positions.json"

@@ -14,12 +14,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import ROOT
 from head_statistics import mixed, scrambled
+from planted import RELATIONS, leave_one_head_after_layer_1
 from relfv.language_model import LanguageModel, open_model
-from relfv.models.sources import model_source
 from relfv.models.tokens import Tokens
-from relfv.relations import load_relations
 from relfv.settings import Settings
 from relfv.stages import function_vector
 from relfv.stages.function_vector import TOP_HEADS
@@ -34,7 +32,6 @@ from relfv.store.folder import QidFolder
 from relfv.types import HeadId, Relation, ScoredHead
 
 pytestmark = pytest.mark.slow
-RELATIONS = load_relations(ROOT / "datasets/relation/relationA_ex.csv")
 SPEC = Settings(model="demo")
 N_NULL = 6
 
@@ -104,22 +101,6 @@ def test_the_one_head_that_carries_the_relation_is_found_with_its_true_effect(pl
 
 def is_called(head: ScoredHead, floor: float) -> bool:
     return head.scores["mean_delta_p_fdr"] <= FDR and abs(head.scores["mean_delta_p"]) > floor
-
-
-def leave_one_head_after_layer_1(planted: HeadId, folder: Path) -> list[HeadId]:
-    """Save the demo model with only ``planted`` able to write in layers 2 to 7 -> the 95 heads that cannot.
-
-    Layers 0 and 1 stay, because it reads what they write.
-    """
-    source = model_source("demo")
-    model = AutoModelForCausalLM.from_pretrained(source)
-    width = model.config.head_dim
-    dead = [HeadId(layer, head) for layer in range(2, 8) for head in range(16) if HeadId(layer, head) != planted]
-    for layer, head in ((head.layer, head.head) for head in dead):
-        model.model.layers[layer].self_attn.o_proj.weight.data[:, head * width : (head + 1) * width] = 0
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
-    return dead
 
 
 class PlainHooks:

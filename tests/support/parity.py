@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,8 @@ def assert_same_scores(found: TokenScores, true: TokenScores, **how: Any) -> Non
 
 @dataclass(frozen=True)
 class Truth:
-    """One model, interventions on it, and what they do, by one hooked, unpadded, whole forward pass for each."""
+    """One model, interventions on it, and what they do, by one hooked, unpadded, whole forward pass for each, made when
+    first asked for."""
 
     backbone: Backbone
     prompts: list[list[int]]
@@ -82,8 +83,16 @@ class Truth:
     """(layer, head, head_dim)"""
     vectors: torch.Tensor
     """(2, resid_dim)"""
-    sweep: Effects
-    injection: Effects
+
+    @cached_property
+    def sweep(self) -> Effects:
+        """Of ``values``, a head at a time."""
+        return naive_sweep(self.backbone, self.prompts, self.targets, self.values)
+
+    @cached_property
+    def injection(self) -> Effects:
+        """Of ``vectors``, after a block at a time."""
+        return naive_injections(self.backbone, self.prompts, self.targets, self.vectors)
 
 
 @dataclass(frozen=True)
@@ -160,15 +169,7 @@ def truth(name: str) -> Truth:
     targets = naive_base(backbone, prompts, targets).top_id.tolist()
     values = replacements(backbone, prompts)
     vectors = 2.0 * torch.randn(2, backbone.arch.resid_dim, generator=torch.Generator().manual_seed(2))
-    return Truth(
-        backbone,
-        prompts,
-        targets,
-        values,
-        vectors,
-        naive_sweep(backbone, prompts, targets, values),
-        naive_injections(backbone, prompts, targets, vectors),
-    )
+    return Truth(backbone, prompts, targets, values, vectors)
 
 
 @cache

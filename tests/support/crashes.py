@@ -5,22 +5,25 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import json
 import os
 import pathlib
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from matplotlib.backends.backend_agg import RendererAgg
 
 from relfv.cli import main
+from relfv.runs import member
 from relfv.stages import sweeps
 from relfv.store.formats import SEAL
 from relfv.store.status import read_status
@@ -125,6 +128,58 @@ class Fork:
         with self._said.open() as file:
             file.seek(self._from)
             return file.read()
+
+
+def with_forked_members(body: Callable[[], int], first: Callable[[], None] = lambda: None) -> int:
+    """``body()``, where the worker processes that a crew starts are forks of this one, which are warm at once, not
+    ``python -m relfv.runs.member``. ``first`` is called in the first of them."""
+    real, calls = subprocess.Popen, itertools.chain([first], itertools.repeat(lambda: None))
+
+    def start(words: list[str], **how: Any) -> Any:
+        is_member = words[1:3] == ["-m", "relfv.runs.member"]
+        return _Member(words[2:], next(calls), how["stdout"], how["pass_fds"]) if is_member else real(words, **how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "Popen", start)
+        return body()
+
+
+class _Member:
+    """Such a fork, with what a crew asks of a ``Popen``."""
+
+    def __init__(self, words: list[str], before: Callable[[], None], output: IO[bytes], kept: list[int]) -> None:
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 1
+            try:
+                os.setsid()
+                for descriptor in (1, 2):
+                    os.dup2(output.fileno(), descriptor)
+                sys.stdout = sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+                # A pipe ends when nobody has its other end.
+                for descriptor in {int(path.name) for path in Path("/proc/self/fd").iterdir()} - {0, 1, 2, *kept}:
+                    with suppress(OSError):
+                        os.close(descriptor)
+                sys.argv = words
+                before()
+                code = member.main()
+            finally:
+                os._exit(code)
+
+    def wait(self, timeout: float = 60.0) -> int:
+        give_up = time.monotonic() + timeout
+        while not (ended := os.waitpid(self.pid, os.WNOHANG))[0]:
+            if time.monotonic() > give_up:
+                raise subprocess.TimeoutExpired("member", timeout)
+            time.sleep(0.002)
+        return os.waitstatus_to_exitcode(ended[1])
+
+    def terminate(self) -> None:
+        os.kill(self.pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
 
 
 @dataclass(frozen=True)
