@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 
-ALGORITHM_VERSION = 10
+ALGORITHM_VERSION = 11
 """Raised when a change in relfv changes the numbers it writes. It is part of every fingerprint, so results of
 another algorithm are never mixed; a change that leaves the numbers alone never invalidates anybody's results."""
 
