@@ -123,7 +123,7 @@ def check_projection(backbone: Backbone, z: torch.Tensor, layers: list[int]) -> 
     """
     arch = backbone.arch
     for layer in layers:
-        parts = arch.project_heads(layer, range(arch.n_heads), z[layer])
+        parts = arch.project_heads(layer, range(arch.n_heads), z[layer]).cpu()
         rows = torch.stack([z[layer].flatten(), torch.zeros(arch.n_heads * arch.head_dim)])[:, None]
         with backbone.running(), brought(arch.out_projs[layer], backbone.device), widened(arch.out_projs[layer]):
             out = arch.out_projs[layer](rows.to(backbone.device)).cpu().double()[:, 0]

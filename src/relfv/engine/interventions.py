@@ -107,7 +107,7 @@ def _direction(backbone: Backbone, activations: torch.Tensor) -> torch.Tensor:
     """A residual-stream vector of a usual size: what the heads of the middle layer with attention would write."""
     with_heads = [*backbone.arch.out_projs]
     layer = with_heads[len(with_heads) // 2]
-    return backbone.arch.project_heads(layer, range(backbone.arch.n_heads), activations[layer]).float()
+    return backbone.arch.project_heads(layer, range(backbone.arch.n_heads), activations[layer]).float().cpu()
 
 
 def _naive(

@@ -34,7 +34,7 @@ def writing_error(backbone: Backbone, prompt: Sequence[int], layers: Sequence[in
         clean = run_clean(backbone, Prompts([prompt], [0]))
     errors = []
     for layer in layers:
-        parts = arch.project_heads(layer, range(arch.n_heads), clean.activations[0, layer])
+        parts = arch.project_heads(layer, range(arch.n_heads), clean.activations[0, layer]).cpu()
         with backbone.running(), brought(arch.out_projs[layer], backbone.device), widened(arch.out_projs[layer]):
             zero = torch.zeros(1, 1, arch.n_heads * arch.head_dim, device=backbone.device)
             bias = arch.out_projs[layer](zero).cpu().double()[0, 0]
