@@ -81,7 +81,8 @@ def largest_worker_mib() -> float:
 
 def tiny_model(folder: Path) -> None:
     """Two layers of four heads."""
-    llama(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2).save_pretrained(folder)
+    model = llama(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    model.save_pretrained(folder)  # type: ignore[operator]
     make_tokenizer().save_pretrained(folder)
 
 
