@@ -220,7 +220,7 @@ def test_a_draw_that_is_the_vector_itself_does_as_well_to_the_last_bit() -> None
 def test_draws_end_early_only_where_one_did_as_well(llama_path: Path, csv_path: Path, tmp_path: Path) -> None:
     """With this vector against the relation a draw of one kind does, of the first five, and none of the other."""
     settings = ["--q_list", "A1", "--alpha", "-1", "--topk", "3"]
-    assert main([*arguments(llama_path, csv_path, tmp_path), *settings]) == 0
+    assert main([*arguments(llama_path, csv_path, tmp_path), *settings, "--device", "cpu"]) == 0
     controls = json.loads((tmp_path / "pairs/A1/artifacts/step6/controls.json").read_text())
     compared = [controls["per_layer"][str(layer)] for layer in controls["compared_layers"]]
     own = np.array([row["fv"]["mean_p"] for row in compared])
@@ -236,7 +236,7 @@ def test_what_is_read_over_fewer_tokens_is_named(
     llama_path: Path, csv_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def named() -> list[str]:
-        assert main([*arguments(llama_path, csv_path, tmp_path, "--q_list", "A1"), "--force"]) == 0
+        assert main([*arguments(llama_path, csv_path, tmp_path, "--q_list", "A1"), "--force", "--device", "cpu"]) == 0
         return json.loads((tmp_path / "pairs/A1/artifacts/step6/controls.json").read_text())["read_in_brief"]
 
     assert named() == []
