@@ -55,6 +55,7 @@ def test_a_worker_and_a_node_die_and_every_q_id_is_completed_with_the_bytes_of_o
     many.write_text("id,ex_A,ex_B\n" + "".join(f"Q{i},{pair}\n" for i in range(N_QIDS) for pair in pairs))
     alone, out = tmp_path / "alone", tmp_path / "out"
     assert main(arguments(llama_path, many, alone, *SMALL)) == 0
+    handler = signal.getsignal(signal.SIGTERM)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     ray.init(address=cluster.address, log_to_driver=False)
@@ -74,6 +75,7 @@ def test_a_worker_and_a_node_die_and_every_q_id_is_completed_with_the_bytes_of_o
     finally:
         ray.shutdown()
         cluster.shutdown()
+        signal.signal(signal.SIGTERM, handler)  # Ray leaves its own to the tests after this one
     assert "is lost while it was at Q" in capsys.readouterr().err
     for q_id in (f"Q{i}" for i in range(N_QIDS)):
         assert status(out / "many", q_id)["status"] == "completed"

@@ -148,22 +148,18 @@ def test_the_pipeline_goes_on_from_scripts_that_named_what_auto_means(
 
 
 @pytest.mark.slow
-def test_device_dtype_and_quant_come_from_the_environment(llama_path: Path, csv_path: Path, tmp_path: Path) -> None:
-    environment = {"DEVICE": "cpu", "DTYPE": "bf16", "QUANT": "none"}
-    done = shell(STEP_D, llama_path, csv_path, tmp_path / "B2", environment=environment)
-    assert done.returncode == 0, done.stderr
-    config = status(tmp_path, "B2")["config"]
-    assert (config["device"], config["dtype"], config["quant"]) == ("cpu", "bfloat16", "none")
-
-
-@pytest.mark.slow
-def test_a_folder_made_in_another_dtype_is_continued_in_it_by_commands_that_do_not_say(
+def test_what_the_environment_says_is_taken_and_later_commands_that_do_not_say_go_on_in_it(
     llama_path: Path, csv_path: Path, tmp_path: Path
 ) -> None:
     """Section 9 gives Step6 no --dtype, so it must be what StepD was told."""
     base = tmp_path / "B2"
+    environment = {"DEVICE": "cpu", "DTYPE": "bf16", "QUANT": "none"}
     # In a fork PyTorch has no threads to load weights in another dtype.
-    done = shell("DTYPE=bf16\n" + STEP_D + STEP_E + STEP_6.replace("0 1 2", "1"), llama_path, csv_path, base)
+    done = shell(STEP_D, llama_path, csv_path, base, environment=environment)
+    assert done.returncode == 0, done.stderr
+    config = status(tmp_path, "B2")["config"]
+    assert (config["device"], config["dtype"], config["quant"]) == ("cpu", "bfloat16", "none")
+    done = shell("DTYPE=bf16\n" + STEP_E + STEP_6.replace("0 1 2", "1"), llama_path, csv_path, base)
     assert done.returncode == 0, done.stderr
     assert json.loads((base / "artifacts/step6/layer_1/eval_meta.json").read_text())["dtype"] == "bfloat16"
 
