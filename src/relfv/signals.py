@@ -43,6 +43,7 @@ def as_exceptions() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        _received.clear()  # what comes after in this process has not been interrupted
 
 
 def raise_received() -> None:
