@@ -31,7 +31,6 @@ from relfv.commands.examples import EXAMPLES
         ),
         (["run", "--n-eval=5"], "; did you mean --n_eval? (see relfv run --help)"),
         (["run", "--out", "x"], "; did you mean --out_root? (see relfv run --help)"),
-        (["run", "--workers", "2"], "--workers 2: is of --ray; expected --ray too, or --devices or --per_card instead"),
         (["run", "--precision", "exat"], "; did you mean exact? (see relfv run --help)"),
         (["status", "--topk", "5"], "relfv status: error: unrecognized arguments: --topk (see relfv status --help)"),
         (["status", "a", "--out_root", "b"], "not allowed with argument"),
@@ -166,3 +165,9 @@ def test_what_needs_no_model_imports_nothing_that_takes_seconds(
     words: tuple[str, ...], found: dict[tuple[str, ...], str]
 ) -> None:
     assert found[words] == f"{LIGHT[words]} []"
+
+
+def test_workers_are_of_ray_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--model", "demo", "--workers", "2"]) == 2
+    said = capsys.readouterr().err
+    assert "--workers 2: is of --ray; expected --ray too, or --devices or --per_card instead" in said

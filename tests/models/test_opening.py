@@ -101,7 +101,10 @@ def test_a_revision_opens_at_its_commit_and_is_part_of_the_identity(llama_path: 
     lines = done.stdout.splitlines()
     assert lines[0].startswith(main), done.stderr
     assert lines[1] == lines[2] == f"{other} 0.077", done.stderr
-    assert "--model 'someone/tiny': cannot open its config at revision 'step9'" in done.stderr
+    assert (
+        "--model 'someone/tiny': no such folder or file is here, and relfv cannot open its config at revision 'step9'"
+        in done.stderr
+    )
 
 
 def test_a_folder_has_no_revisions(llama_path: Path) -> None:
