@@ -62,8 +62,8 @@ def kill_one(folder: Path) -> None:
 @contextmanager
 def on_ray() -> Iterator[Callable[[list[str], Path], int]]:
     """While open, runs a command into a folder by three workers, of which one is killed, and a node."""
-    import ray
-    from ray.cluster_utils import Cluster
+    import ray  # type: ignore[import-not-found]
+    from ray.cluster_utils import Cluster  # type: ignore[import-not-found]
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
