@@ -81,14 +81,20 @@ def operations(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Operations
 def test_killed_at_random_instants_and_resumed_it_ends_as_if_undisturbed(
     job: Job, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """Killed again and again until one run gets through. ``--kills`` says how many kills."""
+    """Killed again and again until one run gets through. ``--kills`` says how many kills.
+
+    Each comes some time after one of the stages that are left, any of them, and not at any time of the whole: of that
+    one machine spends most in a single stage, another before the first."""
     rng, kills, where = random.Random(0), 0, Counter[str]()
+    every = len(finished_work(job.undisturbed))
     while kills < request.config.getoption("--kills"):
         out = tmp_path / f"out{kills}"
         while True:
             before = finished_work(out)
             run = job.start(out)
-            run.compute(rng.uniform(0, job.seconds))
+            done = rng.randint(len(before), every + 1)  # one more than there are: to its end
+            run.until(lambda out=out, done=done: len(finished_work(out)) >= done)
+            run.compute(run.computed() + rng.uniform(0, 4) * job.seconds / every)
             run.signal(signal.SIGKILL)
             code = run.wait()
             require_kept(before, out)
@@ -100,8 +106,6 @@ def test_killed_at_random_instants_and_resumed_it_ends_as_if_undisturbed(
         require_undisturbed(out, job)
         shutil.rmtree(out)
     print(kills, "kills:", dict(sorted(where.items())))
-    # They must have come everywhere: not all before the first stage, nor all in one.
-    assert len(where) > 10
 
 
 def test_studies_killed_at_random_instants_and_resumed_end_as_if_undisturbed(job: Job, tmp_path: Path) -> None:
@@ -175,7 +179,8 @@ def test_interrupted_at_random_instants_it_says_so_and_resumes_to_the_same_bytes
         while True:
             before = finished_work(out)
             run = job.start(out)
-            run.compute(rng.uniform(0.1, 1) * job.seconds)  # earlier it has not taken charge of signals yet
+            run.until(run.said)  # earlier it has not taken charge of signals yet
+            run.compute(run.computed() + rng.uniform(0, 1) * job.seconds)
             run.signal(number)
             found = run.wait()
             require_kept(before, out)

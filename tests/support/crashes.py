@@ -103,10 +103,15 @@ class Fork:
     def compute(self, seconds: float) -> None:
         """Until it has had this much processor time or has ended: the same share of its work on a busy machine as on an
         idle one."""
-        clock = ~self.pid << 3 | 2  # as clock_getcpuclockid(3) makes it, which Python does not offer
-        while time.clock_gettime(clock) < seconds:
-            if self.has_ended():
-                return
+        self.until(lambda: self.computed() >= seconds)
+
+    def computed(self) -> float:
+        """Processor time that it has had, in seconds."""
+        return time.clock_gettime(~self.pid << 3 | 2)  # as clock_getcpuclockid(3) makes it, which Python does not offer
+
+    def until(self, condition: Callable[[], object]) -> None:
+        """Until this holds or it has ended."""
+        while not condition() and not self.has_ended():
             time.sleep(0.002)
 
     def has_ended(self) -> bool:
