@@ -18,6 +18,8 @@ from relfv.models.packed import is_readable, weight_dtype, weight_of
 from relfv.types import Prompts
 
 pytest.importorskip("bitsandbytes")
+from bitsandbytes.functional import dequantize_blockwise
+from bitsandbytes.nn import LinearNF4
 
 ROUNDED = {"8bit": 0.02, "4bit": 0.15}
 """How far packed weights are from the stored ones, at most, as a share of their length."""
@@ -68,6 +70,27 @@ def test_a_packed_layers_weight_is_read_as_what_it_stands_for(packed: LanguageMo
             assert (read.dtype, read.shape) == (weight_dtype(linear), true.shape)
             assert 0 < (read.float() - true).norm() < ROUNDED[packed.quant] * true.norm()
     assert n_packed == 7
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("shape", [(64, 48), (64, 64), (7, 96), (9, 10), (3, 5), (1, 128), (130, 1)])
+def test_a_weight_in_4_bit_is_read_block_by_block_whatever_the_width_of_its_rows(
+    shape: tuple[int, int], nested: bool
+) -> None:
+    linear = LinearNF4(shape[1], shape[0], bias=False, compress_statistics=nested)
+    stored = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    linear.load_state_dict({"weight": stored})
+    linear.to("cpu")  # which packs it
+    assert is_readable(linear)
+    state = linear.weight.quant_state
+    scales = state.absmax
+    if nested:
+        scales = dequantize_blockwise(scales, state.state2) + state.offset
+    codes = linear.weight.data.flatten().to(torch.int64)
+    codes = torch.stack((codes >> 4, codes & 15), -1).flatten()[: stored.numel()]  # two of four bits in each byte
+    true = state.code[codes] * scales.repeat_interleave(state.blocksize)[: stored.numel()]
+    torch.testing.assert_close(weight_of(linear), true.reshape(shape))
+    assert (true.reshape(shape) - stored).norm() < ROUNDED["4bit"] * stored.norm()
 
 
 def test_a_head_of_a_packed_projection_is_its_slice_of_the_weight(packed: LanguageModel) -> None:

@@ -8,6 +8,7 @@ any other model: same memory at rest, same arithmetic, same engine.
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any, TypeGuard
 
 import torch
@@ -40,13 +41,26 @@ def weight_of(linear: nn.Linear) -> torch.Tensor:
         return linear.weight
     weight: Any = linear.weight
     if type(weight).__name__ == "Params4bit":
-        from transformers.integrations.bitsandbytes import dequantize_bnb_weight
-
-        return dequantize_bnb_weight(weight)
+        return _read_4bit(weight)
     state: Any = linear.state
     scale = weight.SCB if state.SCB is None else state.SCB
     out = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.device)
     return torch.mul(weight.data, (scale / 127)[:, None], out=out)
+
+
+def _read_4bit(weight: Any) -> torch.Tensor:
+    """What a weight in 4 bit stands for: one row after another in blocks, each with a scale of its own.
+
+    Told that there is one row: bitsandbytes (0.50) begins a block with each row on a CPU with AVX-512, and there reads
+    rows that no whole number of blocks fills as other numbers.
+    """
+    from bitsandbytes.functional import dequantize_4bit  # type: ignore[import-not-found]
+
+    state = weight.quant_state
+    if weight.device.type == "cpu" and state.shape[-1] % state.blocksize:
+        state = copy(state)
+        state.shape = torch.Size((1, weight.quant_state.shape.numel()))
+    return dequantize_4bit(weight.data, state).reshape(weight.quant_state.shape)
 
 
 def unpacked_product(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
