@@ -44,6 +44,12 @@ def main(page: str, *, write: bool = False) -> int:
     return 0
 
 
+def calls(page: str, program: str) -> bool:
+    """Whether a shell block of the page calls this program, or one by this name in a folder."""
+    shell = (block[2] for block in _BLOCK.finditer(Path(page).read_text(encoding="utf-8")) if block[1] == "bash")
+    return any(re.search(rf"(^|[\s/;|(]){program}\s", commands, re.MULTILINE) for commands in shell)
+
+
 def _of_shell(commands: str) -> str:
     shell = ["bash", "-euo", "pipefail", "-c", commands]
     return subprocess.run(shell, stdout=subprocess.PIPE, text=True, check=True).stdout

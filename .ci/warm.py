@@ -33,7 +33,7 @@ def main(page: str) -> int:
     """Exit code of the page's blocks."""
     import blocks
 
-    if "relfv run" not in Path(page).read_text(encoding="utf-8"):
+    if not blocks.calls(page, "relfv"):
         return blocks.main(page)
     import_all()
     program, path = Path(".venv/bin/relfv"), Path(".venv/relfv.socket").absolute()
