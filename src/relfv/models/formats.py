@@ -77,6 +77,8 @@ def require_format(name: str, config: Any, place: torch.device, quant: str) -> N
 
 def quantization(quant: str, place: torch.device) -> Any:
     """The config for bitsandbytes. Raises InputError where that is not installed or knows no such device."""
+    # It would warn that a package is missing which speeds up products of its own; relfv does not use those.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         import bitsandbytes  # type: ignore[import-not-found]
     except ImportError:
