@@ -152,6 +152,21 @@ def test_what_is_only_slow_the_first_time_says_nothing_of_the_q_ids_to_come(monk
     assert pace.left() == pytest.approx(before - 0.2)
 
 
+def test_studies_count_once_they_were_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, pace = Clock(monkeypatch), Pace(2, {"sweep": 1.0})
+    for stages in (("sweep", "study"), ("sweep",)):
+        pace.begin()
+        for stage in stages:
+            pace.begin_stage(stage)
+            clock.now += {"sweep": 10, "study": 30}[stage]
+        if len(stages) == 2:
+            pace.end()
+    assert pace.left() == pytest.approx(30)
+    pace.begin_stage("study")
+    clock.now += 5
+    assert pace.left() == pytest.approx(25)
+
+
 def test_q_ids_that_another_run_took_say_nothing_of_the_pace_and_are_not_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

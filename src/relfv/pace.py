@@ -72,19 +72,21 @@ class Pace:
             return None
         rest = 0.0
         if self._stage is not None:
-            order = list(self._shares)
+            order = list(usual)
             here = usual.get(self._stage, 0.0) - (time.monotonic() - self._stage_started)
             after = order[order.index(self._stage) + 1 :] if self._stage in order else []
             rest = max(0.0, here) + sum(usual[name] for name in after)
         return rest + self._waiting * sum(usual.values())
 
     def _usual(self) -> dict[str, float] | None:
-        """Seconds a q_id needs for each stage: as timed, else from its share and the time of what is behind."""
+        """Seconds a q_id needs for each stage: as timed, else from its share and the time of what is behind. Studies,
+        which have no usual share, come last, and are known once they were timed."""
         timed = {**self._of_this, **{name: self._mean(name) for name in self._took}}
-        behind = {name: (self._shares.get(name, 0.0), seconds) for name, seconds in timed.items()}
-        if self._stage and self._stage not in timed and (task := at_hand()) and task.total:
+        studies = {name: seconds for name, seconds in timed.items() if name not in self._shares}
+        behind = {name: (share, timed[name]) for name, share in self._shares.items() if name in timed}
+        if self._stage in self._shares and self._stage not in timed and (task := at_hand()) and task.total:
             counted = task.done / task.total
-            behind[self._stage] = counted * self._shares.get(self._stage, 0.0), time.monotonic() - self._stage_started
+            behind[self._stage] = counted * self._shares[self._stage], time.monotonic() - self._stage_started
         if not self._took:
             behind = _without_first_uses(behind)
             timed = {name: seconds for name, seconds in timed.items() if name in behind}
@@ -95,7 +97,7 @@ class Pace:
         if self._stage in behind and self._stage not in timed and behind[self._stage][0]:
             part, seconds = behind[self._stage]
             usual[self._stage] = seconds * self._shares[self._stage] / part
-        return usual
+        return usual | studies
 
     def _mean(self, name: str) -> float:
         total, count = self._took[name]

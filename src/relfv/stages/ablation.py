@@ -44,6 +44,7 @@ from relfv.store.folder import File, QidFolder
 from relfv.store.formats import finite, json_bytes, read_json
 from relfv.store.status import QidStatus
 from relfv.types import Effects, HeadId, Prompts, Relation, TokenScores
+from relfv.words import first_sentence
 
 if TYPE_CHECKING:
     from relfv.engine.clean import CleanRun
@@ -202,7 +203,7 @@ def _ablate(work: Work) -> str:
     }
     document["verdict"] = verdict_of_ablation(document, work.read(SUMMARY))
     work.write(ABLATION, json_bytes(document), content=document)
-    return document["verdict"]
+    return first_sentence(document["verdict"])
 
 
 def _about(
