@@ -283,6 +283,11 @@ def test_the_table_says_where_a_share_is_not_shown_to_be_the_relations_own(copie
     assert "80% (60% to 90%) not shown to be its own 12 of 12" in row_of(copied, "A1")
 
 
+def test_a_row_heads_long_word_is_broken_since_it_stays_where_the_rest_scrolls(copied: Path) -> None:
+    (rule,) = re.findall(r'^th\[scope="row"\] \{([^}]*overflow-wrap[^}]*)\}', write_report(copied).read_text(), re.M)
+    assert {"max-width: 26rem", "overflow-wrap: anywhere"} <= {one.strip() for one in rule.split(";")}
+
+
 def test_what_was_not_measured_has_no_rows_of_dashes(copied: Path) -> None:
     html = write_report(copied).read_text()
     assert "not measured (--extras ablation)" in html
