@@ -12,7 +12,7 @@ from typing import Any
 from relfv.stages.ability import ability_sentence
 from relfv.stages.ability import in_short as ability_in_short
 from relfv.stages.answered_right import stratum_sentence
-from relfv.stages.carrier import carrier_sentences
+from relfv.stages.carrier import carrier_sentences, heads_in_short
 from relfv.stages.caveats import leading_sentence, tells_apart, trial_sentences
 from relfv.stages.control_vectors import CONTROLS
 from relfv.stats import FDR, smallest_p_value
@@ -41,10 +41,9 @@ def in_short(numbers: Numbers) -> str:
         whole = numbers["whole_answers"]
         right = f"{percent(whole['base'])} without and {percent(whole['with'])} with the function vector"
         return " ".join([*words, f"Whole answers right: {right}; the scored tokens do not tell answers apart."])
-    words.append(_effect_in_short(numbers))
-    if reason := doubt(numbers):
-        words.append(f"That this is the relation's own effect is not shown: {reason}.")
-    return " ".join(words)
+    reason = doubt(numbers)
+    own = f"That this is the relation's own effect is not shown: {reason}." if reason else ""
+    return " ".join(filter(None, [*words, _effect_in_short(numbers), own, heads_in_short(numbers)]))
 
 
 def _effect_in_short(numbers: Numbers) -> str:
