@@ -146,6 +146,7 @@ def test_what_is_only_slow_the_first_time_says_nothing_of_the_q_ids_to_come(monk
     clock.now += 3
     pace.begin_stage("heatmap")
     before = pace.left()
+    assert before is not None
     assert before == pytest.approx(0.2 + 6.8 + 27 * 10)
     clock.now += 4  # a library is imported
     pace.begin_stage("controls")
