@@ -139,6 +139,35 @@ def test_time_left_is_known_before_the_first_q_id_ends(monkeypatch: pytest.Monke
         assert pace.left() == pytest.approx(15 + 15 / 0.25 * 0.3 + 2 * (10 + 20 + 18), rel=0.01)
 
 
+def test_what_is_only_slow_the_first_time_says_nothing_of_the_q_ids_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, pace = Clock(monkeypatch), Pace(28, {"sweep": 0.3, "heatmap": 0.02, "controls": 0.68})
+    pace.begin()
+    pace.begin_stage("sweep")
+    clock.now += 3
+    pace.begin_stage("heatmap")
+    before = pace.left()
+    assert before is not None
+    assert before == pytest.approx(0.2 + 6.8 + 27 * 10)
+    clock.now += 4  # a library is imported
+    pace.begin_stage("controls")
+    assert pace.left() == pytest.approx(before - 0.2)
+
+
+def test_studies_count_once_they_were_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, pace = Clock(monkeypatch), Pace(2, {"sweep": 1.0})
+    for stages in (("sweep", "study"), ("sweep",)):
+        pace.begin()
+        for stage in stages:
+            pace.begin_stage(stage)
+            clock.now += {"sweep": 10, "study": 30}[stage]
+        if len(stages) == 2:
+            pace.end()
+    assert pace.left() == pytest.approx(30)
+    pace.begin_stage("study")
+    clock.now += 5
+    assert pace.left() == pytest.approx(25)
+
+
 def test_q_ids_that_another_run_took_say_nothing_of_the_pace_and_are_not_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

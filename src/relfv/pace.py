@@ -10,6 +10,8 @@ from relfv.progress import at_hand, duration
 
 _LEAST_SHARE = 0.03
 """Share of a q_id's usual time that must have passed before the time left is estimated."""
+_MANY_TIMES = 4.0
+"""How many times as long as its share has it a stage may take in the first q_id and still be counted."""
 
 
 class Pace:
@@ -70,19 +72,24 @@ class Pace:
             return None
         rest = 0.0
         if self._stage is not None:
-            order = list(self._shares)
+            order = list(usual)
             here = usual.get(self._stage, 0.0) - (time.monotonic() - self._stage_started)
             after = order[order.index(self._stage) + 1 :] if self._stage in order else []
             rest = max(0.0, here) + sum(usual[name] for name in after)
         return rest + self._waiting * sum(usual.values())
 
     def _usual(self) -> dict[str, float] | None:
-        """Seconds a q_id needs for each stage: as timed, else from its share and the time of what is behind."""
+        """Seconds a q_id needs for each stage: as timed, else from its share and the time of what is behind. Studies,
+        which have no usual share, come last, and are known once they were timed."""
         timed = {**self._of_this, **{name: self._mean(name) for name in self._took}}
-        behind = {name: (self._shares.get(name, 0.0), seconds) for name, seconds in timed.items()}
-        if self._stage and self._stage not in timed and (task := at_hand()) and task.total:
+        studies = {name: seconds for name, seconds in timed.items() if name not in self._shares}
+        behind = {name: (share, timed[name]) for name, share in self._shares.items() if name in timed}
+        if self._stage in self._shares and self._stage not in timed and (task := at_hand()) and task.total:
             counted = task.done / task.total
-            behind[self._stage] = counted * self._shares.get(self._stage, 0.0), time.monotonic() - self._stage_started
+            behind[self._stage] = counted * self._shares[self._stage], time.monotonic() - self._stage_started
+        if not self._took:
+            behind = _without_first_uses(behind)
+            timed = {name: seconds for name, seconds in timed.items() if name in behind}
         share, seconds = (sum(column) for column in zip(*behind.values(), strict=True)) if behind else (0.0, 0.0)
         if share < _LEAST_SHARE and not self._took:
             return None
@@ -90,7 +97,7 @@ class Pace:
         if self._stage in behind and self._stage not in timed and behind[self._stage][0]:
             part, seconds = behind[self._stage]
             usual[self._stage] = seconds * self._shares[self._stage] / part
-        return usual
+        return usual | studies
 
     def _mean(self, name: str) -> float:
         total, count = self._took[name]
@@ -101,3 +108,15 @@ class Pace:
             seconds = time.monotonic() - self._stage_started
             self._of_this[self._stage] = self._of_this.get(self._stage, 0.0) + seconds
         self._stage = None
+
+
+def _without_first_uses(behind: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+    """Stages, each with its share and seconds, without those that took many times as long for their share as the
+    others: a library that is imported in the first q_id's heatmap says nothing of the q_ids to come."""
+    rates = sorted((seconds / share, share) for share, seconds in behind.values() if share)
+    half, so_far = sum(share for _, share in rates) / 2, 0.0
+    for usual, share in rates:
+        so_far += share
+        if so_far >= half:
+            return {name: of for name, of in behind.items() if of[1] <= _MANY_TIMES * usual * of[0]}
+    return dict(behind)

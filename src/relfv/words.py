@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,3 +22,11 @@ def ci(low: float, high: float, write: Callable[[float], str]) -> str:
 def with_interval(share: Mapping[str, Any]) -> str:
     """A share and its interval: ``12% (95% CI 5% to 19%)``."""
     return f"{percent(share['value'])} ({ci(share['low'], share['high'], percent)})"
+
+
+_SENTENCE_ENDS = re.compile(r"(?<=\.)\s+(?=[A-Z0-9])")
+
+
+def first_sentence(verdict: str) -> str:
+    """The first sentence of a verdict, for a line of a log: the rest is in the file that the verdict is of."""
+    return _SENTENCE_ENDS.split(verdict, 1)[0]

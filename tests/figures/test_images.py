@@ -149,6 +149,33 @@ def test_models_of_any_shape_fit_a_page(n_layers: int, n_heads: int) -> None:
     assert 60 < page.height < 600
 
 
+def test_the_numbers_beside_the_colours_do_not_overlap_where_the_map_is_low(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[tuple[float, str]] = []
+    words = Canvas.words
+
+    def heard(canvas: Canvas, x: float, y: float, text: str, *more: Any, **style: Any) -> None:
+        if re.fullmatch(r"[+-][\d.]+|0", text) and x > canvas.width / 2 and not style:
+            said.append((y, text))
+        words(canvas, x, y, text, *more, **style)
+
+    monkeypatch.setattr(Canvas, "words", heard)
+    for n_layers, expected in ((1, ["-1", "0", "+1"]), (8, ["-1", "-0.5", "0", "+0.5", "+1"])):
+        said.clear()
+        heads = [
+            ScoredHead(HeadId(i, j), {"mean_delta_p": 1.3 * j / 11}, 5) for i in range(n_layers) for j in range(12)
+        ]
+        heatmap_png(heads, "mean_delta_p", [], "Q1")
+        assert [text for _, text in said] == expected
+        heights = [y for y, _ in said]
+        assert min(np.diff(heights)) > 7.5
+
+
+def test_zero_shot_is_drawn_where_there_is_one_layer() -> None:
+    one = figures.injection_curve(curve_of(None, 1))
+    dark = (np.abs(pixels(one.to_bytes())[:, :, :3] - 0x4D / 255) < 0.02).all(-1)
+    assert dark.sum(1).max() > 0.15 * dark.shape[1]  # dashes from side to side of a panel, not the legend's alone
+
+
 def test_a_page_of_given_size_has_it() -> None:
     heads = scored(HeadId(1, 1))
     for columns in (1, 2):

@@ -161,6 +161,21 @@ def test_rows_are_made_from_no_file_that_is_not_looked_at(folder: Path, monkeypa
     assert {name for name in reads if name.startswith("A1/")} == looked_at | {"A1/artifacts/qid_status.json"}
 
 
+def test_no_q_ids_own_page_is_left_without_a_link_to_it(
+    llama_path: Path, csv_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Very many are chosen, but few of them completed."""
+    for module in (page, worker):
+        monkeypatch.setattr(module, "MOST_ON_ONE_PAGE", 1)
+    more = ("--q_list", "A1,C3", "--extras", "none", "--n_trials_per_q", "5")
+    assert main(arguments(llama_path, csv_path, tmp_path, *more)) == 0
+    folder = tmp_path / "pairs"
+    assert json.loads((folder / "C3/artifacts/qid_status.json").read_text())["status"] == "skipped"
+    index = page_path(folder).read_text()
+    assert [path.name for path in (folder / "report/q_ids").iterdir()] == ["A1.html"]
+    assert 'href="q_ids/A1.html#A1"' in index
+
+
 def test_of_very_many_q_ids_each_page_is_written_once(
     llama_path: Path, csv_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

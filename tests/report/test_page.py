@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from relfv.report.content import command_of
 from relfv.report.page import page_path, write_report
 from relfv.report.table import status_table
 from relfv.settings import Settings
+from relfv.stages.verdict import in_short
 from relfv.store.locks import lock
 from relfv.store.status import read_status
 from relfv.store.statuses import natural_key
@@ -46,7 +48,7 @@ def row_of(folder: Path, q_id: str) -> str:
     return " ".join(re.sub("<[^>]*>", " ", row).split())
 
 
-SHARE = {"value": 0.5, "low": 0.2, "high": 0.8, "n_queries": 11, "n_closing_half": 6}
+SHARE = {"value": 0.5, "low": 0.2, "high": 0.8, "high_of_mean": 0.8, "n_queries": 11, "n_closing_half": 6}
 HELD_OUT = {"held_out, layer_chosen_by_others": SHARE, "fv": SHARE}
 
 
@@ -263,10 +265,34 @@ def test_q_ids_sort_as_people_count() -> None:
     assert sorted(["Q10", "Q2", "Q1"], key=natural_key) == ["Q1", "Q2", "Q10"]
 
 
-def test_the_first_sentences_of_the_verdict_stand_apart(copied: Path) -> None:
-    summarise(copied, verdict="One of 0.5 heads. Two: P 0.97 (95% CI). 3 queries. Four.")
+def test_the_verdict_in_short_stands_apart_and_before_the_whole_one(copied: Path) -> None:
+    summary = json.loads((copied / "A1/artifacts/summary.json").read_text())
+    html = unescape(write_report(copied).read_text())
+    assert f'<p class="verdict">{in_short(summary)}</p>\n<p>{summary["verdict"]}</p>' in html
+
+
+def test_the_table_says_where_a_share_is_not_shown_to_be_the_relations_own(copied: Path) -> None:
+    summary = json.loads((copied / "A1/artifacts/summary.json").read_text())
+    sure = {"value": 0.8, "low": 0.6, "high": 0.9, "high_of_mean": 0.9, "n_queries": 12, "n_closing_half": 12}
+    shares = {**summary["share_of_gap"], **dict.fromkeys(HELD_OUT, sure)}
+    rival = {"share_of_gap_above": sure, "n_draws": 19, "n_draws_as_good": 0}
+    able = {"scored_token": {**summary["scored_token"], "tells_answers_apart": True}, "share_of_gap": shares}
+    summarise(copied, **able, against_random={"random_heads": rival})
+    assert "80% (60% to 90%) 12 of 12" in row_of(copied, "A1")
+    summarise(copied, **able, against_random={"random_heads": {**rival, "n_draws_as_good": 2}})
+    assert "80% (60% to 90%) not shown to be its own 12 of 12" in row_of(copied, "A1")
+
+
+def test_a_row_heads_long_word_is_broken_since_it_stays_where_the_rest_scrolls(copied: Path) -> None:
+    (rule,) = re.findall(r'^th\[scope="row"\] \{([^}]*overflow-wrap[^}]*)\}', write_report(copied).read_text(), re.M)
+    assert {"max-width: 26rem", "overflow-wrap: anywhere"} <= {one.strip() for one in rule.split(";")}
+
+
+def test_what_was_not_measured_has_no_rows_of_dashes(copied: Path) -> None:
     html = write_report(copied).read_text()
-    assert '<p class="verdict">One of 0.5 heads. Two: P 0.97 (95% CI).</p>\n<p>3 queries. Four.</p>' in html
+    assert "not measured (--extras ablation)" in html
+    assert "heads put in place" in html
+    assert "heads set to" not in html
 
 
 def test_prompts_are_shown_token_by_token_as_they_were_fed(copied: Path) -> None:

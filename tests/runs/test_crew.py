@@ -95,7 +95,7 @@ def test_a_killed_process_leaves_its_q_id_to_another_and_every_byte_is_as_in_one
         assert said.count(f" {q_id} completed in ") == 1
     manifest = json.loads((folder / "run_manifest.json").read_text())
     assert manifest["devices"] == ["cpu", "cpu"]
-    assert manifest["outcomes"] == {"A1": "completed", "B2": "completed"}
+    assert manifest["outcomes"] == {"C3": "skipped", "A1": "completed", "B2": "completed"}
     assert manifest["earlier_runs"] == []
     # all that was said is in the log of the run, details of stages included
     assert f" {'A1'} step6" in (folder / "run.log").read_text()

@@ -84,7 +84,7 @@ def test_the_manifest_says_what_ran(finished: Path) -> None:
     assert manifest["model"]["engine"] == "shared_prefix"
     assert manifest["settings"]["topk"] == 20
     assert manifest["versions"]["torch"]
-    assert manifest["outcomes"] == {"A1": "completed", "B2": "completed"}
+    assert manifest["outcomes"] == {"C3": "skipped", "A1": "completed", "B2": "completed"}
 
 
 def test_the_precision_is_said_wherever_numbers_are(finished: Path) -> None:
@@ -371,7 +371,7 @@ def test_a_q_id_that_another_process_holds_is_left_to_it(csv_path: Path, llama_p
     try:
         assert main(arguments(llama_path, csv_path, tmp_path)) == 0
         manifest = json.loads((tmp_path / "pairs/run_manifest.json").read_text())
-        assert manifest["outcomes"] == {"A1": "left to another run", "B2": "completed"}
+        assert manifest["outcomes"] == {"C3": "skipped", "A1": "left to another run", "B2": "completed"}
         assert not (tmp_path / "pairs/A1/artifacts/sampled_trials.json").exists()
     finally:
         process.kill()
@@ -470,7 +470,7 @@ def test_a_damaged_manifest_is_put_aside_and_does_not_stop_a_run(
     (copied / "run_manifest.json").write_text("")
     (copied / "A1/artifacts/top_heads.json").unlink()
     assert main(arguments(llama_path, csv_path, copied.parent)) == 0
-    assert json.loads((copied / "run_manifest.json").read_text())["outcomes"] == {"A1": "completed"}
+    assert json.loads((copied / "run_manifest.json").read_text())["outcomes"] == {"C3": "skipped", "A1": "completed"}
     assert len([*copied.glob("run_manifest.json.replaced-*")]) == 1
 
 

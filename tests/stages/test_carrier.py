@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from relfv.shares import Gap
-from relfv.stages.carrier import carrier_numbers, carrier_sentences
+from relfv.stages.carrier import carrier_numbers, carrier_sentences, heads_in_short
 
 N = 12
 WOBBLE = [0.02 * (i % 3 - 1) for i in range(N)]
@@ -48,6 +48,11 @@ def said(found: dict[str, Any], fv: float = 0.0, layer: int = 1) -> str:
     return carrier_sentences({"share_of_gap": {"fv": share}, **numbers(found, layer)})
 
 
+def in_short(found: dict[str, Any], fv: float = 0.0) -> str:
+    share = {"value": fv, "low": fv - 0.01, "high": fv + 0.01, "high_of_mean": fv + 0.01}
+    return heads_in_short({"share_of_gap": {"fv": share}, **numbers(found)})
+
+
 def numbers(found: dict[str, Any], layer: int = 1) -> dict[str, Any]:
     prompts = found["by_prompt"]
     zero, clean = np.array(prompts["p_zero_shot"]), np.array(prompts["p_clean"])
@@ -74,6 +79,11 @@ def test_heads_that_carry_what_their_vector_does_not_are_told_from_heads_that_ca
     assert "So neither the vector nor its heads carry the relation here." in nothing
     assert "wrong carrier" not in nothing
     assert "carrier" not in said(controls(**IN_PLACE, random_heads_in_place=0.1), fv=0.9)
+    short = in_short(controls(**IN_PLACE, random_heads_in_place=0.1))
+    assert short.startswith("Its heads put in place close 80% (95% CI ")
+    assert in_short(controls(heads_in_place=0.1, heads_in_place_held_out=0.1)) == ""
+    assert in_short(controls(**IN_PLACE, random_heads_in_place=0.1), fv=0.9) == ""
+    assert in_short(controls(**IN_PLACE, random_heads_in_place=0.75)) == ""
 
 
 def test_a_family_that_norms_is_named_with_what_its_heads_really_write() -> None:

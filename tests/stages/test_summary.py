@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from parity import rounding, size_in
 from relfv.stages.summary import conclusions
+from relfv.stages.verdict import in_short
 
 N = 12
 CAVEATS = {
@@ -88,6 +90,31 @@ def test_the_verdict_says_what_the_numbers_say() -> None:
     assert "is not shown" not in verdict
 
 
+def short(found: dict[str, Any], **caveats: Any) -> str:
+    return in_short(conclusions(top(), found, None, {**CAVEATS, **caveats}, layer=1))
+
+
+def test_the_verdict_in_short_says_what_is_to_be_believed_and_no_more_than_the_long_one() -> None:
+    interval = r"\(95% CI \d+% to \d+%\)"
+    sure = short(controls(0.1, 0.9, fv=0.7, held_out=0.66, random_heads=0.14, random_direction=0.1))
+    assert re.fullmatch(
+        rf"The function vector closes 70% {interval} of the gap, held out; random controls close up to 5% on average\.",
+        sure,
+    )
+    rivalled = short(controls(0.1, 0.9, draws=[0.1] * 18 + [0.75], fv=0.7, held_out=0.66, random_heads=0.14))
+    assert rivalled.endswith("the relation's own effect is not shown: a random draw does as well at the layer that is "
+                             "best for it.")  # fmt: skip
+    unsure = controls(0.1, 0.9, fv=0.3, held_out=0.12)
+    unsure["by_prompt"]["p_held_out"]["1"] = [0.02, 0.4] + [0.08] * (N - 2)
+    assert short(unsure).endswith("of the gap, held out, so that it closes any of it is not shown.")
+    assert short(controls(0.4, 0.3, fv=0.6)) == "P is no higher with demos: there is no gap."
+    assert "too small or too uncertain" in short(controls(0.4, 0.42, fv=0.6))
+    assert short(controls(0.3, 0.9, fv=0.1)) == "The function vector does harm here: P 0.300 without and 0.100 with it."
+    unable = {"can_do": False, "n_trials": 25, "clean_acc": {"value": 0.1}, "majority_acc": 0.2, "why_not": "so"}
+    unable |= {"clean_acc": {"value": 0.1, "low": 0.0, "high": 0.2}, "judged_by": "scored_token"}
+    assert short(controls(0.4, 0.3, fv=0.6), ability=unable).startswith("The model cannot do this relation. P is no")
+
+
 def test_an_interval_is_no_narrower_than_twelve_queries_allow() -> None:
     found = conclusions(top(), controls(0.1, 0.9, fv=0.884, held_out=0.884), None, CAVEATS, layer=1)
     for share in (found["share_of_gap"]["fv"], found["share_of_gap"]["held_out, layer_chosen_by_others"]):
@@ -128,6 +155,9 @@ def test_where_first_tokens_cannot_tell_answers_apart_whole_answers_lead_and_no_
     assert verdict.startswith("Whole answers: 0% right without and 7% with the function vector")
     assert "closes" not in verdict
     assert "Controls" not in verdict
+    assert short(found, **caveats) == (
+        "Whole answers right: 0% without and 7% with the function vector; the scored tokens do not tell answers apart."
+    )
 
 
 def test_a_vector_that_takes_away_what_is_there_does_harm() -> None:
@@ -270,6 +300,9 @@ def test_a_finished_q_id_has_its_conclusions(finished: Path) -> None:
         assert again["acc"] == pytest.approx(spec["acc_with"])
         assert again["ci_low"] <= again["mean_delta_p"] <= again["ci_high"]
     assert summary["verdict"]
+    (line,) = [line for line in (finished / "run.log").read_text().splitlines() if " A1 summary " in line]
+    assert line.endswith(f" s: {in_short(summary)}")
+    assert len(line) < 400 < len(summary["verdict"])
     assert summary["layer"] == layers["best_layer"]
     assert summary["n_heads_distinguishable"] == sum(
         head["distinguishable"] for head in json.loads((artifacts / "top_heads.json").read_text())["heads"]

@@ -244,6 +244,8 @@ def _curve(page: Page, place: tuple[float, float], shown: Curve, title: str, nam
     styles = [style for _, style in _KEY]
     canvas.line(with_it, **styles[0], exact=True)
     canvas.dots(with_it, _WITH, min(1.8, 0.3 * each))
+    if len(order) == 1:  # a line through one layer has no length
+        without = [(x, without[0][1]), (x + page.wide, without[0][1])]
     canvas.line(without, **styles[1], exact=True)
     if shown.reference:
         level = at(0, shown.reference["clean"][name])[1]

@@ -115,7 +115,10 @@ def colour_bar(page: Page, limit: float, label: str) -> None:
     x, y = canvas.width - page.aside - width + 12.0, top - high
     canvas.cells(x, y, 10.0, high, _palette()[:, None])
     canvas.rectangle(x, y, 10.0, high)
-    for value in even_ticks(limit):
+    ticks = even_ticks(limit)
+    if high < 1.3 * TICK * (len(ticks) - 1) * limit / ticks[-1]:  # a map of one or two layers has no room for all
+        ticks = [ticks[0], 0.0, ticks[-1]]
+    for value in ticks:
         at = y + high * (value / limit + 1) / 2
         canvas.line([(x + 10, at), (x + 13, at)])
         canvas.words(x + 15, at - 0.36 * TICK, f"{value:+g}" if value else "0", TICK)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import re
 import shlex
 from collections.abc import Iterable
 from functools import lru_cache
@@ -16,7 +15,7 @@ from relfv.report.drawing import curve, heatmap
 from relfv.report.known import Brief
 from relfv.report.registered_section import plan_of_qid
 from relfv.settings import FLAGS, Settings
-from relfv.stages.ability import in_short
+from relfv.stages.ability import in_short as ability_in_short
 from relfv.stages.ablation import ABLATION, SET_TO, beside_sufficiency
 from relfv.stages.answers import ANSWERS
 from relfv.stages.attribution import ATTRIBUTION
@@ -38,14 +37,13 @@ from relfv.stages.step6_summary import STEP6_SUMMARY
 from relfv.stages.summary import SUMMARY
 from relfv.stages.sweeps import KINDS, SWEEPS_FILE
 from relfv.stages.trials import TRIALS
-from relfv.stages.verdict import HELD_OUT
+from relfv.stages.verdict import HELD_OUT, doubt, in_short
 from relfv.store.files import read_bytes, sha256_file
 from relfv.store.folder import File, QidFolder
 from relfv.store.formats import read_json
 from relfv.store.status import STATUS_FILE, QidStatus
 from relfv.store.statuses import fields_of
 
-_SENTENCE_ENDS = re.compile(r"(?<=\.)\s+(?=[A-Z0-9])")
 _LINKED = (
     SUMMARY, TOP_HEADS, AIE, TRIALS, CONTROLS_FILE, ANSWERS, STEP6_SUMMARY, SWEEPS_FILE, NEW_QUERIES, ABLATION, MLP_CIE,
     REPLICATES, FORMATS_FILE, FORMATS_FIGURE, ATTRIBUTION, FV, HEATMAP, CURVE,
@@ -83,7 +81,8 @@ def of_qid(folder: Path, status: QidStatus, qid: QidFolder) -> dict[str, Any]:
         "detectable": top["meta"].get("detectable_mean_delta_p"),
         "n_distinguishable": sum(bool(head.get("distinguishable")) for head in heads),
         "noise_floor": if_there(NOISE_FLOOR),
-        "verdict": summary and _SENTENCE_ENDS.split(summary["verdict"]),
+        "verdict": summary and summary["verdict"],
+        **_in_short(summary),
         "able": _able(summary),
         "enough": _enough(summary, ablation),
         "as_fed": answers and answers.get("first_trial_as_fed"),
@@ -121,6 +120,12 @@ def with_arrow(name: str) -> str:
     return name.replace("->", "→")
 
 
+def _in_short(summary: dict[str, Any] | None) -> dict[str, str]:
+    """The verdict in short, and why the effect is not shown to be the relation's own; empty for earlier versions."""
+    known = summary if summary and "ability" in summary else None
+    return {"short": in_short(known) if known else "", "doubt": doubt(known) if known else ""}
+
+
 def _share(summary: dict[str, Any] | None) -> dict[str, Any]:
     """The held-out share of the gap and its interval; or why none is shown, as the id of a note on the page."""
     if not summary or "scored_token" not in summary:
@@ -141,7 +146,13 @@ def _able(summary: dict[str, Any] | None) -> dict[str, Any] | None:
     able, of = summary["ability"], summary["answered_right"]
     rows = [("CIE of the top heads, mean", of["top_heads"])]
     rows.append((f"change in P with the vector at layer {summary['layer']}", of["step6"]))
-    return {**able, "cannot": in_short(able), "right": of, "rows": rows, "part": 0 < of["n_trials"] < able["n_trials"]}
+    return {
+        **able,
+        "cannot": ability_in_short(able),
+        "right": of,
+        "rows": rows,
+        "part": 0 < of["n_trials"] < able["n_trials"],
+    }
 
 
 def _enough(summary: dict[str, Any] | None, ablation: dict[str, Any] | None) -> list[Any]:

@@ -146,7 +146,7 @@ def _of_relation(known: Known, found: Found, told: dict[Path, Any]) -> dict[str,
     completed: list[dict[str, Any]] = []
     others: list[dict[str, str]] = []
     readable = {artifacts_dir: one for artifacts_dir, one in found.items() if isinstance(one, Brief)}
-    apart = sum(one.status == "completed" for one in readable.values()) > MOST_ON_ONE_PAGE
+    apart = len(found) > MOST_ON_ONE_PAGE  # by all, as workers count before they know how many will be completed
     for artifacts_dir, one in found.items():
         try:
             if isinstance(one, RelfvError):

@@ -129,7 +129,7 @@ class _Visit:
         settings = plan.request.settings
         self._say("model", f"{settings.model} ({plan.model_identity[:40]})")
         for departure in settings.departures():
-            self._say("spec", f"departs from the spec: {departure}")
+            self._say("spec", f"departs from the spec: {departure}", "nothing, if that is meant", "warn")
         if len(devices := plan.request.devices) > 1:
             self._say("processes", f"{len(devices)}, on {', '.join(devices)}")
         if plan.written:

@@ -8,7 +8,7 @@ never opened.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from typing import Any
 
@@ -76,12 +76,12 @@ def run_all(request: RunRequest) -> int:
             left_alone |= _write_waiting(plan, skipped, [q_id for q_id in todo if q_id not in left_alone])
             todo = [q_id for q_id in todo if q_id not in left_alone]
             if workers and todo:
-                code = _run_todo(plan, todo, workers, started_at, unchanged)
+                code = _run_todo(plan, skipped, todo, workers, started_at, unchanged)
             else:
                 code = 0
                 take_names(plan.folder, rest.relations)
                 if not request.shard:
-                    _finish_earlier_run(plan, started_at)
+                    _finish_earlier_run(plan, skipped, started_at)
                 n_done = len(plan.relations) - len(skipped.keys() | left_alone)
                 everything = "everything is completed" if n_done else "there are no results"
                 everything = "nothing else to do" if left_alone else everything
@@ -202,8 +202,9 @@ def _write_waiting(plan: RunPlan, skipped: Mapping[str, str], todo: Sequence[str
 
 
 def _run_todo(
-    plan: RunPlan, todo: Sequence[str], workers: Worker | Crew | RayCrew, started_at: str, unchanged: Unchanged
-) -> int:
+    plan: RunPlan, skipped: Iterable[str], todo: Sequence[str], workers: Worker | Crew | RayCrew, started_at: str,
+    unchanged: Unchanged,
+) -> int:  # fmt: skip
     take_names(plan.folder, {q_id: relation for q_id, relation in plan.relations.items() if q_id not in todo})
     description = {**_description(plan, started_at), "model": workers.description}
     write_manifest(plan.own(MANIFEST), description)
@@ -221,7 +222,8 @@ def _run_todo(
                 workers.in_a_pause(so_far.write_what_is_due)
             else:
                 so_far.write_what_is_due()
-    write_manifest(plan.own(MANIFEST), {**description, "finished_at": now(), "outcomes": outcomes})
+    of_all = dict.fromkeys(skipped, "skipped") | outcomes
+    write_manifest(plan.own(MANIFEST), {**description, "finished_at": now(), "outcomes": of_all})
     if not plan.request.shard:
         with at_work("report", "writing the tables and the page"):
             so_far.write_at_last()
@@ -248,13 +250,15 @@ def _description(plan: RunPlan, started_at: str) -> dict[str, Any]:
     }
 
 
-def _finish_earlier_run(plan: RunPlan, started_at: str) -> None:
+def _finish_earlier_run(plan: RunPlan, skipped: Iterable[str], started_at: str) -> None:
     """Finish what a run that was killed after its last q_id left undone: its page, and files that it was just writing.
 
     Where nothing was left undone nothing is touched.
     """
     if sound_manifest(plan.folder / MANIFEST) is None:
-        write_manifest(plan.own(MANIFEST), {**_description(plan, started_at), "finished_at": now(), "outcomes": {}})
+        outcomes = dict.fromkeys(skipped, "skipped")
+        description = {**_description(plan, started_at), "finished_at": now(), "outcomes": outcomes}
+        write_manifest(plan.own(MANIFEST), description)
     if temporaries(plan.folder, below=False):
         with sole_writer(plan.folder):
             pass

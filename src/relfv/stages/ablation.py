@@ -44,6 +44,7 @@ from relfv.store.folder import File, QidFolder
 from relfv.store.formats import finite, json_bytes, read_json
 from relfv.store.status import QidStatus
 from relfv.types import Effects, HeadId, Prompts, Relation, TokenScores
+from relfv.words import first_sentence
 
 if TYPE_CHECKING:
     from relfv.engine.clean import CleanRun
@@ -109,7 +110,8 @@ def against_random(effects: Effects, names: Sequence[str], clusters: Sequence[in
 
 def beside_sufficiency(summary: Mapping[str, Any], heads: Mapping[str, Any], of: Mapping[str, Any]) -> list[Any]:
     """The table: shares of what demos bring that vector and heads make, and of what right labels bring that is lost
-    without them. ``heads`` and ``of`` are the numbers of sets of heads and of directions; empty if not measured."""
+    without them. ``heads`` and ``of`` are the numbers of sets of heads and of directions; where they are empty, nothing
+    was measured, and what is necessary has no rows."""
     shares, carriers = summary["share_of_gap"], summary["carriers"]
 
     def carried(name: str) -> Any:
@@ -118,23 +120,26 @@ def beside_sufficiency(summary: Mapping[str, Any], heads: Mapping[str, Any], of:
     def lost(numbers: Mapping[str, Any], name: str, how: str) -> Any:
         return numbers.get(name, {}).get(how, {}).get("share_of_gap")
 
-    rows = [
+    sufficient = [
         (f"vector added at layer {summary['layer']}", *map(shares.get, ("fv", HELD_OUT, "random_heads"))),
         ("heads put in place", *map(carried, ("heads_in_place", "heads_in_place_held_out", "random_heads_in_place"))),
+    ]
+    necessary = [
         *(
             (f"heads set to {words}", *(lost(heads, name, how) for name in ("top", "top_held_out", "random_of_layers")))
             for how, words in SET_TO.items()
-            if how in heads.get("top", SET_TO)
+            if how in heads.get("top", ())
         ),
         *(
             (f"vector's direction {words} after every layer", lost(of, "fv", how), None, lost(of, "random_heads", how))
             for how, words in (("all", "taken out"), ("all_to_mean", "set to its mean on shuffled prompts"))
+            if of
         ),
     ]
-    asks = ["sufficient"] * 2 + ["necessary"] * (len(rows) - 2)
     return [
-        {"asks": ask, "what": what, "share_of_gap": share, "held_out": held_out, "random": rival and rival["value"]}
-        for ask, (what, share, held_out, rival) in zip(asks, rows, strict=True)
+        {"asks": asks, "what": what, "share_of_gap": share, "held_out": held_out, "random": rival and rival["value"]}
+        for asks, rows in (("sufficient", sufficient), ("necessary", necessary))
+        for what, share, held_out, rival in rows
     ]
 
 
@@ -198,7 +203,7 @@ def _ablate(work: Work) -> str:
     }
     document["verdict"] = verdict_of_ablation(document, work.read(SUMMARY))
     work.write(ABLATION, json_bytes(document), content=document)
-    return document["verdict"]
+    return first_sentence(document["verdict"])
 
 
 def _about(

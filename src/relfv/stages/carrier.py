@@ -92,6 +92,14 @@ def carrier_sentences(numbers: Mapping[str, Any]) -> str:
     return " ".join(part for part in parts if part)
 
 
+def heads_in_short(numbers: Mapping[str, Any]) -> str:
+    """Sentence on heads that carry more of the relation than the vector does; empty where that is not shown."""
+    share, fv = _in_place(numbers["carriers"])[0], numbers["share_of_gap"]["fv"]
+    if not share or not fv or not _is_more(share, fv) or _random_heads_reach(numbers["carriers"], share):
+        return ""
+    return f"Its heads put in place close {with_interval(share)}: they carry more of the relation than the vector."
+
+
 def _length(numbers: Mapping[str, Any]) -> str:
     there, median = numbers["share_of_hidden"], numbers["share_of_hidden_at_the_median_layer"]
     if there is None or min(there, median) >= SHORT:
@@ -117,10 +125,10 @@ def _conclusion(numbers: Mapping[str, Any], fv: Mapping[str, float]) -> str:
     """Sentence on what it means that the heads do better than the vector, or that neither does anything."""
     carriers = numbers["carriers"]
     share, _ = _in_place(carriers)
-    if not share or share["low"] <= max(fv["high"], _NOTHING):
+    if not share or not _is_more(share, fv):
         none = share and max(share["high_of_mean"], fv["high_of_mean"]) < _NOTHING
         return "So neither the vector nor its heads carry the relation here." if none else ""
-    if _highest(carriers.get("random_heads_in_place")) >= share["low"]:
+    if _random_heads_reach(carriers, share):
         return "Random heads put in place do as much: that these heads carry the relation is not shown."
     between = numbers["fv_is_as_written"] is False
     where = "in this family, which norms or scales what attention writes" if between else "here"
@@ -128,6 +136,14 @@ def _conclusion(numbers: Mapping[str, Any], fv: Mapping[str, float]) -> str:
         "So the heads carry more of the relation than the vector: as defined, and of this length, it is the wrong "
         f"carrier {where} (--alpha_sweep_relative tries other lengths)."
     )
+
+
+def _is_more(share: Mapping[str, float], fv: Mapping[str, float]) -> bool:
+    return share["low"] > max(fv["high"], _NOTHING)
+
+
+def _random_heads_reach(carriers: Mapping[str, Any], share: Mapping[str, float]) -> bool:
+    return bool(_highest(carriers.get("random_heads_in_place")) >= share["low"])
 
 
 def _written(carriers: Mapping[str, Any]) -> str:

@@ -28,6 +28,7 @@ from relfv.store.folder import File, QidFolder
 from relfv.store.formats import finite, json_bytes, read_json
 from relfv.store.status import QidStatus
 from relfv.types import MeanActivations
+from relfv.words import first_sentence
 
 if TYPE_CHECKING:
     from relfv.figures.canvas import Canvas
@@ -190,7 +191,7 @@ def _compare(work: Work) -> str:
     work.write(FORMATS_FILE, json_bytes(document), content=document)
     work.write(FORMATS_FIGURE, drawn(document, called(work.q_id, work.name)).to_bytes())
     kept.finish()
-    return document["verdict"]
+    return first_sentence(document["verdict"])
 
 
 def _measure(work: Work, shown: Shown) -> Measured:

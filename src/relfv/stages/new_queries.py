@@ -21,7 +21,7 @@ from relfv.stages.trials import TRIALS, trial_of
 from relfv.store.folder import File
 from relfv.store.formats import json_bytes, read_json
 from relfv.types import PromptedTrial, Prompts, Question, Relation, Snapshot, TokenScores, Trial
-from relfv.words import ci, percent
+from relfv.words import ci, first_sentence, percent
 
 MEANING = {
     "queries": "one prompt for each input of the relation that no frozen trial asks, n_eval of them at most; as demos "
@@ -124,7 +124,7 @@ def _ask(work: Work) -> str:
     else:
         document["verdict"] = "The trials ask every row of the relation: none is left to try the vector on."
     work.write(NEW_QUERIES, json_bytes(document), content=document)
-    return document["verdict"]
+    return first_sentence(document["verdict"])
 
 
 def _measured(work: Work, snapshot: Snapshot, layer: int) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from relfv.store.folder import File, QidFolder
 from relfv.store.formats import finite, json_bytes, read_json
 from relfv.store.status import QidStatus
 from relfv.types import Effects, HeadId, Prompts
-from relfv.words import percent
+from relfv.words import first_sentence, percent
 
 if TYPE_CHECKING:
     import torch
@@ -196,7 +196,7 @@ def _measure(work: Work) -> str:
     }
     document["verdict"] = verdict_of(document)
     work.write(POSITIONS, json_bytes(document), content=document)
-    return document["verdict"]
+    return first_sentence(document["verdict"])
 
 
 def _judged(effects: Effects, prompts: Prompts, names: Sequence[str], gap: Gap, ground: Ground) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from relfv.store.folder import File, QidFolder
 from relfv.store.formats import finite, json_bytes, read_json
 from relfv.store.status import QidStatus
 from relfv.types import Snapshot
-from relfv.words import ci
+from relfv.words import ci, first_sentence
 
 MEANING = {
     "draws": "draw i has the trials of --seed seed + i; draw 0 is this run's own",
@@ -136,7 +136,7 @@ def _replicate(work: Work) -> str:
     document["verdict"] = verdict(document)
     work.write(REPLICATES, json_bytes(document), content=document)
     kept.finish()
-    return document["verdict"]
+    return first_sentence(document["verdict"])
 
 
 def _queries_shared(snapshots: Sequence[Snapshot]) -> float:

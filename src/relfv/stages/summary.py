@@ -24,7 +24,7 @@ from relfv.stages.stage import Stage, Work
 from relfv.stages.step6 import EVAL_TRIALS
 from relfv.stages.step6_summary import STEP6_SUMMARY
 from relfv.stages.trials import TRIALS
-from relfv.stages.verdict import HELD_OUT, verdict
+from relfv.stages.verdict import HELD_OUT, in_short, verdict
 from relfv.stats import FEW_QUERIES, LEVEL
 from relfv.store.folder import File
 from relfv.store.formats import finite, json_bytes, read_json
@@ -152,7 +152,7 @@ def _conclude(work: Work) -> str:
     )
     document = {"q_id": work.q_id, **numbers}
     work.write(SUMMARY, json_bytes(document), content=document)
-    return f"{work.name}: {document['verdict']}" if work.name else document["verdict"]
+    return in_short(document)
 
 
 def _of_clean_prompts(work: Work, layer: int) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from relfv.stages.ability import ability_sentence
+from relfv.stages.ability import in_short as ability_in_short
 from relfv.stages.answered_right import stratum_sentence
-from relfv.stages.carrier import carrier_sentences
+from relfv.stages.carrier import carrier_sentences, heads_in_short
 from relfv.stages.caveats import leading_sentence, tells_apart, trial_sentences
 from relfv.stages.control_vectors import CONTROLS
 from relfv.stats import FDR, smallest_p_value
@@ -29,6 +30,35 @@ def verdict(numbers: Numbers) -> str:
     of_tokens = OF_SHARES if tells_apart(numbers) else ()
     sentences = (ability_sentence, leading_sentence, _heads, *of_tokens, trial_sentences)
     return " ".join(said for said in (sentence(numbers) for sentence in sentences) if said)
+
+
+def in_short(numbers: Numbers) -> str:
+    """The verdict in one to three short sentences, for a log's line and the head of a page: what the model can do,
+    what the vector does, and why that is not to be read as the relation's own."""
+    able = ability_in_short(numbers["ability"])
+    words = [f"The model {able} this relation."] if able else []
+    if not tells_apart(numbers):
+        whole = numbers["whole_answers"]
+        right = f"{percent(whole['base'])} without and {percent(whole['with'])} with the function vector"
+        return " ".join([*words, f"Whole answers right: {right}; the scored tokens do not tell answers apart."])
+    reason = doubt(numbers)
+    own = f"That this is the relation's own effect is not shown: {reason}." if reason else ""
+    return " ".join(filter(None, [*words, _effect_in_short(numbers), own, heads_in_short(numbers)]))
+
+
+def _effect_in_short(numbers: Numbers) -> str:
+    p, share = numbers["p"], numbers["share_of_gap"]["fv"]
+    if not share:
+        there = "too small or too uncertain to say what share of it is closed"
+        return f"The gap is {there}." if p["clean"] > p["zero_shot"] else "P is no higher with demos: there is no gap."
+    if _does_nothing(numbers):
+        return f"The function vector {_how_little(share)}: P {p['zero_shot']:.3f} without and {p['fv']:.3f} with it."
+    held_out = numbers["share_of_gap"].get(HELD_OUT)
+    shown, how = (held_out, ", held out") if held_out else (share, " on these very prompts")
+    rivals = [numbers["share_of_gap"].get(name) for name, control in CONTROLS.items() if control.rival]
+    rival = max((rival["value"] for rival in rivals if rival), default=None)
+    beside = "" if rival is None else f"; random controls close up to {percent(rival)} on average"
+    return f"The function vector closes {with_interval(shown)} of the gap{how}{_unless_shown(shown)}{beside}."
 
 
 def _heads(numbers: Numbers) -> str:
@@ -70,10 +100,9 @@ def _nothing(numbers: Numbers) -> str:
     if not _does_nothing(numbers):
         return ""
     p, share = numbers["p"], numbers["share_of_gap"]["fv"]
-    what = "does nothing here" if share["value"] > -NOTHING else "does harm here"
     return (
-        f"The function vector {what} where demos do much: P {p['zero_shot']:.3f} without it and {p['fv']:.3f} with it "
-        f"{_where(numbers)}, against {p['clean']:.2f} with demos. {_counted(share)}."
+        f"The function vector {_how_little(share)} where demos do much: P {p['zero_shot']:.3f} without it and "
+        f"{p['fv']:.3f} with it {_where(numbers)}, against {p['clean']:.2f} with demos. {_counted(share)}."
     )
 
 
@@ -103,16 +132,21 @@ def _controls(numbers: Numbers) -> str:
 
 
 def _against_random(numbers: Numbers) -> str:
+    reason = doubt(numbers)
+    return f"{reason[0].upper()}{reason[1:]}: that the effect is the relation's own is not shown." if reason else ""
+
+
+def doubt(numbers: Numbers) -> str:
+    """The reason why the vector's effect is not shown to be the relation's own; empty where it is, or where no effect
+    is claimed."""
     share, against = numbers["share_of_gap"]["fv"], numbers["against_random"].values()
-    if not share or share["low"] <= 0 or _does_nothing(numbers) or not against:
+    if not tells_apart(numbers) or not share or share["low"] <= 0 or _does_nothing(numbers) or not against:
         return ""  # nothing is claimed that could be taken back
     if any(rival["n_draws_as_good"] for rival in against):
-        reason = "A random draw does as well at the layer that is best for it"
-    elif not all(rival["share_of_gap_above"] and rival["share_of_gap_above"]["low"] > 0 for rival in against):
-        reason = "Query by query the vector is not clearly above a random control"
-    else:
-        return ""
-    return f"{reason}: that the effect is the relation's own is not shown."
+        return "a random draw does as well at the layer that is best for it"
+    if not all(rival["share_of_gap_above"] and rival["share_of_gap_above"]["low"] > 0 for rival in against):
+        return "query by query the vector is not clearly above a random control"
+    return ""
 
 
 OF_SHARES: tuple[Callable[[Numbers], str], ...] = (
@@ -130,6 +164,10 @@ OF_SHARES: tuple[Callable[[Numbers], str], ...] = (
 def _does_nothing(numbers: Numbers) -> bool:
     share = numbers["share_of_gap"]["fv"]
     return bool(share) and share["high_of_mean"] < NOTHING
+
+
+def _how_little(share: Numbers) -> str:
+    return "does nothing here" if share["value"] > -NOTHING else "does harm here"
 
 
 def _where(numbers: Numbers) -> str:
