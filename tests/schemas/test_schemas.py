@@ -15,6 +15,7 @@ import torch
 import relfv
 from conftest import ROOT, make_tokenizer
 from relfv.cli import main
+from relfv.errors import InputError
 from relfv.schemas import ARTIFACTS, schema_of
 from relfv.settings import STUDIES
 
@@ -24,6 +25,13 @@ FILES = ROOT / "src/relfv/schemas/json"
 
 def artifact_of(path: Path) -> str:
     return "step6_results.json" if path.name.startswith("step6_results_") else path.name
+
+
+def test_a_files_schema_is_found_by_its_name_and_what_has_none_is_told() -> None:
+    assert schema_of("step6_results_my_model_layer3_n25.json") == schema_of("step6_results.json")
+    for name in ("top_heads.csv", "step6_results_my_model_layer3_n25.csv"):
+        with pytest.raises(InputError, match=r"no schema; those that have: sampled_trials\.json"):
+            schema_of(name)
 
 
 def documents(root: Path) -> Iterator[tuple[str, Path, Any]]:

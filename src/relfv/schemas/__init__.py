@@ -6,6 +6,9 @@ them from the declarations and hold real files against them.
 
 from __future__ import annotations
 
+import re
+
+from relfv.errors import InputError
 from relfv.schemas import aggregate, heads, injection, necessity, plans, records, studies
 from relfv.schemas.notation import Schema
 
@@ -45,9 +48,15 @@ _DECLARED: dict[str, tuple[str, Schema]] = {
 ARTIFACTS = tuple(_DECLARED)
 """The names of those that have a schema; of a file whose name holds the model's, the part before that."""
 
+_OF_A_LAYER = re.compile(r"^step6_results_.+\.json$")
+
 
 def schema_of(artifact: str) -> Schema:
-    """The JSON Schema (draft 2020-12) of one of ``ARTIFACTS``."""
+    """The JSON Schema (draft 2020-12) of one of ``ARTIFACTS``, or of a file by its own name. Raises InputError for any
+    other."""
+    artifact = _OF_A_LAYER.sub("step6_results.json", artifact)
+    if artifact not in _DECLARED:
+        raise InputError(f"schema_of({artifact!r}): it has no schema; those that have: {', '.join(ARTIFACTS)}")
     about, declared = _DECLARED[artifact]
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
