@@ -60,7 +60,7 @@ def test_a_layer_is_sound_where_every_prompts_logit_is_finite_and_some_have_chan
     found = Injections(Effects(base, edited), noticeable=True)
     for layer in (0, 3):
         found.require_sound(layer)
-    with pytest.raises(RunError, match="at layer 1 gives NaN or infinite logits; .* use a smaller --alpha"):
+    with pytest.raises(RunError, match=r"at layer 1 gives NaN or infinite logits; .* use a smaller --alpha"):
         found.require_sound(1)
     with pytest.raises(RunError, match="at layer 2 changed no logit"):
         found.require_sound(2)
