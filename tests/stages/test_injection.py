@@ -67,6 +67,13 @@ def test_a_layer_is_sound_where_every_prompts_logit_is_finite_and_some_have_chan
     Injections(Effects(base, edited), noticeable=False).require_sound(2)
 
 
+def test_the_vector_is_added_alpha_times_whatever_its_sign(model: LanguageModel, prompts: Prompts) -> None:
+    effects = inject_at_every_layer(model, prompts, a_vector(), -2.0).effects
+    assert_same_scores(effects.edited, inject_at_every_layer(model, prompts, -2 * a_vector(), 1.0).effects.edited)
+    added = inject_at_every_layer(model, prompts, a_vector(), 2.0).effects
+    assert (added.edited.logprob - effects.edited.logprob).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("layer", [-1, 3])
 def test_a_layer_the_model_does_not_have_is_bad_input(model: LanguageModel, layer: int) -> None:
     with pytest.raises(InputError, match="has layers 0 to 2"):
