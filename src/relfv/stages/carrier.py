@@ -13,8 +13,8 @@ from relfv.words import percent, with_interval
 
 SHORT = 0.05
 """Share of the hidden state's length: if a vector is a smaller one, the verdict says so."""
-_NOTHING = 0.05
-"""Share of the gap: a smaller one is next to nothing."""
+NOTHING = 0.05
+"""Share of the gap: a vector or heads whose mean share is surely smaller do nothing."""
 
 
 def carrier_numbers(
@@ -117,8 +117,8 @@ def _conclusion(numbers: Mapping[str, Any], fv: Mapping[str, float]) -> str:
     """Sentence on what it means that the heads do better than the vector, or that neither does anything."""
     carriers = numbers["carriers"]
     share, _ = _in_place(carriers)
-    if not share or share["low"] <= max(fv["high"], _NOTHING):
-        none = share and max(share["high_of_mean"], fv["high_of_mean"]) < _NOTHING
+    if not share or share["low"] <= max(fv["high"], NOTHING):
+        none = share and max(share["high_of_mean"], fv["high_of_mean"]) < NOTHING
         return "So neither the vector nor its heads carry the relation here." if none else ""
     if _highest(carriers.get("random_heads_in_place")) >= share["low"]:
         return "Random heads put in place do as much: that these heads carry the relation is not shown."
