@@ -184,6 +184,18 @@ def test_q_ids_that_another_run_took_say_nothing_of_the_pace_and_are_not_waited_
     assert pace.left() == pytest.approx(100)
 
 
+def test_a_stage_takes_as_long_as_it_did_on_average(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, pace = Clock(monkeypatch), Pace(4, {"a": 1.0})
+    for seconds in (10, 30):
+        pace.begin()
+        pace.begin_stage("a")
+        clock.now += seconds
+        pace.end()
+    pace.begin()
+    assert pace.begin_stage("a") == 20
+    assert pace.left() == pytest.approx(20 + 20)
+
+
 def test_the_pace_of_thousands_of_q_ids_takes_no_more_room_than_that_of_ten() -> None:
     """Its time left stands in front of every log line, so it must not add up all q_ids before this one."""
 

@@ -90,7 +90,7 @@ def schemas_page() -> str:
 def cell(text: str) -> str:
     """Text in a table's cell: what would be markup or HTML is code."""
     text = text.replace("|", "\\|").removesuffix(".")
-    return re.sub(r"((?:[^\s`]*<[\w ]+>)+[^\s`,;]*|(?<![`\w])--\w+|\$[A-Z_]+)", r"`\1`", text)
+    return re.sub(r"((?:[^\s`]*<[\w ]+>)+[^\s`,;]*|(?<![`\w])--\w+(?:=[-\w.,]+)?|\$[A-Z_]+)", r"`\1`", text)
 
 
 PAGES = {"cli.md": commands_page, "settings.md": settings_page, "schemas.md": schemas_page}

@@ -108,6 +108,16 @@ def test_the_hash_of_a_relation_depends_on_its_own_rows_alone(tmp_path: Path) ->
     assert rows_sha256(Relation("Q1", (WordPair("ab", "c"),))) != rows_sha256(Relation("Q1", (WordPair("a", "bc"),)))
 
 
+def test_where_labels_are_drawn_from_other_relations_the_hash_depends_on_all_answers(tmp_path: Path) -> None:
+    one, other, again = (
+        load_relations(write(tmp_path, f"id,ex_A,ex_B\nQ1,a,b\n{more}\n"))["Q1"]
+        for more in ("Q2,c,d", "Q2,c,e", "Q2,x,d")
+    )
+    assert rows_sha256(one, "random") == rows_sha256(other, "random") == rows_sha256(one)
+    assert rows_sha256(one, "other") not in (rows_sha256(other, "other"), rows_sha256(one))
+    assert rows_sha256(one, "other") == rows_sha256(again, "other")  # inputs of others are not drawn
+
+
 def test_the_shipped_relations_are_as_promised() -> None:
     relations = load_relations(ROOT / "datasets/relation/relationA_ex.csv")
     sizes = [len(relation.pairs) for relation in relations.values()]

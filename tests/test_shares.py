@@ -141,6 +141,17 @@ def test_the_layer_may_be_chosen_by_another_score() -> None:
     assert (by_score.value, by_p.value) == pytest.approx((0.125, 0.625))
 
 
+def test_an_interval_knows_that_other_queries_may_choose_another_layer() -> None:
+    """Each half of the queries is closed at a layer of its own, and the others choose the wrong one for each query."""
+    effect = np.zeros((14, 2))
+    effect[:7, 0] = effect[7:, 1] = 0.8
+    gap = Gap(np.zeros(14), np.full(14, 0.8), range(14))
+    found = gap.share_with_layer_chosen_by_others(effect, effect)
+    assert found
+    assert found.value == 0
+    assert found.high > gap.ends(np.zeros(14))[1] + 0.1
+
+
 def test_a_layer_that_overflows_is_left_out() -> None:
     effect = np.full((10, 3), 0.4)
     effect[2, 0] = np.nan

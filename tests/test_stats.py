@@ -11,6 +11,7 @@ from scipy import stats
 from relfv.stats import (
     FDR,
     N_FLIPS,
+    best_column_p_value,
     called_at_once,
     clustered_mean,
     false_discovery,
@@ -54,6 +55,18 @@ def test_clusters_of_one_size_give_the_t_interval_of_their_means() -> None:
     assert np.allclose(found.high, of_means.high)
 
 
+def test_degrees_of_freedom_are_the_fewer_of_trials_by_themselves_and_in_step() -> None:
+    """Those of a variance are twice its squared mean by its own variance."""
+    rng, clusters = np.random.default_rng(3), np.repeat(np.arange(9), [10, 5, 3, 2, 1, 1, 1, 1, 1])
+    by_themselves, in_step = rng.standard_normal((25, 100_000)), rng.standard_normal((9, 100_000))[clusters]
+    df = []
+    for values in (by_themselves, in_step):
+        found = clustered_mean(values, clusters)
+        df.append(2 * np.mean(found.se**2) ** 2 / np.var(found.se**2))
+    assert max(df) > 1.5 * min(df)
+    assert found.df == pytest.approx(min(df), rel=0.05)
+
+
 def test_a_single_query_is_no_evidence() -> None:
     alone = clustered_mean(np.random.default_rng(0).standard_normal((5, 2)), [3] * 5)
     assert np.isinf(alone.low).all()
@@ -72,6 +85,15 @@ def test_every_flip_of_few_queries_is_made_and_many_at_random() -> None:
     assert sign_flip_p_values(many, range(18))[0] == pytest.approx(as_ranks.pvalue, abs=0.01)
     assert sign_flip_p_values(np.ones((18, 1)), range(18))[0] == pytest.approx(1 / N_FLIPS)
     assert sign_flip_p_values(np.zeros((25, 2)), [0, 1] * 12 + [0]).tolist() == [1, 1]
+
+
+def test_columns_that_do_harm_do_not_hide_the_best() -> None:
+    values = np.tile([1.0, -5.0], (12, 1)) + 0.1 * np.random.default_rng(0).standard_normal((12, 2))
+    assert best_column_p_value(values, range(12), 0) < 0.01
+    assert best_column_p_value(-values[:, :1], range(12), 0) > 0.9
+    noise = np.random.default_rng(1).standard_normal((200, 12, 20))  # the best of twenty is no evidence
+    p_values = [best_column_p_value(some, range(12), int(some.mean(0).argmax())) for some in noise]
+    assert np.mean(np.array(p_values) <= 0.1) < 0.15
 
 
 @pytest.mark.parametrize("shape", ["normal", "heavy", "rare"])
@@ -162,6 +184,22 @@ def test_a_list_that_ends_in_a_tie_is_filled_in_the_order_of_heads_and_no_overla
     assert found.in_top_k.sum() == pytest.approx(4)
     assert np.isnan(found.half_overlap)
     assert top_k_stability(values, range(12), 2, seed="a").half_overlap == 1
+
+
+def test_halves_of_the_queries_are_halves() -> None:
+    """Of four queries there are three ways; queries count by their trials."""
+    clusters, k = [0, 0, 0, 1, 2, 2, 3], 10
+    values = np.random.default_rng(5).standard_normal((7, 40))
+
+    def shared(*halves: list[int]) -> float:
+        first, second = (np.argsort(-values[np.isin(clusters, half)].mean(0))[:k] for half in halves)
+        return len({*first} & {*second}) / k
+
+    ways = [shared([0, 1], [2, 3]), shared([0, 2], [1, 3]), shared([0, 3], [1, 2])]
+    one_by_three = [shared([i], [j for j in range(4) if j != i]) for i in range(4)]
+    found = top_k_stability(values, clusters, k, seed="a").half_overlap
+    assert found == pytest.approx(np.mean(ways), abs=0.02)
+    assert abs(found - np.mean(one_by_three)) > 0.05
 
 
 def test_overlap_by_chance_is_that_of_random_draws() -> None:

@@ -132,6 +132,28 @@ def test_a_prompt_that_begins_like_the_one_before_is_one_of_its_own(
     assert_close(after_another, alone, largest(alone))
 
 
+def test_generate_without_a_cache_knows_a_longer_prompt_from_the_one_before(
+    fv: relfv.FunctionVector, demo_model: Any, demo_tokenizer: Any
+) -> None:
+    first, second = (
+        demo_tokenizer(text, return_tensors="pt") for text in ("Q: two\nA:", "Q: two\nA: ten\n\nQ: six\nA:")
+    )
+    assert second["input_ids"][:, : first["input_ids"].shape[1]].equal(first["input_ids"])
+    assert second["input_ids"].shape[1] > first["input_ids"].shape[1] + 3
+    how = {"max_new_tokens": 2, "do_sample": False, "use_cache": False, "output_logits": True}
+
+    def last_logits(*prompts: Any) -> torch.Tensor:
+        with fv.apply(demo_model):
+            return [demo_model.generate(**prompt, **how, return_dict_in_generate=True) for prompt in prompts][
+                -1
+            ].logits[0]
+
+    alone = last_logits(second)
+    assert_close(last_logits(first, second), alone, largest(alone))
+    without = demo_model.generate(**second, **how, return_dict_in_generate=True).logits[0]
+    assert (alone - without).abs().max() > 0.1
+
+
 def hooks(model: Any) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 

@@ -57,3 +57,13 @@ def test_identity_follows_the_content_and_not_the_path(llama_path: Path, tmp_pat
     weights[-1] ^= 1
     (copy / "model.safetensors").write_bytes(bytes(weights))
     assert model_identity(str(copy)) != model_identity(str(llama_path))
+
+
+def test_a_large_file_that_was_cut_or_grew_is_another_model(llama_path: Path, tmp_path: Path) -> None:
+    found = set()
+    for size in (17 << 20, 18 << 20):  # of zeros, so that all that is read of them is alike
+        copy = Path(shutil.copytree(llama_path, tmp_path / str(size)))
+        with (copy / "model.safetensors").open("wb") as file:
+            file.truncate(size)
+        found.add(model_identity(str(copy)))
+    assert len(found) == 2

@@ -66,6 +66,24 @@ def test_extras_that_were_begun_are_finished_whatever_is_asked_for_next(
     assert main(["verify", str(folder)]) == 0
 
 
+def test_a_larger_sweep_takes_as_many_prompts_a_pass_as_it_has_room_for(
+    finished: Path, csv_path: Path, llama_path: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "pairs"))
+    command = arguments(llama_path, csv_path, tmp_path, "--q_list", "A1")
+    assert main([*command, "--alpha_sweep", "0.5"]) == 0
+    document = status(folder, "A1")
+    found = document["trials_per_pass"]["step6_sweeps"]
+    assert found > 1
+    document["trials_per_pass"]["step6_sweeps"] = 1  # as where memory was short
+    write_status(folder, "A1", document)
+    (folder / "A1/artifacts/step6/sweeps.json").unlink()
+    assert main(command) == 0  # the same sweep is made as it was
+    assert status(folder, "A1")["trials_per_pass"]["step6_sweeps"] == 1
+    assert main([*command, "--alpha_sweep", "2"]) == 0
+    assert status(folder, "A1")["trials_per_pass"]["step6_sweeps"] == found
+
+
 def test_a_step_that_takes_long_is_spoken_of_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -148,6 +148,14 @@ def test_duplicate_queries_are_evaluated_when_asked_for(finished: Path, llama_pa
     assert json.loads((tmp_path / "eval_meta.json").read_text())["sampling"] == "all trials"
 
 
+def test_a_vector_that_is_subtracted_has_the_same_length(finished: Path, llama_path: Path, tmp_path: Path) -> None:
+    flags = step6_inputs(QidFolder(finished / "A1/artifacts", "A1"), llama_path)
+    assert in_process("step6", *flags, "--edit_layer", "1", "--out_dir", tmp_path, "--alpha=-2") == 0
+    meta = json.loads((tmp_path / "eval_meta.json").read_text())
+    assert meta["alpha"] == -2
+    assert meta["share_of_hidden"] == pytest.approx(2 * meta["fv_norm"] / meta["mean_norm_hidden"])
+
+
 def test_a_slip_in_a_flag_leaves_a_completed_q_id_as_it_is(finished: Path, llama_path: Path, tmp_path: Path) -> None:
     shutil.copytree(finished / "A1", tmp_path / "A1")
     paths = QidFolder(tmp_path / "A1/artifacts", "A1")

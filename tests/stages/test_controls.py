@@ -26,7 +26,7 @@ from relfv.stages.control_vectors import (
     compared_layers,
 )
 from relfv.stages.function_vector import build_function_vector
-from relfv.stages.judging import Tried, judge_candidates, judge_vectors, n_as_good, p_of_draws
+from relfv.stages.judging import Tried, best_layer, judge_candidates, judge_vectors, n_as_good, p_of_draws
 from relfv.stages.means import mean_activations
 from relfv.types import Effects, HeadId, MeanActivations, Prompts, TokenScores, WordPair
 
@@ -138,6 +138,10 @@ def test_random_heads_are_drawn_from_all_heads_of_the_selected_ones_layers(groun
     assert drawn & set(selected)
     assert drawn - set(selected)
     assert ground(seed="0:B", selected=selected).draws != draws
+    all_of_layer_0 = [HeadId(0, head) for head in range(8)]  # no draw can be another there, and draws differ in layer 2
+    draws = ground(selected=[*all_of_layer_0, HeadId(2, 0)]).draws
+    assert all({*all_of_layer_0} < {*draw} and len(draw) == 9 for draw in draws)
+    assert len({*map(tuple, map(sorted, draws))}) > 1
 
 
 def test_each_vector_is_injected_where_it_belongs(model: LanguageModel, prompts: Prompts, found: Candidates) -> None:
@@ -196,6 +200,12 @@ def test_further_draws_join_the_first_at_every_layer() -> None:
     both = [first.beside(tried(["b"], [1, 5], [[0.35], [0.95]]))]
     assert p_of_draws(both, "b", [5, 1]) == pytest.approx(np.array([[0.8, 0.9, 0.95], [0.2, 0.3, 0.35]]))
     assert p_of_draws(both, "a", [5]) == pytest.approx(np.array([[0.7]]))
+
+
+def test_the_best_of_some_layers_has_the_largest_mean_p_and_of_equal_ones_is_the_first() -> None:
+    some = [tried(["a", "b", "b"], [1, 5, 7], [[0.9, 0.25, 0.5], [0.5, 0.25, 0.5], [0.25, np.nan, 0.5]])]
+    assert best_layer(some, "b", [1, 5, 7]) == best_layer(some, "b", [7, 5, 1]) == 1
+    assert best_layer(some, "b", [5, 7]) == best_layer(some, "a", [7, 5]) == 5
 
 
 def test_a_draw_does_as_well_where_it_is_not_known_to_do_worse() -> None:

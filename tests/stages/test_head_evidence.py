@@ -22,6 +22,15 @@ def test_a_heads_effect_is_a_share_of_what_corruption_took() -> None:
     assert evidence_of_head(head(0.3, 0.1), 0.0, None, 0.22)["share_of_clean_minus_corrupted"] is None
 
 
+@pytest.mark.parametrize("mean", [0.3, -0.3])
+def test_a_head_is_told_from_noise_by_the_size_of_its_effect_and_by_its_false_discovery_rate(mean: float) -> None:
+    assert evidence_of_head(head(mean, 0.1), 0.29, None, 0.8)["distinguishable"]
+    assert not evidence_of_head(head(mean, 0.1), 0.31, None, 0.8)["distinguishable"]
+    uncertain = head(mean, 0.1)
+    uncertain.scores["mean_delta_p_fdr"] = 0.06
+    assert not evidence_of_head(uncertain, 0.0, None, 0.8)["distinguishable"]
+
+
 def test_an_effect_of_the_detectable_size_is_found_as_often_as_is_said() -> None:
     rng = np.random.default_rng(0)
     of_query = rng.standard_normal((2000, 16))[:, QUERIES].T  # a head's effect is the same in all trials of a query

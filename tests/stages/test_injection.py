@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from parity import assert_same_scores
-from relfv.errors import InputError
+from relfv.errors import InputError, RunError
 from relfv.language_model import LanguageModel, open_model
-from relfv.stages.injection import inject_at_every_layer, require_layer, summaries
+from relfv.stages.injection import Injections, inject_at_every_layer, require_layer, summaries
 from relfv.types import Effects, Prompts, TokenScores
 
 
@@ -41,6 +41,37 @@ def test_one_layer_alone_gives_the_same_bits_as_in_a_loop_over_all(model: Langua
 def test_alpha_zero_changes_nothing(model: LanguageModel, prompts: Prompts) -> None:
     effects = inject_at_every_layer(model, prompts, a_vector(), 0.0).at_layer(1)
     assert_same_scores(effects.edited[:, 0], effects.base)
+
+
+def test_a_vector_that_changes_nothing_is_no_result_unless_it_is_small(llama_path: Path, prompts: Prompts) -> None:
+    deaf = open_model(str(llama_path), "auto", device="cpu")
+    deaf.arch.lm_head.weight.data.zero_()  # type: ignore[operator,union-attr]
+    for alpha in (1.0, -1.0, 0.01):
+        with pytest.raises(RunError, match="injecting at layer 1 changed no logit of any prompt"):
+            inject_at_every_layer(deaf, prompts, a_vector(), alpha).at_layer(1)
+    for fv, alpha in ((a_vector(), 0.001), (0 * a_vector(), 1.0)):
+        inject_at_every_layer(deaf, prompts, fv, alpha).at_layer(1)
+
+
+def test_a_layer_is_sound_where_every_prompts_logit_is_finite_and_some_have_changed() -> None:
+    logits = torch.tensor([[2.0, torch.inf, 1.0, 1.0], [3.0, 3.0, 2.0, 4.0]])  # (prompt, layer)
+    edited = TokenScores(logits, -logits, torch.zeros(2, 4, dtype=torch.int64))
+    base = TokenScores(torch.tensor([1.0, 2.0]), torch.zeros(2), torch.zeros(2, dtype=torch.int64))
+    found = Injections(Effects(base, edited), noticeable=True)
+    for layer in (0, 3):
+        found.require_sound(layer)
+    with pytest.raises(RunError, match=r"at layer 1 gives NaN or infinite logits; .* use a smaller --alpha"):
+        found.require_sound(1)
+    with pytest.raises(RunError, match="at layer 2 changed no logit"):
+        found.require_sound(2)
+    Injections(Effects(base, edited), noticeable=False).require_sound(2)
+
+
+def test_the_vector_is_added_alpha_times_whatever_its_sign(model: LanguageModel, prompts: Prompts) -> None:
+    effects = inject_at_every_layer(model, prompts, a_vector(), -2.0).effects
+    assert_same_scores(effects.edited, inject_at_every_layer(model, prompts, -2 * a_vector(), 1.0).effects.edited)
+    added = inject_at_every_layer(model, prompts, a_vector(), 2.0).effects
+    assert (added.edited.logprob - effects.edited.logprob).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("layer", [-1, 3])

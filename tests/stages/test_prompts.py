@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from conftest import make_tokenizer
+from conftest import WORDS, make_tokenizer
 from relfv.models.tokens import Tokens
 from relfv.stages.prompts import AnswerTokens, prompts_to_read
 from relfv.stages.trials import sample_trials
@@ -64,13 +64,24 @@ def test_an_answer_that_another_continues_is_scored_on_its_last_token_and_collid
 @pytest.mark.parametrize("distinguishing", [False, True])
 def test_every_right_answer_is_known_by_its_token_after_the_same_prompt(distinguishing: bool) -> None:
     pairs = [WordPair(f"in{i}", f"out{i}") for i in range(12)]
-    pairs += [WordPair("in0", "outside"), WordPair("in0", "0"), WordPair("in1", "outdoors")]
+    pairs += [WordPair("in0", other) for other in ("outside", "0", "out")] + [WordPair("in1", "outdoors")]
     _, items = prompted(Relation("Q1", tuple(pairs)), distinguishing=distinguishing)
     (of_in0, *_) = [item for item in items if item.trial.query.input == "in0"]
     others = dict(of_in0.accepted)
-    assert {of_in0.trial.query.output, *others} == {"out0", "outside", "0"}
+    assert {of_in0.trial.query.output, *others} == {"out0", "outside", "0", "out"}
     for answer, token in others.items():
         n = of_in0.target.n_fed
-        fits = answer[:n] == of_in0.trial.query.output[:n]
+        fits = answer[:n] == of_in0.trial.query.output[:n] and len(answer) > n  # "out" may be all that is fed
         assert (None if token is None else TOKENS.text(token)) == (answer[n] if fits else None)
     assert all(item.accepted == () for item in items if item.trial.query.input not in ("in0", "in1"))
+
+
+def test_an_answer_that_needs_another_space_fed_is_told_by_no_token() -> None:
+    """Words begin with a space, and in front of digits it is a token of its own."""
+    tokens = Tokens(make_tokenizer())
+    relation = Relation("Q1", tuple(WordPair(*pair) for pair in [*WORDS, ("dog", "0")]))
+    answers = AnswerTokens(relation, tokens)
+    items = [answers.prompted(trial) for trial in sample_trials(relation, seed=0, n_trials=60, n_demos=9)]
+    of_dog = {item.trial.query.output: item for item in items if item.trial.query.input == "dog"}
+    assert [bool(of_dog[answer].target.space_ids) for answer in ("puppy", "0")] == [False, True]
+    assert [of_dog[answer].accepted for answer in ("puppy", "0")] == [(("0", None),), (("puppy", None),)]

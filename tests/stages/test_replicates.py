@@ -13,9 +13,9 @@ from parity import rounding, size_in
 from relfv.cli import main
 from relfv.errors import InputError
 from relfv.runs import estimate
-from relfv.settings import Settings
+from relfv.settings import MAX_SEED, Settings
 from relfv.stages import measured
-from relfv.stages.draws import prompts_swept
+from relfv.stages.draws import draw_seeds, prompts_swept
 from relfv.stages.function_vector import read_function_vector
 from relfv.stages.means import read_means
 from relfv.stages.measured import Measured, read_measured
@@ -158,6 +158,11 @@ def test_a_changed_draw_is_seen_and_made_again(
     assert main(["verify", str(folder)]) == 1
     assert main(command(folder, csv_path, llama_path)) == 0
     assert files(folder) == files(replicated)
+
+
+def test_seeds_of_draws_follow_the_runs_own_and_begin_anew_after_the_largest() -> None:
+    assert draw_seeds(Settings(seed=7, replicates=3)) == [7, 8, 9]
+    assert draw_seeds(Settings(seed=MAX_SEED, replicates=3)) == [MAX_SEED, 0, 1]
 
 
 def test_one_draw_is_refused() -> None:

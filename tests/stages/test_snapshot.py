@@ -20,6 +20,10 @@ def test_rows_with_the_same_input_are_one_query(finished: Path, tmp_path: Path) 
     before, after = read_trials(finished / "A1/artifacts/sampled_trials.json"), read_trials(tmp_path / "trials.json")
     assert list(before.clusters) == rows
     assert after.clusters[other] == after.clusters[0] == min(rows[0], rows[other])
+    document["trials"][other]["q_id"] = "B2"  # a query of its own, in snapshots of several q_ids
+    (tmp_path / "two.json").write_text(json.dumps(document))
+    apart = read_trials(tmp_path / "two.json").clusters
+    assert (apart[0], apart[other]) == (rows[0], rows[other])
     part, trial = after.only([other]), document["trials"][other]
     assert part.clusters == (after.clusters[0],)
     (question,) = part.questions

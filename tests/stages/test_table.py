@@ -147,6 +147,20 @@ def test_a_finished_q_id_is_complete_and_any_step_can_be_missing(finished: Path)
     assert not is_complete(found)
 
 
+def test_a_step_is_done_no_more_once_a_file_that_it_read_has_changed(finished: Path) -> None:
+    found = read_status(finished / "A1/artifacts")
+    assert found is not None
+    n_inputs = 0
+    for name, record in found.stages.items():
+        for path, digest in list(record.inputs.items()):
+            record.inputs[path] = "0" * 64
+            assert [step.name for step in not_done(found)] == [name], path
+            record.inputs[path] = digest
+            n_inputs += 1
+    assert n_inputs > 20
+    assert is_complete(found)
+
+
 @pytest.mark.parametrize(
     "stage", [one for one in STAGES if len(one.writes) > 1 and not one.asked], ids=lambda stage: stage.name
 )

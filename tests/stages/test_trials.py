@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from relfv.stages.trials import corrupt_labels, ineligible_reason, sample_trials
 from relfv.types import Relation, WordPair
@@ -58,6 +61,7 @@ def test_a_pair_equal_to_the_query_is_never_a_demo_and_no_demo_comes_twice() -> 
     for trial in sample_trials(Relation("Q1", pairs), seed=3, n_trials=200, n_demos=9):
         assert trial.query not in trial.demos_clean
         assert len(set(trial.demos_clean)) == 9
+        assert max(trial.demo_source_indices) < 11  # of equal rows the first
 
 
 @pytest.mark.parametrize(
@@ -210,3 +214,15 @@ def test_another_corruption_changes_labels_alone(corruption: str) -> None:
         return [(trial.query_source_index, trial.demo_source_indices)]
 
     assert asked(corruption) == asked("derange")
+
+
+def test_the_longest_prompt_is_counted_with_its_answer(finished: Path, llama_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(llama_path)
+    for q_id in ("A1", "B2"):
+        document = json.loads((finished / q_id / "artifacts/sampled_trials.json").read_text())
+        lengths = [
+            len(tokenizer(f"{trial[key].rstrip()} {trial['target_str']}").input_ids)
+            for trial in document["trials"]
+            for key in ("clean_prompt_str", "corrupted_prompt_str")
+        ]
+        assert document["meta"]["longest_prompt_tokens"] == max(lengths)

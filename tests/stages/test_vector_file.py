@@ -10,7 +10,7 @@ from conftest import make_tokenizer
 from folders import arguments, contents, rewrite, status
 from relfv.cli import main
 from relfv.models.tokens import Tokens
-from relfv.stages.vector_file import VECTOR, frame_of, read_vector_file, spaces_of
+from relfv.stages.vector_file import PART, VECTOR, frame_of, read_vector_file, spaces_of
 from relfv.store.safetensors import safetensors_bytes
 from relfv.types import Question, Target, WordPair
 
@@ -55,12 +55,14 @@ def test_verify_sees_another_vector_than_the_specs(
 
     def change(path: Path) -> None:
         arrays, metadata = read_vector_file(path)
-        path.write_bytes(safetensors_bytes({**arrays, VECTOR: 2 * arrays[VECTOR]}, {**metadata, "layer": "9"}))
+        arrays |= {VECTOR: 2 * arrays[VECTOR], f"{PART}9": arrays[VECTOR]}
+        path.write_bytes(safetensors_bytes(arrays, {**metadata, "layer": "9"}))
 
     rewrite(relation / "A1/artifacts", "function_vector.safetensors", change)
     assert main(["verify", str(relation)]) == 1
     said = capsys.readouterr().out
     assert "the vector of fv_global_resid.pt" in said
+    assert "the parts of fv_by_layer.pt" in said
     assert "the best layer of step6_all_layers_summary.json" in said
 
 

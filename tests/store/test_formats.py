@@ -19,6 +19,7 @@ from relfv.errors import InputError, RunError
 from relfv.store.formats import (
     _unzipped,
     csv_bytes,
+    csv_cell,
     digits,
     json_bytes,
     jsonl_bytes,
@@ -268,3 +269,10 @@ def test_digits_give_every_number_back_and_name_what_is_not_finite() -> None:
     assert np.array_equal(np.array([float(text) for text in written]), values, equal_nan=True)
     assert written[-3:] == ["inf", "-inf", "nan"]
     assert max(map(len, written)) <= max(map(len, map(repr, values.tolist())))
+
+
+@pytest.mark.parametrize("mark", ["=", "+", "-", "@"])
+def test_words_that_a_spreadsheet_would_take_for_a_formula_are_marked_as_text_and_numbers_are_not(mark: str) -> None:
+    assert csv_cell(f"{mark}1+1") == f"'{mark}1+1"
+    assert csv_cell(f"a{mark}b") == f"a{mark}b"
+    assert (csv_cell(-0.5), csv_cell(-3), csv_cell(None), csv_cell(1e-05)) == ("-0.5", "-3", "", "1e-05")

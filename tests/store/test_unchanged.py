@@ -85,3 +85,17 @@ def test_a_run_of_many_q_ids_does_not_hash_them_again_and_still_notices_a_damage
     assert main(command) == 0
     assert scores.read_bytes() == whole
     assert status(tmp_path / "pairs", "A1")["status"] == "completed"
+
+
+def test_a_run_of_many_q_ids_sees_that_the_csv_has_changed(
+    llama_path: Path, csv_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index, "FEWEST", 1)
+    path = tmp_path / "mine.csv"
+    rows = [row for row in csv_path.read_text().splitlines() if row.startswith(("id,", "A1,"))]
+    path.write_text("\n".join(rows))
+    command = arguments(llama_path, path, tmp_path, "--extras", "none", "--n_trials_per_q", "2", "--topk", "2")
+    for name in ("", "young", "its young"):
+        path.write_text("\n".join([f"{rows[0]},name", *(f"{row},{name}" for row in rows[1:])]))
+        assert main(command) == 0
+        assert status(tmp_path / "mine", "A1")["name"] == name

@@ -215,7 +215,8 @@ def _going_on(status: QidStatus) -> dict[str, Any]:
     here = [name for name, record in status.stages.items() if record.status != "completed"]
     stage, n_done = (here or [*status.stages] or [None])[-1], len(status.stages) - len(here)
     # The number of steps depends on the number of layers, which is known once the model has been opened.
-    n_steps = len(steps(status.expected_layers)) if status.expected_layers else None
+    wanted = steps(status.expected_layers, extras=status.settings.has_extras)
+    n_steps = len(wanted) if status.expected_layers else None
     reason = f"at {stage or 'its start'}, {n_done} of {n_steps or '?'} steps done"
     if held_by(QidFolder(status.artifacts_dir, status.q_id).lock) is None:
         reason = _GONE

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from relfv.stages.carrier import NOTHING
 from relfv.stages.caveats import tells_apart
-from relfv.stages.verdict import NOTHING
 from relfv.words import percent, with_interval
 
 Numbers = Mapping[str, Any]

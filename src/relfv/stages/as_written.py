@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from relfv.progress import doing
-from relfv.stages.function_vector import BuiltVector, build_function_vector
+from relfv.stages.function_vector import BuiltVector, build_function_vector, parts_add_up
 from relfv.stages.injection import length
 from relfv.stages.judging import judge_vectors, mean_over_draws
 from relfv.stages.step6 import injections
@@ -284,10 +284,7 @@ def _compared(fv: np.ndarray, written: np.ndarray) -> dict[str, float | None]:
     return {"fv_norm": fv_norm, "norm": norm, "cosine_with_fv": finite(float(cosine))}
 
 
-def parts_add_up(content: Mapping[str, Any]) -> bool:
-    """Whether the parts by layer in a fv_as_written.pt sum to its vector, except for rounding."""
-    total = content["fv_as_written"]
-    if total is None:
-        return not content["by_layer"]
-    rest = sum(part.astype(np.float64) for part in content["by_layer"].values()) - total.astype(np.float64)
-    return bool(np.linalg.norm(rest) <= 1e-5 * np.linalg.norm(total.astype(np.float64)))
+def parts_sum_to_vector(content: Mapping[str, Any]) -> bool:
+    """Whether the parts by layer in a fv_as_written.pt sum to its vector; without a vector there are none."""
+    total, by_layer = content["fv_as_written"], content["by_layer"]
+    return not by_layer if total is None else parts_add_up(by_layer, total)

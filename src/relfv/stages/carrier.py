@@ -13,8 +13,8 @@ from relfv.words import percent, with_interval
 
 SHORT = 0.05
 """Share of the hidden state's length: if a vector is a smaller one, the verdict says so."""
-_NOTHING = 0.05
-"""Share of the gap: a smaller one is next to nothing."""
+NOTHING = 0.05
+"""Share of the gap: a vector or heads whose mean share is surely smaller do nothing."""
 
 
 def carrier_numbers(
@@ -126,7 +126,7 @@ def _conclusion(numbers: Mapping[str, Any], fv: Mapping[str, float]) -> str:
     carriers = numbers["carriers"]
     share, _ = _in_place(carriers)
     if not share or not _is_more(share, fv):
-        none = share and max(share["high_of_mean"], fv["high_of_mean"]) < _NOTHING
+        none = share and max(share["high_of_mean"], fv["high_of_mean"]) < NOTHING
         return "So neither the vector nor its heads carry the relation here." if none else ""
     if _random_heads_reach(carriers, share):
         return "Random heads put in place do as much: that these heads carry the relation is not shown."
@@ -139,7 +139,7 @@ def _conclusion(numbers: Mapping[str, Any], fv: Mapping[str, float]) -> str:
 
 
 def _is_more(share: Mapping[str, float], fv: Mapping[str, float]) -> bool:
-    return share["low"] > max(fv["high"], _NOTHING)
+    return share["low"] > max(fv["high"], NOTHING)
 
 
 def _random_heads_reach(carriers: Mapping[str, Any], share: Mapping[str, float]) -> bool:

@@ -13,7 +13,7 @@ from relfv.stages.as_written import (
     describe,
     edit_at_once,
     judge_at_once,
-    parts_add_up,
+    parts_sum_to_vector,
     versions_at_once,
 )
 from relfv.stages.cie import METRICS
@@ -157,7 +157,7 @@ def _inject(work: Work, engine: Engine, kind: str, candidates: Candidates, layer
 
 def _agrees(folder: QidFolder, _: QidStatus) -> Iterator[Check]:
     path = folder.path(FV_AS_WRITTEN)
-    yield Check(path, "layers' parts that sum to its vector", parts_add_up(folder.read(FV_AS_WRITTEN)))
+    yield Check(path, "layers' parts that sum to its vector", parts_sum_to_vector(folder.read(FV_AS_WRITTEN)))
 
 
 STAGE = Stage(

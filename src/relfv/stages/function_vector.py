@@ -70,6 +70,12 @@ def build_function_vector(
     )
 
 
+def parts_add_up(by_layer: Mapping[int, np.ndarray], total: np.ndarray) -> bool:
+    """Whether the parts by layer sum to ``total``, but for the rounding of each when it was written."""
+    rest = sum(part.astype(np.float64) for part in by_layer.values()) - total.astype(np.float64)
+    return bool(np.linalg.norm(rest) <= 1e-5 * np.linalg.norm(total.astype(np.float64)))
+
+
 def reference_point(scores: TokenScores, right: Sequence[Sequence[int]]) -> dict[str, Any]:
     """Accuracy and means of untouched prompts, and which of them are answered right."""
     correct = scores.correct(right)
@@ -251,13 +257,11 @@ def _agrees(folder: QidFolder, status: QidStatus) -> Iterator[Check]:
     yield Check(folder.path(TOP_HEADS), f"{topk} heads with their {score_key} of cie_scores.csv", ranked)
     same = [HeadId(*head) for head in folder.read(FV_META)["heads"]] == [*top]
     yield Check(folder.path(FV_META), "the heads of top_heads.json", same)
-    fv, parts = folder.read(FV), folder.read(FV_BY_LAYER)
+    parts = folder.read(FV_BY_LAYER)
     same = set(parts) == {head.layer for head in top}
     yield Check(folder.path(FV_BY_LAYER), "the layers of top_heads.json", same)
-    # In float64, so that what is left is the rounding of the parts when they were written.
-    rest = sum(part.astype(np.float64) for part in parts.values()) - fv.astype(np.float64)
-    adds_up = bool(np.linalg.norm(rest) <= 1e-5 * np.linalg.norm(fv.astype(np.float64)))
-    yield Check(folder.path(FV_BY_LAYER), "parts that sum to fv_global_resid.pt", adds_up)
+    add_up = parts_add_up(parts, folder.read(FV))
+    yield Check(folder.path(FV_BY_LAYER), "parts that sum to fv_global_resid.pt", add_up)
 
 
 STAGE = Stage(

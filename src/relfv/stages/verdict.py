@@ -12,15 +12,13 @@ from typing import Any
 from relfv.stages.ability import ability_sentence
 from relfv.stages.ability import in_short as ability_in_short
 from relfv.stages.answered_right import stratum_sentence
-from relfv.stages.carrier import carrier_sentences, heads_in_short
+from relfv.stages.carrier import NOTHING, carrier_sentences, heads_in_short
 from relfv.stages.caveats import leading_sentence, tells_apart, trial_sentences
 from relfv.stages.control_vectors import CONTROLS
 from relfv.stats import FDR, smallest_p_value
 from relfv.words import percent, with_interval
 
 HELD_OUT = "held_out, layer_chosen_by_others"
-NOTHING = 0.05
-"""Share of the gap: a vector whose mean share is surely smaller does nothing."""
 
 Numbers = Mapping[str, Any]
 
