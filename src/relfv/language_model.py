@@ -13,6 +13,7 @@ from relfv.engine.arithmetic import Arithmetic, Precision, first_use
 from relfv.engine.base import Backbone, Engine
 from relfv.engine.remembered import Findings, remembered
 from relfv.engine.selfcheck import SelfCheck, choose_engine
+from relfv.errors import InputError
 from relfv.models.architecture import Architecture
 from relfv.models.context import Context, context_of
 from relfv.models.given import GivenModel
@@ -134,6 +135,11 @@ def _with_engine(
 ) -> LanguageModel:
     """Choose the engine for ``checkpoint``, or take the choice from ``findings``; ``asked`` says what the files are and
     how they were read, which a finding rests on."""
+    if checkpoint.dtype == "float64":
+        raise InputError(
+            f"{name}: its weights are float64; expected float32, bfloat16 or float16: use dtype float32, and of a model "
+            "that is open already its .float()"
+        )
     arch, tokens, read_s = checkpoint.arch, checkpoint.tokens, time.monotonic() - started
     arithmetic = Arithmetic.with_kernels(checkpoint.model, arch, precision)
     backbone = Backbone(checkpoint.model, arch, checkpoint.device, arithmetic, checkpoint.streaming, checkpoint.cards)

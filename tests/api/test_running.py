@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -102,8 +103,20 @@ def test_a_frame_is_run_as_its_csv_is(csv_path: Path, tmp_path: Path) -> None:
 
 def test_what_cannot_be_run_is_refused_in_one_line(csv_path: Path, tmp_path: Path) -> None:
     model, tokenizer = llama(), make_tokenizer()
+    pipeline = SimpleNamespace(model=model, tokenizer=tokenizer)
     refused = {
         "tokenizer is None": (csv_path, model, None, {}),
+        "tokenizer is a str; expected the model's own": (csv_path, model, "llama", {}),
+        "tokenizer is a Tokenizer; expected": (csv_path, model, tokenizer.backend_tokenizer, {}),
+        "tokenizer is a SimpleNamespace; expected .*of a processor its .tokenizer": (csv_path, model, pipeline, {}),
+        "knows no text, only 1 special token": (csv_path, model, _of_special_tokens_alone(), {}),
+        "model is None; expected": (csv_path, None, tokenizer, {}),
+        "model is a class; expected": (csv_path, type(model), tokenizer, {}),
+        "model is a SimpleNamespace; expected .*of a pipeline its .model": (csv_path, pipeline, None, {}),
+        "model is a DataParallel; expected .* its .module": (csv_path, torch.nn.DataParallel(model), tokenizer, {}),
+        "a model given by its name brings its own": (csv_path, "demo", tokenizer, {}),
+        "device='cuda': the model given is on cpu": (csv_path, model, tokenizer, {"device": "cuda"}),
+        "its weights are float64; expected float32": (csv_path, llama().double(), tokenizer, {}),
         "top_k=...: is no setting here": (csv_path, model, tokenizer, {"top_k": 3}),
         "dtype='bfloat16': the model given has float32": (csv_path, model, tokenizer, {"dtype": "bfloat16"}),
         "relations is a list": ([("a", "b")], model, tokenizer, {}),
@@ -115,6 +128,76 @@ def test_what_cannot_be_run_is_refused_in_one_line(csv_path: Path, tmp_path: Pat
         with pytest.raises(relfv.InputError, match=said):
             relfv.run(relations, of, its, out_root=tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
+
+
+def _of_special_tokens_alone() -> Any:
+    """What transformers 5 makes for some families where a model's folder holds no tokenizer."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    empty = Tokenizer(models.BPE(vocab={}, merges=[]))
+    return PreTrainedTokenizerFast(tokenizer_object=empty, eos_token="<|endoftext|>")
+
+
+def test_a_frame_that_is_refused_leaves_everything_as_it_was(csv_path: Path, tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    good = pandas.read_csv(csv_path)
+    bad, changed = good.copy(), good.copy()
+    row = good.index[good["id"] == "A1"][0]
+    bad.loc[row, "ex_B"], changed.loc[row, "ex_B"] = None, "another"
+    model, tokenizer, out = llama(), make_tokenizer(), tmp_path / "there" / "yet to be made"
+
+    def run(frame: Any, name: str = "mine") -> Any:
+        return relfv.run(frame, model, tokenizer, out_root=out, name=name, q_list=["A1"], **FAST)
+
+    with pytest.raises(InputError, match=r"^relations \(as a CSV\): 1 problem"):
+        run(bad)
+    for name in ("a/b", "..", ".hidden"):
+        with pytest.raises(InputError, match="expected the name of a file"):
+            run(good, name)
+    assert not (tmp_path / "there").exists()
+    run(good)
+    before = contents(out)
+    with pytest.raises(InputError, match="1 problem"):
+        run(bad)
+    with pytest.raises(InputError, match="the rows of A1 in the CSV have changed"):
+        run(changed)
+    assert contents(out) == before
+
+
+def test_what_the_caller_has_set_for_all_of_pytorch_changes_nothing(csv_path: Path) -> None:
+    model, tokenizer = llama(), make_tokenizer()
+
+    def effects(of: Any = model) -> Any:
+        opened = relfv.open_model(of, tokenizer)
+        means = relfv.mean_activations(opened, ["Q: cat\nA: kitten\n\nQ: dog\nA:"])
+        return opened.engine.name, relfv.head_effects(opened, ["Q: dog\nA:"], ["puppy"], means).delta().tolist()
+
+    plain = effects()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert effects() == plain
+    with torch.device("meta"):
+        assert effects() == plain
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        assert effects() == plain
+        assert relfv.run(csv_path, "demo", out_root=None, q_list=["A1"], **FAST)["A1"].status == "completed"
+        assert torch.get_default_dtype() == torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_compiled_model_is_used_uncompiled_and_is_compiled_again_afterwards() -> None:
+    def never(graph: Any, inputs: Any) -> Any:
+        raise AssertionError("compiled under hooks")
+
+    tokenizer, inplace = make_tokenizer(), llama()
+    inplace.compile(backend=never)
+    for model in (inplace, torch.compile(llama(), backend=never)):
+        before = inplace._compiled_call_impl
+        opened = relfv.open_model(model, tokenizer)
+        relfv.inject(opened, ["Q: dog\nA:"], ["puppy"], torch.ones(48))
+        assert inplace._compiled_call_impl is before is not None
 
 
 def test_what_is_wrong_in_a_frame_is_not_said_of_a_temporary_file() -> None:

@@ -6,14 +6,14 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from relfv.api.results import Run
 from relfv.errors import InputError, UsageWarning
-from relfv.models.given import GivenModel, borrowed
+from relfv.models.given import GivenModel, borrowed, own_defaults
 from relfv.relations import relation_name
 from relfv.settings import DEFAULT_OUT_ROOT, FLAGS, MOST_PER_CARD, Settings, require_within
 from relfv.store.files import move_aside, write_atomic
@@ -53,24 +53,24 @@ def run(
 
     require_within("per_card", per_card, 1, MOST_PER_CARD)
     given = None if isinstance(model, str | Path) else GivenModel(model, tokenizer)
+    require_no_tokenizer(given, tokenizer)
     flags = {field for field, flag in FLAGS.items() if "run" in flag.commands} - {"model", "relation_csv_path"}
     chosen = settings_from(settings, flags, model=given.name if given else str(model))
     keeps = tempfile.TemporaryDirectory(prefix="relfv-") if out_root is None else None
     root = Path(keeps.name if keeps else out_root or "")
-    csv_path = _csv_path(relations, root, name)
-    named = _named_for_the_user(csv_path) if keeps and csv_path.parent == root else nullcontext()
-    request = RunRequest(
-        replace(chosen, relation_csv_path=str(csv_path)),
-        None if q_list is None else _q_ids(q_list),
-        root,
-        force=force,
-        devices=devices_from(devices) if isinstance(devices, str) else tuple(devices),
-        per_card=per_card,
-        given=given,
-        plan=None if plan is None else Path(plan),
-    )
-    with named, _lines_of_the_log(), borrowed(model) if given else nullcontext():
-        failed = run_all(request)
+    with _as_csv(relations, root, name) as csv_path:
+        request = RunRequest(
+            replace(chosen, relation_csv_path=str(csv_path)),
+            None if q_list is None else _q_ids(q_list),
+            root,
+            force=force,
+            devices=devices_from(devices) if isinstance(devices, str) else tuple(devices),
+            per_card=per_card,
+            given=given,
+            plan=None if plan is None else Path(plan),
+        )
+        with _lines_of_the_log(), borrowed(given.model) if given else own_defaults():
+            failed = run_all(request)
     result = Run(root / relation_name(csv_path), keeps)
     if failed:
         warnings.warn("some q_ids failed; summary() says which and why", UsageWarning, stacklevel=2)
@@ -79,6 +79,12 @@ def run(
 
 def _q_ids(given: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(q_id.strip() for q_id in given.split(",")) if isinstance(given, str) else tuple(given)
+
+
+def require_no_tokenizer(given: GivenModel | None, tokenizer: Any) -> None:
+    """Raise InputError for a tokenizer beside a model's name, whose own would be used all the same."""
+    if given is None and tokenizer is not None:
+        raise InputError("tokenizer=...: a model given by its name brings its own; leave it out, or open the model, too")
 
 
 def settings_from(given: dict[str, Any], known: Collection[str], *, model: str) -> Settings:
@@ -90,27 +96,37 @@ def settings_from(given: dict[str, Any], known: Collection[str], *, model: str) 
     return Settings(**{"model_spec": "auto", **values, "model": model})
 
 
-def _csv_path(relations: Any, root: Path, name: str) -> Path:
+@contextmanager
+def _as_csv(relations: Any, root: Path, name: str) -> Iterator[Path]:
+    """The path of a CSV, or of the one that a DataFrame is kept as while open and after it, unless an InputError says
+    that nothing came of it: then all is as it was. Such an error calls it what the caller passed."""
     if isinstance(relations, str | Path):
-        return Path(relations)
+        yield Path(relations)
+        return
     if not hasattr(relations, "to_csv"):
         raise InputError(
             f"relations is a {type(relations).__name__}; expected the path of a CSV, or a DataFrame, with columns "
             "id, ex_A, ex_B"
         )
+    if Path(name).name != name or name.startswith("."):
+        raise InputError(f"name={name!r}: expected the name of a file, without a folder or a dot before it")
     path, data = root / f"{name}.csv", relations.to_csv(index=False).encode()
-    if path.exists() and path.read_bytes() != data:
-        move_aside(path)
-    return write_atomic(path, data)
-
-
-@contextmanager
-def _named_for_the_user(csv_path: Path) -> Iterator[None]:
-    """While open, let errors call a temporary ``csv_path`` what the caller passed."""
+    is_there = path.exists() and path.read_bytes() == data
+    before = None if is_there or not path.exists() else move_aside(path)
+    new = [folder for folder in (root, *root.parents) if not folder.exists()]
+    if not is_there:
+        write_atomic(path, data)
     try:
-        yield
+        yield path
     except InputError as error:
-        raise InputError(str(error).replace(str(csv_path), "relations (as a CSV)")) from error
+        if before:
+            before.replace(path)
+        elif not is_there:
+            path.unlink()
+            for folder in new:
+                with suppress(OSError):  # something else is in it by now
+                    folder.rmdir()
+        raise InputError(str(error).replace(str(path), "relations (as a CSV)")) from error
 
 
 @contextmanager

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from relfv.api.running import settings_from
+from relfv.api.running import require_no_tokenizer, settings_from
 from relfv.errors import InputError, UsageWarning
-from relfv.models.given import GivenModel, borrowed
+from relfv.models.given import GivenModel, borrowed, own_defaults
 from relfv.settings import MODEL_SETTINGS
 from relfv.types import MEASURES, Effects, HeadId, Prompts
 
@@ -59,14 +59,14 @@ def open_model(model: Any, tokenizer: Any = None, **options: Any) -> LanguageMod
     """
     from relfv.runs.qid import open_for
 
-    if model is None:
-        raise InputError("model is None; expected 'demo', a folder, a hub id, or a transformers model")
     given = None if isinstance(model, str) or hasattr(model, "__fspath__") else GivenModel(model, tokenizer)
+    require_no_tokenizer(given, tokenizer)
     known = {*MODEL_SETTINGS, "device", "trust_remote_code", "self_check"}
     settings = settings_from(options, known, model=given.name if given else str(model))
     if given is None:
-        return open_for(settings)
-    with borrowed(model):
+        with own_defaults():
+            return open_for(settings)
+    with borrowed(given.model):
         return open_for(given.resolved(settings), given)
 
 

@@ -123,8 +123,9 @@ class FunctionVector:
         import torch
 
         from relfv.api.applying import Frame, adding
-        from relfv.models.given import difference
+        from relfv.models.given import difference, require_model
 
+        require_model(model)
         if other := difference(model, self.metadata["model_identity"]):
             said = f"the vector of {self.q_id} was made with {self.model}, and this is another model: {other}"
             warnings.warn(said, UsageWarning, stacklevel=2)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,17 @@ _VALUES_A_TENSOR = 4096
 
 @dataclass(frozen=True)
 class GivenModel:
-    """A transformers model and its tokenizer, in place of the name of a checkpoint."""
+    """A transformers model and its tokenizer, in place of the name of a checkpoint.
+
+    Raises InputError for an object that is no model."""
 
     model: Any
+    """The model; of one that ``torch.compile`` gave the module within, since hooks would compile it over and over."""
     tokenizer: Any
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", getattr(self.model, "_orig_mod", self.model))
+        require_model(self.model)
 
     @property
     def name(self) -> str:
@@ -53,6 +61,11 @@ class GivenModel:
                 raise InputError(
                     f"{field}={asked!r}: the model given has {own[field]}; leave {field} out, or give a model opened so"
                 )
+        device = str(next(self.model.parameters()).device)
+        if settings.device not in ("auto", device, device.partition(":")[0]):
+            raise InputError(
+                f"device={settings.device!r}: the model given is on {device}; leave device out, or move the model there"
+            )
         family = family_name(settings.model_spec, text_config(self.model.config).model_type)
         return replace(settings, model=self.name, model_spec=family, **own)
 
@@ -63,28 +76,69 @@ class GivenModel:
         from relfv.models.opening import Checkpoint
         from relfv.models.tokens import Tokens
 
-        if self.tokenizer is None:
-            raise InputError("tokenizer is None: a model given as an object needs its own; expected tokenizer=...")
         devices = {parameter.device for parameter in self.model.parameters()}
         if len(devices) != 1 or next(iter(devices)).type == "meta":
             found = ", ".join(sorted(map(str, devices)))
-            raise InputError(f"{self.name}: its weights are on {found}; expected one device that holds them all")
+            raise InputError(
+                f"{self.name}: its weights are on {found}; expected one device that holds them all: give its name "
+                "instead, and relfv streams or spreads what one device cannot hold"
+            )
         tokens = Tokens(self.tokenizer, n_embeddings=self.model.get_input_embeddings().weight.shape[0])
         return Checkpoint(self.model, tokens, resolve(self.model, spec), devices.pop(), _dtype_of(self.model))
 
 
+def require_model(model: Any) -> None:
+    """Raise InputError for an object that is no transformers model."""
+    if isinstance(model, type) or not (hasattr(model, "config") and hasattr(model, "named_parameters")):
+        found = "None" if model is None else f"a {'class' if isinstance(model, type) else type(model).__name__}"
+        raise InputError(
+            f"model is {found}; expected 'demo', a folder, a hub id, or a transformers model (of a pipeline its "
+            ".model, of a wrapper its .module)"
+        )
+
+
+@contextmanager
+def own_defaults() -> Iterator[None]:
+    """While open, new tensors are float32 on the CPU and nothing is cast by itself, whatever the caller has set for its
+    own code: PyTorch's default dtype and device, and autocast."""
+    torch = sys.modules.get("torch")
+    if torch is None:  # so nothing of it was set
+        yield
+        return
+    dtype = torch.get_default_dtype()
+    with ExitStack() as stack:
+        for kind in ("cpu", "cuda", "mps"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        stack.callback(torch.set_default_dtype, dtype)
+        torch.set_default_dtype(torch.float32)
+        yield
+
+
 @contextmanager
 def borrowed(model: Any) -> Iterator[None]:
-    """While open, the model is in eval mode and attends in a way that knows its soft cap; afterwards it is as it was:
-    modes, attention and the buffers that a forward pass replaced."""
+    """While open, the model is in eval mode, not compiled, and attends in a way that knows its soft cap, and PyTorch
+    has its ``own_defaults``; afterwards all is as it was: modes, attention and the buffers that a forward pass
+    replaced."""
+    with own_defaults(), _as_it_comes(model):
+        yield
+
+
+@contextmanager
+def _as_it_comes(model: Any) -> Iterator[None]:
     from relfv.models.architecture import text_config
 
+    compiled = [(module, call) for module in model.modules() if (call := module._compiled_call_impl) is not None]
     training = [module for module in model.modules() if module.training]
     buffers = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
     capped = getattr(text_config(model.config), "attn_logit_softcapping", None) is not None
     held = [model.config, text_config(model.config), *(m.config for m in model.modules() if hasattr(m, "config"))]
     attention = [(config, config._attn_implementation) for config in held] if capped else []
     model.eval()
+    for module, _ in compiled:
+        module._compiled_call_impl = None
     for config, _ in attention:  # see opening._load_weights
         config._attn_implementation = "eager"
     try:
@@ -94,6 +148,8 @@ def borrowed(model: Any) -> Iterator[None]:
             config._attn_implementation = implementation
         for module in training:
             module.training = True
+        for module, call in compiled:
+            module._compiled_call_impl = call
         for module, own in buffers:
             module._buffers.update(own)
 

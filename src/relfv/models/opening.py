@@ -32,7 +32,7 @@ from relfv.models.reading import reading
 from relfv.models.size import check_size
 from relfv.models.sources import dtype_name, location, model_source, snapshot, unreadable, weights_source
 from relfv.models.streaming import Streaming, stream
-from relfv.models.tokens import Tokens
+from relfv.models.tokens import Tokens, require_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -162,11 +162,16 @@ def quiet_transformers() -> Iterator[None]:
 
 def _load_tokenizer(source: str, name: str, origin: dict[str, Any]) -> Any:
     try:
-        return read_tokenizer(source, **origin)
+        tokenizer = read_tokenizer(source, **origin)
     except InputError:
         raise
     except Exception as problem:  # of many kinds in transformers, and all mean that the user's model is unreadable
         raise unreadable(name, "tokenizer", problem) from problem
+    try:
+        require_tokenizer(tokenizer)
+    except InputError as problem:
+        raise InputError(f"--model {name!r}: {problem}") from None
+    return tokenizer
 
 
 def _load_weights(

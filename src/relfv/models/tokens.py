@@ -22,7 +22,9 @@ class Tokens:
     """A tokenizer, used as relfv needs it."""
 
     def __init__(self, tokenizer: Any, n_embeddings: int | None = None) -> None:
-        """``n_embeddings``: the number of token ids that the model knows; None to leave ids unchecked."""
+        """``n_embeddings``: the number of token ids that the model knows; None to leave ids unchecked. Raises
+        InputError as ``require_tokenizer`` does."""
+        require_tokenizer(tokenizer)
         self.tokenizer = tokenizer
         self._n_embeddings = n_embeddings
         self._texts: dict[int, str] = {}
@@ -159,3 +161,21 @@ class Tokens:
 def fed_text(prompt: str) -> str:
     """The text that the model reads: the prompt without the space that belongs to the answer."""
     return prompt.removesuffix(" ")
+
+
+def require_tokenizer(tokenizer: Any) -> None:
+    """Raise InputError for an object that is no transformers tokenizer, and for one that knows special tokens alone.
+
+    Such a one is what transformers makes for some families where a model's folder holds no tokenizer."""
+    if not (callable(tokenizer) and hasattr(tokenizer, "all_special_tokens")):
+        found = "None" if tokenizer is None else f"a {type(tokenizer).__name__}"
+        raise InputError(
+            f"tokenizer is {found}; expected the model's own transformers tokenizer, tokenizer=... (of a processor its "
+            ".tokenizer)"
+        )
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise InputError(
+            f"{type(tokenizer).__name__} knows no text, only {len(tokenizer)} special token(s), as where a tokenizer's "
+            "files are missing; expected tokenizer.json, tokenizer.model, or vocab.json and merges.txt beside the "
+            "model's config.json"
+        )
