@@ -137,8 +137,8 @@ def _with_engine(
     how they were read, which a finding rests on."""
     if checkpoint.dtype == "float64":
         raise InputError(
-            f"{name}: its weights are float64; expected float32, bfloat16 or float16: use dtype float32, and of a model "
-            "that is open already its .float()"
+            f"{name}: its weights are float64; expected float32, bfloat16 or float16: use dtype float32, and of a "
+            "model that is open already its .float()"
         )
     arch, tokens, read_s = checkpoint.arch, checkpoint.tokens, time.monotonic() - started
     arithmetic = Arithmetic.with_kernels(checkpoint.model, arch, precision)

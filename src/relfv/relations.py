@@ -174,9 +174,9 @@ def read_text(path: Path) -> str:
     try:
         data = _read_bounded(path)
     except FileNotFoundError:
+        found = f"is a link to {path.readlink()}, which is not there" if path.is_symlink() else "no such file"
         raise InputError(
-            f"{path}: no such file; expected a relation CSV (see --relation_csv_path; paths count from the current "
-            "folder)"
+            f"{path}: {found}; expected a relation CSV (see --relation_csv_path; paths count from the current folder)"
         ) from None
     except (OSError, ValueError) as problem:  # ValueError: a NUL in the path
         why = problem.strerror if isinstance(problem, OSError) else problem

@@ -12,11 +12,12 @@ import pytest
 import torch
 import transformers as tf
 
+import relfv
 from conftest import llama, make_tokenizer, scale_up
 from parity import all_heads, assert_same_scores, prompts_of_different_length, replacements, rounding
 from relfv.engine.arithmetic import Precision
 from relfv.engine.shared_prefix import SharedPrefixEngine
-from relfv.errors import InputError
+from relfv.errors import InputError, RunError
 from relfv.language_model import open_model
 from relfv.types import Prompts
 from zoo import ZOO, plain_backbone
@@ -55,6 +56,48 @@ def test_what_cannot_be_opened_is_said_in_one_line(llama_path: Path, change: dic
         open_model(**asked)  # type: ignore[arg-type]
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_a_tokenizer_is_told_as_such_where_transformers_makes_an_empty_one(
+    llama_path: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(llama_path, tmp_path / "model"))
+    for path in folder.glob("*token*"):
+        path.unlink()
+    config = json.loads((folder / "config.json").read_text())
+    kind = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps({**config, **kind}))
+    with pytest.raises(InputError, match=r"cannot open its tokenizer|knows no text, only 1 special token"):
+        open_model(str(folder), "auto", device="cpu")
+
+
+def test_the_damaged_file_of_several_is_named(llama_path: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(llama_path, tmp_path / "model"))
+    whole = tf.AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    whole.save_pretrained(folder, max_shard_size="40KB")
+    second = sorted(folder.glob("*.safetensors"))[1]
+    second.write_bytes(second.read_bytes()[:-8])
+    with pytest.raises(InputError, match=f"cannot open its model: {second.name}: .* copy that file again"):
+        open_model(str(folder), "auto", device="cpu")
+
+
+def test_an_adapter_in_use_around_an_output_projection_is_to_be_merged_first() -> None:
+    class Adapted(torch.nn.Module):  # as peft wraps a layer
+        def __init__(self, layer: torch.nn.Linear) -> None:
+            super().__init__()
+            self.base_layer, self.weight = layer, layer.weight
+            self.in_features, self.out_features = layer.in_features, layer.out_features
+            self.bias, self.change = layer.bias, torch.nn.Linear(layer.in_features, layer.out_features, bias=False)
+
+        def forward(self, z: torch.Tensor) -> torch.Tensor:
+            return self.base_layer(z) + self.change(z)
+
+    model = llama().requires_grad_(False)
+    attention = model.model.layers[1].self_attn
+    attention.o_proj = Adapted(attention.o_proj).requires_grad_(False)
+    with pytest.raises(RunError, match=r"layer 1: .* merge the adapter into the model first"):
+        relfv.open_model(model, make_tokenizer())
 
 
 @pytest.mark.slow

@@ -275,6 +275,7 @@ O_PROJ = "model.layers.0.self_attn.o_proj.weight"
 MODEL_ROWS = [
     Row("a path that is not there", "--model …: no such folder; expected a model folder, a hub id or 'demo'", flags=[("--model", name) for name in ("/nowhere", "./nowhere", "a/b/c", "no hub id!")]),
     Row("an empty one", "--model '': is empty; expected a model folder, a hub id or 'demo'", flags=[("--model", "")]),
+    Row("a link that leads nowhere", "--model …: is a link to /nowhere/model, which is not there; expected a model folder, a hub id or 'demo'", model=lambda folder: (folder / "link").symlink_to("/nowhere/model"), flags=[("--model", "$MODEL/link")]),
     Row("a path that cannot be", "--model …: cannot be opened (…); expected a model folder, a hub id or 'demo'", flags=[("--model", "a\0b"), ("--model", "a" * 5000)]),
     Row("a file", "--model '$CSV': is a file; expected a Hugging Face model folder, a .gguf file or a hub id", flags=[("--model", "$CSV")]),
     Row("a hub id, and no network", "--model 'someone/nothing': no such folder or file is here, and relfv cannot open its config (HF_HUB_OFFLINE is set): …; " + _OUT_OF_REACH, flags=[("--model", "someone/nothing")]),
@@ -290,8 +291,8 @@ MODEL_ROWS = [
     Row("a GGUF file that is none", "--model '…none.gguf': cannot open its config: …; " + _OUT_OF_REACH, model=lambda folder: (folder / "none.gguf").write_bytes(b"GG"), flags=[("--model", "$MODEL/none.gguf")]),
     Row("a damaged config", "--model '$MODEL': cannot open its config: …; " + _OUT_OF_REACH, model=lambda folder: (folder / "config.json").write_text("{")),
     Row("a config without weights", "--model '$MODEL': cannot open its model: …; " + _OUT_OF_REACH, model=lambda folder: (folder / "model.safetensors").unlink()),
-    Row("weights cut short", "--model '$MODEL': cannot open its model: …; " + _OUT_OF_REACH, model=_cut),
-    Row("empty weights", "--model '$MODEL': cannot open its model: …; " + _OUT_OF_REACH, model=lambda folder: (folder / "model.safetensors").write_bytes(b"")),
+    Row("weights cut short", "--model '$MODEL': cannot open its model: model.safetensors: …; expected weights that are whole, so fetch or copy that file again", model=_cut),
+    Row("empty weights", "--model '$MODEL': cannot open its model: model.safetensors: …; expected weights that are whole, so fetch or copy that file again", model=lambda folder: (folder / "model.safetensors").write_bytes(b"")),
     Row("weights that lack a tensor (transformers would make up a random one)", f"--model '$MODEL': 1 tensor(s) missing from its weights, such as '{O_PROJ}'; expected weights that are whole and made for this config, so fetch or copy the model again", model=_rewrite(lambda t: t.pop(O_PROJ))),
     Row("a tensor of another shape", f"--model '$MODEL': 1 tensor(s) of another shape than its config says, such as '{O_PROJ}'; expected weights that are whole and made for this config, so fetch or copy the model again", model=_rewrite(lambda t: t.update({O_PROJ: torch.zeros(3, 3)}))),
     Row("NaN among the weights", "LlamaForCausalLM gives NaN or infinite logits on a plain prompt, also in float32; expected finite numbers, so its weights are damaged: fetch or copy the model again", 1, model=_rewrite(lambda t: t[O_PROJ].fill_(float("nan")))),

@@ -84,7 +84,9 @@ def _q_ids(given: str | Sequence[str]) -> tuple[str, ...]:
 def require_no_tokenizer(given: GivenModel | None, tokenizer: Any) -> None:
     """Raise InputError for a tokenizer beside a model's name, whose own would be used all the same."""
     if given is None and tokenizer is not None:
-        raise InputError("tokenizer=...: a model given by its name brings its own; leave it out, or open the model, too")
+        raise InputError(
+            "tokenizer=...: a model given by its name brings its own; leave it out, or open the model, too"
+        )
 
 
 def settings_from(given: dict[str, Any], known: Collection[str], *, model: str) -> Settings:

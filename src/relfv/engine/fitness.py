@@ -129,10 +129,12 @@ def check_projection(backbone: Backbone, z: torch.Tensor, layers: list[int]) -> 
             out = arch.out_projs[layer](rows.to(backbone.device)).cpu().double()[:, 0]
         gap = _relative(parts, out[0] - out[1])
         if not gap <= RELATIVE_TOLERANCE:
+            adapted = hasattr(arch.out_projs[layer], "base_layer")  # a layer of peft's around the model's own
+            remedy = "merge the adapter into the model first (merge_and_unload)" if adapted else ""
             raise RunError(
                 f"{type(backbone.model).__name__}, layer {layer}: the projected heads are off by {gap:.2g} of the "
-                "output projection's own result, so a function vector would be wrong; this weight format is not "
-                "supported"
+                "output projection's own result, so a function vector would be wrong; "
+                f"{remedy or 'this weight format is not supported'}"
             )
 
 

@@ -31,6 +31,7 @@ from relfv.models.placement import foreseen
 from relfv.models.reading import reading
 from relfv.models.size import check_size
 from relfv.models.sources import dtype_name, location, model_source, snapshot, unreadable, weights_source
+from relfv.models.stored import damaged_file
 from relfv.models.streaming import Streaming, stream
 from relfv.models.tokens import Tokens, require_tokenizer
 
@@ -209,6 +210,11 @@ def _load_weights(
             f"--model {name!r} does not fit on {place}; use --dtype bf16, --quant 8bit or 4bit, or a larger device"
         ) from None
     except Exception as problem:  # of many kinds: missing, damaged or unknown weights
+        if damaged := damaged_file(snapshot(source, origin.get("revision"))):
+            raise InputError(
+                f"--model {name!r}: cannot open its model: {damaged}; expected weights that are whole, so fetch or "
+                "copy that file again"
+            ) from problem
         raise unreadable(name, "model", problem) from problem
     _require_whole(name, loading_info)
     if getattr(text_config(model.config), "attn_logit_softcapping", None) is not None:

@@ -59,6 +59,11 @@ def model_source(name: str) -> str:
         return str(path)
     if path.exists():
         raise InputError(f"--model {name!r}: is a file; expected a Hugging Face model folder, a .gguf file or a hub id")
+    if path.is_symlink():
+        raise InputError(
+            f"--model {name!r}: is a link to {path.readlink()}, which is not there; expected a model folder, a hub "
+            "id or 'demo'"
+        )
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     in_a_folder_here = path.parent != Path() and path.parent.is_dir()
     if looks_like_path or not _is_hub_id(name) or (in_a_folder_here and _cached_commit(name) is None):

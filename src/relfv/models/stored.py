@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from relfv.errors import first_line
 from relfv.models.families import family_name
 from relfv.models.sources import DTYPE_NAMES, snapshot, unreadable, weights_source
 from relfv.settings import Settings
@@ -75,6 +76,19 @@ def header_of(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size)) if size <= _LARGEST_HEADER else {}
     return {name: tensor for name, tensor in header.items() if name != "__metadata__"}, 8 + size
+
+
+def damaged_file(folder: Path) -> str:
+    """Name of the first safetensors file in a folder that cannot be opened, and why; empty if there is none."""
+    from safetensors import safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="np"):
+                pass
+        except Exception as problem:  # of the operating system's or safetensors' own kinds
+            return f"{path.name}: {first_line(problem)}"
+    return ""
 
 
 def _first_dtype(path: Path) -> str | None:
