@@ -22,13 +22,34 @@ _DAY_AND_TIME = "%Y-%m-%d %H:%M:%S"
 
 def set_up_logging(*, debug: bool) -> None:
     """Send relfv's log lines to stderr, one each, clean in a terminal and in a file alike; in a file with their day."""
-    terminal = on_a_terminal()
-    handler = _AboveBar(sys.stderr) if terminal else logging.StreamHandler(sys.stderr)
-    handler.setLevel(logging.DEBUG if debug else logging.INFO)
-    handler.setFormatter(_Formatter(_LINE, "%H:%M:%S" if terminal else _DAY_AND_TIME))
-    _ROOT.handlers[:] = [handler]
+    _ROOT.handlers[:] = [_on_stderr(logging.DEBUG if debug else logging.INFO)]
     _ROOT.setLevel(logging.DEBUG)
     _ROOT.propagate = False
+
+
+def _on_stderr(level: int) -> logging.Handler:
+    terminal = on_a_terminal()
+    handler = _AboveBar(sys.stderr) if terminal else logging.StreamHandler(sys.stderr)
+    handler.setLevel(level)
+    handler.setFormatter(_Formatter(_LINE, "%H:%M:%S" if terminal else _DAY_AND_TIME))
+    return handler
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """While open in another program, log files have lines of level INFO even where it has asked for warnings alone, and
+    stderr has them as under ``relfv run`` where it has set up no logging at all."""
+    level, handler = _ROOT.level, None if _ROOT.hasHandlers() else _on_stderr(logging.INFO)
+    if _ROOT.getEffectiveLevel() > logging.INFO:
+        _ROOT.setLevel(logging.INFO)
+    if handler:
+        _ROOT.addHandler(handler)
+    try:
+        yield
+    finally:
+        _ROOT.setLevel(level)
+        if handler:
+            _ROOT.removeHandler(handler)
 
 
 @contextmanager

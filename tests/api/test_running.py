@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -103,6 +105,8 @@ def test_a_frame_is_run_as_its_csv_is(csv_path: Path, tmp_path: Path) -> None:
 
 def test_what_cannot_be_run_is_refused_in_one_line(csv_path: Path, tmp_path: Path) -> None:
     model, tokenizer = llama(), make_tokenizer()
+    packed = llama()
+    packed.lm_head = type("Packed", (torch.nn.Module,), {})()
     pipeline = SimpleNamespace(model=model, tokenizer=tokenizer)
     refused = {
         "tokenizer is None": (csv_path, model, None, {}),
@@ -116,6 +120,7 @@ def test_what_cannot_be_run_is_refused_in_one_line(csv_path: Path, tmp_path: Pat
         "model is a DataParallel; expected .* its .module": (csv_path, torch.nn.DataParallel(model), tokenizer, {}),
         "a model given by its name brings its own": (csv_path, "demo", tokenizer, {}),
         "device='cuda': the model given is on cpu": (csv_path, model, tokenizer, {"device": "cuda"}),
+        "output embeddings .Packed. hold no parameters": (csv_path, packed, tokenizer, {}),
         "its weights are float64; expected float32": (csv_path, llama().double(), tokenizer, {}),
         "top_k=...: is no setting here": (csv_path, model, tokenizer, {"top_k": 3}),
         "dtype='bfloat16': the model given has float32": (csv_path, model, tokenizer, {"dtype": "bfloat16"}),
@@ -213,3 +218,12 @@ def test_a_model_that_is_open_here_is_not_shared_out_to_other_devices(csv_path: 
     with pytest.raises(InputError, match=r"per_card=\.\.\.: a model given as an object is on a device already"):
         relfv.run(csv_path, llama(), make_tokenizer(), out_root=tmp_path, per_card=2, **FAST)
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(("set_up", "told"), [("", True), ("logging.basicConfig(filename='own.log')", False)])
+def test_a_program_that_set_up_no_logging_is_told_what_goes_on(tmp_path: Path, set_up: str, told: bool) -> None:
+    program = f"import logging, relfv; {set_up}\nrelfv.open_model('demo')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert ("opened demo: LlamaForCausalLM" in done.stderr) == told
+    assert done.stdout == ""
+    assert told or "opened demo: LlamaForCausalLM" in (tmp_path / "own.log").read_text()

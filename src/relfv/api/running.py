@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 import warnings
 from collections.abc import Collection, Iterator, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 
 from relfv.api.results import Run
 from relfv.errors import InputError, UsageWarning
+from relfv.logs import told
 from relfv.models.given import GivenModel, borrowed, own_defaults
 from relfv.relations import relation_name
 from relfv.settings import DEFAULT_OUT_ROOT, FLAGS, MOST_PER_CARD, Settings, require_within
@@ -45,6 +45,9 @@ def run(
     be shown, registered before anything is computed. ``settings``: any flag of ``relfv run``, such as ``topk=10``;
     ``model_spec`` is ``auto`` by default.
 
+    stderr has the lines and the bar of ``relfv run``, unless the program has set up logging: then the logger ``relfv``
+    has them.
+
     A q_id that fails does not stop the others; it is warned of, and ``summary()`` has the reason. Raises InputError
     before anything is computed if it cannot be run so.
     """
@@ -69,7 +72,7 @@ def run(
             given=given,
             plan=None if plan is None else Path(plan),
         )
-        with _lines_of_the_log(), borrowed(given.model) if given else own_defaults():
+        with told(), borrowed(given.model) if given else own_defaults():
             failed = run_all(request)
     result = Run(root / relation_name(csv_path), keeps)
     if failed:
@@ -129,16 +132,3 @@ def _as_csv(relations: Any, root: Path, name: str) -> Iterator[Path]:
                 with suppress(OSError):  # something else is in it by now
                     folder.rmdir()
         raise InputError(str(error).replace(str(path), "relations (as a CSV)")) from error
-
-
-@contextmanager
-def _lines_of_the_log() -> Iterator[None]:
-    """While open, let log files have lines of level INFO even where the program has asked for warnings alone."""
-    logger = logging.getLogger("relfv")
-    before = logger.level
-    if logger.getEffectiveLevel() > logging.INFO:
-        logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

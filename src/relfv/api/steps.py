@@ -15,6 +15,7 @@ import numpy as np
 
 from relfv.api.running import require_no_tokenizer, settings_from
 from relfv.errors import InputError, UsageWarning
+from relfv.logs import told
 from relfv.models.given import GivenModel, borrowed, own_defaults
 from relfv.settings import MODEL_SETTINGS
 from relfv.types import MEASURES, Effects, HeadId, Prompts
@@ -64,9 +65,9 @@ def open_model(model: Any, tokenizer: Any = None, **options: Any) -> LanguageMod
     known = {*MODEL_SETTINGS, "device", "trust_remote_code", "self_check"}
     settings = settings_from(options, known, model=given.name if given else str(model))
     if given is None:
-        with own_defaults():
+        with told(), own_defaults():
             return open_for(settings)
-    with borrowed(given.model):
+    with told(), borrowed(given.model):
         return open_for(given.resolved(settings), given)
 
 
