@@ -147,8 +147,8 @@ def resolve(model: Any, spec_name: str) -> Architecture:
         raise InputError(f"{type(model).__name__} has no output embeddings; relfv needs a causal language model")
     if next(head.parameters(), None) is None:  # as torch's own quantisation leaves them
         raise InputError(
-            f"{type(model).__name__}: its output embeddings ({type(head).__name__}) hold no parameters; expected weights "
-            "that are ordinary tensors, or packed by bitsandbytes (quant='8bit' or '4bit')"
+            f"{type(model).__name__}: its output embeddings ({type(head).__name__}) hold no parameters; expected "
+            "weights that are ordinary tensors, or packed by bitsandbytes (quant='8bit' or '4bit')"
         )
     resid_dim = _out_features(next(iter(out_projs.values())))
     norms = _attention_norms({layer: blocks[layer] for layer in paths})

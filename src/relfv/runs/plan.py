@@ -241,7 +241,7 @@ def make_plan(request: RunRequest) -> RunPlan:
         require_no_links(folder / ours, below=request.out_root)
     written = to_register(request, csv_path, folder) if request.plan else None
     given = request.given
-    with at_work("reading", f"the CSV, and what {request.settings.model} is, by its hash"):
+    with at_work("reading", f"the CSV, and what {request.settings.model} is, by its config and hash"):
         return RunPlan(
             replace(request, settings=given.resolved(request.settings) if given else resolved(request.settings)),
             folder,
