@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -93,7 +94,7 @@ def test_an_adapter_in_use_around_an_output_projection_is_to_be_merged_first() -
         def forward(self, z: torch.Tensor) -> torch.Tensor:
             return self.base_layer(z) + self.change(z)
 
-    model = llama().requires_grad_(False)
+    model: Any = llama().requires_grad_(False)
     attention = model.model.layers[1].self_attn
     attention.o_proj = Adapted(attention.o_proj).requires_grad_(False)
     with pytest.raises(RunError, match=r"layer 1: .* merge the adapter into the model first"):

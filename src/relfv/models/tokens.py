@@ -167,7 +167,7 @@ def require_tokenizer(tokenizer: Any) -> None:
     """Raise InputError for an object that is no transformers tokenizer, and for one that knows special tokens alone.
 
     Such a one is what transformers makes for some families where a model's folder holds no tokenizer."""
-    if not (callable(tokenizer) and hasattr(tokenizer, "all_special_tokens")):
+    if not hasattr(tokenizer, "all_special_tokens"):
         found = "None" if tokenizer is None else f"a {type(tokenizer).__name__}"
         raise InputError(
             f"tokenizer is {found}; expected the model's own transformers tokenizer, tokenizer=... (of a processor its "
