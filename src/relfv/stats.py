@@ -226,8 +226,7 @@ def top_k_stability(
     counts = rng.multinomial(n_clusters, np.full(n_clusters, 1 / n_clusters), size=n_bootstrap)
     in_top = _top_k(counts @ totals / (counts @ sizes)[:, None], k).mean(0)
     overlap = float("nan")
-    best_first = -np.sort(-totals.sum(0))
-    if n_clusters > 1 and (k == n_columns or best_first[k - 1] > best_first[k]):
+    if n_clusters > 1 and top_k_is_decided(totals.sum(0), k):
         shared = []
         for _ in range(n_halvings):
             order = rng.permutation(n_clusters)
@@ -238,6 +237,13 @@ def top_k_stability(
             shared.append(float((first & second).sum()) / k)
         overlap = float(np.mean(shared))
     return Stability(in_top, n_bootstrap, overlap, n_halvings, k / n_columns)
+
+
+def top_k_is_decided(scores: np.ndarray, k: int) -> bool:
+    """Whether ``scores`` (column,) say which the k largest are: where the k-th and the next are equal, the order of
+    columns does, and that two such lists are alike shows nothing."""
+    best_first = -np.sort(-scores)
+    return k >= len(scores) or bool(best_first[k - 1] > best_first[k])
 
 
 def _top_k(scores: np.ndarray, k: int) -> np.ndarray:

@@ -160,3 +160,32 @@ def test_a_damaged_q_id_is_left_out_and_words_stay_text(
     assert list(table(tmp_path / "c")) == ["B B2"]
     assert "A1 left out: " in capsys.readouterr().err
     assert "<b>&" not in (tmp_path / "c/compare.html").read_text()
+
+
+def test_heads_that_equal_scores_leave_open_are_not_called_shared(
+    save_model: Callable[..., Path], csv_path: Path, tmp_path: Path
+) -> None:
+    model, out = llama(), tmp_path / "out"
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.data.zero_()  # no head writes anything: every effect is 0
+    studies = (
+        "--topk",
+        "3",
+        "--n_trials_per_q",
+        "6",
+        "--replicates",
+        "3",
+        "--formats",
+        "arrow",
+        "--extras",
+        "attribution",
+    )
+    assert main(arguments(save_model(model), csv_path, out, "--q_list", "A1", *studies)) == 0
+    assert main(["verify", str(out / "pairs")]) == 0
+    assert main(["compare", str(out / "pairs"), str(out / "pairs"), "--out_dir", str(tmp_path / "compared")]) == 0
+    (row,) = table(tmp_path / "compared").values()
+    assert row["n_heads_a"] == row["n_heads_b"] == 3
+    assert row["n_heads_shared"] is row["p_value_of_shared"] is None
+    for name in ("replicates", "formats"):
+        document = read(out / "pairs", "A1", f"{name}/{name}.json")
+        assert "equal scores leave" in document["verdict"]  # type: ignore[call-overload]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from relfv.stages.agreement import agreement, by_chance, cosines, mean_of_pairs, rank_correlations
+from relfv.stages.agreement import agreement, by_chance, cosines, mean_of_pairs, rank_correlations, shared_heads
 from relfv.types import HeadId
 
 HEADS = [HeadId(i // 8, i % 8) for i in range(64)]
@@ -82,6 +82,17 @@ def test_random_lists_are_called_alike_no_more_often_than_chance_allows_and_like
         "p_value": pytest.approx(2 * 6.6e-12, rel=0.01),
     }
     assert by_chance(np.array([[10, 3], [3, 10]]), 10, 64)[1] == pytest.approx(stats.hypergeom.sf(2, 64, 10, 10))
+
+
+def test_lists_that_equal_scores_leave_open_are_not_called_alike() -> None:
+    lists, nothing = [HEADS[:10]] * 3, np.zeros((3, 64))
+    assert by_chance(shared_heads(lists), 10, 64)[1] < 1e-9
+    for scores in (nothing, nothing + (np.arange(64) < 9)):  # nine heads lead, and the tenth is one of 55
+        found = agreement(np.ones((3, 4)), lists, scores)
+        assert found["heads_shared"] is None
+        assert found["heads_by_chance"] == {"mean": pytest.approx(100 / 64), "p_value": None}
+    decided = agreement(np.ones((3, 4)), lists, nothing + (np.arange(64) < 10))
+    assert decided["heads_shared"]["mean"] == 10
 
 
 def test_rank_correlations_are_spearmans_with_ties() -> None:

@@ -31,6 +31,13 @@ def test_estimates_that_are_the_effects_find_everything() -> None:
     assert sum(size["n"] for size in found["by_size"]) == exact.size
 
 
+def test_heads_that_equal_scores_leave_open_are_not_found() -> None:
+    nothing, exact = np.zeros((25, 20)), effects()
+    for found in (judge_estimates(nothing, nothing, nothing, "mean_delta_p", 5),
+                  judge_estimates(exact, nothing, nothing, "mean_delta_p", 5)):  # fmt: skip
+        assert found["first_order"] == found["graddrop"] == {"spearman": None, "recall": None}
+
+
 def test_saturation_and_cancellation_are_told_apart() -> None:
     exact = effects()
     saturated = judge_estimates(exact, np.minimum(exact, 0.05), np.abs(exact), "mean_delta_p", 5)

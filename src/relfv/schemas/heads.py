@@ -126,7 +126,7 @@ STEP_E_EVAL = record(
     }
 )
 
-_AGREEMENT = record({"spearman": nullable(NUMBER), "recall": NUMBER})
+_AGREEMENT = record(keys("spearman recall", nullable(NUMBER)))
 _OF_SIZE = record({"from": NUMBER, "n": INDEX, **keys("median_ratio signs_differ", nullable(NUMBER))})
 ATTRIBUTION = record(
     {

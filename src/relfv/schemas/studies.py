@@ -6,14 +6,13 @@ from relfv.schemas.notation import FLAG, INDEX, NUMBER, TEXT, array, by_name, ke
 
 PAIRS = record({**keys("mean lowest highest", NUMBER), **keys("low high", nullable(NUMBER)), "n_draws": INDEX})
 """A mean over pairs."""
+_CHANCE = {"mean": NUMBER, "p_value": nullable(NUMBER)}
 _AGREEMENT = {
-    **keys("cosine spearman", nullable(PAIRS)),
-    "heads_shared": PAIRS,
-    "heads_by_chance": record(keys("mean p_value", NUMBER)),
+    **keys("cosine spearman heads_shared", nullable(PAIRS)),
+    "heads_by_chance": record(_CHANCE),
 }
 _OF_DRAWS = record(keys("mean_p acc", array(nullable(NUMBER))))
 _CELL = nullable(record({"value": NUMBER, **keys("low high", nullable(NUMBER))}))
-_CHANCE = keys("mean p_value", NUMBER)
 _SCORED = record(keys("acc mean_p", NUMBER))
 _FORMAT = record(
     {

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from relfv.stats import LEVEL, overlap_by_chance
+from relfv.stats import LEVEL, overlap_by_chance, top_k_is_decided
 from relfv.types import HeadId
 
 _NEARLY_ONE = 1 - 1e-12
@@ -109,13 +109,15 @@ def agreement(
     vectors: np.ndarray, heads: Sequence[Sequence[HeadId]], scores: np.ndarray
 ) -> dict[str, dict[str, Any] | None]:
     """How alike two or more draws are: cosine of their ``vectors`` (draw, resid_dim), how many of their top ``heads``
-    they share, and Spearman's correlation of the ``scores`` (draw, head) of all heads."""
+    they share, and Spearman's correlation of the ``scores`` (draw, head) of all heads. Lists that scores do not decide
+    share nothing that could be told from chance: None."""
     shared, k = shared_heads(heads), len(heads[0])
     expected, p_value = by_chance(shared, k, scores.shape[1])
+    decided = all(top_k_is_decided(of_draw, k) for of_draw in scores)
     of = {
         "cosine": mean_of_pairs(cosines(vectors)),
-        "heads_shared": mean_of_pairs(shared, most=k),
+        "heads_shared": mean_of_pairs(shared, most=k) if decided else None,
         "spearman": mean_of_pairs(rank_correlations(scores)),
     }
     found = {name: vars(mean) if mean else None for name, mean in of.items()}
-    return {**found, "heads_by_chance": {"mean": expected, "p_value": p_value}}
+    return {**found, "heads_by_chance": {"mean": expected, "p_value": p_value if decided else None}}

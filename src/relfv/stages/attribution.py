@@ -15,6 +15,7 @@ from relfv.stages.means import MEANS
 from relfv.stages.scores import measure_of, trial_scores
 from relfv.stages.stage import Check, Stage, Work
 from relfv.stages.trials import TRIALS
+from relfv.stats import top_k_is_decided
 from relfv.store.folder import File, QidFolder
 from relfv.store.formats import finite, json_bytes, read_json
 from relfv.store.status import QidStatus
@@ -32,7 +33,8 @@ MEANING = {
     "left_out": "AtP*'s QK fix: it corrects patches of queries and keys, whose effect goes through their own head's "
     "softmax; a head's output comes after it",
     "spearman": "rank correlation with the exact score over heads",
-    "recall": "share of the exact top k among the estimate's top k; by chance k / heads",
+    "recall": "share of the exact top k among the estimate's top k; by chance k / heads; null where equal scores leave "
+    "either open",
     "by_size": "trials and heads parted by the size of the exact effect: how many there are, the median of estimate / "
     "exact (below 1: the estimate saturates), and how often their signs differ",
     "within_heads": "correlation of estimate and exact effect over trials, the median over the exact top k: what a "
@@ -70,10 +72,12 @@ def judge_estimates(
 def _agreement(exact: np.ndarray, estimate: np.ndarray, k: int) -> dict[str, Any]:
     from scipy import stats
 
-    top, of_estimate = (set(np.argsort(-scores, kind="stable")[:k].tolist()) for scores in (exact, estimate))
+    both = (exact, estimate)
+    top, of_estimate = (set(np.argsort(-scores, kind="stable")[:k].tolist()) for scores in both)
+    decided = all(top_k_is_decided(scores, k) for scores in both)
     return {
         "spearman": correlation(stats.rankdata(exact), stats.rankdata(estimate)),
-        "recall": len(top & of_estimate) / len(top),
+        "recall": len(top & of_estimate) / len(top) if decided else None,
     }
 
 
@@ -135,7 +139,12 @@ def _estimate(work: Work) -> str:
     }
     work.write(ATTRIBUTION, json_bytes(document), content=document)
     words = [
-        f"{name} finds {of['recall']:.0%} of the top {k}, rank correlation "
+        (
+            f"{name}: equal scores leave the top {k} open"
+            if of["recall"] is None
+            else f"{name} finds {of['recall']:.0%} of the top {k}"
+        )
+        + ", rank correlation "
         + ("unknown" if of["spearman"] is None else f"{of['spearman']:.2f}")
         for name, of in ((name, judged[name]) for name in ("first_order", "graddrop"))
     ]

@@ -21,7 +21,7 @@ from relfv.stages.scores import AIE, measure_of
 from relfv.stages.step6 import EVAL_TRIALS
 from relfv.stages.step6_summary import STEP6_SUMMARY
 from relfv.stages.zeroshot import ZERO_SHOT_TRIALS, evaluated_of
-from relfv.stats import clustered_mean, overlap_by_chance
+from relfv.stats import clustered_mean, overlap_by_chance, top_k_is_decided
 from relfv.store.folder import QidFolder
 from relfv.store.formats import finite
 from relfv.store.status import QidStatus
@@ -54,6 +54,8 @@ class Side:
     layer: int
     n_layers: int
     heads: frozenset[HeadId]
+    decided: bool
+    """Whether the scores say which heads are the best k: no tie at the end of the list."""
     swept: frozenset[HeadId]
     vector: np.ndarray
     controls: dict[str, np.ndarray] | None
@@ -64,6 +66,7 @@ class Side:
 def side_of(status: QidStatus) -> Side:
     """Read the files of a completed q_id. Raises RelfvError for those that are not as relfv writes them."""
     qid = QidFolder(status.artifacts_dir, status.q_id)
+    scored, heads = qid.read(AIE), heads_of(qid.read(TOP_HEADS))
     trials, overall = evaluated_of(qid.read(ZERO_SHOT_TRIALS), status.settings), qid.read(STEP6_SUMMARY)
     rows = qid.read(EVAL_TRIALS, overall["best_layer"])
     columns = {name: np.array([row[name] for row in rows]) for name in ("p_with", "p_base", "accuracy_with")}
@@ -80,8 +83,9 @@ def side_of(status: QidStatus) -> Side:
         p_zero_shot=columns["p_base"],
         layer=overall["best_layer"],
         n_layers=len(overall["expected_layers"]),
-        heads=frozenset(heads_of(qid.read(TOP_HEADS))),
-        swept=frozenset(head.id for head in qid.read(AIE)),
+        heads=frozenset(heads),
+        decided=top_k_is_decided(np.array([head.scores[status.settings.score_key] for head in scored]), len(heads)),
+        swept=frozenset(head.id for head in scored),
         vector=qid.read(FV),
         controls=_controls(qid, measure_of(status.settings.score_key)) if qid.has(CONTROLS_FILE) else None,
     )
@@ -154,10 +158,10 @@ def _named(measure: str, *values: float | None) -> dict[str, float | None]:
 
 
 def _heads(one: Side, other: Side) -> dict[str, Any]:
-    """Numbers of heads on each side, and of shared ones only where both chose among the same heads."""
+    """Numbers of heads on each side, and of shared ones only where both chose among the same heads, by their scores."""
     names = ("n_heads_shared", "n_heads_a", "n_heads_b", "n_heads_shared_by_chance", "p_value_of_shared")
     sizes = len(one.heads), len(other.heads)
-    if one.swept != other.swept or one.n_layers != other.n_layers:
+    if one.swept != other.swept or one.n_layers != other.n_layers or not (one.decided and other.decided):
         return dict(zip(names, (None, *sizes, None, None), strict=True))
     shared = len(one.heads & other.heads)
     return dict(zip(names, (shared, *sizes, *overlap_by_chance(shared, *sizes, len(one.swept))), strict=True))

@@ -23,7 +23,7 @@ from relfv.stages.stage import Check, Stage, Work
 from relfv.stages.trials import STAGE as TRIALS_STAGE
 from relfv.stages.trials import TRIALS
 from relfv.stages.zeroshot import ZERO_SHOT_TRIALS
-from relfv.stats import LEVEL, clustered_mean, mean_with_left_out
+from relfv.stats import LEVEL, clustered_mean, mean_with_left_out, top_k_is_decided
 from relfv.store.folder import File, QidFolder
 from relfv.store.formats import finite, json_bytes, read_json
 from relfv.store.status import QidStatus
@@ -40,7 +40,7 @@ MEANING = {
     "best_layer is the one of the own vector's largest mean_delta_p on these very prompts, which favours it",
     "own_minus": "at that layer, prompt by prompt: P with the own vector minus P with the source's, clustered by query",
     "cosine": "of the formats' vectors; low and high by leaving out one query's trials in both, heads as they are",
-    "heads_common": "to all formats; mean and p_value of random lists",
+    "heads_common": "to all formats; mean and p_value of random lists, null where equal scores leave a list open",
     "samples": "all formats share their trials: what is the trials' doing looks alike in all of them",
 }
 
@@ -93,11 +93,13 @@ def verdict(document: Mapping[str, Any]) -> str:
         side: np.mean([one["at_best_layer"][side]["mean_delta_p"] for one in targets.values()])
         for side in ("own", "others")
     }
+    listed = f"{len(common['heads'])} of {document['k']} heads are common to all (by chance {common['mean']:.2g})"
+    if common["p_value"] is None:
+        listed = "equal scores leave their heads open"
     n_better = sum(of["low"] is not None and of["low"] > 0 for of in minus)
     return (
-        f"Vectors of {len(names)} formats ({', '.join(names)}) have {words}, and {len(common['heads'])} of "
-        f"{document['k']} heads are common to all (by chance {common['mean']:.2g}). On zero-shot prompts of a format "
-        f"its own vector changes P by {changes['own']:+.3f} on average, those of other formats by "
+        f"Vectors of {len(names)} formats ({', '.join(names)}) have {words}, and {listed}. On zero-shot prompts "
+        f"of a format its own vector changes P by {changes['own']:+.3f} on average, those of other formats by "
         f"{changes['others']:+.3f}, at the layer that is best for the own one; in {n_better} of {len(minus)} "
         "cases, each taken alone, the interval of what the own one brings more lies above 0."
     )
@@ -162,7 +164,11 @@ def _compare(work: Work) -> str:
     names, vectors = [form.name for form in forms], np.stack([one.vector for one in made])
     shared, common = shared_heads([one.heads for one in made]), set.intersection(*({*one.heads} for one in made))
     n_heads, k, several = len(made[0].scores), settings.topk, len(made) > 1
-    chance = common_by_chance(len(common), len(made), k, n_heads)
+    decided = all(top_k_is_decided(one.scores, k) for one in made)
+    alike, chance = (
+        by_chance(shared, k, n_heads) if several else None,
+        common_by_chance(len(common), len(made), k, n_heads),
+    )
     document: dict[str, Any] = {
         "q_id": work.q_id,
         "verdict": "",
@@ -178,12 +184,10 @@ def _compare(work: Work) -> str:
         "cosine_of_random_heads": cosine_of_random_heads(work, made),
         "spearman": [[finite(value) for value in row] for row in rank_correlations(np.stack([o.scores for o in made]))],
         "heads_shared": shared.astype(int).tolist(),
-        "heads_by_chance": dict(zip(("mean", "p_value"), by_chance(shared, k, n_heads), strict=True))
-        if several
-        else None,
+        "heads_by_chance": alike and {"mean": alike[0], "p_value": alike[1] if decided else None},
         "heads_common": {
             "heads": [[head.layer, head.head] for head in sorted(common)],
-            **dict(zip(("mean", "p_value"), chance, strict=True)),
+            **{"mean": chance[0], "p_value": chance[1] if decided else None},
         },
         "targets": {one.format.name: _target(work, one, names, vectors) for one in all_shown} if several else {},
     }

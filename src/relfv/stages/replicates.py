@@ -33,7 +33,8 @@ MEANING = {
     "mean and a head sweep of its own. Means over all pairs of n_draws draws; low and high at ci_level by a jackknife "
     "that leaves out one draw with all its pairs; null with fewer than 3 draws",
     "heads_by_chance": "mean: of the top k that two random lists share (hypergeometric). p_value: that all lists are "
-    "random, twice the mean over pairs, which holds however they depend on each other",
+    "random, twice the mean over pairs, which holds however they depend on each other; null, as heads_shared, where "
+    "equal scores leave a list open",
     "cosine_of_random_heads": "mean cosine between vectors that are made of k random heads in the same way: what a "
     "cosine is to be held against",
     "curve": "each draw's vector on the same zero-shot prompts, those of this run: they are queries of draw 0",
@@ -84,7 +85,7 @@ def _alike(rung: Mapping[str, Any], k: int, *, interval: bool = False) -> str:
     words = f"{'the same vector to ' * interval}cosine {_short(cosine['mean'])}" if cosine else "a vector of zeros"
     if interval and cosine and cosine["low"] is not None:
         words += f" ({ci(cosine['low'], cosine['high'], _short)})"
-    return f"{words} and {shared['mean']:.1f} of {k} heads"
+    return f"{words} and " + (f"{shared['mean']:.1f} of {k} heads" if shared else "heads that equal scores leave open")
 
 
 def _short(cosine: float) -> str:
