@@ -37,10 +37,15 @@ def _on_stderr(level: int) -> logging.Handler:
 
 @contextmanager
 def told() -> Iterator[None]:
-    """While open in another program, log files have lines of level INFO even where it has asked for warnings alone, and
-    stderr has them as under ``relfv run`` where it has set up no logging at all."""
-    level, handler = _ROOT.level, None if _ROOT.hasHandlers() else _on_stderr(logging.INFO)
-    if _ROOT.getEffectiveLevel() > logging.INFO:
+    """While open in another program, log files have lines of level INFO even where it has asked for warnings alone; it
+    has what it asked for, or on stderr the lines of ``relfv run`` where it has set up no logging at all."""
+    level, asked, propagate = _ROOT.level, _ROOT.getEffectiveLevel(), _ROOT.propagate
+    handler = None
+    if not _ROOT.hasHandlers():
+        handler = _on_stderr(logging.INFO)
+    elif propagate and asked > logging.INFO:
+        handler, _ROOT.propagate = _Onward(asked), False
+    if asked > logging.INFO:
         _ROOT.setLevel(logging.INFO)
     if handler:
         _ROOT.addHandler(handler)
@@ -48,8 +53,17 @@ def told() -> Iterator[None]:
         yield
     finally:
         _ROOT.setLevel(level)
+        _ROOT.propagate = propagate
         if handler:
             _ROOT.removeHandler(handler)
+
+
+class _Onward(logging.Handler):
+    """To the program's handlers, for which a logger's own level is too late once files need more."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if _ROOT.parent:
+            _ROOT.parent.callHandlers(record)
 
 
 @contextmanager

@@ -27,6 +27,7 @@ def that_always_answers(answer: str) -> LlamaForCausalLM:
         model.lm_head.weight.data[after, token] = 0.5
     for block in model.model.layers:
         block.mlp.down_proj.weight.data.zero_()
+        block.self_attn.o_proj.weight.data *= 0.05
     return model.eval()
 
 

@@ -129,7 +129,7 @@ def _conclusion(numbers: Mapping[str, Any], fv: Mapping[str, float]) -> str:
         none = share and max(share["high_of_mean"], fv["high_of_mean"]) < NOTHING
         return "So neither the vector nor its heads carry the relation here." if none else ""
     if _random_heads_reach(carriers, share):
-        return "Random heads put in place do as much: that these heads carry the relation is not shown."
+        return "Random heads put in place may do as much: that these heads carry the relation is not shown."
     between = numbers["fv_is_as_written"] is False
     where = "in this family, which norms or scales what attention writes" if between else "here"
     return (

@@ -152,7 +152,7 @@ def _conclude(work: Work) -> str:
     )
     document = {"q_id": work.q_id, **numbers}
     work.write(SUMMARY, json_bytes(document), content=document)
-    return in_short(document)
+    return f"{work.name}: {in_short(document)}" if work.name else in_short(document)
 
 
 def _of_clean_prompts(work: Work, layer: int) -> dict[str, Any]:
