@@ -102,8 +102,9 @@ def test_the_verdict_in_short_says_what_is_to_be_believed_and_no_more_than_the_l
         sure,
     )
     rivalled = short(controls(0.1, 0.9, draws=[0.1] * 18 + [0.75], fv=0.7, held_out=0.66, random_heads=0.14))
-    assert rivalled.endswith("the relation's own effect is not shown: a random draw does as well at the layer that is "
-                             "best for it.")  # fmt: skip
+    assert rivalled.endswith(
+        "the relation's own effect is not shown: 1 of 19 random draws does as well, each at its best layer."
+    )
     unsure = controls(0.1, 0.9, fv=0.3, held_out=0.12)
     unsure["by_prompt"]["p_held_out"]["1"] = [0.02, 0.4] + [0.08] * (N - 2)
     assert short(unsure).endswith("of the gap, held out, so that it closes any of it is not shown.")
@@ -171,15 +172,14 @@ def test_a_control_that_does_as_much_takes_the_claim_back(rival: str) -> None:
     assert verdict.endswith("not clearly above a random control: that the effect is the relation's own is not shown.")
     one_draw = said(controls(0.1, 0.9, draws=[0.1] * 18 + [0.75], fv=0.7, **{rival: 0.13}))
     assert one_draw.endswith(
-        "A random draw does as well at the layer that is best for it: that the effect is the relation's own is not "
-        "shown."
+        "1 of 19 random draws does as well, each at its best layer: that the effect is the relation's own is not shown."
     )
 
 
 def test_the_best_layer_of_the_vector_meets_the_best_layer_of_every_draw() -> None:
     found = controls(0.1, 0.9, fv=0.7, random_heads=0.1)
     found["per_layer"]["0"]["random_heads"]["mean_p_of_draws"][7] = 0.71
-    assert "A random draw does as well" in said(found)
+    assert "1 of 19 random draws does as well" in said(found)
 
 
 def test_vector_and_draws_choose_among_the_same_layers() -> None:
@@ -188,7 +188,7 @@ def test_vector_and_draws_choose_among_the_same_layers() -> None:
     numbers = conclusions(top(), found, None, CAVEATS, layer=1)
     assert numbers["against_random"]["random_heads"]["n_draws_as_good"] == 19
     assert numbers["share_of_gap"]["fv"]["value"] == pytest.approx(0.75)
-    assert "A random draw does as well" in numbers["verdict"]
+    assert "19 of 19 random draws do as well" in numbers["verdict"]
     found["compared_layers"] = [1]
     for part in ("per_layer", "by_prompt"):  # where a draw was not made it is not missed
         at_0 = found[part]["0"] if part == "per_layer" else found[part]["p_random_heads"]

@@ -140,8 +140,9 @@ def doubt(numbers: Numbers) -> str:
     share, against = numbers["share_of_gap"]["fv"], numbers["against_random"].values()
     if not tells_apart(numbers) or not share or share["low"] <= 0 or _does_nothing(numbers) or not against:
         return ""  # nothing is claimed that could be taken back
-    if any(rival["n_draws_as_good"] for rival in against):
-        return "a random draw does as well at the layer that is best for it"
+    if (rival := max(against, key=lambda rival: rival["n_draws_as_good"] / rival["n_draws"]))["n_draws_as_good"]:
+        n, n_draws = rival["n_draws_as_good"], rival["n_draws"]
+        return f"{n} of {n_draws} random draws {'does' if n == 1 else 'do'} as well, each at its best layer"
     if not all(rival["share_of_gap_above"] and rival["share_of_gap_above"]["low"] > 0 for rival in against):
         return "query by query the vector is not clearly above a random control"
     return ""
