@@ -220,7 +220,9 @@ def test_a_model_that_is_open_here_is_not_shared_out_to_other_devices(csv_path: 
     assert not [*tmp_path.iterdir()]
 
 
-@pytest.mark.parametrize(("set_up", "told"), [("", True), ("logging.basicConfig(filename='own.log')", False)])
+@pytest.mark.parametrize(
+    ("set_up", "told"), [("", True), ("logging.basicConfig(filename='own.log', level='INFO')", False)]
+)
 def test_a_program_that_set_up_no_logging_is_told_what_goes_on(tmp_path: Path, set_up: str, told: bool) -> None:
     program = f"import logging, relfv; {set_up}\nrelfv.open_model('demo')"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=True)
