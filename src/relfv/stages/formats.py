@@ -165,10 +165,8 @@ def _compare(work: Work) -> str:
     shared, common = shared_heads([one.heads for one in made]), set.intersection(*({*one.heads} for one in made))
     n_heads, k, several = len(made[0].scores), settings.topk, len(made) > 1
     decided = all(top_k_is_decided(one.scores, k) for one in made)
-    alike, chance = (
-        by_chance(shared, k, n_heads) if several else None,
-        common_by_chance(len(common), len(made), k, n_heads),
-    )
+    alike = by_chance(shared, k, n_heads) if several else None
+    chance = common_by_chance(len(common), len(made), k, n_heads)
     document: dict[str, Any] = {
         "q_id": work.q_id,
         "verdict": "",
@@ -187,7 +185,8 @@ def _compare(work: Work) -> str:
         "heads_by_chance": alike and {"mean": alike[0], "p_value": alike[1] if decided else None},
         "heads_common": {
             "heads": [[head.layer, head.head] for head in sorted(common)],
-            **{"mean": chance[0], "p_value": chance[1] if decided else None},
+            "mean": chance[0],
+            "p_value": chance[1] if decided else None,
         },
         "targets": {one.format.name: _target(work, one, names, vectors) for one in all_shown} if several else {},
     }
