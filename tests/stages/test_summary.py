@@ -11,7 +11,7 @@ import pytest
 
 from parity import rounding, size_in
 from relfv.stages.summary import conclusions
-from relfv.stages.verdict import in_short
+from relfv.stages.verdict import doubt, in_short
 
 N = 12
 CAVEATS = {
@@ -189,6 +189,9 @@ def test_vector_and_draws_choose_among_the_same_layers() -> None:
     assert numbers["against_random"]["random_heads"]["n_draws_as_good"] == 19
     assert numbers["share_of_gap"]["fv"]["value"] == pytest.approx(0.75)
     assert "19 of 19 random draws do as well" in numbers["verdict"]
+    of_one = {"share_of_gap_above": None, "n_draws": 19, "n_draws_as_good": 0}
+    rivals = {"a": of_one, "b": {**of_one, "n_draws_as_good": 2}, "c": {**of_one, "n_draws": 5, "n_draws_as_good": 1}}
+    assert doubt({**numbers, "against_random": rivals}).startswith("1 of 5 random draws does as well")
     found["compared_layers"] = [1]
     for part in ("per_layer", "by_prompt"):  # where a draw was not made it is not missed
         at_0 = found[part]["0"] if part == "per_layer" else found[part]["p_random_heads"]
